@@ -1,0 +1,1 @@
+"""What is saved and shared: adapter folders and their cards."""

@@ -1,0 +1,1 @@
+"""Text to episodes: corpora, class splits and the episode sampler."""

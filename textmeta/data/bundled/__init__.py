@@ -1,0 +1,18 @@
+"""The corpus that comes with the package: everyday requests, written for it, in the public domain (CC0 1.0).
+
+120 classes of 22 utterances in 15 domains; training, validation and test classes come from different domains.
+"""
+
+from importlib.resources import as_file, files
+
+from textmeta.data.class_splits import ClassSplit, read_class_split
+from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+
+__all__ = ["load_bundled"]
+
+
+def load_bundled() -> tuple[Corpus, ClassSplit]:
+    """Return the bundled corpus and its class split by domain."""
+    folder = files(__name__)
+    with as_file(folder / "everyday.jsonl") as corpus, as_file(folder / "everyday.splits.json") as splits:
+        return load_corpus(CorpusSettings(str(corpus))), read_class_split(splits)

@@ -1,0 +1,92 @@
+"""Class splits: which classes are for training, for choosing, and for reporting."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from textmeta.errors import DataError
+
+__all__ = ["ClassSplit", "draw_class_split", "read_class_split"]
+
+PARTS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class ClassSplit:
+    """Disjoint lists of class names.
+
+    Raises:
+        DataError: if a class stands in two parts, or twice in one.
+    """
+
+    train: tuple[str, ...]
+    valid: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check that no class is seen twice."""
+        seen: dict[str, str] = {}
+        for part in PARTS:
+            for name in getattr(self, part):
+                if name in seen:
+                    where = f"twice in {part}" if seen[name] == part else f"in both {seen[name]} and {part}"
+                    raise DataError(f"class split: class {name!r} is {where}; the parts must be disjoint")
+                seen[name] = part
+
+
+def read_class_split(path: str | Path, fold: str | None = None) -> ClassSplit:
+    """Read a class split from JSON: ``{"train": [...], "valid": [...], "test": [...]}``, or one such object a fold.
+
+    Args:
+        path: the JSON file.
+        fold: key of the fold, for a file with several (``"01"``).
+
+    Raises:
+        DataError: if the file cannot be read, has no such fold or part, or the parts overlap.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read class splits from {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    is_folded = not set(PARTS) <= content.keys()
+    if is_folded and fold not in content:
+        raise DataError(f"{path} has no fold {fold!r}; its folds are {sorted(content)}")
+    if not is_folded and fold is not None:
+        raise DataError(f"{path} holds one split and no folds, but fold {fold!r} was asked for")
+    parts = content[fold] if is_folded else content
+    for part in PARTS:
+        names = parts.get(part) if isinstance(parts, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{path}, fold {fold}: {part!r} must be a list of class names, found {names!r:.80}")
+    return ClassSplit(*(tuple(parts[part]) for part in PARTS))
+
+
+def draw_class_split(
+    class_names: Iterable[str], seed: int, fractions: Sequence[float] = (0.5, 0.25, 0.25)
+) -> ClassSplit:
+    """Draw a class split at random.
+
+    Args:
+        class_names: the classes of the corpus; their order does not matter.
+        seed: of the draw.
+        fractions: shares of train, valid and test classes, summing to 1.
+
+    Raises:
+        DataError: if the fractions do not sum to 1 or leave a part without a class.
+    """
+    if len(fractions) != len(PARTS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise DataError(f"fractions of {PARTS} must be three shares that sum to 1, given {tuple(fractions)}")
+    names = sorted(class_names)
+    shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    first, second = round(fractions[0] * len(names)), round((fractions[0] + fractions[1]) * len(names))
+    split = ClassSplit(tuple(shuffled[:first]), tuple(shuffled[first:second]), tuple(shuffled[second:]))
+    for part, fraction in zip(PARTS, fractions, strict=True):
+        if fraction > 0 and not getattr(split, part):
+            raise DataError(f"{len(names)} classes are too few for a share of {fraction} {part} classes")
+    return split

@@ -1,0 +1,235 @@
+"""A corpus: labelled texts, whatever they were loaded from."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from textmeta.errors import DataError
+
+__all__ = ["Corpus", "CorpusSettings", "load_corpus"]
+
+logger = logging.getLogger(__name__)
+
+# File ending -> (builder of `datasets`, its options). An empty CSV cell stays an empty string, so that the
+# texts "null" and "NA" are texts.
+FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+    ".parquet": ("parquet", {}),
+}
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Where a corpus comes from.
+
+    Args:
+        dataset: id of a Hub dataset, or path of a local JSON, JSON Lines, CSV, TSV or Parquet file.
+        config: configuration of a Hub dataset, where it has several.
+        split: split of a Hub dataset; ``train+test`` joins two.
+        revision: branch, tag or commit of a Hub dataset.
+        text_column: column that holds the texts.
+        label_column: column that holds the labels (strings, integers, or a ``ClassLabel`` feature).
+        name: what records and tables call it; by default the id or the file's name.
+    """
+
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    name: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether ``dataset`` names a local file."""
+        return Path(self.dataset).suffix.lower() in FILE_BUILDERS
+
+    @property
+    def display_name(self) -> str:
+        """The corpus's name in records and tables."""
+        return self.name or (Path(self.dataset).stem if self.is_file else self.dataset)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Labelled texts.
+
+    Args:
+        name: what records and tables call it.
+        texts: n texts.
+        labels: (n,) int64, index into ``class_names``.
+        class_names: name of each class, unique.
+
+    Raises:
+        DataError: if a text is missing, empty or no string, or a label is out of range; the row is named.
+    """
+
+    name: str
+    texts: Sequence[str]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check every row once, so that nothing downstream has to."""
+        if not self.texts:
+            raise DataError(f"corpus {self.name!r} is empty: 0 rows, expected at least 1")
+        if len(self.texts) != len(self.labels):
+            raise DataError(f"corpus {self.name!r}: {len(self.texts)} texts but {len(self.labels)} labels")
+        if len(set(self.class_names)) != len(self.class_names):
+            twice = sorted({c for c in self.class_names if self.class_names.count(c) > 1})
+            raise DataError(f"corpus {self.name!r}: class names given more than once: {twice}")
+        for row, text in enumerate(self.texts):
+            if not isinstance(text, str):
+                given = "null" if text is None else f"{type(text).__name__} {text!r}"
+                raise DataError(f"corpus {self.name!r}, row {row}: text is {given}, expected a string")
+            if not text.strip():
+                raise DataError(f"corpus {self.name!r}, row {row}: text is empty")
+        outside = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
+        if outside.size:
+            row = int(outside[0])
+            raise DataError(
+                f"corpus {self.name!r}, row {row}: label is {self.labels[row]}, "
+                f"expected 0 to {len(self.class_names) - 1} ({outside.size} such rows)"
+            )
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.texts)
+
+    @cached_property
+    def _rows_by_class(self) -> list[np.ndarray]:
+        order = np.argsort(self.labels, kind="stable")
+        ends = np.cumsum(np.bincount(self.labels, minlength=len(self.class_names)))
+        return np.split(order, ends[:-1])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all texts, labels and class names: two corpora with the same hash give the same episodes."""
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        digest.update(np.asarray(self.labels, dtype="<i8").tobytes())
+        for text in self.texts:
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()
+
+    def rows_of(self, class_index: int) -> np.ndarray:
+        """Return the row numbers of a class, ascending, as an int64 array."""
+        return self._rows_by_class[class_index]
+
+    def restrict(self, class_names: Iterable[str]) -> "Corpus":
+        """Return the corpus of these classes alone, in the order given.
+
+        Raises:
+            DataError: if a class is not in the corpus.
+        """
+        wanted = tuple(class_names)
+        index = {name: i for i, name in enumerate(self.class_names)}
+        missing = [name for name in wanted if name not in index]
+        if missing:
+            raise DataError(
+                f"corpus {self.name!r} has no class {missing[0]!r} ({len(missing)} of the {len(wanted)} asked for "
+                f"are missing); it has {len(self.class_names)}: {_shorten(self.class_names)}"
+            )
+        rows = [self.rows_of(index[name]) for name in wanted]
+        labels = np.repeat(np.arange(len(wanted)), [len(r) for r in rows])
+        return Corpus(self.name, [self.texts[row] for part in rows for row in part], labels, wanted)
+
+    @classmethod
+    def from_pairs(cls, name: str, texts: Sequence[str], labels: Sequence[str]) -> "Corpus":
+        """Make a corpus of texts and label names; classes are sorted by name."""
+        class_names = tuple(sorted(set(labels)))
+        index = {label: i for i, label in enumerate(class_names)}
+        return cls(name, texts, np.array([index[label] for label in labels], dtype=np.int64), class_names)
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: datasets.Dataset, *, name: str, text_column: str = "text", label_column: str = "label"
+    ) -> "Corpus":
+        """Make a corpus of a ``datasets.Dataset`` in hand.
+
+        ``ClassLabel`` features give the class names; strings are kept as they are; other integers become strings.
+
+        Raises:
+            DataError: for a missing column, null or non-string text, or a label that is null or no string or integer.
+        """
+        for role, column in (("text_column", text_column), ("label_column", label_column)):
+            if column not in dataset.column_names:
+                raise DataError(
+                    f"corpus {name!r} has no column {column!r} ({role}); its columns are {dataset.column_names}"
+                )
+        texts, labels = list(dataset[text_column]), list(dataset[label_column])
+        feature = dataset.features[label_column]
+        for row, label in enumerate(labels):
+            # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
+            if label is None or not isinstance(label, str | int) or isinstance(label, bool):
+                given = "null" if label is None else f"{type(label).__name__} {label!r}"
+                raise DataError(
+                    f"corpus {name!r}, row {row}: label in column {label_column!r} is {given}, "
+                    "expected a string or an integer"
+                )
+        if isinstance(feature, datasets.ClassLabel):
+            return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(feature.names))
+        return cls.from_pairs(name, texts, [str(label) for label in labels])
+
+
+def load_corpus(settings: CorpusSettings) -> Corpus:
+    """Load a corpus from a local file or from the Hub.
+
+    Raises:
+        DataError: if it cannot be read, is empty, lacks a column, or has a row that cannot be used.
+    """
+    dataset = _read_file(Path(settings.dataset)) if settings.is_file else _read_hub(settings)
+    corpus = Corpus.from_dataset(
+        dataset,
+        name=settings.display_name,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+    )
+    logger.info("corpus %s: %d texts, %d classes", corpus.name, len(corpus), len(corpus.class_names))
+    return corpus
+
+
+def _read_file(path: Path) -> datasets.Dataset:
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
+    if path.stat().st_size == 0:
+        raise DataError(f"file is empty: {path}")
+    builder, options = FILE_BUILDERS[path.suffix.lower()]
+    try:
+        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
+        raise DataError(f"cannot read {path} as {builder}: {_root_cause(error)}") from error
+
+
+def _read_hub(settings: CorpusSettings) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(
+            settings.dataset, settings.config, split=settings.split, revision=settings.revision
+        )
+    except Exception as error:
+        raise DataError(
+            f"cannot load dataset {settings.dataset!r} (config {settings.config}, split {settings.split!r}, "
+            f"revision {settings.revision}) from the Hub: {_root_cause(error)}. For a local file, give a path that "
+            f"ends in one of {sorted(FILE_BUILDERS)}"
+        ) from error
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _shorten(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

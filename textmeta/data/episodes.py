@@ -1,0 +1,157 @@
+"""Episodes: small classification tasks drawn from a corpus."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from textmeta.data.corpus import Corpus
+from textmeta.errors import DataError, SettingsError
+
+__all__ = ["Episode", "EpisodeSampler", "EpisodeSettings"]
+
+
+@dataclass(frozen=True)
+class EpisodeSettings:
+    """What episodes look like. A pair is a range: each episode draws its own number from it, both ends included.
+
+    Args:
+        ways: classes in an episode.
+        shots: support examples of a class.
+        queries: query examples of a class.
+        unbalanced: every class draws its own number of shots from the range, instead of one for all.
+        at_most: where a corpus has fewer classes than ways, use all of them instead of raising an error.
+    """
+
+    ways: int | tuple[int, int] = 5
+    shots: int | tuple[int, int] = 5
+    queries: int | tuple[int, int] = 5
+    unbalanced: bool = False
+    at_most: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, least in (("ways", 2), ("shots", 1), ("queries", 1)):
+            low, high = bounds(getattr(self, name))
+            if not least <= low <= high:
+                raise SettingsError(
+                    f"{name} must be a number or a pair low <= high of at least {least}, given {getattr(self, name)!r}"
+                )
+
+
+def bounds(number: int | Sequence[int]) -> tuple[int, int]:
+    """Return a number or a range as (low, high)."""
+    if isinstance(number, int):
+        return number, number
+    low, high = number
+    return low, high
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """A task (label set and support set) and the query set that judges it.
+
+    Args:
+        corpus: name of the corpus.
+        class_names: names of the ways, in the order of the labels.
+        support_texts: texts of the support set.
+        support_labels: (support,) int64, index into ``class_names``.
+        query_texts: texts of the query set, shuffled.
+        query_labels: (query,) int64.
+    """
+
+    corpus: str
+    class_names: tuple[str, ...]
+    support_texts: tuple[str, ...]
+    support_labels: np.ndarray
+    query_texts: tuple[str, ...]
+    query_labels: np.ndarray
+
+    @property
+    def ways(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+class EpisodeSampler:
+    """Draws episodes. Episode ``i`` is a pure function of (corpora, settings, seed, i).
+
+    So any process can make any episode, in any order, without having made the others. With several corpora,
+    each episode first draws its corpus, all equally likely; its classes then come from that corpus alone.
+
+    Args:
+        corpora: one corpus or several, restricted to the classes that may be drawn.
+        settings: what episodes look like.
+        seed: of all draws.
+
+    Raises:
+        DataError: if a corpus has fewer classes than ways (unless ``at_most``), or a class has fewer rows than the
+            largest number of shots and queries.
+    """
+
+    def __init__(self, corpora: Corpus | Sequence[Corpus], settings: EpisodeSettings, seed: int) -> None:
+        self.corpora = (corpora,) if isinstance(corpora, Corpus) else tuple(corpora)
+        self.settings = settings
+        self.seed = seed
+        if not self.corpora:
+            raise DataError("no corpus to draw episodes from")
+        for corpus in self.corpora:
+            _check_sizes(corpus, settings)
+
+    def __getitem__(self, index: int) -> Episode:
+        """Return episode ``index`` (0, 1, 2, … without end)."""
+        if index < 0:
+            raise IndexError(f"episodes are numbered from 0, asked for {index}")
+        rng = np.random.default_rng((self.seed, index))
+        corpus = self.corpora[rng.integers(len(self.corpora))]
+        settings = self.settings
+        ways = min(_draw(rng, settings.ways), len(corpus.class_names))
+        classes = rng.choice(len(corpus.class_names), size=ways, replace=False)
+        queries = _draw(rng, settings.queries)
+        shots = [_draw(rng, settings.shots)] * ways
+        if settings.unbalanced:
+            shots = [_draw(rng, settings.shots) for _ in classes]
+
+        support_rows, query_rows = [], []
+        for class_index, n_shots in zip(classes, shots, strict=True):
+            rows = rng.choice(corpus.rows_of(class_index), size=n_shots + queries, replace=False)
+            support_rows.append(rows[:n_shots])
+            query_rows.append(rows[n_shots:])
+        support_labels = np.repeat(np.arange(ways), shots)
+        query_labels = np.repeat(np.arange(ways), queries)
+        order = rng.permutation(len(query_labels))
+        return Episode(
+            corpus=corpus.name,
+            class_names=tuple(corpus.class_names[c] for c in classes),
+            support_texts=tuple(corpus.texts[row] for row in np.concatenate(support_rows)),
+            support_labels=support_labels,
+            query_texts=tuple(corpus.texts[row] for row in np.concatenate(query_rows)[order]),
+            query_labels=query_labels[order],
+        )
+
+    def take(self, count: int, start: int = 0) -> list[Episode]:
+        """Return episodes ``start`` to ``start + count - 1``."""
+        return [self[index] for index in range(start, start + count)]
+
+
+def _draw(rng: np.random.Generator, number: int | Sequence[int]) -> int:
+    low, high = bounds(number)
+    return int(rng.integers(low, high + 1))
+
+
+def _check_sizes(corpus: Corpus, settings: EpisodeSettings) -> None:
+    ways, n_classes = bounds(settings.ways)[1], len(corpus.class_names)
+    least = 2 if settings.at_most else ways
+    if n_classes < least:
+        raise DataError(
+            f"corpus {corpus.name!r} has {n_classes} classes, but {least if settings.at_most else ways} ways need as "
+            "many" + ("" if settings.at_most else "; set at_most to use all classes where there are fewer")
+        )
+    needed = bounds(settings.shots)[1] + bounds(settings.queries)[1]
+    for index, name in enumerate(corpus.class_names):
+        rows = len(corpus.rows_of(index))
+        if rows < needed:
+            raise DataError(
+                f"corpus {corpus.name!r}, class {name!r} has {rows} rows, but {bounds(settings.shots)[1]} shots and "
+                f"{bounds(settings.queries)[1]} queries need {needed}"
+            )

@@ -1,0 +1,34 @@
+"""The errors that textmeta raises on purpose.
+
+Every message says what was given, what was expected, and where (row, label, file or setting).
+"""
+
+__all__ = ["AdapterError", "DataError", "EncoderError", "NotFittedError", "SettingsError", "TextMetaError", "TrainingInterrupted"]
+
+
+class TextMetaError(Exception):
+    """Base class: ``except TextMetaError`` catches everything that textmeta raises on purpose."""
+
+
+class SettingsError(TextMetaError, ValueError):
+    """A setting is unknown, out of range, or does not fit another setting."""
+
+
+class DataError(TextMetaError, ValueError):
+    """Texts, labels, corpora or class splits cannot be used as given."""
+
+
+class EncoderError(TextMetaError):
+    """A pretrained encoder cannot be loaded, or cannot carry the adapter that was asked for."""
+
+
+class AdapterError(TextMetaError):
+    """An adapter folder is missing, damaged, or does not belong to the encoder."""
+
+
+class NotFittedError(TextMetaError, ValueError, AttributeError):
+    """A classifier was asked for predictions before ``fit``."""
+
+
+class TrainingInterrupted(TextMetaError):
+    """Training was stopped by a signal; its checkpoint holds everything needed to go on."""

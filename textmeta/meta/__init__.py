@@ -1,0 +1,1 @@
+"""The learning: inner loop, algorithms, outer loop, evaluation."""

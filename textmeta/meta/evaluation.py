@@ -1,0 +1,212 @@
+"""Evaluation: episodes to accuracy, macro-F1, NLL and ECE with confidence intervals, and paired differences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor
+from tqdm import tqdm
+
+from textmeta.data.episodes import Episode
+from textmeta.errors import DataError
+from textmeta.meta.adaptation import InnerLoopSettings, adapt, query_logits, task_weights
+from textmeta.meta.tasks import query_batch, support_batch
+from textmeta.model.encoder import Encoder
+from textmeta.model.heads import class_mask, class_weights, cosine_logits
+from textmeta.model.initialisation import initial_parameters, lora_factors, temperature
+
+__all__ = [
+    "EpisodeScores",
+    "compare_with_frozen",
+    "format_table",
+    "frozen_prototypes",
+    "paired_difference",
+    "score_episodes",
+    "summary",
+]
+
+Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+TASKS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class EpisodeScores:
+    """Scores of E episodes with Q queries in all.
+
+    Args:
+        accuracy: (E,) share of an episode's queries classified right.
+        macro_f1: (E,) mean over its classes of F1.
+        nll: (E,) mean negative log-likelihood of the true class, in nats.
+        confidence: (Q,) probability of the predicted class.
+        correct: (Q,) bool, whether it is the true one.
+    """
+
+    accuracy: np.ndarray
+    macro_f1: np.ndarray
+    nll: np.ndarray
+    confidence: np.ndarray
+    correct: np.ndarray
+
+
+def score_episodes(
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    progress: str | None = None,
+) -> EpisodeScores:
+    """Adapt to each episode's support set and score its query set.
+
+    Args:
+        encoder: makes features.
+        parameters: the initialisation.
+        episodes: E episodes.
+        inner: what the task learner does.
+        progress: label of a progress bar; None shows none.
+    """
+    probabilities: dict[int, np.ndarray] = {}
+    with torch.no_grad(), tqdm(total=len(episodes), desc=progress, unit="episode", disable=progress is None) as bar:
+        for indices, logits in _all_logits(encoder, parameters, episodes, inner):
+            for index, task_logits in zip(indices, logits, strict=True):
+                task_logits = task_logits[: len(episodes[index].query_labels), : episodes[index].ways]
+                probabilities[index] = task_logits.double().softmax(-1).cpu().numpy()
+            bar.update(len(indices))
+    rows = [_episode_scores(probabilities[i], episode.query_labels) for i, episode in enumerate(episodes)]
+    accuracy, macro_f1, nll, confidence, correct = zip(*rows, strict=True)
+    return EpisodeScores(
+        np.array(accuracy), np.array(macro_f1), np.array(nll), np.concatenate(confidence), np.concatenate(correct)
+    )
+
+
+def frozen_prototypes(encoder: Encoder, episodes: Sequence[Episode], progress: str | None = None) -> EpisodeScores:
+    """Score the baseline: prototypes of the frozen encoder's features, nothing learned, nothing adapted."""
+    inner = InnerLoopSettings(steps=0)
+    start = initial_parameters(encoder.factor_shapes, steps=0, lora_step_size=1.0, offset_step_size=1.0)
+    start = {name: value.to(encoder.device) for name, value in start.items()}
+    return score_episodes(encoder, start, episodes, inner, progress)
+
+
+def summary(scores: EpisodeScores) -> dict[str, float | int]:
+    """Return mean accuracy, its 95 % interval's half-width, macro-F1, NLL and ECE (15 bins)."""
+    return {
+        "episodes": len(scores.accuracy),
+        "accuracy": float(scores.accuracy.mean()),
+        "accuracy_ci95": _half_width(scores.accuracy),
+        "macro_f1": float(scores.macro_f1.mean()),
+        "nll": float(scores.nll.mean()),
+        "ece": expected_calibration_error(scores.confidence, scores.correct),
+    }
+
+
+def paired_difference(after: EpisodeScores, before: EpisodeScores) -> dict[str, float]:
+    """Return the mean difference of accuracy and its 95 % interval, paired by episode.
+
+    Raises:
+        DataError: if the two were not scored on as many episodes.
+    """
+    if len(after.accuracy) != len(before.accuracy):
+        raise DataError(f"cannot pair {len(after.accuracy)} episodes with {len(before.accuracy)}")
+    difference = after.accuracy - before.accuracy
+    mean, half = float(difference.mean()), _half_width(difference)
+    return {"difference": mean, "low": mean - half, "high": mean + half}
+
+
+def compare_with_frozen(
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    progress: str | None = None,
+) -> dict[str, dict[str, float | int]]:
+    """Score an initialisation and frozen prototypes on the same episodes.
+
+    Returns:
+        ``{"frozen": summary, "meta_trained": summary, "paired": paired difference of accuracy}``.
+    """
+    before = frozen_prototypes(encoder, episodes, progress and f"{progress}, frozen")
+    after = score_episodes(encoder, parameters, episodes, inner, progress and f"{progress}, meta-trained")
+    return {"frozen": summary(before), "meta_trained": summary(after), "paired": dict(paired_difference(after, before))}
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """Return the expected calibration error of Guo et al. (2017), eq. 3, with bins of equal width."""
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gap = np.bincount(bin_of, confidence - correct, minlength=bins)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return results as a table: one row per setting, frozen and meta-trained accuracy and their paired difference.
+
+    Args:
+        results: setting to ``{"frozen": summary, "meta_trained": summary, "paired": paired difference}``.
+    """
+    head = ("", "frozen prototypes", "meta-trained", "difference, paired 95 %", "macro-F1", "NLL", "ECE")
+    rows = [head]
+    for name, result in results.items():
+        before, after, paired = result["frozen"], result["meta_trained"], result["paired"]
+        rows.append(
+            (
+                name,
+                *(f"{100 * part['accuracy']:.2f} ± {100 * part['accuracy_ci95']:.2f}" for part in (before, after)),
+                f"{100 * paired['difference']:+.2f} [{100 * paired['low']:+.2f}, {100 * paired['high']:+.2f}]",
+                *(f"{scale * before[key]:.2f} → {scale * after[key]:.2f}" for key, scale in _OTHER_COLUMNS),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])
+
+
+_OTHER_COLUMNS = (("macro_f1", 100), ("nll", 1), ("ece", 100))
+
+
+def _all_logits(
+    encoder: Encoder, parameters: Mapping[str, Tensor], episodes: Sequence[Episode], inner: InnerLoopSettings
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield numbers of episodes and their padded logits."""
+    adapting = [i for i, e in enumerate(episodes) if inner.steps and np.bincount(e.support_labels).max() > 1]
+    yield from _unadapted_logits(encoder, parameters, episodes, sorted(set(range(len(episodes))) - set(adapting)))
+    for start in range(0, len(adapting), TASKS_AT_ONCE):
+        indices = adapting[start : start + TASKS_AT_ONCE]
+        part = [episodes[index] for index in indices]
+        support = support_batch(encoder, part)
+        adapted = adapt(encoder, parameters, support, inner)
+        weights = task_weights(encoder, adapted, support)
+        yield indices, query_logits(encoder, adapted, weights, query_batch(encoder, part))
+
+
+def _unadapted_logits(
+    encoder: Encoder, parameters: Mapping[str, Tensor], episodes: Sequence[Episode], indices: Sequence[int]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Do the same where no step is taken: all tasks share the factors, so a text needs one forward, not one a task."""
+    texts = list(dict.fromkeys(t for i in indices for t in (*episodes[i].support_texts, *episodes[i].query_texts)))
+    row_of = {text: row for row, text in enumerate(texts)}
+    factors = lora_factors(parameters)
+    chunks = [encoder.features(encoder.prepare(texts[s : s + 1024]), factors) for s in range(0, len(texts), 1024)]
+    features = torch.cat(chunks) if chunks else None
+    for index in indices:
+        episode = episodes[index]
+        assert features is not None  # an episode has texts
+        support = features[[row_of[text] for text in episode.support_texts]]
+        query = features[[row_of[text] for text in episode.query_texts]]
+        labels = torch.as_tensor(episode.support_labels, device=encoder.device)[None]
+        offset = support.new_zeros(1, episode.ways, encoder.hidden_size)
+        mask = class_mask(torch.tensor([episode.ways], device=encoder.device))
+        weights = class_weights(support[None], labels, offset)
+        yield [index], cosine_logits(query[None], weights, temperature(parameters), mask)
+
+
+def _episode_scores(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float, float, np.ndarray, np.ndarray]:
+    predicted = probabilities.argmax(1)
+    correct = predicted == labels
+    f1 = f1_score(labels, predicted, average="macro", zero_division=0.0)
+    nll = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-300)).mean()
+    return correct.mean(), f1, nll, probabilities.max(1), correct
+
+
+def _half_width(values: np.ndarray) -> float:
+    return float(Z95 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("inf")

@@ -1,0 +1,388 @@
+"""The outer loop: sample episodes, take the meta-gradient, reduce it over processes, step, validate, checkpoint."""
+
+import json
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from textmeta.data.episodes import Episode, EpisodeSampler
+from textmeta.errors import SettingsError, TrainingInterrupted
+from textmeta.meta.adaptation import InnerLoopSettings
+from textmeta.meta.algorithms import ALGORITHMS, Algorithm
+from textmeta.meta.checkpoint import read_checkpoint, write_checkpoint
+from textmeta.meta.evaluation import score_episodes
+from textmeta.model.encoder import Encoder
+from textmeta.model.initialisation import LORA, Parameters, initial_parameters
+
+__all__ = ["TrainingResult", "TrainingSettings", "train"]
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The outer loop.
+
+    Args:
+        algorithm: name in :data:`~textmeta.meta.algorithms.ALGORITHMS`.
+        steps: outer steps.
+        tasks_per_step: episodes of an outer step, over all processes.
+        learning_rate: of the LoRA factors; for Reptile its ε. By default the algorithm's own.
+        scalar_learning_rate: of the logarithms of temperature and step sizes (not for Reptile, which learns neither).
+        warmup: steps over which the learning rate rises from 0, before a cosine takes it back to 0. Reptile's ε is
+            constant.
+        max_gradient_norm: longer gradients are shortened to this norm (not for Reptile).
+        validate_every: steps between validations; the parameters with the best validation accuracy are the result.
+        validation_episodes: episodes of a validation, the same each time.
+        checkpoint_every: steps between checkpoints.
+        seed: of the start and of all episodes.
+    """
+
+    algorithm: str = "fomaml"
+    steps: int = 300
+    tasks_per_step: int = 4
+    learning_rate: float | None = None
+    scalar_learning_rate: float = 0.01
+    warmup: int = 20
+    max_gradient_norm: float = 1.0
+    validate_every: int = 50
+    validation_episodes: int = 100
+    checkpoint_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.algorithm not in ALGORITHMS:
+            raise SettingsError(f"algorithm must be one of {sorted(ALGORITHMS)}, given {self.algorithm!r}")
+        for name in ("steps", "tasks_per_step", "validate_every", "validation_episodes", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"training {name} must be at least 1, given {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What :func:`train` returns.
+
+    Args:
+        parameters: those with the best validation accuracy.
+        inner: the inner loop that they were learned for.
+        record: how they were learned, without anything that differs between two equal runs.
+    """
+
+    parameters: Parameters
+    inner: InnerLoopSettings
+    record: dict[str, Any]
+
+
+@dataclass
+class _State:
+    """Everything that a step changes."""
+
+    parameters: Parameters
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+    best_accuracy: float = -1.0
+    best_step: int = 0
+    best: Parameters = field(default_factory=dict)
+
+
+def train(
+    encoder: Encoder,
+    train_episodes: EpisodeSampler,
+    valid_episodes: EpisodeSampler,
+    settings: TrainingSettings,
+    inner: InnerLoopSettings,
+    output: Path,
+    accelerator: Accelerator | None = None,
+) -> TrainingResult:
+    """Meta-learn an initialisation.
+
+    Step s uses episodes s·T to s·T + T - 1 of ``train_episodes``, whatever the number of processes. ``output`` gets a
+    checkpoint and ``record.jsonl`` (a JSON object a step); where it has a checkpoint of a run with the same settings,
+    the run goes on from there, to the same bits on the same machine as if it had not been interrupted.
+
+    Args:
+        encoder: on the accelerator's device.
+        train_episodes: to learn from.
+        valid_episodes: to choose the best step by; its classes should be no training classes.
+        settings: of the outer loop.
+        inner: of the inner loop.
+        output: folder of the run.
+        accelerator: for several processes; by default one for this process alone.
+
+    Raises:
+        TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
+        SettingsError: if ``output`` holds a run with other settings.
+    """
+    accelerator = accelerator or Accelerator(cpu=encoder.device.type == "cpu")
+    algorithm = ALGORITHMS[settings.algorithm]
+    inner = algorithm.inner(inner)
+    fingerprint = _fingerprint(encoder, train_episodes, valid_episodes, settings, inner)
+    output.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    state = _start(encoder, settings, inner, algorithm)
+    if (output / CHECKPOINT).exists():
+        _restore(state, output / CHECKPOINT, fingerprint)
+        logger.info("going on from step %d of %s", state.step, output / CHECKPOINT)
+
+    validation = valid_episodes.take(settings.validation_episodes)
+    with (
+        _stop_requests() as stop_requested,
+        _Record(output / RECORD, state.step, enabled=accelerator.is_main_process) as record,
+        tqdm(
+            total=settings.steps,
+            initial=state.step,
+            desc=settings.algorithm,
+            unit="step",
+            disable=not accelerator.is_main_process,
+        ) as progress,
+    ):
+        while state.step < settings.steps:
+            row, stop = _outer_step(
+                encoder, train_episodes, settings, inner, algorithm, state, accelerator, stop_requested()
+            )
+            progress.update()
+            progress.set_postfix(
+                loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.3f}", best_valid=f"{state.best_accuracy:.3f}"
+            )
+            if state.step % settings.validate_every == 0 or state.step == settings.steps:
+                row["valid_accuracy"] = _validate(encoder, state, validation, inner, accelerator)
+            record.write(row)
+            due = state.step % settings.checkpoint_every == 0 or state.step == settings.steps
+            if (due or stop) and accelerator.is_main_process:
+                _save(state, output / CHECKPOINT, fingerprint)
+            if stop and state.step < settings.steps:
+                raise TrainingInterrupted(
+                    f"stopped after step {state.step} of {settings.steps}; the same command goes on from "
+                    f"{output / CHECKPOINT}"
+                )
+    accelerator.wait_for_everyone()
+    summary = {
+        "steps": settings.steps,
+        "episodes": settings.steps * settings.tasks_per_step,
+        "best_step": state.best_step,
+        "valid_accuracy": state.best_accuracy,
+        "settings": fingerprint,
+    }
+    return TrainingResult(state.best, inner, summary)
+
+
+def _outer_step(
+    encoder: Encoder,
+    sampler: EpisodeSampler,
+    settings: TrainingSettings,
+    inner: InnerLoopSettings,
+    algorithm: Algorithm,
+    state: _State,
+    accelerator: Accelerator,
+    stop_requested: bool,
+) -> tuple[dict[str, float], bool]:
+    """Take one step, in place; return its row of the record and whether any process was asked to stop."""
+    first = state.step * settings.tasks_per_step
+    mine = range(first + accelerator.process_index, first + settings.tasks_per_step, accelerator.num_processes)
+    sums = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
+    totals = torch.zeros(4, device=encoder.device)  # loss, accuracy, tasks, processes asked to stop
+    if mine:
+        result = algorithm.gradient(encoder, state.parameters, [sampler[index] for index in mine], inner)
+        sums = result.gradient
+        totals[:3] = torch.stack([result.loss.sum(), result.accuracy.sum(), totals.new_tensor(len(mine))])
+    totals[3] = float(stop_requested)
+
+    # one reduction for everything; the mean is over tasks, so that uneven shares weigh right
+    flat: Tensor = torch.cat([*(part.flatten() for part in sums.values()), totals])
+    flat = accelerator.reduce(flat, "sum")
+    totals = flat[-4:]
+    mean = flat[:-4] / totals[2]
+    norm = mean.norm()
+    if algorithm.optimiser == "adam":
+        mean = mean * (settings.max_gradient_norm / norm.clamp(min=settings.max_gradient_norm))
+    pieces = mean.split([value.numel() for value in state.parameters.values()])
+    for value, piece in zip(state.parameters.values(), pieces, strict=True):
+        value.grad = piece.view_as(value)
+    scale = _schedule(state.step, settings) if algorithm.optimiser == "adam" else 1.0
+    for group in state.optimiser.param_groups:
+        group["lr"] = group["base"] * scale
+    state.optimiser.step()
+    state.step += 1
+    row = {
+        "step": state.step,
+        "loss": float(totals[0] / totals[2]),
+        "accuracy": float(totals[1] / totals[2]),
+        "gradient_norm": float(norm),
+        "learning_rate": state.optimiser.param_groups[0]["lr"],
+    }
+    return row, bool(totals[3] > 0)
+
+
+def _validate(
+    encoder: Encoder,
+    state: _State,
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    accelerator: Accelerator,
+) -> float:
+    """Return validation accuracy, each process scoring its share; keep the parameters if they are the best yet."""
+    mine = episodes[accelerator.process_index :: accelerator.num_processes]
+    scores = score_episodes(encoder, state.parameters, mine, inner) if mine else None
+    total = torch.tensor([scores.accuracy.sum() if scores else 0.0], device=encoder.device, dtype=torch.float32)
+    accuracy = float(accelerator.reduce(total, "sum")) / len(episodes)
+    if accuracy > state.best_accuracy:
+        state.best_accuracy, state.best_step = accuracy, state.step
+        state.best = {name: value.detach().clone() for name, value in state.parameters.items()}
+    return accuracy
+
+
+def _schedule(step: int, settings: TrainingSettings) -> float:
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
+
+
+def _start(encoder: Encoder, settings: TrainingSettings, inner: InnerLoopSettings, algorithm: Algorithm) -> _State:
+    parameters = initial_parameters(
+        encoder.factor_shapes,
+        steps=inner.steps,
+        lora_step_size=inner.lora_step_size,
+        offset_step_size=inner.offset_step_size,
+        seed=settings.seed,
+    )
+    parameters = {name: value.to(encoder.device).requires_grad_() for name, value in parameters.items()}
+    rate = algorithm.learning_rate if settings.learning_rate is None else settings.learning_rate
+    groups = [
+        {"params": [v for n, v in parameters.items() if n.startswith(LORA)], "base": rate},
+        {"params": [v for n, v in parameters.items() if not n.startswith(LORA)], "base": settings.scalar_learning_rate},
+    ]
+    optimiser: torch.optim.Optimizer
+    optimiser = torch.optim.Adam(groups) if algorithm.optimiser == "adam" else torch.optim.SGD(groups)
+    return _State(parameters, optimiser)
+
+
+def _fingerprint(
+    encoder: Encoder,
+    train_episodes: EpisodeSampler,
+    valid_episodes: EpisodeSampler,
+    settings: TrainingSettings,
+    inner: InnerLoopSettings,
+) -> dict[str, Any]:
+    """Return, as JSON would give it back, everything that decides what a run ends in."""
+    encoder_settings = asdict(encoder.settings)
+    del encoder_settings["cache_mb"]  # exact, so of no effect
+    content = {
+        "encoder": {**encoder_settings, "weights_sha256": encoder.weights_sha256, "precision": encoder.precision},
+        "lora": asdict(encoder.lora),
+        "inner": asdict(inner),
+        "training": asdict(settings),
+        **{
+            part: {
+                "episodes": asdict(sampler.settings),
+                "seed": sampler.seed,
+                "corpora": [
+                    {"name": c.name, "texts": len(c), "classes": list(c.class_names), "sha256": c.sha256}
+                    for c in sampler.corpora
+                ],
+            }
+            for part, sampler in (("train", train_episodes), ("valid", valid_episodes))
+        },
+    }
+    return json.loads(json.dumps(content))  # type: ignore[no-any-return]
+
+
+def _save(state: _State, path: Path, fingerprint: dict[str, Any]) -> None:
+    tensors = {f"parameters/{name}": value for name, value in state.parameters.items()}
+    tensors |= {f"best/{name}": value for name, value in state.best.items()}
+    for index, moments in state.optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser/{index}/{key}": value for key, value in moments.items() if value is not None}
+    numbers = {"step": state.step, "best_accuracy": state.best_accuracy, "best_step": state.best_step}
+    write_checkpoint(path, tensors, {**numbers, "settings": fingerprint})
+
+
+def _restore(state: _State, path: Path, fingerprint: dict[str, Any]) -> None:
+    tensors, saved = read_checkpoint(path)
+    if saved["settings"] != fingerprint:
+        differing = list(_differences(saved["settings"], fingerprint))
+        raise SettingsError(
+            f"{path} belongs to a run with other settings ({'; '.join(differing[:5])}); give another output folder, "
+            "or delete this one to start afresh"
+        )
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "parameters":
+            state.parameters[rest].data.copy_(value)
+        elif kind == "best":
+            state.best[rest] = value.to(state.parameters[rest].device)
+        else:
+            index, _, key = rest.partition("/")
+            moments.setdefault(int(index), {})[key] = value
+    groups = state.optimiser.state_dict()["param_groups"]
+    state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+    state.step, state.best_accuracy, state.best_step = saved["step"], saved["best_accuracy"], saved["best_step"]
+
+
+def _differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted(saved.keys() | now.keys()):
+            yield from _differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
+    elif saved != now:
+        yield f"{where}: {saved!r:.60} there, {now!r:.60} now"
+
+
+class _Record:
+    """A JSON Lines file with a row a step; rows after the step that a run goes on from are dropped."""
+
+    def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
+        self._file = None
+        if enabled:
+            kept = []
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "_Record":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def write(self, row: dict[str, float]) -> None:
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a request to stop after the step; a second SIGINT acts at once."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested.is_set  # signals belong to the main thread
+        return
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        if requested.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        requested.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

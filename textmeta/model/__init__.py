@@ -1,0 +1,1 @@
+"""Text to features, and tasks to initialisations."""

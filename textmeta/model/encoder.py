@@ -1,0 +1,287 @@
+"""The encoder: a frozen transformer whose upper layers carry LoRA.
+
+The layers below the lowest LoRA do not depend on anything that is learned, so their states are computed once per text
+and cached. The rest, the adapted suffix, runs for any factors, of one task or of many at once.
+"""
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from textmeta.errors import EncoderError, SettingsError
+from textmeta.model.lora import LoraSettings, inject, lora_config, using_factors
+from textmeta.model.padding import length_buckets
+from textmeta.model.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
+
+__all__ = ["Encoder", "EncoderSettings", "PreparedTexts"]
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 256  # rows of one forward of the suffix
+CHECKPOINT_ROWS = 1024  # from here on, activations are computed again in the backward pass instead of kept
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Which encoder, and how a text becomes one vector.
+
+    Args:
+        model: folder, or id on the Hub, of any transformers text encoder.
+        revision: branch, tag or commit on the Hub.
+        pooling: mean over the tokens, or the first token (cls).
+        max_length: texts are cut after this many tokens.
+        cache_mb: memory limit of the cached states of the frozen layers, in MiB; 0 turns the cache off.
+    """
+
+    model: str = DEFAULT_ENCODER
+    revision: str | None = None
+    pooling: Literal["mean", "cls"] = "mean"
+    max_length: int = 128
+    cache_mb: int = 2048
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.pooling not in ("mean", "cls"):
+            raise SettingsError(f"pooling must be 'mean' or 'cls', given {self.pooling!r}")
+        if self.max_length < 3:
+            raise SettingsError(f"max_length must be at least 3 tokens, given {self.max_length}")
+        if self.cache_mb < 0:
+            raise SettingsError(f"cache_mb must not be negative, given {self.cache_mb}")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Rows of similar length, padded: states (rows, length, hidden) or token ids (rows, length)."""
+
+    rows: Tensor  # (rows,) position in the sequence of texts
+    inputs: Tensor
+    mask: Tensor  # (rows, length) int64, 1 for tokens
+
+
+@dataclass(frozen=True)
+class PreparedTexts:
+    """Texts ready for the adapted suffix; prepared once, used in every inner step."""
+
+    buckets: tuple[Bucket, ...]
+    count: int
+
+
+class Encoder:
+    """A frozen transformer with LoRA on its upper layers.
+
+    Args:
+        settings: which encoder, pooling, length, cache.
+        lora: of the adapter.
+        device: where it runs; by default the CPU.
+        precision: "bf16" runs the transformer's matrix products in bfloat16 (autocast); weights, LoRA factors, their
+            gradients, pooling and features stay float32. fp16 would need its gradients scaled in every inner step, and
+            is refused.
+
+    Attributes:
+        factor_shapes: shape of each LoRA factor by name.
+        peft_config: PEFT's configuration of the adapter.
+        hidden_size: length of a feature vector.
+
+    Raises:
+        EncoderError: if the model cannot be loaded or has no layers that can carry the adapter.
+    """
+
+    def __init__(
+        self,
+        settings: EncoderSettings | None = None,
+        lora: LoraSettings | None = None,
+        device: str | torch.device = "cpu",
+        precision: str = "no",
+    ) -> None:
+        if precision not in ("no", "bf16"):
+            raise SettingsError(f"precision must be 'no' or 'bf16', given {precision!r}")
+        self.settings = settings or EncoderSettings()
+        self.lora = lora or LoraSettings()
+        self.device = torch.device(device)
+        self.precision = precision
+        model, self.tokenizer = load_pretrained(self.settings.model, self.settings.revision)
+        self.weights_sha256 = weights_digest(model)
+        layers_name = _layers_name(model)
+        total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
+        first = total - self.lora.layer_count(total)
+        self.peft_config = lora_config(model, layers_name, first, self.lora)
+        self.factor_shapes = inject(model, self.peft_config)
+        self.hidden_size: int = model.config.hidden_size
+        model.to(self.device)
+        self._prefix, self._suffix = _split(model, layers_name, first)
+        # A text's states are computed in batches of one fixed shape: texts of its own length, always this many.
+        # Then its bits do not depend on which texts it came with, nor on whether it was cached.
+        self._group = 4 if self.device.type == "cpu" else 32
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache_bytes = 0
+
+    def prepare(self, texts: Sequence[str], *, remember: bool = True) -> PreparedTexts:
+        """Run the frozen layers on texts (or take their states from the cache) and pad them into buckets.
+
+        Args:
+            texts: to prepare.
+            remember: whether to cache their states, for texts that will come again.
+        """
+        states = self._states(texts, remember)
+        # One more forward costs about as much as this many tokens more in another: launches on a GPU cost more.
+        overhead = 128 if self.device.type == "cpu" else 4096
+        buckets = []
+        for rows in length_buckets([len(state) for state in states], overhead, MAX_ROWS):
+            inputs = pad_sequence([states[row] for row in rows], batch_first=True)
+            lengths = torch.tensor([len(states[row]) for row in rows], device=self.device)
+            mask = (torch.arange(inputs.shape[1], device=self.device) < lengths[:, None]).long()
+            buckets.append(Bucket(torch.tensor(rows, device=self.device), inputs, mask))
+        return PreparedTexts(tuple(buckets), len(states))
+
+    def features(
+        self, texts: PreparedTexts, factors: Mapping[str, Tensor], row_task: Tensor | None = None
+    ) -> Tensor:
+        """Return the adapted features of texts: pooled, of length 1, at least float32.
+
+        Args:
+            texts: n prepared texts.
+            factors: every LoRA factor, (out, in) or (tasks, out, in).
+            row_task: (n,) int64, task of each text, where a factor has a task dimension.
+
+        Returns:
+            (n, hidden) features, differentiable in the factors (a large batch is checkpointed).
+        """
+        names, tensors = list(factors), list(factors.values())
+        save_memory = texts.count > CHECKPOINT_ROWS and torch.is_grad_enabled()
+
+        def run(inputs: Tensor, mask: Tensor, task: Tensor | None, *weights: Tensor) -> Tensor:
+            # set inside, so that a checkpointed forward run again in the backward pass sees the same factors
+            with using_factors(dict(zip(names, weights, strict=True)), task):
+                return self._pool(self._run_suffix(inputs, mask), mask)
+
+        parts = []
+        for bucket in texts.buckets:
+            task = None if row_task is None else row_task[bucket.rows]
+            arguments = (bucket.inputs, bucket.mask, task, *tensors)
+            parts.append(checkpoint(run, *arguments, use_reentrant=False) if save_memory else run(*arguments))
+        order = torch.cat([bucket.rows for bucket in texts.buckets])
+        features: Tensor = torch.cat(parts)[torch.argsort(order)]
+        return features
+
+    def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        if self.settings.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weights = mask.to(hidden.dtype)
+            pooled = torch.einsum("nld,nl->nd", hidden, weights) / weights.sum(1, keepdim=True)
+        return nn.functional.normalize(pooled, dim=1)
+
+    def _run_suffix(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        key = "input_ids" if self._prefix is None else "inputs_embeds"
+        with self._autocast():
+            hidden: Tensor = self._suffix(**{key: inputs, "attention_mask": mask}).last_hidden_state
+        return hidden
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _states(self, texts: Sequence[str], remember: bool) -> list[Tensor]:
+        """Return what the suffix takes for each text: states (length, hidden), or ids (length,) without a prefix."""
+        found = {text: self._cache[text] for text in texts if text in self._cache}
+        for text in found:
+            self._cache.move_to_end(text)
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        if missing:
+            ids = self.tokenizer(missing, truncation=True, max_length=self.settings.max_length)["input_ids"]
+            found |= zip(missing, self._run_prefix(ids), strict=True)
+            if remember:
+                for text in missing:
+                    self._remember(text, found[text])
+        return [found[text] for text in texts]
+
+    def _run_prefix(self, ids: list[list[int]]) -> list[Tensor]:
+        if self._prefix is None:
+            return [torch.tensor(row, device=self.device) for row in ids]
+        states: list[Tensor | None] = [None] * len(ids)
+        by_length: dict[int, list[int]] = {}
+        for row, tokens in enumerate(ids):
+            by_length.setdefault(len(tokens), []).append(row)
+        with torch.no_grad(), self._autocast():
+            for rows in by_length.values():
+                for start in range(0, len(rows), self._group):
+                    group = rows[start : start + self._group]
+                    filled = group + group[:1] * (self._group - len(group))
+                    batch = torch.tensor([ids[row] for row in filled], device=self.device)
+                    hidden = self._prefix(input_ids=batch).last_hidden_state
+                    for row, state in zip(group, hidden, strict=False):
+                        states[row] = state.clone()  # a view would keep the whole group in memory
+        return states  # type: ignore[return-value]
+
+    def _remember(self, text: str, state: Tensor) -> None:
+        limit = self.settings.cache_mb * 2**20
+        if limit == 0:
+            return
+        self._cache[text] = state
+        self._cache_bytes += state.nbytes
+        while self._cache_bytes > limit:
+            _, oldest = self._cache.popitem(last=False)
+            self._cache_bytes -= oldest.nbytes
+
+
+class _PassThrough(nn.Module):
+    """Stands in for the embeddings of the suffix: its input already is the hidden state."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Tensor:
+        return inputs_embeds
+
+
+def _layers_name(model: nn.Module) -> str:
+    total = model.config.num_hidden_layers  # type: ignore[union-attr]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return name
+    raise EncoderError(
+        f"{type(model).__name__} has no list of its {total} layers; expected a transformer encoder such as BERT"
+    )
+
+
+def _split(model: nn.Module, layers_name: str, first: int) -> tuple[nn.Module | None, nn.Module]:
+    """Split a transformer below layer ``first`` into (prefix, suffix), or (None, model) where that is not exact.
+
+    Both halves are the model's own class: the prefix with fewer layers, the suffix with its embeddings passed
+    through, so each family's masks and positions are its own code. A probe decides whether the split is exact.
+    """
+    layers: nn.ModuleList = model.get_submodule(layers_name)  # type: ignore[assignment]
+    embeddings = getattr(model, "embeddings", None)
+    if not isinstance(embeddings, nn.Module):
+        return _unsplit(model)
+    # deepcopy with these answers given: all weights that both halves use stay shared
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    prefix = copy.deepcopy(model, {**shared, id(embeddings): embeddings, id(layers): layers[:first]})
+    suffix = copy.deepcopy(model, {**shared, id(embeddings): _PassThrough(), id(layers): layers[first:]})
+    device = next(model.parameters()).device
+    probe = torch.arange(10, 18, device=device).reshape(2, 4) % model.config.vocab_size  # type: ignore[union-attr]
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)
+    with torch.no_grad():
+        whole = model(input_ids=probe, attention_mask=mask).last_hidden_state
+        try:
+            states = prefix(input_ids=probe, attention_mask=mask).last_hidden_state
+            halves = suffix(inputs_embeds=states, attention_mask=mask).last_hidden_state
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            logger.debug("the halves do not run: %s", error)
+            return _unsplit(model)
+    if not torch.allclose(whole[mask.bool()], halves[mask.bool()], rtol=1e-5, atol=1e-6):
+        return _unsplit(model)
+    return prefix, suffix
+
+
+def _unsplit(model: nn.Module) -> tuple[None, nn.Module]:
+    logger.warning(
+        "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower",
+        type(model).__name__,
+    )
+    return None, model
