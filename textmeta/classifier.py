@@ -168,7 +168,7 @@ def _checked_texts(texts: Sequence[str]) -> list[str]:
 def _checked_labels(labels: Iterable[Hashable]) -> list[Any]:
     checked = [label.item() if isinstance(label, np.generic) else label for label in labels]
     for row, label in enumerate(checked):
-        if label is None or label != label:  # noqa: PLR0124 (only NaN differs from itself)
+        if label is None or label != label:
             raise DataError(f"row {row}: the label is missing ({label})")
         try:
             hash(label)

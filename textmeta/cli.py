@@ -55,5 +55,11 @@ def _suggestion(message: str, names: Iterable[str]) -> str:
     groups = re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     unknown += [f"{group}.{name}" for group, name in groups]
     known = list(names)
-    near = {name: difflib.get_close_matches(name, known, 1, 0)[0] for name in unknown if name not in known}
-    return "".join(f"\n  {name!r} is not a setting; the nearest is {match!r}" for name, match in near.items())
+
+    def likeness(given: str, name: str) -> float:
+        # a name inside a list is reported without its prefix
+        ends = (name, name.rpartition(".")[2])
+        return max(difflib.SequenceMatcher(None, given, end).ratio() for end in ends)
+
+    near = {given: max(known, key=lambda name: likeness(given, name)) for given in unknown if given not in known}
+    return "".join(f"\n  {given!r} is not a setting; the nearest is {name!r}" for given, name in near.items())

@@ -3,7 +3,15 @@
 Every message says what was given, what was expected, and where (row, label, file or setting).
 """
 
-__all__ = ["AdapterError", "DataError", "EncoderError", "NotFittedError", "SettingsError", "TextMetaError", "TrainingInterrupted"]
+__all__ = [
+    "AdapterError",
+    "DataError",
+    "EncoderError",
+    "NotFittedError",
+    "SettingsError",
+    "TextMetaError",
+    "TrainingInterrupted",
+]
 
 
 class TextMetaError(Exception):
@@ -30,5 +38,5 @@ class NotFittedError(TextMetaError, ValueError, AttributeError):
     """A classifier was asked for predictions before ``fit``."""
 
 
-class TrainingInterrupted(TextMetaError):
+class TrainingInterrupted(TextMetaError):  # noqa: N818 (no error: somebody asked for it)
     """Training was stopped by a signal; its checkpoint holds everything needed to go on."""

@@ -71,7 +71,9 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     for number, line in enumerate(manifest.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         expected, separator, name = line.partition("  ")
         if not separator or Path(name).name != name or name in ("", ".", ".."):
-            raise AdapterError(f"{manifest}, line {number}: expected a sha256, two spaces and a file name: {line!r:.90}")
+            raise AdapterError(
+                f"{manifest}, line {number}: expected a sha256, two spaces and a file name: {line!r:.90}"
+            )
         path = folder / name
         if not path.is_file() or path.is_symlink():
             raise AdapterError(f"{folder} lacks the file {name}, which its {MANIFEST} lists")

@@ -7,7 +7,7 @@ A fitted classifier adds ``classifier.safetensors`` and ``classifier.json``.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -138,7 +138,9 @@ def save_adapter(
     }
     if fitted is not None:
         factors = {LORA + name: value.detach().cpu().contiguous() for name, value in fitted.factors.items()}
-        files["classifier.safetensors"] = save_tensors({**factors, "weights": fitted.weights.detach().cpu().contiguous()})
+        files["classifier.safetensors"] = save_tensors(
+            {**factors, "weights": fitted.weights.detach().cpu().contiguous()}
+        )
         files["classifier.json"] = _json({"classes": fitted.classes})
     write_folder(Path(folder), files, unlisted=frozenset({CARD}))
 
@@ -200,7 +202,7 @@ def load_adapter(folder: str | Path) -> Adapter:
 
 def _peft_config(encoder: Encoder) -> dict[str, Any]:
     config = {
-        **encoder.peft_config.to_dict(),
+        **encoder.peft_config.to_dict(),  # type: ignore[no-untyped-call]
         "base_model_name_or_path": encoder.settings.model,
         "revision": encoder.settings.revision,
         "task_type": "FEATURE_EXTRACTION",
@@ -241,9 +243,9 @@ def _read_tensors(files: Mapping[str, bytes], folder: Path, name: str) -> dict[s
     return tensors
 
 
-S = TypeVar("S", InnerLoopSettings, LoraSettings, EncoderSettings)
+S = TypeVar("S")
 
 
-def _settings(kind: type[S], fields: Mapping[str, Any]) -> S:
+def _settings(kind: Callable[..., S], fields: Mapping[str, Any]) -> S:
     """Make settings of a JSON object; JSON has no tuples."""
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})

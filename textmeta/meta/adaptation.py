@@ -36,14 +36,17 @@ class InnerLoopSettings:
         adapt: what the steps change: LoRA's B or A factors, the head's offset.
         lora_step_size: step size of the LoRA factors before it is learned; a step moves an entry by about this much.
         offset_step_size: step size of the head's offset, likewise.
-        epsilon: root mean square below which a gradient counts as vanished and its step vanishes with it.
+        lora_epsilon: root mean square of a LoRA factor's gradient at which its step is half of the step size; a
+            smaller gradient, as of a task that is solved already, makes a step in proportion.
+        offset_epsilon: the same for the head's offset.
     """
 
     steps: int = 3
     adapt: tuple[Part, ...] = ("lora_B", "offset")
     lora_step_size: float = 0.01
     offset_step_size: float = 0.003
-    epsilon: float = 1e-5
+    lora_epsilon: float = 1e-3
+    offset_epsilon: float = 1e-2
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -53,7 +56,7 @@ class InnerLoopSettings:
         unknown = [part for part in self.adapt if part not in known]
         if unknown or not self.adapt:
             raise SettingsError(f"inner adapt must name some of {known}, given {self.adapt}")
-        for name in ("lora_step_size", "offset_step_size", "epsilon"):
+        for name in ("lora_step_size", "offset_step_size", "lora_epsilon", "offset_epsilon"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"inner {name} must be positive, given {getattr(self, name)}")
 
@@ -114,9 +117,7 @@ def adapt(
             fast[OFFSET] = offset
         for step in range(inner.steps):
             directions = _directions(encoder, parameters, factors, fast, support, inner, order)
-            fast = {
-                name: value - step_sizes(parameters, name)[step] * directions[name] for name, value in fast.items()
-            }
+            fast = {name: value - step_sizes(parameters, name)[step] * directions[name] for name, value in fast.items()}
         offset = fast.pop(OFFSET, offset)
         factors = factors | fast
     return AdaptedParameters(factors, offset, temperature(parameters))
@@ -164,7 +165,7 @@ def _directions(
         mean_square = (gradient.square().sum(dim=(1, 2)) / entries)[:, None, None]
         # the square root has no derivative at 0, where a masked task's gradient is: keep it off 0
         rms = torch.where(mean_square > 0, mean_square, torch.ones_like(mean_square)).sqrt()
-        directions[name] = gradient / (rms + inner.epsilon)
+        directions[name] = gradient / (rms + (inner.offset_epsilon if name == OFFSET else inner.lora_epsilon))
     return directions
 
 

@@ -74,15 +74,19 @@ def reptile(
     with torch.no_grad():
         loss, accuracy = _query_loss(encoder, parameters, episodes, replace(inner, steps=0), order=1)
         adapted = adapt(encoder, parameters, support_and_query_batch(encoder, episodes), inner)
-    gradient = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    for name, factor in adapted.factors.items():
-        if factor.ndim == 3:  # adapted, task by task
-            gradient[LORA + name] = (parameters[LORA + name] - factor).sum(0)
+        gradient = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        for name, factor in adapted.factors.items():
+            if factor.ndim == 3:  # adapted, task by task
+                gradient[LORA + name] = (parameters[LORA + name] - factor).sum(0)
     return MetaGradient(gradient, loss, accuracy)
 
 
 def _query_loss(
-    encoder: Encoder, parameters: Parameters, episodes: Sequence[Episode], inner: InnerLoopSettings, order: Literal[1, 2]
+    encoder: Encoder,
+    parameters: Parameters,
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    order: Literal[1, 2],
 ) -> tuple[Tensor, Tensor]:
     """Adapt to the support sets; return loss and accuracy of each query set, (T,) both."""
     support, query = support_batch(encoder, episodes), query_batch(encoder, episodes)
@@ -94,7 +98,11 @@ def _query_loss(
 
 
 def _query_gradient(
-    encoder: Encoder, parameters: Parameters, episodes: Sequence[Episode], inner: InnerLoopSettings, order: Literal[1, 2]
+    encoder: Encoder,
+    parameters: Parameters,
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    order: Literal[1, 2],
 ) -> MetaGradient:
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     loss, accuracy = _query_loss(encoder, leaves, episodes, inner, order)

@@ -2,20 +2,94 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from textmeta.errors import AdapterError
+from textmeta.errors import AdapterError, SettingsError
+from textmeta.model.initialisation import Parameters
 
-__all__ = ["read_checkpoint", "write_atomically", "write_checkpoint"]
+__all__ = ["TrainingState", "restore_state", "save_state"]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+@dataclass
+class TrainingState:
+    """Everything that a step of the outer loop changes."""
+
+    parameters: Parameters
+    optimiser: torch.optim.Optimizer
+    step: int = 0
+    best_accuracy: float = -1.0
+    best_step: int = 0
+    best: Parameters = field(default_factory=dict)
+
+
+def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Write a training state as one file, atomically.
+
+    Args:
+        state: to write.
+        path: of the file.
+        fingerprint: settings of the run, JSON-able; only a run with the same ones can go on from the file.
+    """
+    tensors = {f"parameters/{name}": value for name, value in state.parameters.items()}
+    tensors |= {f"best/{name}": value for name, value in state.best.items()}
+    for index, moments in state.optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser/{index}/{key}": value for key, value in moments.items() if value is not None}
+    numbers = {"step": state.step, "best_accuracy": state.best_accuracy, "best_step": state.best_step}
+    content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    _write_atomically(path, save(content, metadata={"state": json.dumps({**numbers, "settings": fingerprint})}))
+
+
+def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Read a training state, in place.
+
+    Raises:
+        SettingsError: if the file belongs to a run with other settings.
+        AdapterError: if it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            saved = json.loads(file.metadata()["state"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"cannot read the checkpoint {path}: {error}") from error
+    if saved["settings"] != fingerprint:
+        differing = list(_differences(saved["settings"], fingerprint))
+        raise SettingsError(
+            f"{path} belongs to a run with other settings ({'; '.join(differing[:5])}); give another output folder, "
+            "or delete this one to start afresh"
+        )
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "parameters":
+            state.parameters[rest].data.copy_(value)
+        elif kind == "best":
+            state.best[rest] = value.to(state.parameters[rest].device)
+        else:
+            index, _, key = rest.partition("/")
+            moments.setdefault(int(index), {})[key] = value
+    groups = state.optimiser.state_dict()["param_groups"]
+    state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+    state.step, state.best_accuracy, state.best_step = saved["step"], saved["best_accuracy"], saved["best_step"]
+
+
+def _differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted(saved.keys() | now.keys()):
+            yield from _differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
+    elif saved != now:
+        yield f"{where}: {saved!r:.60} there, {now!r:.60} now"
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that after a crash at any moment it holds the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
@@ -28,24 +102,3 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(folder)  # so that the new name, too, is on the disk
     finally:
         os.close(folder)
-
-
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON-able state as one file."""
-    content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, save(content, metadata={"state": json.dumps(state)}))
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`write_checkpoint` wrote.
-
-    Raises:
-        AdapterError: if the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            state = json.loads(file.metadata()["state"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"cannot read the checkpoint {path}: {error}") from error
-    return tensors, state

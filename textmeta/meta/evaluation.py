@@ -71,8 +71,8 @@ def score_episodes(
     with torch.no_grad(), tqdm(total=len(episodes), desc=progress, unit="episode", disable=progress is None) as bar:
         for indices, logits in _all_logits(encoder, parameters, episodes, inner):
             for index, task_logits in zip(indices, logits, strict=True):
-                task_logits = task_logits[: len(episodes[index].query_labels), : episodes[index].ways]
-                probabilities[index] = task_logits.double().softmax(-1).cpu().numpy()
+                own = task_logits[: len(episodes[index].query_labels), : episodes[index].ways]
+                probabilities[index] = own.double().softmax(-1).cpu().numpy()
             bar.update(len(indices))
     rows = [_episode_scores(probabilities[i], episode.query_labels) for i, episode in enumerate(episodes)]
     accuracy, macro_f1, nll, confidence, correct = zip(*rows, strict=True)
@@ -145,7 +145,7 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         results: setting to ``{"frozen": summary, "meta_trained": summary, "paired": paired difference}``.
     """
     head = ("", "frozen prototypes", "meta-trained", "difference, paired 95 %", "macro-F1", "NLL", "ECE")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, result in results.items():
         before, after, paired = result["frozen"], result["meta_trained"], result["paired"]
         rows.append(
@@ -200,7 +200,9 @@ def _unadapted_logits(
         yield [index], cosine_logits(query[None], weights, temperature(parameters), mask)
 
 
-def _episode_scores(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float, float, np.ndarray, np.ndarray]:
+def _episode_scores(
+    probabilities: np.ndarray, labels: np.ndarray
+) -> tuple[float, float, float, np.ndarray, np.ndarray]:
     predicted = probabilities.argmax(1)
     correct = predicted == labels
     f1 = f1_score(labels, predicted, average="macro", zero_division=0.0)

@@ -3,13 +3,9 @@
 import json
 import logging
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,8 +17,10 @@ from textmeta.data.episodes import Episode, EpisodeSampler
 from textmeta.errors import SettingsError, TrainingInterrupted
 from textmeta.meta.adaptation import InnerLoopSettings
 from textmeta.meta.algorithms import ALGORITHMS, Algorithm
-from textmeta.meta.checkpoint import read_checkpoint, write_checkpoint
+from textmeta.meta.checkpoint import TrainingState, restore_state, save_state
 from textmeta.meta.evaluation import score_episodes
+from textmeta.meta.interruption import stop_requests
+from textmeta.meta.record import Record
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import LORA, Parameters, initial_parameters
 
@@ -88,18 +86,6 @@ class TrainingResult:
     record: dict[str, Any]
 
 
-@dataclass
-class _State:
-    """Everything that a step changes."""
-
-    parameters: Parameters
-    optimiser: torch.optim.Optimizer
-    step: int = 0
-    best_accuracy: float = -1.0
-    best_step: int = 0
-    best: Parameters = field(default_factory=dict)
-
-
 def train(
     encoder: Encoder,
     train_episodes: EpisodeSampler,
@@ -136,13 +122,13 @@ def train(
     accelerator.wait_for_everyone()
     state = _start(encoder, settings, inner, algorithm)
     if (output / CHECKPOINT).exists():
-        _restore(state, output / CHECKPOINT, fingerprint)
+        restore_state(state, output / CHECKPOINT, fingerprint)
         logger.info("going on from step %d of %s", state.step, output / CHECKPOINT)
 
     validation = valid_episodes.take(settings.validation_episodes)
     with (
-        _stop_requests() as stop_requested,
-        _Record(output / RECORD, state.step, enabled=accelerator.is_main_process) as record,
+        stop_requests() as stop_requested,
+        Record(output / RECORD, state.step, enabled=accelerator.is_main_process) as record,
         tqdm(
             total=settings.steps,
             initial=state.step,
@@ -164,7 +150,7 @@ def train(
             record.write(row)
             due = state.step % settings.checkpoint_every == 0 or state.step == settings.steps
             if (due or stop) and accelerator.is_main_process:
-                _save(state, output / CHECKPOINT, fingerprint)
+                save_state(state, output / CHECKPOINT, fingerprint)
             if stop and state.step < settings.steps:
                 raise TrainingInterrupted(
                     f"stopped after step {state.step} of {settings.steps}; the same command goes on from "
@@ -187,7 +173,7 @@ def _outer_step(
     settings: TrainingSettings,
     inner: InnerLoopSettings,
     algorithm: Algorithm,
-    state: _State,
+    state: TrainingState,
     accelerator: Accelerator,
     stop_requested: bool,
 ) -> tuple[dict[str, float], bool]:
@@ -210,7 +196,7 @@ def _outer_step(
     norm = mean.norm()
     if algorithm.optimiser == "adam":
         mean = mean * (settings.max_gradient_norm / norm.clamp(min=settings.max_gradient_norm))
-    pieces = mean.split([value.numel() for value in state.parameters.values()])
+    pieces = torch.split(mean, [value.numel() for value in state.parameters.values()])
     for value, piece in zip(state.parameters.values(), pieces, strict=True):
         value.grad = piece.view_as(value)
     scale = _schedule(state.step, settings) if algorithm.optimiser == "adam" else 1.0
@@ -230,7 +216,7 @@ def _outer_step(
 
 def _validate(
     encoder: Encoder,
-    state: _State,
+    state: TrainingState,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
     accelerator: Accelerator,
@@ -252,7 +238,9 @@ def _schedule(step: int, settings: TrainingSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
 
 
-def _start(encoder: Encoder, settings: TrainingSettings, inner: InnerLoopSettings, algorithm: Algorithm) -> _State:
+def _start(
+    encoder: Encoder, settings: TrainingSettings, inner: InnerLoopSettings, algorithm: Algorithm
+) -> TrainingState:
     parameters = initial_parameters(
         encoder.factor_shapes,
         steps=inner.steps,
@@ -268,7 +256,7 @@ def _start(encoder: Encoder, settings: TrainingSettings, inner: InnerLoopSetting
     ]
     optimiser: torch.optim.Optimizer
     optimiser = torch.optim.Adam(groups) if algorithm.optimiser == "adam" else torch.optim.SGD(groups)
-    return _State(parameters, optimiser)
+    return TrainingState(parameters, optimiser)
 
 
 def _fingerprint(
@@ -299,90 +287,3 @@ def _fingerprint(
         },
     }
     return json.loads(json.dumps(content))  # type: ignore[no-any-return]
-
-
-def _save(state: _State, path: Path, fingerprint: dict[str, Any]) -> None:
-    tensors = {f"parameters/{name}": value for name, value in state.parameters.items()}
-    tensors |= {f"best/{name}": value for name, value in state.best.items()}
-    for index, moments in state.optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser/{index}/{key}": value for key, value in moments.items() if value is not None}
-    numbers = {"step": state.step, "best_accuracy": state.best_accuracy, "best_step": state.best_step}
-    write_checkpoint(path, tensors, {**numbers, "settings": fingerprint})
-
-
-def _restore(state: _State, path: Path, fingerprint: dict[str, Any]) -> None:
-    tensors, saved = read_checkpoint(path)
-    if saved["settings"] != fingerprint:
-        differing = list(_differences(saved["settings"], fingerprint))
-        raise SettingsError(
-            f"{path} belongs to a run with other settings ({'; '.join(differing[:5])}); give another output folder, "
-            "or delete this one to start afresh"
-        )
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "parameters":
-            state.parameters[rest].data.copy_(value)
-        elif kind == "best":
-            state.best[rest] = value.to(state.parameters[rest].device)
-        else:
-            index, _, key = rest.partition("/")
-            moments.setdefault(int(index), {})[key] = value
-    groups = state.optimiser.state_dict()["param_groups"]
-    state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
-    state.step, state.best_accuracy, state.best_step = saved["step"], saved["best_accuracy"], saved["best_step"]
-
-
-def _differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in sorted(saved.keys() | now.keys()):
-            yield from _differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
-    elif saved != now:
-        yield f"{where}: {saved!r:.60} there, {now!r:.60} now"
-
-
-class _Record:
-    """A JSON Lines file with a row a step; rows after the step that a run goes on from are dropped."""
-
-    def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
-        self._file = None
-        if enabled:
-            kept = []
-            if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> "_Record":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def write(self, row: dict[str, float]) -> None:
-        if self._file:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; a second SIGINT acts at once."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested.is_set  # signals belong to the main thread
-        return
-
-    def request(signum: int, frame: FrameType | None) -> None:
-        if requested.is_set() and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        requested.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requested.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

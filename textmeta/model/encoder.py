@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from textmeta.errors import EncoderError, SettingsError
 from textmeta.model.lora import LoraSettings, inject, lora_config, using_factors
@@ -115,11 +116,12 @@ class Encoder:
         self.peft_config = lora_config(model, layers_name, first, self.lora)
         self.factor_shapes = inject(model, self.peft_config)
         self.hidden_size: int = model.config.hidden_size
-        model.to(self.device)
+        model.to(self.device)  # type: ignore[arg-type]
         self._prefix, self._suffix = _split(model, layers_name, first)
-        # A text's states are computed in batches of one fixed shape: texts of its own length, always this many.
-        # Then its bits do not depend on which texts it came with, nor on whether it was cached.
-        self._group = 4 if self.device.type == "cpu" else 32
+        # A text's states must not depend, to the bit, on which texts it came with, or a resumed run would differ from
+        # an uninterrupted one. Matrix products round differently in batches of different shapes, on a CPU even in
+        # different rows: so there each text goes alone. A GPU is too slow at that: it gets batches of one fixed shape.
+        self._group = 1 if self.device.type == "cpu" else 32
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_bytes = 0
 
@@ -141,9 +143,7 @@ class Encoder:
             buckets.append(Bucket(torch.tensor(rows, device=self.device), inputs, mask))
         return PreparedTexts(tuple(buckets), len(states))
 
-    def features(
-        self, texts: PreparedTexts, factors: Mapping[str, Tensor], row_task: Tensor | None = None
-    ) -> Tensor:
+    def features(self, texts: PreparedTexts, factors: Mapping[str, Tensor], row_task: Tensor | None = None) -> Tensor:
         """Return the adapted features of texts: pooled, of length 1, at least float32.
 
         Args:
@@ -157,7 +157,7 @@ class Encoder:
         names, tensors = list(factors), list(factors.values())
         save_memory = texts.count > CHECKPOINT_ROWS and torch.is_grad_enabled()
 
-        def run(inputs: Tensor, mask: Tensor, task: Tensor | None, *weights: Tensor) -> Tensor:
+        def run(task: Tensor | None, inputs: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
             # set inside, so that a checkpointed forward run again in the backward pass sees the same factors
             with using_factors(dict(zip(names, weights, strict=True)), task):
                 return self._pool(self._run_suffix(inputs, mask), mask)
@@ -165,8 +165,11 @@ class Encoder:
         parts = []
         for bucket in texts.buckets:
             task = None if row_task is None else row_task[bucket.rows]
-            arguments = (bucket.inputs, bucket.mask, task, *tensors)
-            parts.append(checkpoint(run, *arguments, use_reentrant=False) if save_memory else run(*arguments))
+            arguments = (bucket.inputs, bucket.mask, *tensors)
+            if save_memory:
+                parts.append(checkpoint(run, task, *arguments, use_reentrant=False))
+            else:
+                parts.append(run(task, *arguments))
         order = torch.cat([bucket.rows for bucket in texts.buckets])
         features: Tensor = torch.cat(parts)[torch.argsort(order)]
         return features
@@ -235,21 +238,22 @@ class Encoder:
 class _PassThrough(nn.Module):
     """Stands in for the embeddings of the suffix: its input already is the hidden state."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Tensor:
-        return inputs_embeds
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        # families differ in the order and names of the arguments; the states are the one that is floating
+        return next(v for v in (*arguments, *named.values()) if isinstance(v, Tensor) and v.is_floating_point())
 
 
-def _layers_name(model: nn.Module) -> str:
-    total = model.config.num_hidden_layers  # type: ignore[union-attr]
+def _layers_name(model: PreTrainedModel) -> str:
+    total: int = model.config.num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
-            return name
+            return str(name)
     raise EncoderError(
         f"{type(model).__name__} has no list of its {total} layers; expected a transformer encoder such as BERT"
     )
 
 
-def _split(model: nn.Module, layers_name: str, first: int) -> tuple[nn.Module | None, nn.Module]:
+def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Module | None, nn.Module]:
     """Split a transformer below layer ``first`` into (prefix, suffix), or (None, model) where that is not exact.
 
     Both halves are the model's own class: the prefix with fewer layers, the suffix with its embeddings passed
@@ -264,14 +268,14 @@ def _split(model: nn.Module, layers_name: str, first: int) -> tuple[nn.Module | 
     prefix = copy.deepcopy(model, {**shared, id(embeddings): embeddings, id(layers): layers[:first]})
     suffix = copy.deepcopy(model, {**shared, id(embeddings): _PassThrough(), id(layers): layers[first:]})
     device = next(model.parameters()).device
-    probe = torch.arange(10, 18, device=device).reshape(2, 4) % model.config.vocab_size  # type: ignore[union-attr]
+    probe = torch.arange(10, 18, device=device).reshape(2, 4) % model.config.vocab_size
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)
     with torch.no_grad():
         whole = model(input_ids=probe, attention_mask=mask).last_hidden_state
         try:
             states = prefix(input_ids=probe, attention_mask=mask).last_hidden_state
             halves = suffix(inputs_embeds=states, attention_mask=mask).last_hidden_state
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, StopIteration) as error:
             logger.debug("the halves do not run: %s", error)
             return _unsplit(model)
     if not torch.allclose(whole[mask.bool()], halves[mask.bool()], rtol=1e-5, atol=1e-6):

@@ -12,9 +12,9 @@ from torch import Tensor
 from textmeta.model.lora import zero_start
 
 __all__ = [
-    "LORA",
     "LOG_STEP_SIZE",
     "LOG_TEMPERATURE",
+    "LORA",
     "OFFSET",
     "Parameters",
     "initial_parameters",

@@ -46,7 +46,7 @@ class LoraSettings:
 
     layers: int | None = None
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -89,9 +89,7 @@ def lora_config(model: PreTrainedModel, layers_name: str, first_layer: int, sett
             f"no linear layer of this {model.config.model_type} encoder ends in {endings or '(no default known)'}; "
             f"set lora targets to endings of these: {', '.join(sorted(linear)[:12])} …"
         )
-    return LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, bias="none"
-    )
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[int, .
                 name = f"{module_name}.{factor}.weight"
                 weight: nn.Parameter = maps["default"].weight  # type: ignore[assignment]
                 shapes[name] = tuple(weight.shape)
-                maps["default"] = FactorLinear(name, weight.requires_grad_(False))
+                maps["default"] = FactorLinear(name, weight)
     model.requires_grad_(False)
     return shapes
 

@@ -26,11 +26,11 @@ def length_buckets(lengths: Sequence[int], overhead: int, max_rows: int) -> list
     for end in ends:
         longest = lengths[order[end - 1]]
         best[end] = min((cost + (end - start) * longest + overhead, start) for start, (cost, _) in best.items())
-    buckets = []
+    buckets: list[list[int]] = []
     end = len(order)
     while end:
         start = best[end][1]
         rows = order[start:end]
-        buckets += [rows[i : i + max_rows] for i in range(0, len(rows), max_rows)]
+        buckets = [rows[i : i + max_rows] for i in range(0, len(rows), max_rows)] + buckets
         end = start
-    return buckets[::-1]
+    return buckets

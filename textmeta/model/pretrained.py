@@ -35,12 +35,19 @@ def load_pretrained(name: str, revision: str | None = None) -> tuple[PreTrainedM
     source = _resolve(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+        model, report = AutoModel.from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise EncoderError(
             f"cannot load the encoder {name!r} (revision {revision}): {error}. Expected a folder with a transformers "
             "model and its tokenizer, or the id of one on the Hub"
         ) from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise EncoderError(f"the encoder {name!r} lacks weights, which would be random: {', '.join(missing[:5])}")
+    if hasattr(model, "pooler"):
+        model.pooler = None  # its output is not used, and where the checkpoint lacks it its weights are random
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -63,7 +70,9 @@ def _resolve(name: str, revision: str | None) -> str:
     try:
         HfApi().model_info(name, revision=revision, timeout=10)
     except (HfHubHTTPError, HFValidationError) as error:
-        if getattr(getattr(error, "response", None), "status_code", 400) < 500:  # a clear no: loading will say it in the library's own words
+        if (
+            getattr(getattr(error, "response", None), "status_code", 400) < 500
+        ):  # a clear no: loading will say it in the library's own words
             return name
         reason: Exception = error
     except Exception as error:  # the transport's errors belong to whichever HTTP client the Hub library uses

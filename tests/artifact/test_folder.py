@@ -1,0 +1,248 @@
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from textmeta.artifact.folder import MANIFEST, read_folder, write_folder
+from textmeta.errors import AdapterError
+
+OLD = {"a.bin": b"old a", "b.json": b"old b"}
+NEW = {"a.bin": b"new a", "c.json": b"new c"}
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing in the package catches it."""
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, nth: int) -> None:
+    """Let the nth call of a function raise instead."""
+    original = getattr(target, name)
+    calls = 0
+
+    def counted(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            raise Killed
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(target, name, counted)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    assert read_folder(tmp_path / "adapter") == OLD
+    assert names(tmp_path) == {"adapter"}
+
+
+def test_folder_above_is_made(tmp_path: Path) -> None:
+    write_folder(tmp_path / "runs" / "first" / "adapter", OLD)
+    assert read_folder(tmp_path / "runs" / "first" / "adapter") == OLD
+
+
+def test_path_relative_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path("adapter"), OLD)
+    write_folder(Path("adapter"), NEW)
+    assert read_folder(Path("adapter")) == NEW
+
+
+def test_manifest_is_that_of_sha256sum(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", {"b": b"", "a": b"abc"}, unlisted=frozenset({"none"}))
+    assert (tmp_path / "adapter" / MANIFEST).read_text().splitlines() == [
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad  a",
+        "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855  b",
+    ]
+
+
+def test_unlisted_file_may_be_edited_or_removed(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", {**OLD, "README.md": b"card"}, unlisted=frozenset({"README.md"}))
+    (tmp_path / "adapter" / "README.md").write_text("my own words")
+    assert read_folder(tmp_path / "adapter") == OLD
+    (tmp_path / "adapter" / "README.md").unlink()
+    assert read_folder(tmp_path / "adapter") == OLD
+
+
+def test_second_save_replaces_the_files_of_the_first(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    write_folder(tmp_path / "adapter", NEW)
+    assert read_folder(tmp_path / "adapter") == NEW
+    assert names(tmp_path / "adapter") == {"a.bin", "c.json", MANIFEST}
+    assert names(tmp_path) == {"adapter"}
+
+
+def test_other_files_survive_a_save(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    write_folder(folder, OLD)
+    (folder / "results.json").write_text("{}")
+    write_folder(folder, NEW)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "results.json").read_text() == "{}"
+    assert read_folder(folder) == NEW
+
+
+def test_folder_that_holds_folders_is_refused_and_unharmed(tmp_path: Path) -> None:
+    folder = tmp_path / "project"
+    (folder / "src").mkdir(parents=True)
+    (folder / "src" / "code.py").write_text("print()")
+    (folder / "a.bin").write_text("mine")
+    with pytest.raises(AdapterError, match=r"holds other folders \(src\)"):
+        write_folder(folder, NEW)
+    assert names(folder) == {"src", "a.bin"}
+    assert (folder / "a.bin").read_text() == "mine"
+    assert (folder / "src" / "code.py").read_text() == "print()"
+    assert names(tmp_path) == {"project"}
+
+
+def test_file_of_that_name_is_refused_and_unharmed(tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(AdapterError, match="there is a file of that name"):
+        write_folder(tmp_path / "adapter", NEW)
+    assert (tmp_path / "adapter").read_text() == "mine"
+    assert names(tmp_path) == {"adapter"}
+
+
+@pytest.mark.parametrize("name", sorted(OLD))
+def test_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "adapter"
+    write_folder(folder, OLD)
+    content = bytearray(OLD[name])
+    for position in range(len(content)):
+        content[position] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(AdapterError, match=f"{name} is damaged"):
+            read_folder(folder)
+        content[position] ^= 1
+
+
+def test_truncated_file_is_found(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    (tmp_path / "adapter" / "a.bin").write_bytes(OLD["a.bin"][:-1])
+    with pytest.raises(AdapterError, match=r"a\.bin is damaged"):
+        read_folder(tmp_path / "adapter")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    (tmp_path / "adapter" / "b.json").unlink()
+    with pytest.raises(AdapterError, match=r"lacks the file b\.json"):
+        read_folder(tmp_path / "adapter")
+
+
+def test_missing_manifest_is_named_with_what_there_is(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    (tmp_path / "adapter" / MANIFEST).unlink()
+    with pytest.raises(AdapterError, match=rf"no {MANIFEST}; it holds \['a\.bin', 'b\.json'\]"):
+        read_folder(tmp_path / "adapter")
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"no such adapter folder: .*nowhere"):
+        read_folder(tmp_path / "nowhere")
+
+
+def test_file_instead_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_text("mine")
+    with pytest.raises(AdapterError, match=r"no such adapter folder: .*adapter"):
+        read_folder(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hosts", "sub/x", "..", ".", "", "a.bin/"])
+def test_manifest_entry_that_is_no_plain_name_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "adapter"
+    write_folder(folder, OLD)
+    (tmp_path / "x").write_bytes(b"outside")
+    with (folder / MANIFEST).open("a") as manifest:
+        manifest.write(f"{'0' * 64}  {name}\n")
+    with pytest.raises(AdapterError, match=f"{MANIFEST}, line 3"):
+        read_folder(folder)
+
+
+def test_manifest_line_without_a_name_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    (tmp_path / "adapter" / MANIFEST).write_text("nonsense\n")
+    with pytest.raises(AdapterError, match=f"{MANIFEST}, line 1"):
+        read_folder(tmp_path / "adapter")
+
+
+def test_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    (tmp_path / "outside").write_bytes(OLD["a.bin"])
+    (tmp_path / "adapter" / "a.bin").unlink()
+    (tmp_path / "adapter" / "a.bin").symlink_to(tmp_path / "outside")
+    with pytest.raises(AdapterError, match=r"a\.bin"):
+        read_folder(tmp_path / "adapter")
+
+
+def test_save_repairs_a_damaged_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    (tmp_path / "adapter" / MANIFEST).write_text("nonsense\n")
+    write_folder(tmp_path / "adapter", OLD)
+    assert read_folder(tmp_path / "adapter") == OLD
+
+
+CRASHES = [(Path, "rename"), (Path, "open"), (Path, "mkdir"), (os, "fsync"), (os, "link"), (shutil, "rmtree")]
+
+
+@pytest.mark.parametrize(("target", "name"), CRASHES, ids=[name for _, name in CRASHES])
+def test_crash_at_any_step_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str
+) -> None:
+    crashes = 0
+    for nth in range(1, 20):
+        folder = tmp_path / str(nth) / "adapter"
+        write_folder(folder, OLD)
+        (folder / "notes.txt").write_text("mine")
+        with monkeypatch.context() as patch:
+            kill_at(patch, target, name, nth)
+            try:
+                write_folder(folder, NEW)
+                finished = True
+            except Killed:
+                finished = False
+                crashes += 1
+        assert read_folder(folder) in ([NEW] if finished else [OLD, NEW])
+        assert (folder / "notes.txt").read_text() == "mine"
+        # and the next save goes through, and leaves nothing behind
+        write_folder(folder, NEW)
+        assert read_folder(folder) == NEW
+        assert (folder / "notes.txt").read_text() == "mine"
+        assert names(folder.parent) == {"adapter"}
+        if finished:
+            break
+    assert finished
+    assert crashes > 0
+
+
+def test_crash_between_the_renames_is_mended_by_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "adapter"
+    write_folder(folder, OLD)
+    (folder / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patch:
+        kill_at(patch, Path, "rename", 2)
+        with pytest.raises(Killed):
+            write_folder(folder, NEW)
+    assert not folder.exists(), "the crash was to fall between the renames"
+    write_folder(folder, NEW)
+    assert read_folder(folder) == NEW
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_crash_of_the_first_save_leaves_nothing_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "adapter"
+    with monkeypatch.context() as patch:
+        kill_at(patch, Path, "rename", 1)
+        with pytest.raises(Killed):
+            write_folder(folder, NEW)
+    with pytest.raises(AdapterError, match="no such adapter folder"):
+        read_folder(folder)
+    write_folder(folder, NEW)
+    assert read_folder(folder) == NEW

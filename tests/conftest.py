@@ -1,0 +1,93 @@
+"""Shared fixtures: a tiny random encoder with a tokenizer of its own, and a corpus that it can tell apart."""
+
+import itertools
+import os
+from pathlib import Path
+
+# before any library reads them: no test may reach a network
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from textmeta.data.corpus import Corpus
+from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.model.lora import LoraSettings
+
+torch.set_num_threads(1)  # the tiny encoder has no work for two
+
+CLASSES = [f"class{c}" for c in range(12)]
+WORDS = ["".join(letters) for letters in itertools.product("bdfgk", "aeiou", "lmnrst")][:144]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def save_tiny_model(folder: Path, model: torch.nn.Module) -> str:
+    """Save a model with the tiny tokenizer as a folder that transformers loads."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a BERT with 4 layers and random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=160,
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+            initializer_range=0.2,  # large enough for texts to differ
+        )
+        return save_tiny_model(tmp_path_factory.mktemp("tiny-bert"), BertModel(config, add_pooling_layer=False))
+
+
+@pytest.fixture
+def encoder(tiny_model: str) -> Encoder:
+    """A fresh encoder, LoRA of rank 4 on the upper two layers."""
+    return Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4))
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Corpus:
+    """12 classes of 16 texts; a text has two words of its class's twelve among other words, 3 to 14 in all."""
+    rng = np.random.default_rng(0)
+    texts, labels = [], []
+    for number, name in enumerate(CLASSES):
+        own = WORDS[12 * number : 12 * number + 12]
+        for _ in range(16):
+            words = [*rng.choice(own, 2), *rng.choice(WORDS, rng.integers(1, 13))]
+            texts.append(" ".join(rng.permutation(words)))
+            labels.append(name)
+    return Corpus.from_pairs("toy", texts, labels)
+
+
+@pytest.fixture
+def sampler(corpus: Corpus) -> EpisodeSampler:
+    """3-way 3-shot episodes of the toy corpus."""
+    return EpisodeSampler(corpus, EpisodeSettings(3, 3, 4), seed=0)

@@ -1,0 +1,225 @@
+import hashlib
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from textmeta.data.corpus import Corpus
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.errors import DataError, SettingsError
+
+
+def numbered(name: str = "numbered", classes: int = 6, rows: int = 12) -> Corpus:
+    """Texts that tell their class: "name 3 7" is row 7 of class 3."""
+    pairs = [(f"{name} {c} {row}", f"{name} {c}") for row in range(rows) for c in range(classes)]
+    return Corpus.from_pairs(name, [text for text, _ in pairs], [label for _, label in pairs])
+
+
+def content(episode: Episode) -> tuple:
+    return (
+        episode.corpus,
+        episode.class_names,
+        episode.support_texts,
+        tuple(episode.support_labels),
+        episode.query_texts,
+        tuple(episode.query_labels),
+    )
+
+
+def shots_of(episode: Episode) -> list[int]:
+    return np.bincount(episode.support_labels).tolist()
+
+
+def test_episode_has_the_ways_shots_and_queries_asked_for() -> None:
+    for episode in EpisodeSampler(numbered(), EpisodeSettings(4, 3, 2), seed=0).take(20):
+        assert episode.ways == len(set(episode.class_names)) == 4
+        assert len(episode.support_texts) == len(episode.support_labels) == 12
+        assert len(episode.query_texts) == len(episode.query_labels) == 8
+        assert shots_of(episode) == [3] * 4
+        assert np.bincount(episode.query_labels).tolist() == [2] * 4
+        assert episode.support_labels.dtype == episode.query_labels.dtype == np.int64
+
+
+def test_labels_name_the_class_of_their_texts() -> None:
+    for episode in EpisodeSampler(numbered(), EpisodeSettings(4, 3, 2), seed=0).take(20):
+        texts = episode.support_texts + episode.query_texts
+        labels = [*episode.support_labels, *episode.query_labels]
+        assert [text.rpartition(" ")[0] for text in texts] == [episode.class_names[label] for label in labels]
+
+
+def test_no_text_is_drawn_twice_in_an_episode() -> None:
+    # 5 + 7 uses up every row of a class: an overlap could not be missed
+    for episode in EpisodeSampler(numbered(rows=12), EpisodeSettings(4, 5, 7), seed=0).take(20):
+        texts = episode.support_texts + episode.query_texts
+        assert len(set(texts)) == len(texts) == 48
+
+
+def test_episode_is_the_same_whatever_was_drawn_before() -> None:
+    settings = EpisodeSettings((2, 5), (1, 4), (1, 3), unbalanced=True)
+    used = EpisodeSampler(numbered(), settings, seed=5)
+    forward = [content(used[index]) for index in range(10)]
+    assert [content(used[index]) for index in reversed(range(10))] == forward[::-1]
+    assert content(EpisodeSampler(numbered(), settings, seed=5)[9]) == forward[9]
+    assert [content(episode) for episode in used.take(4, start=6)] == forward[6:]
+
+
+def digest() -> str:
+    settings = EpisodeSettings((2, 5), (1, 4), (1, 3), unbalanced=True)
+    episodes = EpisodeSampler([numbered("a"), numbered("b")], settings, seed=7).take(20)
+    return hashlib.sha256(repr([content(episode) for episode in episodes]).encode()).hexdigest()
+
+
+def test_episodes_are_the_same_in_another_process() -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}  # another than this process's: sets have another order
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == digest()
+
+
+def test_seeds_and_indices_give_different_episodes() -> None:
+    settings = EpisodeSettings(3, 2, 2)
+    episodes = [content(EpisodeSampler(numbered(), settings, seed)[i]) for seed in range(10) for i in range(10)]
+    assert len(set(episodes)) == 100
+
+
+def test_next_seed_does_not_shift_the_episodes() -> None:
+    settings = EpisodeSettings(3, 2, 2)
+    first = {content(episode) for episode in EpisodeSampler(numbered(), settings, 0).take(20)}
+    second = {content(episode) for episode in EpisodeSampler(numbered(), settings, 1).take(20)}
+    assert not first & second
+
+
+def test_negative_index_is_an_error(sampler: EpisodeSampler) -> None:
+    with pytest.raises(IndexError, match="-1"):
+        sampler[-1]
+
+
+def test_ranges_cover_both_ends_and_nothing_beyond() -> None:
+    episodes = EpisodeSampler(numbered(), EpisodeSettings((2, 4), (1, 3), (2, 5)), seed=0).take(100)
+    assert {episode.ways for episode in episodes} == {2, 3, 4}
+    assert {shots for episode in episodes for shots in shots_of(episode)} == {1, 2, 3}
+    assert {n for episode in episodes for n in np.bincount(episode.query_labels)} == {2, 3, 4, 5}
+
+
+def test_one_number_of_shots_for_all_classes_unless_unbalanced() -> None:
+    balanced = EpisodeSampler(numbered(), EpisodeSettings(4, (1, 5), 2), seed=0).take(30)
+    assert all(len(set(shots_of(episode))) == 1 for episode in balanced)
+    unbalanced = EpisodeSampler(numbered(), EpisodeSettings(4, (1, 5), 2, unbalanced=True), seed=0).take(30)
+    assert sum(len(set(shots_of(episode))) > 1 for episode in unbalanced) > 20
+    assert {shots for episode in unbalanced for shots in shots_of(episode)} == {1, 2, 3, 4, 5}
+    assert all(np.bincount(episode.query_labels).tolist() == [2] * 4 for episode in unbalanced)
+
+
+def test_at_most_uses_all_classes_where_there_are_fewer() -> None:
+    episodes = EpisodeSampler(numbered(classes=3), EpisodeSettings(5, 2, 2, at_most=True), seed=0).take(5)
+    assert all(sorted(episode.class_names) == ["numbered 0", "numbered 1", "numbered 2"] for episode in episodes)
+
+
+def test_at_most_changes_nothing_where_there_are_enough() -> None:
+    plain = EpisodeSampler(numbered(), EpisodeSettings((2, 5), 2, 2), seed=0).take(10)
+    at_most = EpisodeSampler(numbered(), EpisodeSettings((2, 5), 2, 2, at_most=True), seed=0).take(10)
+    assert [content(episode) for episode in plain] == [content(episode) for episode in at_most]
+
+
+def test_classes_of_an_episode_come_from_one_corpus() -> None:
+    corpora = [numbered("a", classes=5), numbered("b", classes=5), numbered("c", classes=5)]
+    for episode in EpisodeSampler(corpora, EpisodeSettings(3, 2, 2), seed=0).take(50):
+        assert {name.split()[0] for name in episode.class_names} == {episode.corpus}
+
+
+def test_corpora_are_drawn_equally_whatever_their_size() -> None:
+    corpora = [numbered("a", classes=3), numbered("b", classes=30), numbered("c", classes=6, rows=40)]
+    count = Counter(episode.corpus for episode in EpisodeSampler(corpora, EpisodeSettings(3, 1, 1), 0).take(1200))
+    # 400 each expected, with a standard deviation of 16
+    assert set(count) == {"a", "b", "c"}
+    assert all(abs(number - 400) < 65 for number in count.values())
+
+
+def test_classes_and_rows_are_drawn_uniformly() -> None:
+    episodes = EpisodeSampler(numbered(classes=6, rows=12), EpisodeSettings(3, 1, 2), seed=0).take(1200)
+    classes = Counter(name for episode in episodes for name in episode.class_names)
+    # 600 each expected, with a standard deviation of 17
+    assert len(classes) == 6
+    assert all(abs(number - 600) < 70 for number in classes.values())
+    first = Counter(episode.class_names[0] for episode in episodes)
+    # the order of the ways is random too: 200 each expected, with a standard deviation of 13
+    assert all(abs(first[name] - 200) < 55 for name in classes)
+    supports = Counter(text for episode in episodes for text in episode.support_texts)
+    # chi-square of 71 degrees of freedom: below 125 but once in 10 000 draws
+    assert len(supports) == 72
+    assert sum((number - 50) ** 2 / 50 for number in supports.values()) < 125
+
+
+def test_queries_are_shuffled() -> None:
+    episodes = EpisodeSampler(numbered(), EpisodeSettings(5, 1, 5), seed=0).take(20)
+    assert all(episode.query_labels.tolist() != sorted(episode.query_labels.tolist()) for episode in episodes)
+    firsts = {int(episode.query_labels[0]) for episode in episodes}
+    assert len(firsts) > 2
+
+
+def test_too_few_classes_are_an_error_with_both_numbers() -> None:
+    with pytest.raises(DataError, match=r"'numbered' has 3 classes, but 5 ways.*at_most"):
+        EpisodeSampler(numbered(classes=3), EpisodeSettings((2, 5), 2, 2), seed=0)
+
+
+def test_one_class_is_too_few_even_with_at_most() -> None:
+    with pytest.raises(DataError, match="has 1 classes, but 2 ways"):
+        EpisodeSampler(numbered(classes=1), EpisodeSettings(5, 2, 2, at_most=True), seed=0)
+
+
+def test_too_few_rows_are_an_error_with_class_and_numbers() -> None:
+    corpus = Corpus.from_pairs("short", list("abcdefg"), ["x", "x", "x", "x", "y", "y", "y"])
+    with pytest.raises(DataError, match="'short', class 'y' has 3 rows, but 2 shots and 2 queries need 4"):
+        EpisodeSampler(corpus, EpisodeSettings(2, (1, 2), 2), seed=0)
+
+
+def test_each_of_several_corpora_is_checked() -> None:
+    with pytest.raises(DataError, match="'small' has 2 classes"):
+        EpisodeSampler([numbered(), numbered("small", classes=2)], EpisodeSettings(3, 2, 2), seed=0)
+
+
+def test_no_corpus_is_an_error() -> None:
+    with pytest.raises(DataError, match="no corpus"):
+        EpisodeSampler([], EpisodeSettings(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"ways": 1}, "ways"),
+        ({"ways": (5, 2)}, "ways"),
+        ({"shots": 0}, "shots"),
+        ({"shots": (0, 3)}, "shots"),
+        ({"queries": 0}, "queries"),
+        ({"queries": (4, 3)}, "queries"),
+    ],
+)
+def test_bad_range_is_named(settings: dict, name: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name} must be a number or a pair low <= high"):
+        EpisodeSettings(**settings)
+
+
+def test_global_random_states_are_not_touched() -> None:
+    def states() -> tuple:
+        legacy = np.random.get_state()  # noqa: NPY002 (the global state is what must stay as it was)
+        return random.getstate(), legacy[1].tobytes(), legacy[2], torch.get_rng_state().numpy().tobytes()
+
+    before = states()
+    EpisodeSampler(numbered(), EpisodeSettings(), seed=0).take(5)
+    assert states() == before
+
+
+def test_global_random_states_do_not_matter() -> None:
+    sampler = EpisodeSampler(numbered(), EpisodeSettings(), seed=0)
+    first = content(sampler[3])
+    np.random.rand()  # noqa: NPY002
+    assert content(sampler[3]) == first
+
+
+if __name__ == "__main__":
+    print(digest())

@@ -1,0 +1,178 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.errors import SettingsError
+from textmeta.meta.adaptation import InnerLoopSettings, adapt, query_logits, task_weights
+from textmeta.meta.tasks import query_batch, support_batch
+from textmeta.model.encoder import Encoder
+from textmeta.model.heads import class_weights
+from textmeta.model.initialisation import (
+    LOG_STEP_SIZE,
+    LORA,
+    OFFSET,
+    Parameters,
+    initial_parameters,
+    lora_factors,
+    temperature,
+)
+
+INNER = InnerLoopSettings(steps=2, lora_step_size=0.05, offset_step_size=0.02, lora_epsilon=1e-4, offset_epsilon=1e-3)
+
+
+def moved_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
+    """A start with B away from 0, so that A and B both count, and a step size of its own for each step."""
+    start = initial_parameters(
+        encoder.factor_shapes,
+        steps=inner.steps,
+        lora_step_size=inner.lora_step_size,
+        offset_step_size=inner.offset_step_size,
+    )
+    generator = torch.Generator().manual_seed(1)
+    for name, value in start.items():
+        if name.startswith((LORA, LOG_STEP_SIZE)):
+            value.add_(0.2 * torch.randn(value.shape, generator=generator))
+    return start
+
+
+def support_loss(
+    encoder: Encoder, parameters: Parameters, factors: dict[str, Tensor], offset: Tensor, e: Episode
+) -> Tensor:
+    """The leave-one-out loss of one task, example by example: another way to the same number."""
+    features = encoder.features(encoder.prepare(e.support_texts), factors)
+    labels = torch.as_tensor(e.support_labels)
+    losses = []
+    for i in range(len(labels)):
+        keep = torch.arange(len(labels)) != i
+        if (labels[keep] != labels[i]).all():
+            continue
+        whole = class_weights(features[None], labels[None], offset[None])[0]
+        rest = class_weights(features[keep][None], labels[keep][None], offset[None])[0]
+        weights = torch.where((torch.arange(e.ways) == labels[i])[:, None], rest, whole)
+        logits = temperature(parameters) * features[i] @ torch.nn.functional.normalize(weights, dim=1).T
+        losses.append(cross_entropy(logits, labels[i]))
+    return torch.stack(losses).mean()
+
+
+def steps_by_hand(encoder: Encoder, parameters: Parameters, e: Episode, inner: InnerLoopSettings) -> dict[str, Tensor]:
+    """θ_{j+1} = θ_j - α_j g / (rms(g) + ε), one task, one tensor after another."""
+    factors = lora_factors(parameters)
+    offset = torch.zeros(e.ways, encoder.hidden_size)
+    fast = {name: value for name, value in factors.items() if "lora_B" in name} | {OFFSET: offset}
+    for step in range(inner.steps):
+        fast = {name: value.clone().requires_grad_() for name, value in fast.items()}
+        used = factors | {name: value for name, value in fast.items() if name != OFFSET}
+        loss = support_loss(encoder, parameters, used, fast[OFFSET], e)
+        gradients = torch.autograd.grad(loss, list(fast.values()))
+        for (name, value), gradient in zip(list(fast.items()), gradients, strict=True):
+            group, epsilon = (OFFSET, inner.offset_epsilon) if name == OFFSET else ("lora", inner.lora_epsilon)
+            size = parameters[LOG_STEP_SIZE + group][step].exp()
+            fast[name] = (value - size * gradient / (gradient.square().mean().sqrt() + epsilon)).detach()
+    return fast
+
+
+def adapted_tensors(
+    encoder: Encoder, parameters: Parameters, episodes: list[Episode], inner: InnerLoopSettings
+) -> dict[str, Tensor]:
+    adapted = adapt(encoder, parameters, support_batch(encoder, episodes), inner)
+    return {**{n: v for n, v in adapted.factors.items() if v.ndim == 3}, OFFSET: adapted.offset}
+
+
+def test_steps_are_the_formula(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    parameters = moved_parameters(encoder)
+    found = adapted_tensors(encoder, parameters, [sampler[0]], INNER)
+    expected = steps_by_hand(encoder, parameters, sampler[0], INNER)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name][0], value, rtol=1e-3, atol=1e-5)
+        start = 0 if name == OFFSET else parameters[LORA + name]
+        assert (value - start).abs().max() > 1e-3  # the steps went somewhere
+
+
+def test_tasks_together_are_the_tasks_alone(encoder: Encoder, corpus: object) -> None:
+    """Different ways, shots and lengths in one batch: padding must not leak into any task."""
+    settings = EpisodeSettings(ways=(2, 6), shots=(1, 5), queries=3, unbalanced=True)
+    episodes = EpisodeSampler(corpus, settings, seed=3).take(5)  # type: ignore[arg-type]
+    assert len({e.ways for e in episodes}) > 1
+    parameters = moved_parameters(encoder)
+    together = adapted_tensors(encoder, parameters, episodes, INNER)
+    for number, e in enumerate(episodes):
+        alone = adapted_tensors(encoder, parameters, [e], INNER)
+        for name, value in alone.items():
+            found = together[name][number, : e.ways] if name == OFFSET else together[name][number]
+            torch.testing.assert_close(found, value[0].expand_as(found), rtol=1e-3, atol=1e-5)
+
+
+def test_examples_alone_in_their_class_leave_the_start_as_it_is(encoder: Encoder, corpus: object) -> None:
+    one_shot = EpisodeSampler(corpus, EpisodeSettings(4, 1, 2), seed=0).take(2)  # type: ignore[arg-type]
+    many_shot = EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(1)  # type: ignore[arg-type]
+    parameters = moved_parameters(encoder)
+    adapted = adapt(encoder, parameters, support_batch(encoder, one_shot), INNER)
+    assert all(factor.ndim == 2 for factor in adapted.factors.values())  # not even a forward was needed
+    mixed = adapted_tensors(encoder, parameters, [*one_shot, *many_shot], INNER)
+    for name, value in mixed.items():
+        start = torch.zeros_like(value[0]) if name == OFFSET else parameters[LORA + name]
+        assert torch.equal(value[0], start)
+        assert torch.equal(value[1], start)
+        assert not torch.equal(value[2], start)
+
+
+def test_a_solved_task_makes_a_small_step(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    parameters = moved_parameters(encoder)
+    large_epsilon = replace(INNER, lora_epsilon=1e3, offset_epsilon=1e3)
+    moved = adapted_tensors(encoder, parameters, [sampler[0]], large_epsilon)
+    assert moved[OFFSET].abs().max() < 1e-4
+
+
+def test_adaptation_lowers_the_support_loss(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    inner = replace(INNER, steps=8)
+    parameters = moved_parameters(encoder, inner)
+    for e in sampler.take(3):
+        adapted = adapt(encoder, parameters, support_batch(encoder, [e]), inner)
+        factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
+        before = support_loss(encoder, parameters, lora_factors(parameters), torch.zeros(e.ways, 32), e)
+        after = support_loss(encoder, parameters, factors, adapted.offset[0], e)
+        assert after < 0.8 * before
+
+
+def test_what_is_not_to_be_adapted_stays(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    parameters = moved_parameters(encoder)
+    for part, parts in {"offset": ("offset",), "lora_A": ("lora_A",), "lora_B": ("lora_B",)}.items():
+        adapted = adapt(encoder, parameters, support_batch(encoder, [sampler[0]]), replace(INNER, adapt=parts))
+        moved = {n.split(".")[-2] for n, v in adapted.factors.items() if v.ndim == 3}
+        assert moved == ({part} if part != OFFSET else set())
+        assert bool(adapted.offset.any()) == (part == OFFSET)
+
+
+def test_the_order_of_examples_does_not_matter(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    e = sampler[0]
+    turned = replace(e, support_texts=e.support_texts[::-1], support_labels=e.support_labels[::-1].copy())
+    parameters = moved_parameters(encoder)
+    one, two = (adapted_tensors(encoder, parameters, [episode], INNER) for episode in (e, turned))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_query_logits_are_cosines_to_the_task_weights(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    e = sampler[0]
+    parameters = moved_parameters(encoder)
+    support, query = support_batch(encoder, [e]), query_batch(encoder, [e])
+    adapted = adapt(encoder, parameters, support, INNER)
+    weights = task_weights(encoder, adapted, support)
+    logits = query_logits(encoder, adapted, weights, query)
+    factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
+    features = encoder.features(encoder.prepare(e.query_texts), factors)
+    expected = temperature(parameters) * features @ torch.nn.functional.normalize(weights[0], dim=1).T
+    torch.testing.assert_close(logits[0], expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": -1}, {"adapt": ("lora_C",)}, {"adapt": ()}, {"lora_step_size": 0.0}, {"offset_epsilon": -1.0}]
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        InnerLoopSettings(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,511 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from textmeta import FewShotClassifier
+from textmeta.data.corpus import Corpus
+from textmeta.errors import AdapterError, DataError, NotFittedError
+from textmeta.meta.adaptation import InnerLoopSettings
+from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.model.initialisation import Parameters, initial_parameters
+from textmeta.model.lora import LoraSettings
+
+INNER = InnerLoopSettings(steps=3)
+TEXTS = ["bal bel", "fim fon gur dal kes", "bal", "kut kut dal fim bel bol bun bam ban"]
+SUPPORT = ["bal bel bil", "bam ben", "fim fon", "fal fel fil fol", "kut kon", "kel kas kim"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small take many times as long on several threads when the machine has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Corpus:
+    """5 classes of 24 texts, each of words from its class's own three: random weights are enough to tell them apart."""
+    rng = np.random.default_rng(0)
+    own = {letter: [letter + ending for ending in ("al", "er", "os")] for letter in "bdfgk"}
+    labels = [letter for letter in own for _ in range(24)]
+    texts = [" ".join(rng.choice(own[label], rng.integers(3, 9))) for label in labels]
+    return Corpus.from_pairs("plain", texts, labels)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_model: str) -> Encoder:
+    return Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4))
+
+
+@pytest.fixture(scope="module")
+def parameters(encoder: Encoder) -> Parameters:
+    """An initialisation with B other than zero, as after meta-training."""
+    start = initial_parameters(encoder.factor_shapes, steps=INNER.steps, lora_step_size=0.01, offset_step_size=0.003)
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator) if ".lora_B." in name else value
+        for name, value in start.items()
+    }
+
+
+@pytest.fixture
+def classifier(encoder: Encoder, parameters: Parameters) -> FewShotClassifier:
+    return FewShotClassifier(encoder, parameters, INNER, {"episodes": 0})
+
+
+@pytest.fixture
+def fitted(classifier: FewShotClassifier) -> FewShotClassifier:
+    return classifier.fit(SUPPORT, list("bbffkk"))
+
+
+def task(corpus: Corpus, names: list[str], shots: int) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Return support texts and labels, and the other texts of the classes with theirs."""
+    support, query = [], []
+    for name in names:
+        rows = corpus.rows_of(corpus.class_names.index(name)).tolist()
+        support += [(corpus.texts[row], name) for row in rows[:shots]]
+        query += [(corpus.texts[row], name) for row in rows[shots:]]
+    return [t for t, _ in support], [n for _, n in support], [t for t, _ in query], [n for _, n in query]
+
+
+@pytest.mark.parametrize(("shots", "least"), [(1, 0.5), (8, 0.7)])
+def test_accuracy_is_clearly_above_chance(
+    classifier: FewShotClassifier, plain: Corpus, shots: int, least: float
+) -> None:
+    # 5 classes: chance is 0.2
+    texts, labels, queries, true = task(plain, list(plain.class_names), shots)
+    assert classifier.fit(texts, labels).score(queries, true) > least
+
+
+def test_fit_returns_the_classifier(classifier: FewShotClassifier) -> None:
+    assert classifier.fit(["bal", "fim"], ["b", "f"]) is classifier
+
+
+def test_probabilities_sum_to_one(fitted: FewShotClassifier) -> None:
+    probabilities = fitted.predict_proba(TEXTS)
+    assert probabilities.shape == (4, 3)
+    assert probabilities.dtype == np.float64
+    assert (probabilities > 0).all()
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-12)
+
+
+def test_columns_are_in_the_order_of_classes(classifier: FewShotClassifier) -> None:
+    classifier.fit(["kut kon", "bal bel bil", "fim fon"], ["k", "b", "f"])
+    assert classifier.classes_.tolist() == ["b", "f", "k"]
+    # each support text is its own class's prototype
+    assert classifier.predict_proba(["bal bel bil", "fim fon", "kut kon"]).argmax(1).tolist() == [0, 1, 2]
+    assert classifier.predict(["bal bel bil", "fim fon", "kut kon"]).tolist() == ["b", "f", "k"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (["b", "f", "k"], "U"),
+        ([3, 1, 2], "i"),
+        ([0.5, -1.5, 2.0], "f"),
+        ([("b", 1), ("f", 2), ("k", 3)], "O"),
+        ([("b",), ("f", 2), ("k", 3)], "O"),
+        (["b", 1, ("k", None)], "O"),
+        ([1, "1", 2.5], "O"),
+        ([frozenset("b"), frozenset("f"), frozenset("k")], "O"),
+    ],
+    ids=["str", "int", "float", "tuple", "tuples of different length", "mixed", "int and str", "sets"],
+)
+def test_labels_come_back_as_they_went_in(classifier: FewShotClassifier, labels: list, kind: str) -> None:
+    texts = ["bal bel bil", "fim fon", "kut kon"]
+    classifier.fit(texts, labels)
+    predicted = classifier.predict(texts)
+    assert predicted.shape == (3,)
+    assert predicted.tolist() == labels
+    assert [type(label) for label in predicted.tolist()] == [type(label) for label in labels]
+    assert classifier.classes_.dtype.kind == kind
+    assert classifier.classes_.shape == (3,)
+    assert set(classifier.classes_.tolist()) == set(labels)
+    assert classifier.score(texts, labels) == 1.0
+
+
+def test_truth_values_come_back_as_they_went_in(classifier: FewShotClassifier) -> None:
+    classifier.fit(["bal bel bil", "fim fon"], [True, False])
+    assert classifier.classes_.dtype == np.bool_
+    assert classifier.predict(["bal bel bil", "fim fon"]).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (np.array([3, 1, 2]), "i"),
+        (np.array([3, 1, 2], dtype=np.uint8), "i"),
+        (np.array(["k", "b", "f"]), "U"),
+        ([np.int64(3), np.int64(1), 2], "i"),
+    ],
+    ids=["int64", "uint8", "str", "list of scalars"],
+)
+def test_numpy_labels(classifier: FewShotClassifier, labels: Any, kind: str) -> None:
+    texts = ["bal bel bil", "fim fon", "kut kon"]
+    predicted = classifier.fit(texts, labels).predict(texts)
+    assert predicted.tolist() == list(labels)
+    assert predicted.dtype.kind == kind
+    assert classifier.score(texts, labels) == 1.0
+
+
+def test_labels_in_a_tensor_are_numbers(classifier: FewShotClassifier) -> None:
+    # a tensor's items are hashable, by identity: each would be a class of its own
+    classifier.fit(SUPPORT, torch.tensor([3, 3, 1, 1, 2, 2]))
+    assert classifier.classes_.tolist() == [1, 2, 3]
+
+
+def test_labels_of_a_series(classifier: FewShotClassifier) -> None:
+    labels = pd.Series(list("bbffkk"), index=range(10, 16), dtype="category")
+    assert classifier.fit(pd.Series(SUPPORT), labels).classes_.tolist() == ["b", "f", "k"]
+
+
+@pytest.mark.parametrize("labels", [[2**70, 1], [2**63, -1], [2**63 + 1, 1]])
+def test_integer_too_large_for_numpy_comes_back(classifier: FewShotClassifier, labels: list[int]) -> None:
+    predicted = classifier.fit(["bal bel bil", "fim fon"], labels).predict(["bal bel bil", "fim fon"])
+    assert repr(predicted.tolist()) == repr(labels)  # 2.0**63 would be equal to 2**63
+
+
+def test_string_label_with_a_trailing_null_comes_back(classifier: FewShotClassifier) -> None:
+    # NumPy's own strings lose it
+    labels = ["a\0", "a"]
+    assert classifier.fit(["bal bel bil", "fim fon"], labels).predict(["bal bel bil", "fim fon"]).tolist() == labels
+
+
+def test_classes_are_in_the_order_given_where_they_cannot_be_sorted(classifier: FewShotClassifier) -> None:
+    classifier.fit(["bal bel bil", "fim fon", "kut kon", "bal"], ["z", 1, ("a",), "z"])
+    assert classifier.classes_.tolist() == ["z", 1, ("a",)]
+
+
+def test_texts_may_be_any_sequence(fitted: FewShotClassifier) -> None:
+    expected = fitted.predict_proba(TEXTS)
+    np.testing.assert_array_equal(fitted.predict_proba(tuple(TEXTS)), expected)
+    np.testing.assert_array_equal(fitted.predict_proba(np.array(TEXTS)), expected)
+
+
+def test_answer_does_not_depend_on_the_other_texts(fitted: FewShotClassifier, corpus: Corpus) -> None:
+    others = list(corpus.texts[:60])
+    alone = np.concatenate([fitted.predict_proba([text]) for text in TEXTS])
+    np.testing.assert_allclose(fitted.predict_proba(TEXTS), alone, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(fitted.predict_proba([*others, *TEXTS])[60:], alone, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(fitted.predict_proba(TEXTS[::-1])[::-1], alone, rtol=0, atol=1e-6)
+
+
+def test_answers_beyond_one_pass_are_in_order(
+    fitted: FewShotClassifier, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = list(corpus.texts[:20])
+    expected = fitted.predict_proba(texts)
+    monkeypatch.setattr("textmeta.classifier.CHUNK", 7)
+    np.testing.assert_allclose(fitted.predict_proba(texts), expected, rtol=0, atol=1e-6)
+
+
+def test_answer_does_not_depend_on_the_order_of_the_examples(classifier: FewShotClassifier, corpus: Corpus) -> None:
+    names = ["class0", "class1", "class2"]
+    texts, labels, queries, _ = task(corpus, names, 4)
+    expected = classifier.fit(texts, labels).predict_proba(queries)
+    order = np.random.default_rng(0).permutation(len(texts))
+    classifier.fit([texts[i] for i in order], [labels[i] for i in order])
+    assert classifier.classes_.tolist() == names
+    np.testing.assert_allclose(classifier.predict_proba(queries), expected, rtol=0, atol=1e-4)
+
+
+def test_answer_does_not_depend_on_the_names_of_the_classes(classifier: FewShotClassifier, corpus: Corpus) -> None:
+    texts, labels, queries, _ = task(corpus, ["class0", "class1", "class2"], 4)
+    expected = classifier.fit(texts, labels).predict_proba(queries)
+    renamed = {"class0": "z", "class1": "y", "class2": "x"}
+    classifier.fit(texts, [renamed[label] for label in labels])
+    assert classifier.classes_.tolist() == ["x", "y", "z"]
+    np.testing.assert_allclose(classifier.predict_proba(queries)[:, ::-1], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "bal " * 500, "…", "\0", "é" * 2000], ids=range(6))
+def test_any_string_can_be_predicted(fitted: FewShotClassifier, text: str) -> None:
+    probabilities = fitted.predict_proba(["bal bel", text])
+    assert np.isfinite(probabilities).all()
+    np.testing.assert_allclose(probabilities[0], fitted.predict_proba(["bal bel"])[0], rtol=0, atol=1e-6)
+
+
+def test_text_is_cut_at_the_longest_length(fitted: FewShotClassifier) -> None:
+    # 32 tokens with [CLS] and [SEP]
+    words = ["bal", "fim"] * 15
+    np.testing.assert_array_equal(
+        fitted.predict_proba([" ".join(words)]), fitted.predict_proba([" ".join([*words, "kut", "kon"])])
+    )
+
+
+def test_no_texts_give_empty_arrays(fitted: FewShotClassifier) -> None:
+    assert fitted.predict_proba([]).shape == (0, 3)
+    assert fitted.predict_proba([]).dtype == np.float64
+    assert fitted.predict([]).shape == (0,)
+    assert fitted.predict([]).dtype == fitted.classes_.dtype
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda classifier: classifier.predict(["bal"]),
+        lambda classifier: classifier.predict_proba(["bal"]),
+        lambda classifier: classifier.predict([]),
+        lambda classifier: classifier.score(["bal"], ["b"]),
+    ],
+    ids=["predict", "predict_proba", "predict nothing", "score"],
+)
+def test_not_fitted(classifier: FewShotClassifier, call: Callable[[FewShotClassifier], object]) -> None:
+    with pytest.raises(NotFittedError, match="call fit"):
+        call(classifier)
+
+
+def test_classes_are_not_there_before_fit(classifier: FewShotClassifier) -> None:
+    assert not hasattr(classifier, "classes_")
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        ("bal", ["b"], "given one string"),
+        (["bal", None], ["b", "f"], "row 1: expected a text, given NoneType"),
+        (["bal", 7], ["b", "f"], "row 1: expected a text, given int 7"),
+        (["bal", b"fim"], ["b", "f"], "row 1: expected a text, given bytes"),
+        (["bal", ""], ["b", "f"], "row 1: the text is empty"),
+        ([" \n", "bal"], ["b", "f"], "row 0: the text is empty"),
+        (["bal", "fim"], ["b", None], "row 1: the label is missing"),
+        (["bal", "fim"], [float("nan"), "b"], "row 0: the label is missing"),
+        (["bal", "fim"], np.array([1.0, np.nan]), "row 1: the label is missing"),
+        (["bal", "fim"], ["b", pd.NA], "row 1: the label is missing"),
+        (["bal", "fim"], ["b", pd.NaT], "row 1: the label is missing"),
+        (["bal", "fim"], ["b", ["f"]], "row 1: label .* of type list is not hashable"),
+        (["bal", "fim"], ["b", {}], "row 1: label .* of type dict is not hashable"),
+        (["bal", "fim"], ["b", ("f", [])], "row 1: label .* of type tuple is not hashable"),
+        (["bal", "fim"], ["b", np.array([1, 2])], "row 1: label .* of type ndarray is not hashable"),
+        (["bal", "fim"], np.eye(2), "row 0: label .* of type ndarray is not hashable"),
+        (["bal", "fim"], ["b"], "2 texts but 1 labels"),
+        (["bal", "fim"], ["b", "f", "f"], "2 texts but 3 labels"),
+        (["bal", "fim"], ["b", "b"], "at least 2 classes, found 1"),
+        (["bal", "fim"], [1, True], "at least 2 classes, found 1"),
+        ([], [], "at least 2 classes, found 0"),
+    ],
+)
+def test_unusable_examples_are_named(classifier: FewShotClassifier, texts: Any, labels: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        classifier.fit(texts, labels)
+
+
+@pytest.mark.parametrize("texts", ["bal", ["bal", None], ["bal", 7]], ids=["string", "None", "number"])
+def test_unusable_texts_to_predict_are_named(fitted: FewShotClassifier, texts: Any) -> None:
+    with pytest.raises(DataError, match="one string" if isinstance(texts, str) else "row 1"):
+        fitted.predict(texts)
+
+
+def test_text_with_half_a_character_is_named(fitted: FewShotClassifier) -> None:
+    # half of a surrogate pair, as JSON that was cut inside an emoji holds it; tokenizers cannot take it
+    with pytest.raises(DataError, match="row 1"):
+        fitted.predict(["bal", "fim \ud83d"])
+    with pytest.raises(DataError, match="row 1"):
+        fitted.fit(["bal", "fim \ud83d"], ["b", "f"])
+
+
+def test_failed_fit_leaves_the_last_one(fitted: FewShotClassifier) -> None:
+    expected = fitted.predict_proba(TEXTS)
+    with pytest.raises(DataError):
+        fitted.fit(["bal", "fim"], ["x", "x"])
+    np.testing.assert_array_equal(fitted.predict_proba(TEXTS), expected)
+    assert fitted.classes_.tolist() == ["b", "f", "k"]
+
+
+def test_second_fit_does_not_depend_on_the_first(
+    fitted: FewShotClassifier, encoder: Encoder, parameters: Parameters
+) -> None:
+    fresh = FewShotClassifier(encoder, parameters, INNER).fit(SUPPORT[2:], list("ffkk"))
+    fitted.fit(SUPPORT[2:], list("ffkk"))
+    np.testing.assert_array_equal(fitted.predict_proba(TEXTS), fresh.predict_proba(TEXTS))
+    assert fitted.classes_.tolist() == ["f", "k"]
+
+
+def test_fit_does_not_change_the_initialisation(encoder: Encoder, parameters: Parameters) -> None:
+    before = {name: value.clone() for name, value in parameters.items()}
+    classifier = FewShotClassifier(encoder, parameters, INNER).fit(SUPPORT, list("bbffkk"))
+    assert all(torch.equal(parameters[name], value) for name, value in before.items())
+    assert all(torch.equal(classifier._parameters[name], value) for name, value in before.items())
+    assert not any(value.requires_grad for value in parameters.values())
+
+
+def test_fit_adapts(fitted: FewShotClassifier, encoder: Encoder, parameters: Parameters) -> None:
+    unadapted = FewShotClassifier(encoder, parameters, InnerLoopSettings(steps=0)).fit(SUPPORT, list("bbffkk"))
+    assert not np.allclose(fitted.predict_proba(TEXTS), unadapted.predict_proba(TEXTS), atol=1e-4)
+
+
+def test_one_example_of_each_class(classifier: FewShotClassifier) -> None:
+    texts = ["bal bel bil", "fim fon", "kut kon"]
+    assert classifier.fit(texts, ["b", "f", "k"]).predict(texts).tolist() == ["b", "f", "k"]
+    assert np.isfinite(classifier.predict_proba(TEXTS)).all()
+
+
+def test_classes_of_different_size(classifier: FewShotClassifier) -> None:
+    classifier.fit([*SUPPORT[:4], "kut kon"], ["b", "b", "b", "b", "k"])
+    assert classifier.predict(["kut kon"]).tolist() == ["k"]
+    assert np.isfinite(classifier.predict_proba(TEXTS)).all()
+
+
+def test_same_text_twice_and_in_two_classes(classifier: FewShotClassifier) -> None:
+    classifier.fit(["bal", "bal", "bal", "fim"], ["b", "b", "f", "f"])
+    assert np.isfinite(classifier.predict_proba(TEXTS)).all()
+
+
+def test_many_classes(classifier: FewShotClassifier, corpus: Corpus) -> None:
+    texts = list(corpus.texts[:50])
+    classifier.fit(texts, range(50))
+    assert classifier.predict_proba(texts[:3]).shape == (3, 50)
+    assert classifier.predict(texts).tolist() == list(range(50))
+
+
+def test_score_is_the_share_that_is_right(fitted: FewShotClassifier) -> None:
+    texts = ["bal bel bil", "fim fon", "kut kon", "kel kas kim"]
+    predicted = fitted.predict(texts).tolist()
+    assert fitted.score(texts, predicted) == 1.0
+    assert fitted.score(texts, [*predicted[:3], "other"]) == 0.75
+    assert fitted.score(texts, ["other"] * 4) == 0.0
+    assert isinstance(fitted.score(texts, predicted), float)
+
+
+def test_score_compares_tuples_whole(classifier: FewShotClassifier) -> None:
+    classifier.fit(["bal bel bil", "fim fon"], [("b", 1), ("f", 2)])
+    assert classifier.score(["bal bel bil", "fim fon"], [("b", 1), ("f", 3)]) == 0.5
+
+
+@pytest.mark.parametrize(("texts", "labels"), [(["bal"], ["b", "f"]), ([], [])], ids=["lengths", "nothing"])
+def test_score_of_unequal_lengths_or_nothing_is_an_error(
+    fitted: FewShotClassifier, texts: list[str], labels: list[str]
+) -> None:
+    with pytest.raises(DataError, match=f"{len(texts)} texts but {len(labels)} labels"):
+        fitted.score(texts, labels)
+
+
+def test_saved_classifier_gives_the_same_answers(fitted: FewShotClassifier, tmp_path: Path) -> None:
+    fitted.save_pretrained(tmp_path / "adapter")
+    loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
+    np.testing.assert_array_equal(loaded.predict_proba(TEXTS), fitted.predict_proba(TEXTS))
+    assert loaded.classes_.tolist() == fitted.classes_.tolist()
+    # and it can be fitted again, from the same initialisation
+    loaded.fit(SUPPORT[2:], list("ffkk"))
+    fitted.fit(SUPPORT[2:], list("ffkk"))
+    np.testing.assert_array_equal(loaded.predict_proba(TEXTS), fitted.predict_proba(TEXTS))
+
+
+def test_saved_classifier_gives_the_same_answers_in_another_process(fitted: FewShotClassifier, tmp_path: Path) -> None:
+    fitted.save_pretrained(tmp_path / "adapter")
+    command = [sys.executable, __file__, str(tmp_path / "adapter")]
+    # as many threads as here: sums are split over threads, and round differently with another number
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    # JSON holds the shortest digits that give the same number back
+    np.testing.assert_array_equal(np.array(json.loads(done.stdout.splitlines()[-1])), fitted.predict_proba(TEXTS))
+
+
+def test_classifier_that_is_not_fitted_can_be_saved(
+    classifier: FewShotClassifier, fitted: FewShotClassifier, encoder: Encoder, parameters: Parameters, tmp_path: Path
+) -> None:
+    FewShotClassifier(encoder, parameters, INNER).save_pretrained(tmp_path / "adapter")
+    loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(NotFittedError):
+        loaded.predict(["bal"])
+    loaded.fit(SUPPORT, list("bbffkk"))
+    np.testing.assert_array_equal(loaded.predict_proba(TEXTS), fitted.predict_proba(TEXTS))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["b", "f"],
+        [2, 1],
+        [True, False],
+        [0.1, 1e300],
+        [("b", (1, True)), ("f", 2.5)],
+        ["b", 1],
+        [1, 2.5],
+        [True, "True"],
+        [(), ("b",)],
+        ["ünï\0\n", "\u2028"],
+        [float("inf"), 1.0],
+    ],
+    ids=["str", "int", "bool", "float", "nested", "mixed", "int, float", "bool, str", "empty tuple", "unusual", "inf"],
+)
+def test_labels_come_back_from_a_folder(classifier: FewShotClassifier, tmp_path: Path, labels: list) -> None:
+    texts = ["bal bel bil", "fim fon"]
+    classifier.fit(texts, labels).save_pretrained(tmp_path / "adapter")
+    loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
+    assert loaded.classes_.dtype == classifier.classes_.dtype
+    assert repr(loaded.predict(texts).tolist()) == repr(labels)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[frozenset("b"), frozenset("f")], [b"b", b"f"], [("b", None), ("f", None)], ["b", 1j]],
+    ids=["set", "bytes", "None in a tuple", "complex number"],
+)
+def test_labels_that_json_cannot_hold_are_refused(classifier: FewShotClassifier, tmp_path: Path, labels: list) -> None:
+    classifier.fit(["bal", "fim"], labels)
+    with pytest.raises(AdapterError, match="cannot save a classifier whose label"):
+        classifier.save_pretrained(tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_of_fit_are_not_stored(classifier: FewShotClassifier, tmp_path: Path) -> None:
+    classifier.fit(["bal secretword", "fim fon"], ["b", "f"]).save_pretrained(tmp_path / "adapter")
+    assert not any(b"secretword" in path.read_bytes() for path in (tmp_path / "adapter").iterdir())
+
+
+def test_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="nowhere"):
+        FewShotClassifier.from_pretrained(tmp_path / "nowhere")
+
+
+def test_predictions_do_not_fill_the_cache(fitted: FewShotClassifier, encoder: Encoder) -> None:
+    before = set(encoder._cache)
+    fitted.predict(["bal never seen before", "another new text"])
+    assert set(encoder._cache) == before
+
+
+def test_threads_that_share_an_encoder_do_not_mix_their_tasks(
+    encoder: Encoder, parameters: Parameters, corpus: Corpus
+) -> None:
+    classifiers = []
+    for first in (0, 3, 6, 9):
+        texts, labels, _, _ = task(corpus, [f"class{number}" for number in range(first, first + 3)], 4)
+        classifiers.append(FewShotClassifier(encoder, parameters, INNER).fit(texts, labels))
+    queries = list(corpus.texts[::4])
+    alone = [classifier.predict_proba(queries) for classifier in classifiers]
+    assert not np.allclose(alone[0], alone[1], atol=1e-3)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [(i, pool.submit(classifiers[i].predict_proba, queries)) for _ in range(5) for i in range(4)]
+        for i, job in jobs:
+            np.testing.assert_allclose(job.result(), alone[i], rtol=0, atol=1e-6)
+
+
+def test_threads_that_share_an_encoder_can_fit(encoder: Encoder, parameters: Parameters, corpus: Corpus) -> None:
+    tasks = [task(corpus, [f"class{number}" for number in range(first, first + 3)], 4) for first in (0, 3, 6, 9)]
+    queries = list(corpus.texts[::8])
+
+    def run(number: int) -> np.ndarray:
+        texts, labels, _, _ = tasks[number]
+        return FewShotClassifier(encoder, parameters, INNER).fit(texts, labels).predict_proba(queries)
+
+    alone = [run(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for found, expected in zip(pool.map(run, range(4)), alone, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+if __name__ == "__main__":
+    print(json.dumps(FewShotClassifier.from_pretrained(sys.argv[1]).predict_proba(TEXTS).tolist()))

@@ -1,0 +1,182 @@
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from textmeta.cli import parse_settings
+from textmeta.data.class_splits import read_class_split
+from textmeta.data.corpus import CorpusSettings
+from textmeta.errors import SettingsError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("recipe_meta_train", ROOT / "recipes" / "meta_train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_config(folder: Path, text: str) -> list[str]:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return ["--config", str(path)]
+
+
+def test_defaults_are_those_of_the_dataclass(recipe: ModuleType) -> None:
+    assert parse_settings(recipe.MetaTrainSettings, ["--output", "run"]) == recipe.MetaTrainSettings(Path("run"))
+
+
+def test_values_of_a_config_file_arrive_with_their_types(recipe: ModuleType, tmp_path: Path) -> None:
+    config = """
+output: run
+fold: "01"
+test_shots: [2, 3]
+corpora:
+  - dataset: first.csv
+    label_column: intent
+  - dataset: owner/second
+    config: en
+lora:
+  targets: [query]
+episodes:
+  ways: [2, 7]
+  shots: 3
+inner:
+  adapt: [offset]
+training:
+  steps: 7
+"""
+    settings = parse_settings(recipe.MetaTrainSettings, write_config(tmp_path, config))
+    assert settings.output == Path("run")
+    assert settings.fold == "01"
+    assert settings.test_shots == [2, 3]
+    assert settings.corpora == [
+        CorpusSettings("first.csv", label_column="intent"),
+        CorpusSettings("owner/second", config="en"),
+    ]
+    assert settings.lora.targets == ("query",)
+    assert settings.episodes.ways == (2, 7)
+    assert settings.episodes.shots == 3
+    assert settings.inner.adapt == ("offset",)
+    assert settings.training.steps == 7
+
+
+def test_command_line_after_the_config_overrides_it(recipe: ModuleType, tmp_path: Path) -> None:
+    arguments = write_config(tmp_path, "output: run\ntraining:\n  steps: 4\n  seed: 5\n")
+    settings = parse_settings(recipe.MetaTrainSettings, [*arguments, "--training.steps", "9"])
+    assert (settings.training.steps, settings.training.seed) == (9, 5)
+
+
+def test_config_after_the_command_line_overrides_it(recipe: ModuleType, tmp_path: Path) -> None:
+    arguments = write_config(tmp_path, "output: run\ntraining:\n  steps: 4\n")
+    settings = parse_settings(recipe.MetaTrainSettings, ["--training.steps", "9", "--training.seed", "5", *arguments])
+    assert (settings.training.steps, settings.training.seed) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [
+        ("--outptu", "output"),
+        ("--tetst_shots", "test_shots"),
+        ("--trainin.steps", "training.steps"),
+        ("--training.steps_", "training.steps"),
+        ("--training.stpes", "training.steps"),
+        ("--seed", "training.seed"),
+    ],
+)
+def test_unknown_option_names_the_nearest(recipe: ModuleType, option: str, nearest: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(recipe.MetaTrainSettings, ["--output", "run", option, "5"])
+    assert f"'{option[2:]}' is not a setting; the nearest is '{nearest}'" in str(caught.value)
+
+
+def test_abbreviated_option_is_unknown(recipe: ModuleType) -> None:
+    # a prefix that is accepted today becomes ambiguous, or another setting, when a setting is added
+    with pytest.raises(SettingsError, match=r"the nearest is 'training\.steps'"):
+        parse_settings(recipe.MetaTrainSettings, ["--output", "run", "--training.step", "5"])
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "nearest"),
+    [
+        ("outptu: run\n", "outptu", "output"),
+        ("trainign:\n  steps: 4\n", "trainign.steps", "training.steps"),
+        ("training:\n  step: 4\n", "training.step", "training.steps"),
+        ("corpora:\n  - dataset: a\n    label_colum: b\n", "label_colum", "corpora.label_column"),
+        ("corpora:\n  - dataset: a\n  - datset: b\n", "datset", "corpora.dataset"),
+    ],
+    ids=["top level", "group", "nested", "in a list", "in the second of a list"],
+)
+def test_unknown_name_in_a_config_names_the_nearest(
+    recipe: ModuleType, tmp_path: Path, text: str, unknown: str, nearest: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(recipe.MetaTrainSettings, [*write_config(tmp_path, text), "--output", "run"])
+    assert f"'{unknown}' is not a setting; the nearest is '{nearest}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--training.steps", "many"), ("--training.steps", "4.5"), ("--cpu", "perhaps"), ("--precision", "fp16")],
+)
+def test_value_of_a_wrong_type_is_named(recipe: ModuleType, option: str, value: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(recipe.MetaTrainSettings, ["--output", "run", option, value])
+    assert option[2:] in str(caught.value)
+    assert value in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("training:\n  steps: many\n", "training.steps"),
+        ("fold: 01\n", "fold"),  # YAML reads the number 1
+        ("corpora:\n  - dataset: a\n    label_column: 3\n", "label_column"),
+    ],
+)
+def test_value_of_a_wrong_type_in_a_config_is_named(recipe: ModuleType, tmp_path: Path, text: str, name: str) -> None:
+    with pytest.raises(SettingsError, match=f'"{name}"'):
+        parse_settings(recipe.MetaTrainSettings, [*write_config(tmp_path, text), "--output", "run"])
+
+
+def test_value_out_of_range_is_named(recipe: ModuleType) -> None:
+    with pytest.raises(SettingsError, match="training steps must be at least 1, given 0"):
+        parse_settings(recipe.MetaTrainSettings, ["--output", "run", "--training.steps", "0"])
+
+
+def test_missing_required_setting_is_named(recipe: ModuleType) -> None:
+    with pytest.raises(SettingsError, match="output"):
+        parse_settings(recipe.MetaTrainSettings, [])
+
+
+def test_missing_config_file_is_named(recipe: ModuleType) -> None:
+    with pytest.raises(SettingsError, match=r"no-such\.yaml"):
+        parse_settings(recipe.MetaTrainSettings, ["--config", "no-such.yaml", "--output", "run"])
+
+
+@pytest.mark.parametrize("text", ["output: [run\n", "- a\n- b\n"], ids=["no YAML", "no mapping"])
+def test_malformed_config_is_an_error(recipe: ModuleType, tmp_path: Path, text: str) -> None:
+    with pytest.raises(SettingsError):
+        parse_settings(recipe.MetaTrainSettings, write_config(tmp_path, text))
+
+
+def test_there_are_shipped_configs() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_parses_and_its_split_exists(recipe: ModuleType, path: Path) -> None:
+    settings = parse_settings(recipe.MetaTrainSettings, ["--config", str(path), "--output", "run"])
+    assert settings.corpora
+    assert settings.corpora[0].dataset
+    if settings.splits is not None:
+        assert read_class_split(ROOT / settings.splits, settings.fold).train
