@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random encoder with a tokenizer of its own, and a corpus that it can tell apart."""
+"""Shared fixtures: a tiny random encoder with a tokenizer of its own, and a corpus in its words."""
 
 import itertools
 import os

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from textmeta.artifact.store import Adapter, FittedHead, load_adapter, save_adapter
+from textmeta.data.texts import checked_texts
 from textmeta.errors import AdapterError, DataError, NotFittedError
 from textmeta.meta.adaptation import InnerLoopSettings, adapt, task_weights
 from textmeta.meta.tasks import task_batch
@@ -87,10 +88,7 @@ class FewShotClassifier:
             DataError: naming the row, if a text is no string or empty, a label is missing or not hashable, or there
                 are fewer than two classes.
         """
-        texts = _checked_texts(texts)
-        for row, text in enumerate(texts):
-            if not text.strip():
-                raise DataError(f"fit, row {row}: the text is empty")
+        texts = checked_texts(texts, "fit")
         rows = _checked_labels(labels)
         if len(texts) != len(rows):
             raise DataError(f"fit: {len(texts)} texts but {len(rows)} labels")
@@ -117,7 +115,7 @@ class FewShotClassifier:
         """
         if self._weights is None:
             raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
-        texts = _checked_texts(texts)
+        texts = checked_texts(texts, "predict", allow_empty=True)
         mask = class_mask(torch.tensor([len(self._weights)], device=self._encoder.device))
         parts = [np.empty((0, len(self._weights)))]
         with torch.no_grad():
@@ -155,26 +153,26 @@ class FewShotClassifier:
         save_adapter(folder, self._encoder, self._parameters, self._inner, self._record, fitted)
 
 
-def _checked_texts(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str):
-        raise DataError("expected a list of texts, given one string; put it into a list")
-    checked = list(texts)
-    for row, text in enumerate(checked):
-        if not isinstance(text, str):
-            raise DataError(f"row {row}: expected a text, given {type(text).__name__} {text!r:.60}")
-    return checked
-
-
 def _checked_labels(labels: Iterable[Hashable]) -> list[Any]:
-    checked = [label.item() if isinstance(label, np.generic) else label for label in labels]
+    if isinstance(labels, str):
+        raise DataError("expected a list of labels, given one string; put it into a list")
+    # scalars of NumPy and PyTorch, the latter hashed by identity, become Python's own
+    checked = [label.item() if isinstance(label, np.generic | Tensor) else label for label in labels]
     for row, label in enumerate(checked):
-        if label is None or label != label:
-            raise DataError(f"row {row}: the label is missing ({label})")
         try:
             hash(label)
         except TypeError as error:
             raise DataError(f"row {row}: label {label!r:.60} of type {type(label).__name__} is not hashable") from error
+        if _is_missing(label):
+            raise DataError(f"row {row}: the label is missing ({label})")
     return checked
+
+
+def _is_missing(label: Any) -> bool:
+    try:
+        return label is None or bool(label != label)
+    except TypeError:
+        return True  # pandas' NA, which has no truth value
 
 
 def _sorted_if_possible(labels: Iterable[Any]) -> list[Any]:
@@ -188,7 +186,10 @@ def _sorted_if_possible(labels: Iterable[Any]) -> list[Any]:
 def _label_array(labels: list[Any]) -> np.ndarray:
     """Return labels as an array that gives each back as it is: NumPy's own type only where all have the same."""
     if len({type(label) for label in labels}) == 1 and isinstance(labels[0], str | bool | int | float):
-        return np.array(labels)
+        array = np.array(labels)
+        # NumPy makes floats of very large integers, and drops null characters from the end of strings
+        if [(type(label), label) for label in array.tolist()] == [(type(label), label) for label in labels]:
+            return array
     array = np.empty(len(labels), dtype=object)
     for row, label in enumerate(labels):
         array[row] = label

@@ -28,12 +28,12 @@ def parse_settings(kind: type[T], arguments: Sequence[str] | None = None, descri
     Raises:
         SettingsError: for an unknown name, naming the nearest valid one, or a value of the wrong type.
     """
-    parser = ArgumentParser(exit_on_error=False, description=description)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(kind, as_group=False)
     try:
         parsed = parser.parse_args(arguments)
-        values = parser.instantiate_classes(parsed).as_dict()
+        values = parser.instantiate(parsed).as_dict()
     except ArgumentError as error:
         raise SettingsError(f"{error}{_suggestion(str(error), _names(kind))}") from error
     values.pop("config", None)

@@ -30,7 +30,9 @@ INNER = InnerLoopSettings(steps=2)
 
 def samplers(corpus: Corpus) -> tuple[EpisodeSampler, EpisodeSampler]:
     names, settings = corpus.class_names, EpisodeSettings(3, (1, 3), 3)
-    return EpisodeSampler(corpus.restrict(names[:6]), settings, 0), EpisodeSampler(corpus.restrict(names[6:]), settings, 1)
+    return EpisodeSampler(corpus.restrict(names[:6]), settings, 0), EpisodeSampler(
+        corpus.restrict(names[6:]), settings, 1
+    )
 
 
 def run(tiny_model: str, corpus: Corpus, output: Path, settings: TrainingSettings = SETTINGS) -> TrainingResult:
@@ -167,7 +169,10 @@ def test_training_on_the_toy_corpus_beats_frozen_prototypes(tiny_model: str, cor
     encoder = Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4, layers=4))
     result = train(encoder, *samplers(corpus), settings, INNER, tmp_path)
     episodes = samplers(corpus)[0].take(150, start=10_000)
-    before, after = frozen_prototypes(encoder, episodes), score_episodes(encoder, result.parameters, episodes, result.inner)
+    before, after = (
+        frozen_prototypes(encoder, episodes),
+        score_episodes(encoder, result.parameters, episodes, result.inner),
+    )
     assert paired_difference(after, before)["low"] > 0.02
 
 

@@ -26,7 +26,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
         unlisted: names that the manifest leaves out, because people may edit them.
 
     Raises:
-        AdapterError: if there is a file of that name, or the folder holds folders, which cannot be carried over.
+        AdapterError: if there is a file of that name, or the folder holds folders or a manifest that is no adapter's,
+            which cannot be carried over.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,11 @@ def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     replaced = {*files, MANIFEST}
     if (folder / MANIFEST).is_file():
         lines = (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines()
-        replaced |= {line.partition("  ")[2] for line in lines}
+        listed = {line.partition("  ")[2] for line in lines}
+        present = {name for name in listed if name and (folder / name).is_file()}
+        if present and not present & files.keys():
+            raise AdapterError(f"cannot write an adapter to {folder}: it holds another {MANIFEST}, which would be lost")
+        replaced |= listed
     carried = [path for path in folder.iterdir() if path.name not in replaced]
     folders = sorted(path.name for path in carried if path.is_dir())
     if folders:

@@ -96,6 +96,11 @@ class Adapter:
                 f"adapter_model.safetensors: {wrong[0]} has shape {given.get(wrong[0])}, expected "
                 f"{shapes.get(wrong[0])} ({len(wrong)} such tensors)"
             )
+        if self.fitted is not None and self.fitted.weights.shape[1] != encoder.hidden_size:
+            raise AdapterError(
+                f"classifier.safetensors: weights have {self.fitted.weights.shape[1]} columns, but features of "
+                f"{settings.model} have {encoder.hidden_size}"
+            )
         return encoder
 
 
@@ -167,7 +172,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         weights_sha256 = str(encoder_fields.pop("weights_sha256"))
         encoder = _settings(EncoderSettings, encoder_fields)
         record = dict(meta["record"])
-    except (KeyError, TypeError, ValueError, SettingsError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, SettingsError) as error:
         raise AdapterError(f"{folder / 'textmeta.json'}: {type(error).__name__}: {error}") from error
 
     factors = {}
@@ -213,7 +218,7 @@ def _peft_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _read_json(files: Mapping[str, bytes], folder: Path, name: str) -> dict[str, Any]:

@@ -12,21 +12,15 @@ from typing import Any
 import datasets
 import numpy as np
 
+from textmeta.data.texts import checked_texts
 from textmeta.errors import DataError
 
 __all__ = ["Corpus", "CorpusSettings", "load_corpus"]
 
 logger = logging.getLogger(__name__)
 
-# File ending -> (builder of `datasets`, its options). An empty CSV cell stays an empty string, so that the
-# texts "null" and "NA" are texts.
-FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".parquet": ("parquet", {}),
-}
+# File ending -> builder of `datasets`.
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -90,12 +84,7 @@ class Corpus:
         if len(set(self.class_names)) != len(self.class_names):
             twice = sorted({c for c in self.class_names if self.class_names.count(c) > 1})
             raise DataError(f"corpus {self.name!r}: class names given more than once: {twice}")
-        for row, text in enumerate(self.texts):
-            if not isinstance(text, str):
-                given = "null" if text is None else f"{type(text).__name__} {text!r}"
-                raise DataError(f"corpus {self.name!r}, row {row}: text is {given}, expected a string")
-            if not text.strip():
-                raise DataError(f"corpus {self.name!r}, row {row}: text is empty")
+        checked_texts(self.texts, f"corpus {self.name!r}")
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
         if outside.size:
             row = int(outside[0])
@@ -120,7 +109,7 @@ class Corpus:
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         digest.update(np.asarray(self.labels, dtype="<i8").tobytes())
         for text in self.texts:
-            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+            digest.update(text.encode() + b"\0")
         return digest.hexdigest()
 
     def rows_of(self, class_index: int) -> np.ndarray:
@@ -178,6 +167,8 @@ class Corpus:
                     f"corpus {name!r}, row {row}: label in column {label_column!r} is {given}, "
                     "expected a string or an integer"
                 )
+            if label == "":
+                raise DataError(f"corpus {name!r}, row {row}: label in column {label_column!r} is empty")
         if isinstance(feature, datasets.ClassLabel):
             return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(feature.names))
         return cls.from_pairs(name, texts, [str(label) for label in labels])
@@ -189,7 +180,7 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
     Raises:
         DataError: if it cannot be read, is empty, lacks a column, or has a row that cannot be used.
     """
-    dataset = _read_file(Path(settings.dataset)) if settings.is_file else _read_hub(settings)
+    dataset = _read_file(settings) if settings.is_file else _read_hub(settings)
     corpus = Corpus.from_dataset(
         dataset,
         name=settings.display_name,
@@ -200,16 +191,26 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
     return corpus
 
 
-def _read_file(path: Path) -> datasets.Dataset:
+def _read_file(settings: CorpusSettings) -> datasets.Dataset:
+    path = Path(settings.dataset)
     if not path.is_file():
         raise DataError(f"no such file: {path}")
     if path.stat().st_size == 0:
         raise DataError(f"file is empty: {path}")
-    builder, options = FILE_BUILDERS[path.suffix.lower()]
+    builder = FILE_BUILDERS[path.suffix.lower()]
+    options: dict[str, Any] = {}
+    if builder == "csv":
+        # CSV has no types: a cell stays the string that it is, "null", "01" and "True" too
+        options["keep_default_na"] = False
+        options["converters"] = {settings.text_column: str, settings.label_column: str}
+        options["sep"] = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
     except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
-        raise DataError(f"cannot read {path} as {builder}: {_root_cause(error)}") from error
+        cause = _root_cause(error)
+        raise DataError(
+            f"file has no rows: {path}" if "no data" in cause else f"cannot read {path} as {builder}: {cause}"
+        ) from error
 
 
 def _read_hub(settings: CorpusSettings) -> datasets.Dataset:

@@ -6,6 +6,7 @@ and cached. The rest, the adapted suffix, runs for any factors, of one task or o
 
 import copy
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ class Encoder:
         self._group = 1 if self.device.type == "cpu" else 32
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_bytes = 0
+        self._cache_lock = threading.Lock()
 
     def prepare(self, texts: Sequence[str], *, remember: bool = True) -> PreparedTexts:
         """Run the frozen layers on texts (or take their states from the cache) and pad them into buckets.
@@ -194,16 +196,18 @@ class Encoder:
 
     def _states(self, texts: Sequence[str], remember: bool) -> list[Tensor]:
         """Return what the suffix takes for each text: states (length, hidden), or ids (length,) without a prefix."""
-        found = {text: self._cache[text] for text in texts if text in self._cache}
-        for text in found:
-            self._cache.move_to_end(text)
+        with self._cache_lock:
+            found = {text: self._cache[text] for text in texts if text in self._cache}
+            for text in found:
+                self._cache.move_to_end(text)
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         if missing:
             ids = self.tokenizer(missing, truncation=True, max_length=self.settings.max_length)["input_ids"]
             found |= zip(missing, self._run_prefix(ids), strict=True)
             if remember:
-                for text in missing:
-                    self._remember(text, found[text])
+                with self._cache_lock:
+                    for text in missing:
+                        self._remember(text, found[text])
         return [found[text] for text in texts]
 
     def _run_prefix(self, ids: list[list[int]]) -> list[Tensor]:
@@ -227,6 +231,8 @@ class Encoder:
     def _remember(self, text: str, state: Tensor) -> None:
         limit = self.settings.cache_mb * 2**20
         if limit == 0:
+            return
+        if text in self._cache:  # another thread was faster
             return
         self._cache[text] = state
         self._cache_bytes += state.nbytes

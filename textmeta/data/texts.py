@@ -1,0 +1,35 @@
+"""What every list of texts must be, wherever it comes from."""
+
+from collections.abc import Iterable
+
+from textmeta.errors import DataError
+
+__all__ = ["checked_texts"]
+
+
+def checked_texts(texts: Iterable[object], where: str, *, allow_empty: bool = False) -> list[str]:
+    """Return texts as a list of strings that a tokenizer can read.
+
+    Args:
+        texts: to check.
+        where: what the message calls them.
+        allow_empty: whether a text may be empty or white space.
+
+    Raises:
+        DataError: naming the row, if a text is null, no string, empty, or has half of a character (a lone surrogate).
+    """
+    if isinstance(texts, str):
+        raise DataError(f"{where}: expected a list of texts, given one string; put it into a list")
+    checked = []
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            given = "null" if text is None else f"{type(text).__name__} {text!r:.60}"
+            raise DataError(f"{where}, row {row}: text is {given}, expected a string")
+        if not allow_empty and not text.strip():
+            raise DataError(f"{where}, row {row}: text is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}, row {row}: text {text!r:.60} is not valid Unicode: {error.reason}") from error
+        checked.append(text)
+    return checked
