@@ -1,0 +1,39 @@
+"""The README's Python runs as it stands."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from textmeta.artifact.store import save_adapter
+from textmeta.meta.adaptation import InnerLoopSettings
+from textmeta.model.encoder import Encoder
+from textmeta.model.initialisation import initial_parameters
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_of_the_readme_runs(
+    block: str, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = initial_parameters(encoder.factor_shapes, steps=3, lora_step_size=0.01, offset_step_size=0.003)
+    save_adapter("demo-output", encoder, start, InnerLoopSettings(steps=3), {})
+    with open("intents.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["utterance", "intent"])
+        writer.writerows((f"{word} {number}", word) for word in ("bal", "bel", "bil") for number in range(5))
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readme_has_python() -> None:
+    assert len(BLOCKS) == 2
+
+
+def test_every_recipe_and_config_named_in_the_readme_exists() -> None:
+    named = set(re.findall(r"recipes/[\w/]+\.(?:py|yaml)", README))
+    assert named
+    assert all((Path(__file__).parents[1] / path).is_file() for path in named)

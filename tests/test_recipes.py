@@ -1,0 +1,119 @@
+"""The recipes run end to end, on the tiny encoder."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from textmeta import Corpus, FewShotClassifier
+from textmeta.cli import parse_settings
+from textmeta.errors import DataError, SettingsError
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    *("--training.steps=4", "--training.tasks_per_step=2", "--training.validate_every=2", "--training.warmup=1"),
+    *("--training.validation_episodes=2", "--training.checkpoint_every=2", "--test_episodes=4"),
+    *("--episodes.ways=3", "--episodes.shots=[1,3]", "--lora.rank=4"),
+]
+
+
+def recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def data(corpus: Corpus, tmp_path: Path) -> list[str]:
+    """Arguments that point at the toy corpus and a split of its classes."""
+    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = corpus.class_names
+    split = {"train": names[:4], "valid": names[4:7], "test": names[7:]}
+    (tmp_path / "toy.splits.json").write_text(json.dumps({"01": split}))
+    return ["--data", str(tmp_path / "toy.jsonl"), "--splits", str(tmp_path / "toy.splits.json"), "--fold", "01"]
+
+
+def meta_train(*arguments: str) -> None:
+    module = recipe("meta_train")
+    module.main(parse_settings(module.MetaTrainSettings, list(arguments)))
+
+
+@pytest.mark.parametrize("algorithm", ["protonet", "fomaml", "reptile"])
+def test_meta_train(
+    algorithm: str, tiny_model: str, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / "recipes" / "configs" / f"banking77_{algorithm}.yaml")
+    output = tmp_path / "run"
+    arguments = [
+        "--config",
+        config,
+        *data,
+        "--output",
+        str(output),
+        "--encoder.model",
+        tiny_model,
+        *SHORT,
+        "--cpu=true",
+    ]
+    meta_train(*arguments)
+    results = json.loads((output / "results.json").read_text())
+    assert set(results) == {"5-way 1-shot", "5-way 5-shot"}
+    assert {"frozen", "meta_trained", "paired"} == set(results["5-way 1-shot"])
+    assert "5-way 5-shot" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in (output / "record.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    before = (output / "adapter_model.safetensors").read_bytes()
+    meta_train(*arguments)  # finished: goes on from the checkpoint, to the same adapter
+    assert (output / "adapter_model.safetensors").read_bytes() == before
+    classifier = FewShotClassifier.from_pretrained(output)
+    assert list(classifier.fit(["bal bel", "dil dol"], ["x", "y"]).predict(["bal bel"])) == ["x"]
+
+
+def test_meta_train_needs_something_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="--data FILE"):
+        meta_train("--output", str(tmp_path))
+
+
+def test_meta_train_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file: nowhere\.jsonl"):
+        meta_train("--output", str(tmp_path), "--data", "nowhere.jsonl", "--cpu=true")
+
+
+def test_demo(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = recipe("demo")
+    arguments = ["--output", str(tmp_path), "--encoder.model", tiny_model]
+    arguments += ["--training.steps=2", "--training.validation_episodes=2", "--test_episodes=3"]
+    module.main(parse_settings(module.DemoSettings, arguments))
+    printed = capsys.readouterr().out
+    assert "unseen domains, 5-way 5-shot" in printed
+    assert "'flat tyre, halfway up the hill' →" in printed
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tiny_model: str, data: list[str], tmp_path: Path) -> None:
+    config = str(ROOT / "recipes" / "configs" / "banking77_fomaml.yaml")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for processes, precision in ((1, "no"), (2, "no"), (2, "bf16")):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", precision, "--dynamo_backend", "no"]
+        command += [str(ROOT / "recipes" / "meta_train.py"), "--config", config, *data, "--encoder.model", tiny_model]
+        command += ["--output", str(tmp_path / f"{processes}-{precision}"), *SHORT]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("5-way 5-shot") == 1  # one process prints and saves
+    one, two, half = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("1-no", "2-no", "2-bf16"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+        assert half[name].dtype == torch.float32
