@@ -7,17 +7,14 @@ results.json to demo-output/.
 """
 
 import json
-import logging
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from textmeta import FewShotClassifier
 from textmeta.artifact.store import save_adapter
-from textmeta.cli import parse_settings
+from textmeta.cli import run_recipe
 from textmeta.data.bundled import load_bundled
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
-from textmeta.errors import TextMetaError
 from textmeta.meta.adaptation import InnerLoopSettings
 from textmeta.meta.evaluation import compare_with_frozen, format_table
 from textmeta.meta.training import CHECKPOINT, TrainingSettings, train
@@ -45,12 +42,14 @@ class DemoSettings:
     """
 
     output: Path = Path("demo-output")
-    test_episodes: int = 200
+    test_episodes: int = 600
     encoder: EncoderSettings = field(default_factory=lambda: EncoderSettings(max_length=64))
-    episodes: EpisodeSettings = field(default_factory=lambda: EpisodeSettings(5, (1, 5), 5))
+    episodes: EpisodeSettings = field(default_factory=lambda: EpisodeSettings(ways=10, shots=(1, 5), queries=4))
     inner: InnerLoopSettings = field(default_factory=InnerLoopSettings)
     training: TrainingSettings = field(
-        default_factory=lambda: TrainingSettings(steps=60, validate_every=60, validation_episodes=20)
+        default_factory=lambda: TrainingSettings(
+            algorithm="protonet", steps=100, tasks_per_step=2, learning_rate=2e-3, validate_every=50
+        )
     )
 
 
@@ -87,8 +86,4 @@ def main(settings: DemoSettings) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main(parse_settings(DemoSettings, description=__doc__))
-    except TextMetaError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_recipe(main, DemoSettings, __doc__)

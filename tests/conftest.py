@@ -61,7 +61,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=64,
-            max_position_embeddings=64,
+            max_position_embeddings=160,
             initializer_range=0.2,  # large enough for texts to differ
         )
         return save_tiny_model(tmp_path_factory.mktemp("tiny-bert"), BertModel(config, add_pooling_layer=False))

@@ -509,3 +509,8 @@ def test_threads_that_share_an_encoder_can_fit(encoder: Encoder, parameters: Par
 
 if __name__ == "__main__":
     print(json.dumps(FewShotClassifier.from_pretrained(sys.argv[1]).predict_proba(TEXTS).tolist()))
+
+
+def test_labels_that_are_equal_but_of_other_types_are_refused(classifier: FewShotClassifier) -> None:
+    with pytest.raises(DataError, match="row 1: label 1 equals True"):
+        classifier.fit(["bal", "bel", "dil"], [True, 1, 2])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from textmeta import Corpus, FewShotClassifier
 from textmeta.cli import parse_settings
-from textmeta.errors import DataError, SettingsError
+from textmeta.errors import AdapterError, DataError, SettingsError
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -65,7 +65,6 @@ def test_meta_train(
         "--encoder.model",
         tiny_model,
         *SHORT,
-        "--cpu=true",
     ]
     meta_train(*arguments)
     results = json.loads((output / "results.json").read_text())
@@ -85,9 +84,39 @@ def test_meta_train_needs_something_to_train_on(tmp_path: Path) -> None:
         meta_train("--output", str(tmp_path))
 
 
+def test_meta_train_refuses_what_cannot_be_tested_before_it_trains(
+    tiny_model: str, data: list[str], tmp_path: Path
+) -> None:
+    arguments = [*data, "--output", str(tmp_path / "run"), "--encoder.model", tiny_model, *SHORT]
+    with pytest.raises(DataError, match="14 shots and 5 queries need 19"):
+        meta_train(*arguments, "--test_shots=[1,14]")
+    with pytest.raises(SettingsError, match="test_episodes must be at least 2"):
+        meta_train(*arguments, "--test_episodes=0")
+    with pytest.raises(AdapterError, match="working folder"):
+        meta_train(*arguments, "--output", ".")
+    assert not (tmp_path / "run").exists()
+
+
+def test_meta_train_on_two_corpora_with_splits_of_their_own(
+    tiny_model: str, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, splits = data[1], data[3]
+    corpora = [
+        {"dataset": file, "name": "one", "splits": splits, "fold": "01"},
+        {"dataset": file, "name": "two", "split_seed": 3, "split_fractions": [0.4, 0.2, 0.4]},
+    ]
+    meta_train(
+        f"--corpora={json.dumps(corpora)}", "--output", str(tmp_path / "run"), "--encoder.model", tiny_model, *SHORT,
+        "--episodes.ways=2", "--test_ways=2",
+    )  # fmt: skip
+    assert "2-way 1-shot" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "textmeta.json").read_text())["record"]
+    assert [c["name"] for c in record["settings"]["train"]["corpora"]] == ["one", "two"]
+
+
 def test_meta_train_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such file: nowhere\.jsonl"):
-        meta_train("--output", str(tmp_path), "--data", "nowhere.jsonl", "--cpu=true")
+        meta_train("--output", str(tmp_path), "--data", "nowhere.jsonl")
 
 
 def test_demo(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

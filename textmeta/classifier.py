@@ -96,6 +96,12 @@ class FewShotClassifier:
         if len(classes) < 2:
             raise DataError(f"fit needs examples of at least 2 classes, found {len(classes)}: {classes}")
         index = {label: i for i, label in enumerate(classes)}
+        for row, label in enumerate(rows):
+            if type(classes[index[label]]) is not type(label):
+                raise DataError(
+                    f"fit, row {row}: label {label!r} equals {classes[index[label]]!r} but is of another type; a class "
+                    "needs one label"
+                )
         support = task_batch(self._encoder, [texts], [[index[label] for label in rows]], [len(classes)])
         with torch.no_grad():
             adapted = adapt(self._encoder, self._parameters, support, self._inner)

@@ -1,16 +1,18 @@
 """Settings from YAML files and the command line, for the recipes."""
 
 import difflib
+import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from textmeta.errors import SettingsError
+from textmeta.errors import SettingsError, TextMetaError
 
-__all__ = ["parse_settings"]
+__all__ = ["parse_settings", "run_recipe"]
 
 T = TypeVar("T")
 
@@ -38,6 +40,15 @@ def parse_settings(kind: type[T], arguments: Sequence[str] | None = None, descri
         raise SettingsError(f"{error}{_suggestion(str(error), _names(kind))}") from error
     values.pop("config", None)
     return kind(**values)
+
+
+def run_recipe(main: Callable[[T], None], kind: type[T], description: str | None) -> None:
+    """Run a script's ``main`` with settings from the command line; end with a message on an error of our own."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main(parse_settings(kind, description=description))
+    except TextMetaError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def _names(kind: Any, prefix: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ Every message says what was given, what was expected, and where (row, label, fil
 __all__ = [
     "AdapterError",
     "DataError",
+    "DivergedError",
     "EncoderError",
     "NotFittedError",
     "SettingsError",
@@ -36,6 +37,10 @@ class AdapterError(TextMetaError):
 
 class NotFittedError(TextMetaError, ValueError, AttributeError):
     """A classifier was asked for predictions before ``fit``."""
+
+
+class DivergedError(TextMetaError):
+    """Training came to a loss or gradient that is not finite."""
 
 
 class TrainingInterrupted(TextMetaError):  # noqa: N818 (no error: somebody asked for it)

@@ -246,3 +246,42 @@ def test_crash_of_the_first_save_leaves_nothing_that_loads(tmp_path: Path, monke
         read_folder(folder)
     write_folder(folder, NEW)
     assert read_folder(folder) == NEW
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for content in (OLD, NEW):
+        write_folder(tmp_path / "link", content)
+        assert read_folder(tmp_path / "real") == content
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_without_hard_links_other_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refused)
+    write_folder(tmp_path / "adapter", NEW)
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
+
+
+def test_the_working_folder_is_refused_unharmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path, tmp_path.parent):
+        with pytest.raises(AdapterError, match="working folder"):
+            write_folder(folder, OLD)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_manifest_that_is_no_adapters_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    (tmp_path / "adapter" / MANIFEST).write_text(f"{'0' * 64}  notes.txt\n")
+    with pytest.raises(AdapterError, match="holds another"):
+        write_folder(tmp_path / "adapter", OLD)
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"

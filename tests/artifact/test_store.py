@@ -210,7 +210,7 @@ def test_card_names_encoder_algorithm_and_results(saved: tuple[Path, Encoder, Pa
     _, encoder, parameters = saved
     row = {"accuracy": 0.5}
     results = {"5-way 1-shot": {"frozen": row, "meta_trained": {"accuracy": 0.75}, "paired": {"low": 0.2, "high": 0.3}}}
-    corpora = [{"name": "toy", "texts": 192, "classes": ["a", "b"]}]
+    corpora = [{"name": "toy", "texts": 192, "classes": 2}]
     record = {
         "episodes": 40,
         "settings": {"training": {"algorithm": "reptile"}, "train": {"corpora": corpora}},

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,10 +154,10 @@ def test_missing_column_is_named_with_the_columns_there_are(
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["a", None], "'c', row 1: text is null"),
-        ([3, 4], "'c', row 0: text is int 3, expected a string"),
-        (["a", ""], "'c', row 1: text is empty"),
-        (["a", " \t\n"], "'c', row 1: text is empty"),
+        (["a", None], "'c', column 'text', row 1: text is null"),
+        ([3, 4], "'c', column 'text', row 0: text is int 3, expected a string"),
+        (["a", ""], "'c', column 'text', row 1: text is empty"),
+        (["a", " \t\n"], "'c', column 'text', row 1: text is empty"),
     ],
     ids=["null", "number", "empty", "blank"],
 )
@@ -194,7 +195,7 @@ def test_hidden_class_labels_are_named_and_counted() -> None:
 
 def test_unusable_row_of_a_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "corpus.jsonl", '{"text": "a", "label": "x"}\n{"text": null, "label": "x"}\n')
-    with pytest.raises(DataError, match="corpus 'corpus', row 1: text is null"):
+    with pytest.raises(DataError, match="corpus 'corpus', column 'text', row 1: text is null"):
         load(path)
 
 
@@ -301,3 +302,30 @@ def test_hash_changes_with_texts_labels_and_class_names() -> None:
     ]
     assert base.sha256 == Corpus("renamed", ["a", "b"], np.array([0, 1], dtype=np.int32), ("x", "y")).sha256
     assert len({corpus.sha256 for corpus in [base, *changed]}) == 4
+
+
+def test_equal_texts_of_a_class_count_once() -> None:
+    corpus = Corpus.from_pairs("c", ["x", "y", "x", "x", "z"], ["a", "a", "a", "b", "b"])
+    assert [corpus.rows_of(label).tolist() for label in (0, 1)] == [[0, 1], [3, 4]]
+    assert len(corpus.restrict(["a"])) == 2
+
+
+def test_a_rewritten_file_is_read_anew(tmp_path: Path) -> None:
+    """Even where its name, size and time are those of the file that was read before."""
+    path = tmp_path / "c.csv"
+    path.write_text("text,label\nold,a\n")
+    stamp = path.stat()
+    assert list(load_corpus(CorpusSettings(str(path))).texts) == ["old"]
+    path.write_text("text,label\nnew,a\n")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert list(load_corpus(CorpusSettings(str(path))).texts) == ["new"]
+
+
+def test_restricting_to_nothing_is_named() -> None:
+    with pytest.raises(DataError, match="no classes"):
+        Corpus.from_pairs("c", ["x"], ["a"]).restrict([])
+
+
+def test_pairs_without_a_label_are_named() -> None:
+    with pytest.raises(DataError, match="row 1: label is None"):
+        Corpus.from_pairs("c", ["x", "y"], ["a", None])  # type: ignore[list-item]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
-from textmeta.errors import AdapterError, SettingsError, TrainingInterrupted
+from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.meta import training
 from textmeta.meta.adaptation import InnerLoopSettings
 from textmeta.meta.evaluation import frozen_prototypes, paired_difference, score_episodes
@@ -182,7 +182,39 @@ def test_the_checkpoint_is_plain_tensors(tiny_model: str, corpus: Corpus, tmp_pa
     assert kinds == {"parameters", "best", "optimiser"}
 
 
-@pytest.mark.parametrize("wrong", [{"algorithm": "mamal"}, {"steps": 0}, {"tasks_per_step": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"algorithm": "mamal"}, {"steps": 0}, {"tasks_per_step": 0}, {"max_gradient_norm": 0.0}, {"seed": -1}]
+)
 def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=str(next(iter(wrong)))):
         TrainingSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_signal_in_the_last_step_is_not_lost(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = training._validate
+
+    def signalled(encoder: Encoder, state: object, *arguments: object) -> object:
+        if state.step == SETTINGS.steps:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(encoder, state, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_validate", signalled)
+        with pytest.raises(TrainingInterrupted, match="after step 6 of 6"):
+            run(tiny_model, corpus, tmp_path)
+    assert run(tiny_model, corpus, tmp_path).record["steps"] == 6
+
+
+def test_a_diverging_run_stops_and_says_where(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"step 2: loss nan"):
+        run(tiny_model, corpus, tmp_path, replace(SETTINGS, learning_rate=1e30))
+
+
+def test_gradients_can_be_left_unclipped(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    clipped, free = (
+        run(tiny_model, corpus, tmp_path / str(norm), replace(SETTINGS, max_gradient_norm=norm))
+        for norm in (1e-3, None)
+    )
+    assert any(not torch.equal(value, free.parameters[name]) for name, value in clipped.parameters.items())

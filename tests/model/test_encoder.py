@@ -168,6 +168,16 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
         Encoder(EncoderSettings(str(tmp_path)))
 
 
+def test_more_tokens_than_positions_are_refused(tiny_model: str) -> None:
+    with pytest.raises(SettingsError, match=r"max_length is 161, but .* has 160 positions"):
+        Encoder(EncoderSettings(tiny_model, max_length=161))
+
+
+def test_an_unknown_device_is_named(tiny_model: str) -> None:
+    with pytest.raises(SettingsError, match="no such device: 'gpu'"):
+        Encoder(EncoderSettings(tiny_model), device="gpu")
+
+
 @pytest.mark.parametrize("wrong", [{"pooling": "max"}, {"max_length": 2}, {"cache_mb": -1}])
 def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):

@@ -48,6 +48,11 @@ def test_a_carried_copy_that_is_not_the_published_file_is_refused(carried: Path)
         pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)
 
 
+def test_a_revision_that_was_asked_for_is_not_replaced_by_the_carried_copy(carried: Path) -> None:
+    with pytest.raises(EncoderError, match="revision abc"):
+        pretrained.load_pretrained(pretrained.DEFAULT_ENCODER, "abc")
+
+
 def test_without_the_extra_the_message_says_what_to_install(carried: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "CARRIED_PACKAGE", "no_such_package")
     with pytest.raises(EncoderError, match=r"pip install 'textmeta\[demo\]'"):

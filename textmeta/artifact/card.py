@@ -31,8 +31,7 @@ def model_card(meta: Mapping[str, Any]) -> str:
         f"Algorithm: {algorithm}, {record.get('episodes', 0)} episodes; inner steps: {inner['steps']}.",
     ]
     lines += [
-        f"Trained on: {corpus['name']} ({corpus['texts']} texts, {len(corpus['classes'])} classes)."
-        for corpus in corpora
+        f"Trained on: {corpus['name']} ({corpus['texts']} texts, {corpus['classes']} classes)." for corpus in corpora
     ]
     if results := record.get("results"):
         lines += ["", "| classes never seen in training | frozen prototypes | this adapter | difference, 95 % |"]

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from textmeta.errors import AdapterError
+from textmeta.files import sync_folder, write_synced
 
-__all__ = ["MANIFEST", "read_folder", "write_folder"]
+__all__ = ["MANIFEST", "check_destination", "read_folder", "write_folder"]
 
 MANIFEST = "SHA256SUMS"
 
@@ -26,10 +27,11 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
         unlisted: names that the manifest leaves out, because people may edit them.
 
     Raises:
-        AdapterError: if there is a file of that name, or the folder holds folders or a manifest that is no adapter's,
+        AdapterError: see :func:`check_destination`; or the folder holds folders or a manifest that is no adapter's,
             which cannot be carried over.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
+    check_destination(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     _put_back(folder)
@@ -40,18 +42,31 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
     manifest = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in listed.items())
     new.mkdir()
     for name, content in {**files, MANIFEST: manifest.encode()}.items():
-        with (new / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(new / name, content)
     for path in carried:
-        os.link(path, new / path.name)  # no copy: the same file under both names until the old one goes
-    _sync(new)
+        _link_or_copy(path, new / path.name)
+    sync_folder(new)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_destination(folder: Path) -> None:
+    """Check, before long work, that a folder can be replaced as a whole.
+
+    Raises:
+        AdapterError: if it is a file, the working folder (or holds it), or a mount point.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise AdapterError(f"cannot write an adapter folder to {folder}: there is a file of that name")
+    if Path.cwd().is_relative_to(folder) or folder.is_mount():
+        raise AdapterError(
+            f"cannot write an adapter to {folder}, which is the working folder or a mount point: it is replaced as a "
+            "whole; give a folder inside it"
+        )
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -60,7 +75,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     Raises:
         AdapterError: if the folder, its manifest or a listed file is missing, or a file is not what was written.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     _put_back(folder)
     if not folder.is_dir():
         raise AdapterError(f"no such adapter folder: {folder}")
@@ -89,8 +104,6 @@ def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     """Return what an existing folder holds beside an adapter's files."""
     if not folder.exists():
         return []
-    if not folder.is_dir():
-        raise AdapterError(f"cannot write an adapter folder to {folder}: there is a file of that name")
     replaced = {*files, MANIFEST}
     if (folder / MANIFEST).is_file():
         lines = (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -109,6 +122,13 @@ def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     return carried
 
 
+def _link_or_copy(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)  # the same file under both names until the old one goes
+    except OSError:  # a file system without hard links
+        shutil.copy2(path, to)
+
+
 def _put_back(folder: Path) -> None:
     old = _sibling(folder, "old")
     if old.is_dir() and not folder.exists():
@@ -117,11 +137,3 @@ def _put_back(folder: Path) -> None:
 
 def _sibling(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -121,8 +121,15 @@ def save_adapter(
         inner: the inner loop that it was learned for.
         record: how it was trained; must be JSON-able.
         fitted: of a fitted classifier.
+
+    Raises:
+        AdapterError: if a value is not finite, or the folder cannot be replaced
+            (:func:`~textmeta.artifact.folder.write_folder`).
     """
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in parameters.items()}
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise AdapterError(f"not saved to {folder}: {name} has values that are not finite")
     encoder_settings = asdict(encoder.settings)
     del encoder_settings["cache_mb"]  # the machine's affair, not the adapter's
     meta = {

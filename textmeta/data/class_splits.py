@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.errors import DataError
 
-__all__ = ["ClassSplit", "draw_class_split", "read_class_split"]
+__all__ = ["ClassSplit", "draw_class_split", "load_parts", "read_class_split"]
 
 PARTS = ("train", "valid", "test")
 
@@ -35,6 +36,24 @@ class ClassSplit:
                     where = f"twice in {part}" if seen[name] == part else f"in both {seen[name]} and {part}"
                     raise DataError(f"class split: class {name!r} is {where}; the parts must be disjoint")
                 seen[name] = part
+
+
+def load_parts(sources: Iterable[CorpusSettings]) -> dict[str, list[Corpus]]:
+    """Load corpora and split each by class: from its file of splits, or drawn by its seed and fractions.
+
+    Returns:
+        ``{"train": [...], "valid": [...], "test": [...]}``, each with one corpus a source.
+    """
+    parts: dict[str, list[Corpus]] = {part: [] for part in PARTS}
+    for source in sources:
+        corpus = load_corpus(source)
+        if source.splits is not None:
+            split = read_class_split(source.splits, source.fold)
+        else:
+            split = draw_class_split(corpus.class_names, source.split_seed, source.split_fractions)
+        for part, corpora in parts.items():
+            corpora.append(corpus.restrict(getattr(split, part)))
+    return parts
 
 
 def read_class_split(path: str | Path, fold: str | None = None) -> ClassSplit:

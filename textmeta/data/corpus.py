@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,13 +29,17 @@ class CorpusSettings:
     """Where a corpus comes from.
 
     Args:
-        dataset: id of a Hub dataset, or path of a local JSON, JSON Lines, CSV, TSV or Parquet file.
+        dataset: id of a Hub dataset, or path of a local JSON, JSON Lines, CSV, TSV (quoted as CSV is) or Parquet file.
         config: configuration of a Hub dataset, where it has several.
         split: split of a Hub dataset; ``train+test`` joins two.
         revision: branch, tag or commit of a Hub dataset.
         text_column: column that holds the texts.
         label_column: column that holds the labels (strings, integers, or a ``ClassLabel`` feature).
         name: what records and tables call it; by default the id or the file's name.
+        splits: JSON file with its class split; without one, the split is drawn.
+        fold: which of the splits in that file.
+        split_seed: seed of a drawn split.
+        split_fractions: shares of train, valid and test classes of a drawn split.
     """
 
     dataset: str
@@ -44,6 +49,10 @@ class CorpusSettings:
     text_column: str = "text"
     label_column: str = "label"
     name: str | None = None
+    splits: str | None = None
+    fold: str | None = None
+    split_seed: int = 0
+    split_fractions: tuple[float, float, float] = (0.5, 0.25, 0.25)
 
     @property
     def is_file(self) -> bool:
@@ -99,9 +108,13 @@ class Corpus:
 
     @cached_property
     def _rows_by_class(self) -> list[np.ndarray]:
-        order = np.argsort(self.labels, kind="stable")
-        ends = np.cumsum(np.bincount(self.labels, minlength=len(self.class_names)))
-        return np.split(order, ends[:-1])
+        rows: list[list[int]] = [[] for _ in self.class_names]
+        seen: set[tuple[int, str]] = set()
+        for row, key in enumerate(zip(self.labels.tolist(), self.texts, strict=True)):
+            if key not in seen:
+                seen.add(key)
+                rows[key[0]].append(row)
+        return [np.array(part, dtype=np.int64) for part in rows]
 
     @cached_property
     def sha256(self) -> str:
@@ -113,16 +126,18 @@ class Corpus:
         return digest.hexdigest()
 
     def rows_of(self, class_index: int) -> np.ndarray:
-        """Return the row numbers of a class, ascending, as an int64 array."""
+        """Return the rows of a class, ascending, int64; of rows with equal texts the first, lest one be drawn twice."""
         return self._rows_by_class[class_index]
 
     def restrict(self, class_names: Iterable[str]) -> "Corpus":
-        """Return the corpus of these classes alone, in the order given.
+        """Return the corpus of these classes alone, in the order given, without rows of equal text.
 
         Raises:
-            DataError: if a class is not in the corpus.
+            DataError: if a class is not in the corpus, or none is given.
         """
         wanted = tuple(class_names)
+        if not wanted:
+            raise DataError(f"corpus {self.name!r}: no classes to restrict it to; is a part of the class split empty?")
         index = {name: i for i, name in enumerate(self.class_names)}
         missing = [name for name in wanted if name not in index]
         if missing:
@@ -136,7 +151,14 @@ class Corpus:
 
     @classmethod
     def from_pairs(cls, name: str, texts: Sequence[str], labels: Sequence[str]) -> "Corpus":
-        """Make a corpus of texts and label names; classes are sorted by name."""
+        """Make a corpus of texts and label names; classes are sorted by name.
+
+        Raises:
+            DataError: naming the row, if a label is no string.
+        """
+        for row, label in enumerate(labels):
+            if not isinstance(label, str):
+                raise DataError(f"corpus {name!r}, row {row}: label is {label!r:.60}, expected a string")
         class_names = tuple(sorted(set(labels)))
         index = {label: i for i, label in enumerate(class_names)}
         return cls(name, texts, np.array([index[label] for label in labels], dtype=np.int64), class_names)
@@ -157,7 +179,8 @@ class Corpus:
                 raise DataError(
                     f"corpus {name!r} has no column {column!r} ({role}); its columns are {dataset.column_names}"
                 )
-        texts, labels = list(dataset[text_column]), list(dataset[label_column])
+        texts = checked_texts(dataset[text_column], f"corpus {name!r}, column {text_column!r}")
+        labels = list(dataset[label_column])
         feature = dataset.features[label_column]
         for row, label in enumerate(labels):
             # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
@@ -203,9 +226,14 @@ def _read_file(settings: CorpusSettings) -> datasets.Dataset:
         # CSV has no types: a cell stays the string that it is, "null", "01" and "True" too
         options["keep_default_na"] = False
         options["converters"] = {settings.text_column: str, settings.label_column: str}
-        options["sep"] = "\t" if path.suffix.lower() == ".tsv" else ","
+        if path.suffix.lower() == ".tsv":
+            options["sep"] = "\t"
     try:
-        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+        # not through the user's cache: it tells files apart by name, size and time, and would keep a copy
+        with tempfile.TemporaryDirectory() as cache:
+            return datasets.load_dataset(
+                builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+            )
     except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
         cause = _root_cause(error)
         raise DataError(

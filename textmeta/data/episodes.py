@@ -32,7 +32,10 @@ class EpisodeSettings:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name, least in (("ways", 2), ("shots", 1), ("queries", 1)):
-            low, high = bounds(getattr(self, name))
+            try:
+                low, high = bounds(getattr(self, name))
+            except (TypeError, ValueError):
+                low, high = 0, -1
             if not least <= low <= high:
                 raise SettingsError(
                     f"{name} must be a number or a pair low <= high of at least {least}, given {getattr(self, name)!r}"
@@ -93,6 +96,8 @@ class EpisodeSampler:
         self.corpora = (corpora,) if isinstance(corpora, Corpus) else tuple(corpora)
         self.settings = settings
         self.seed = seed
+        if seed < 0:
+            raise SettingsError(f"seed must not be negative, given {seed}")
         if not self.corpora:
             raise DataError("no corpus to draw episodes from")
         for corpus in self.corpora:

@@ -33,7 +33,8 @@ class InnerLoopSettings:
 
     Args:
         steps: gradient steps; 0 leaves the initialisation as it is.
-        adapt: what the steps change: LoRA's B or A factors, the head's offset.
+        adapt: what the steps change: LoRA's B or A factors, the head's offset. Reptile adapts all three, and
+            ProtoNet takes no steps, whatever is set here.
         lora_step_size: step size of the LoRA factors before it is learned; a step moves an entry by about this much.
         offset_step_size: step size of the head's offset, likewise.
         lora_epsilon: root mean square of a LoRA factor's gradient at which its step is half of the step size; a

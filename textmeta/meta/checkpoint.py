@@ -1,7 +1,6 @@
 """Checkpoints of the outer loop: one safetensors file, its header holding the rest as JSON, replaced atomically."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from textmeta.errors import AdapterError, SettingsError
+from textmeta.files import write_atomically
 from textmeta.model.initialisation import Parameters
 
 __all__ = ["TrainingState", "restore_state", "save_state"]
@@ -44,7 +44,7 @@ def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any])
         tensors |= {f"optimiser/{index}/{key}": value for key, value in moments.items() if value is not None}
     numbers = {"step": state.step, "best_accuracy": state.best_accuracy, "best_step": state.best_step}
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    _write_atomically(path, save(content, metadata={"state": json.dumps({**numbers, "settings": fingerprint})}))
+    write_atomically(path, save(content, metadata={"state": json.dumps({**numbers, "settings": fingerprint})}))
 
 
 def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -58,10 +58,11 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             saved = json.loads(file.metadata()["state"])
+            settings = saved["settings"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"cannot read the checkpoint {path}: {error}") from error
-    if saved["settings"] != fingerprint:
-        differing = list(_differences(saved["settings"], fingerprint))
+    if settings != fingerprint:
+        differing = list(_differences(settings, fingerprint))
         raise SettingsError(
             f"{path} belongs to a run with other settings ({'; '.join(differing[:5])}); give another output folder, "
             "or delete this one to start afresh"
@@ -87,18 +88,3 @@ def _differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:
             yield from _differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
     elif saved != now:
         yield f"{where}: {saved!r:.60} there, {now!r:.60} now"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash at any moment it holds the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # so that the new name, too, is on the disk
-    finally:
-        os.close(folder)

@@ -66,7 +66,12 @@ def score_episodes(
         episodes: E episodes.
         inner: what the task learner does.
         progress: label of a progress bar; None shows none.
+
+    Raises:
+        DataError: if there are no episodes.
     """
+    if not episodes:
+        raise DataError("no episodes to score")
     probabilities: dict[int, np.ndarray] = {}
     with torch.no_grad(), tqdm(total=len(episodes), desc=progress, unit="episode", disable=progress is None) as bar:
         for indices, logits in _all_logits(encoder, parameters, episodes, inner):
@@ -211,4 +216,6 @@ def _episode_scores(
 
 
 def _half_width(values: np.ndarray) -> float:
-    return float(Z95 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("inf")
+    if len(values) < 2:
+        raise DataError(f"an interval needs at least 2 episodes, given {len(values)}")
+    return float(Z95 * values.std(ddof=1) / np.sqrt(len(values)))

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from textmeta.files import write_atomically
+
 __all__ = ["Record"]
 
 
@@ -23,7 +25,7 @@ class Record:
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
                 kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
             self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Record":

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from textmeta.data.episodes import Episode, EpisodeSampler
-from textmeta.errors import SettingsError, TrainingInterrupted
+from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted
 from textmeta.meta.adaptation import InnerLoopSettings
 from textmeta.meta.algorithms import ALGORITHMS, Algorithm
 from textmeta.meta.checkpoint import TrainingState, restore_state, save_state
@@ -43,7 +43,7 @@ class TrainingSettings:
         scalar_learning_rate: of the logarithms of temperature and step sizes (not for Reptile, which learns neither).
         warmup: steps over which the learning rate rises from 0, before a cosine takes it back to 0. Reptile's ε is
             constant.
-        max_gradient_norm: longer gradients are shortened to this norm (not for Reptile).
+        max_gradient_norm: longer gradients are shortened to this norm; null leaves them (as Reptile always does).
         validate_every: steps between validations; the parameters with the best validation accuracy are the result.
         validation_episodes: episodes of a validation, the same each time.
         checkpoint_every: steps between checkpoints.
@@ -56,7 +56,7 @@ class TrainingSettings:
     learning_rate: float | None = None
     scalar_learning_rate: float = 0.01
     warmup: int = 20
-    max_gradient_norm: float = 1.0
+    max_gradient_norm: float | None = 1.0
     validate_every: int = 50
     validation_episodes: int = 100
     checkpoint_every: int = 10
@@ -69,6 +69,13 @@ class TrainingSettings:
         for name in ("steps", "tasks_per_step", "validate_every", "validation_episodes", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"training {name} must be at least 1, given {getattr(self, name)}")
+        for name in ("learning_rate", "scalar_learning_rate", "max_gradient_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingsError(f"training {name} must be positive, given {value}")
+        for name in ("warmup", "seed"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"training {name} must not be negative, given {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -112,11 +119,14 @@ def train(
 
     Raises:
         TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
+        DivergedError: if loss or gradient are not finite.
         SettingsError: if ``output`` holds a run with other settings.
     """
     accelerator = accelerator or Accelerator(cpu=encoder.device.type == "cpu")
     algorithm = ALGORITHMS[settings.algorithm]
-    inner = algorithm.inner(inner)
+    given, inner = inner, algorithm.inner(inner)
+    if inner != given:
+        logger.info("%s takes its own inner loop: %s", settings.algorithm, inner)
     fingerprint = _fingerprint(encoder, train_episodes, valid_episodes, settings, inner)
     output.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
@@ -141,17 +151,18 @@ def train(
             row, stop = _outer_step(
                 encoder, train_episodes, settings, inner, algorithm, state, accelerator, stop_requested()
             )
-            progress.update()
-            progress.set_postfix(
-                loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.3f}", best_valid=f"{state.best_accuracy:.3f}"
-            )
             if state.step % settings.validate_every == 0 or state.step == settings.steps:
                 row["valid_accuracy"] = _validate(encoder, state, validation, inner, accelerator)
             record.write(row)
+            shown = {"loss": row["loss"], "acc": row["accuracy"]}
+            progress.set_postfix(shown | ({"best_valid": state.best_accuracy} if state.best else {}), refresh=False)
+            progress.update()
+            if accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
+                stop = stop or stop_requested()
             due = state.step % settings.checkpoint_every == 0 or state.step == settings.steps
             if (due or stop) and accelerator.is_main_process:
                 save_state(state, output / CHECKPOINT, fingerprint)
-            if stop and state.step < settings.steps:
+            if stop:
                 raise TrainingInterrupted(
                     f"stopped after step {state.step} of {settings.steps}; the same command goes on from "
                     f"{output / CHECKPOINT}"
@@ -194,7 +205,12 @@ def _outer_step(
     totals = flat[-4:]
     mean = flat[:-4] / totals[2]
     norm = mean.norm()
-    if algorithm.optimiser == "adam":
+    if not (norm.isfinite() and totals[0].isfinite()):
+        raise DivergedError(
+            f"step {state.step + 1}: loss {float(totals[0] / totals[2])}, gradient norm {float(norm)}; try "
+            "a smaller learning rate or smaller inner step sizes (the last checkpoint is from before)"
+        )
+    if algorithm.optimiser == "adam" and settings.max_gradient_norm is not None:
         mean = mean * (settings.max_gradient_norm / norm.clamp(min=settings.max_gradient_norm))
     pieces = torch.split(mean, [value.numel() for value in state.parameters.values()])
     for value, piece in zip(state.parameters.values(), pieces, strict=True):
@@ -279,7 +295,7 @@ def _fingerprint(
                 "episodes": asdict(sampler.settings),
                 "seed": sampler.seed,
                 "corpora": [
-                    {"name": c.name, "texts": len(c), "classes": list(c.class_names), "sha256": c.sha256}
+                    {"name": c.name, "texts": len(c), "classes": len(c.class_names), "sha256": c.sha256}
                     for c in sampler.corpora
                 ],
             }

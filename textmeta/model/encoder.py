@@ -107,9 +107,13 @@ class Encoder:
             raise SettingsError(f"precision must be 'no' or 'bf16', given {precision!r}")
         self.settings = settings or EncoderSettings()
         self.lora = lora or LoraSettings()
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise SettingsError(f"no such device: {device!r}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …") from error
         self.precision = precision
         model, self.tokenizer = load_pretrained(self.settings.model, self.settings.revision)
+        _check_length(model, self.settings)
         self.weights_sha256 = weights_digest(model)
         layers_name = _layers_name(model)
         total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
@@ -249,6 +253,16 @@ class _PassThrough(nn.Module):
         return next(v for v in (*arguments, *named.values()) if isinstance(v, Tensor) and v.is_floating_point())
 
 
+def _check_length(model: PreTrainedModel, settings: EncoderSettings) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2  # the first positions are the padding token's
+    if settings.max_length > positions:
+        raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")
+
+
 def _layers_name(model: PreTrainedModel) -> str:
     total: int = model.config.num_hidden_layers
     for name, module in model.named_modules():
@@ -277,7 +291,12 @@ def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Mod
     probe = torch.arange(10, 18, device=device).reshape(2, 4) % model.config.vocab_size
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)
     with torch.no_grad():
-        whole = model(input_ids=probe, attention_mask=mask).last_hidden_state
+        try:
+            whole = model(input_ids=probe, attention_mask=mask).last_hidden_state
+        except (TypeError, ValueError) as error:
+            raise EncoderError(
+                f"{type(model).__name__} does not run on token ids alone, expected an encoder such as BERT: {error}"
+            ) from error
         try:
             states = prefix(input_ids=probe, attention_mask=mask).last_hidden_state
             halves = suffix(inputs_embeds=states, attention_mask=mask).last_hidden_state

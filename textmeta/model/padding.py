@@ -8,8 +8,8 @@ __all__ = ["length_buckets"]
 def length_buckets(lengths: Sequence[int], overhead: int, max_rows: int) -> list[list[int]]:
     """Split rows into buckets, each padded to its longest row, at the least total cost.
 
-    The cost of a bucket is ``rows x longest + overhead``; the split of the sorted lengths is optimal (dynamic
-    programming over the distinct lengths).
+    The cost of a bucket is ``rows x longest + overhead``; the split of the sorted lengths is the best there is (dynamic
+    programming over the distinct lengths), before buckets with too many rows are cut.
 
     Args:
         lengths: tokens of each row.

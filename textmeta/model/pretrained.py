@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from textmeta.errors import EncoderError
@@ -69,23 +75,22 @@ def _resolve(name: str, revision: str | None) -> str:
         return name
     try:
         HfApi().model_info(name, revision=revision, timeout=10)
-    except (HfHubHTTPError, HFValidationError) as error:
-        if (
-            getattr(getattr(error, "response", None), "status_code", 400) < 500
-        ):  # a clear no: loading will say it in the library's own words
-            return name
-        reason: Exception = error
-    except Exception as error:  # the transport's errors belong to whichever HTTP client the Hub library uses
+    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError, HFValidationError):
+        return name  # a clear no: loading will say it in the library's own words
+    except Exception as error:  # no answer, or a proxy's; the errors are those of the Hub library's HTTP client
         reason = error
     else:
         return name
     try:
-        return snapshot_download(name, revision=revision, local_files_only=True)
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        pass
-    if name != DEFAULT_ENCODER:
+        cached = None
+    if cached is not None and (name != DEFAULT_ENCODER or (cached / "model.safetensors").exists()):
+        return str(cached)
+    if name != DEFAULT_ENCODER or revision is not None:
         raise EncoderError(
-            f"the encoder {name!r} is no folder, is not in the Hub cache, and the Hub cannot be reached: {reason}"
+            f"the encoder {name!r} (revision {revision}) is no folder, is not in the Hub cache, and the Hub cannot be "
+            f"reached: {reason}"
         )
     folder = _carried_copy()
     logger.warning(

@@ -1,0 +1,31 @@
+"""Writing files so that what is said to be written is on the disk."""
+
+import os
+from pathlib import Path
+
+__all__ = ["sync_folder", "write_atomically", "write_synced"]
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names of a folder's files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that after a crash at any moment it holds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_synced(temporary, content)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
