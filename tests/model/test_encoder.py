@@ -9,6 +9,7 @@ from transformers import DebertaV2Config, DebertaV2Model, DistilBertConfig, Dist
 import textmeta.model.encoder as encoder_module
 from tests.conftest import WORDS, save_tiny_model
 from textmeta.errors import EncoderError, SettingsError
+from textmeta.model import splitting
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings, zero_start
 
@@ -133,7 +134,7 @@ def test_a_family_that_cannot_be_split_works_with_a_warning(
         def forward(self, *, inputs_embeds: Tensor, **_: object) -> Tensor:
             return inputs_embeds + 0.1
 
-    monkeypatch.setattr(encoder_module, "_PassThrough", Wrong)
+    monkeypatch.setattr(splitting, "_PassThrough", Wrong)
     with caplog.at_level(logging.WARNING):
         encoder = Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4))
     assert encoder._prefix is None

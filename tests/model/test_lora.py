@@ -104,3 +104,22 @@ def test_unknown_targets_are_named_with_what_there_is(tiny_model: str) -> None:
 def test_too_many_layers_are_refused(tiny_model: str) -> None:
     with pytest.raises(SettingsError, match="layers is 9, but the encoder has 4"):
         Encoder(EncoderSettings(tiny_model), LoraSettings(layers=9))
+
+
+def test_gradients_of_per_task_factors_are_the_same_bits_each_time() -> None:
+    """With several threads: a sum whose order is left to chance would end a resumed run in another adapter."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(200, 8, 16, generator=generator)
+        weight = torch.randn(2, 384, 16, generator=generator, requires_grad=True)
+        linear = FactorLinear("x", torch.nn.Parameter(torch.zeros(384, 16)))
+        row_task = torch.randint(2, (200,), generator=generator)
+        seen = []
+        for _ in range(20):
+            with using_factors({"x": weight}, row_task):
+                seen.append(torch.autograd.grad(linear(x).square().sum(), weight)[0])
+        assert all(torch.equal(gradient, seen[0]) for gradient in seen)
+    finally:
+        torch.set_num_threads(threads)

@@ -82,8 +82,6 @@ def adapt(
     parameters: Mapping[str, Tensor],
     support: TaskBatch,
     inner: InnerLoopSettings,
-    *,
-    order: Literal[1, 2] = 1,
 ) -> AdaptedParameters:
     """Take the inner steps: θ_{j+1} = θ_j - α_j ĝ_j, with ĝ = g / (rms(g) + ε) for each task and tensor.
 
@@ -96,11 +94,10 @@ def adapt(
         parameters: the initialisation.
         support: support sets of T tasks.
         inner: steps, and what they adapt.
-        order: 1 treats ĝ as a constant (FOMAML: gradients reach the start and the step sizes); 2 differentiates
-            through it (MAML, Finn et al., 2017).
 
     Returns:
-        The adapted parameters, differentiable in ``parameters`` where those require a gradient.
+        The adapted parameters. Where ``parameters`` require a gradient they are differentiable in the start, the step
+        sizes and the temperature; the ĝ are constants (first order).
     """
     factors = lora_factors(parameters)
     tasks = len(support.ways)
@@ -117,7 +114,7 @@ def adapt(
         if OFFSET in inner.adapt:
             fast[OFFSET] = offset
         for step in range(inner.steps):
-            directions = _directions(encoder, parameters, factors, fast, support, inner, order)
+            directions = _directions(encoder, parameters, factors, fast, support, inner)
             fast = {name: value - step_sizes(parameters, name)[step] * directions[name] for name, value in fast.items()}
         offset = fast.pop(OFFSET, offset)
         factors = factors | fast
@@ -138,27 +135,22 @@ def _directions(
     fast: Mapping[str, Tensor],
     support: TaskBatch,
     inner: InnerLoopSettings,
-    order: int,
 ) -> dict[str, Tensor]:
     """Return the normalised gradient of the support loss in each adapted parameter."""
     with torch.enable_grad():
-        if order == 1:
-            # nothing but the gradient in the adapted parameters is needed: cut all else off
-            factors = {name: value.detach() for name, value in factors.items()}
-            fast = {name: value.detach().requires_grad_() for name, value in fast.items()}
-            parameters = {name: value.detach() for name, value in parameters.items()}
-        else:
-            fast = {name: value if value.requires_grad else value.requires_grad_() for name, value in fast.items()}
+        # nothing but the gradient in the adapted parameters is needed: cut all else off
+        factors = {name: value.detach() for name, value in factors.items()}
+        fast = {name: value.detach().requires_grad_() for name, value in fast.items()}
         used = {**factors, **{name: value for name, value in fast.items() if name != OFFSET}}
         features = support.pad(encoder.features(support.texts, used, support.row_task))
         offset = fast.get(OFFSET)
         if offset is None:
             offset = features.new_zeros(len(support.ways), int(support.ways.max()), features.shape[-1])
         logits, counts = leave_one_out_logits(
-            features, support.labels, offset, temperature(parameters), class_mask(support.ways)
+            features, support.labels, offset, temperature(parameters).detach(), class_mask(support.ways)
         )
         loss = cross_entropy_per_task(logits, support.labels, counts).sum()
-        gradients = torch.autograd.grad(loss, list(fast.values()), create_graph=order == 2)
+        gradients = torch.autograd.grad(loss, list(fast.values()))
     directions = {}
     for name, gradient in zip(fast, gradients, strict=True):
         # an offset has rows for the classes of the largest task: only a task's own classes are entries

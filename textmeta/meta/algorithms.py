@@ -46,7 +46,7 @@ def protonet(
 
     Source: Snell et al. (2017), "Prototypical Networks for Few-shot Learning", here with a cosine and LoRA.
     """
-    return _query_gradient(encoder, parameters, episodes, replace(inner, steps=0), order=1)
+    return _query_gradient(encoder, parameters, episodes, replace(inner, steps=0))
 
 
 def fomaml(
@@ -58,7 +58,7 @@ def fomaml(
 
     Source: Finn et al. (2017), "Model-Agnostic Meta-Learning", section 5.2, first-order approximation.
     """
-    return _query_gradient(encoder, parameters, episodes, inner, order=1)
+    return _query_gradient(encoder, parameters, episodes, inner)
 
 
 def reptile(
@@ -72,7 +72,7 @@ def reptile(
     Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", batched version of Algorithm 1.
     """
     with torch.no_grad():
-        loss, accuracy = _query_loss(encoder, parameters, episodes, replace(inner, steps=0), order=1)
+        loss, accuracy = _query_loss(encoder, parameters, episodes, replace(inner, steps=0))
         adapted = adapt(encoder, parameters, support_and_query_batch(encoder, episodes), inner)
         gradient = {name: torch.zeros_like(value) for name, value in parameters.items()}
         for name, factor in adapted.factors.items():
@@ -86,11 +86,10 @@ def _query_loss(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    order: Literal[1, 2],
 ) -> tuple[Tensor, Tensor]:
     """Adapt to the support sets; return loss and accuracy of each query set, (T,) both."""
     support, query = support_batch(encoder, episodes), query_batch(encoder, episodes)
-    adapted = adapt(encoder, parameters, support, inner, order=order)
+    adapted = adapt(encoder, parameters, support, inner)
     logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)
     counts = query.labels >= 0
     correct = (logits.argmax(-1) == query.labels) & counts
@@ -102,10 +101,9 @@ def _query_gradient(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    order: Literal[1, 2],
 ) -> MetaGradient:
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    loss, accuracy = _query_loss(encoder, leaves, episodes, inner, order)
+    loss, accuracy = _query_loss(encoder, leaves, episodes, inner)
     found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
     gradient = {
         name: torch.zeros_like(value) if part is None else part
@@ -135,5 +133,5 @@ ALGORITHMS: dict[str, Algorithm] = {
     "protonet": Algorithm(protonet, "adam", 1e-3, lambda inner: replace(inner, steps=0)),
     "fomaml": Algorithm(fomaml, "adam", 1e-3, lambda inner: inner),
     # B starts at 0, where A has no gradient: adapted or not, A is learned only by moving along with B
-    "reptile": Algorithm(reptile, "sgd", 0.3, lambda inner: replace(inner, adapt=("lora_A", "lora_B", "offset"))),
+    "reptile": Algorithm(reptile, "sgd", 0.1, lambda inner: replace(inner, adapt=("lora_A", "lora_B", "offset"))),
 }

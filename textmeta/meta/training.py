@@ -1,10 +1,9 @@
 """The outer loop: sample episodes, take the meta-gradient, reduce it over processes, step, validate, checkpoint."""
 
-import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from textmeta.meta.adaptation import InnerLoopSettings
 from textmeta.meta.algorithms import ALGORITHMS, Algorithm
 from textmeta.meta.checkpoint import TrainingState, restore_state, save_state
 from textmeta.meta.evaluation import score_episodes
+from textmeta.meta.fingerprint import run_fingerprint
 from textmeta.meta.interruption import stop_requests
 from textmeta.meta.record import Record
 from textmeta.model.encoder import Encoder
@@ -127,7 +127,7 @@ def train(
     given, inner = inner, algorithm.inner(inner)
     if inner != given:
         logger.info("%s takes its own inner loop: %s", settings.algorithm, inner)
-    fingerprint = _fingerprint(encoder, train_episodes, valid_episodes, settings, inner)
+    fingerprint = run_fingerprint(encoder, train_episodes, valid_episodes, training=settings, inner=inner)
     output.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     state = _start(encoder, settings, inner, algorithm)
@@ -273,33 +273,3 @@ def _start(
     optimiser: torch.optim.Optimizer
     optimiser = torch.optim.Adam(groups) if algorithm.optimiser == "adam" else torch.optim.SGD(groups)
     return TrainingState(parameters, optimiser)
-
-
-def _fingerprint(
-    encoder: Encoder,
-    train_episodes: EpisodeSampler,
-    valid_episodes: EpisodeSampler,
-    settings: TrainingSettings,
-    inner: InnerLoopSettings,
-) -> dict[str, Any]:
-    """Return, as JSON would give it back, everything that decides what a run ends in."""
-    encoder_settings = asdict(encoder.settings)
-    del encoder_settings["cache_mb"]  # exact, so of no effect
-    content = {
-        "encoder": {**encoder_settings, "weights_sha256": encoder.weights_sha256, "precision": encoder.precision},
-        "lora": asdict(encoder.lora),
-        "inner": asdict(inner),
-        "training": asdict(settings),
-        **{
-            part: {
-                "episodes": asdict(sampler.settings),
-                "seed": sampler.seed,
-                "corpora": [
-                    {"name": c.name, "texts": len(c), "classes": len(c.class_names), "sha256": c.sha256}
-                    for c in sampler.corpora
-                ],
-            }
-            for part, sampler in (("train", train_episodes), ("valid", valid_episodes))
-        },
-    }
-    return json.loads(json.dumps(content))  # type: ignore[no-any-return]

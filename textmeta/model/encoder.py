@@ -4,13 +4,11 @@ The layers below the lowest LoRA do not depend on anything that is learned, so t
 and cached. The rest, the adapted suffix, runs for any factors, of one task or of many at once.
 """
 
-import copy
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from textmeta.errors import EncoderError, SettingsError
+from textmeta.errors import SettingsError
 from textmeta.model.lora import LoraSettings, inject, lora_config, using_factors
 from textmeta.model.padding import length_buckets
 from textmeta.model.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
+from textmeta.model.splitting import find_layers, split_model
 
 __all__ = ["Encoder", "EncoderSettings", "PreparedTexts"]
-
-logger = logging.getLogger(__name__)
 
 MAX_ROWS = 256  # rows of one forward of the suffix
 CHECKPOINT_ROWS = 1024  # from here on, activations are computed again in the backward pass instead of kept
@@ -115,14 +112,14 @@ class Encoder:
         model, self.tokenizer = load_pretrained(self.settings.model, self.settings.revision)
         _check_length(model, self.settings)
         self.weights_sha256 = weights_digest(model)
-        layers_name = _layers_name(model)
+        layers_name = find_layers(model)
         total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
         first = total - self.lora.layer_count(total)
         self.peft_config = lora_config(model, layers_name, first, self.lora)
         self.factor_shapes = inject(model, self.peft_config)
         self.hidden_size: int = model.config.hidden_size
         model.to(self.device)  # type: ignore[arg-type]
-        self._prefix, self._suffix = _split(model, layers_name, first)
+        self._prefix, self._suffix = split_model(model, layers_name, first)
         # A text's states must not depend, to the bit, on which texts it came with, or a resumed run would differ from
         # an uninterrupted one. Matrix products round differently in batches of different shapes, on a CPU even in
         # different rows: so there each text goes alone. A GPU is too slow at that: it gets batches of one fixed shape.
@@ -177,7 +174,7 @@ class Encoder:
             else:
                 parts.append(run(task, *arguments))
         order = torch.cat([bucket.rows for bucket in texts.buckets])
-        features: Tensor = torch.cat(parts)[torch.argsort(order)]
+        features: Tensor = torch.cat(parts).index_select(0, torch.argsort(order))
         return features
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -245,14 +242,6 @@ class Encoder:
             self._cache_bytes -= oldest.nbytes
 
 
-class _PassThrough(nn.Module):
-    """Stands in for the embeddings of the suffix: its input already is the hidden state."""
-
-    def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        # families differ in the order and names of the arguments; the states are the one that is floating
-        return next(v for v in (*arguments, *named.values()) if isinstance(v, Tensor) and v.is_floating_point())
-
-
 def _check_length(model: PreTrainedModel, settings: EncoderSettings) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is None:
@@ -261,56 +250,3 @@ def _check_length(model: PreTrainedModel, settings: EncoderSettings) -> None:
         positions -= 2  # the first positions are the padding token's
     if settings.max_length > positions:
         raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")
-
-
-def _layers_name(model: PreTrainedModel) -> str:
-    total: int = model.config.num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == total:
-            return str(name)
-    raise EncoderError(
-        f"{type(model).__name__} has no list of its {total} layers; expected a transformer encoder such as BERT"
-    )
-
-
-def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Module | None, nn.Module]:
-    """Split a transformer below layer ``first`` into (prefix, suffix), or (None, model) where that is not exact.
-
-    Both halves are the model's own class: the prefix with fewer layers, the suffix with its embeddings passed
-    through, so each family's masks and positions are its own code. A probe decides whether the split is exact.
-    """
-    layers: nn.ModuleList = model.get_submodule(layers_name)  # type: ignore[assignment]
-    embeddings = getattr(model, "embeddings", None)
-    if not isinstance(embeddings, nn.Module):
-        return _unsplit(model)
-    # deepcopy with these answers given: all weights that both halves use stay shared
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    prefix = copy.deepcopy(model, {**shared, id(embeddings): embeddings, id(layers): layers[:first]})
-    suffix = copy.deepcopy(model, {**shared, id(embeddings): _PassThrough(), id(layers): layers[first:]})
-    device = next(model.parameters()).device
-    probe = torch.arange(10, 18, device=device).reshape(2, 4) % model.config.vocab_size
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)
-    with torch.no_grad():
-        try:
-            whole = model(input_ids=probe, attention_mask=mask).last_hidden_state
-        except (TypeError, ValueError) as error:
-            raise EncoderError(
-                f"{type(model).__name__} does not run on token ids alone, expected an encoder such as BERT: {error}"
-            ) from error
-        try:
-            states = prefix(input_ids=probe, attention_mask=mask).last_hidden_state
-            halves = suffix(inputs_embeds=states, attention_mask=mask).last_hidden_state
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, StopIteration) as error:
-            logger.debug("the halves do not run: %s", error)
-            return _unsplit(model)
-    if not torch.allclose(whole[mask.bool()], halves[mask.bool()], rtol=1e-5, atol=1e-6):
-        return _unsplit(model)
-    return prefix, suffix
-
-
-def _unsplit(model: nn.Module) -> tuple[None, nn.Module]:
-    logger.warning(
-        "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower",
-        type(model).__name__,
-    )
-    return None, model

@@ -139,7 +139,9 @@ class FactorLinear(nn.Module):
         weight = active.tensors[self.name]
         if weight.ndim == 2:
             return nn.functional.linear(x, weight)
-        return torch.bmm(x, weight[active.row_task].transpose(1, 2))
+        assert active.row_task is not None, "a factor with a task dimension needs the task of each row"
+        # not weight[row_task]: on a CPU its backward adds up in an order that differs from run to run
+        return torch.bmm(x, weight.index_select(0, active.row_task).transpose(1, 2))
 
 
 def inject(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,45 @@
+"""What decides the outcome of a run: only a run with the same fingerprint can go on from a checkpoint."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from textmeta.data.episodes import EpisodeSampler
+from textmeta.model.encoder import Encoder
+
+__all__ = ["run_fingerprint"]
+
+
+def run_fingerprint(
+    encoder: Encoder,
+    train_episodes: EpisodeSampler,
+    valid_episodes: EpisodeSampler,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return, as JSON would give it back, everything that decides what a run ends in.
+
+    Args:
+        encoder: its settings, weights, LoRA and precision count; its cache does not, being exact.
+        train_episodes: corpora, settings and seed count.
+        valid_episodes: likewise.
+        **settings: dataclasses that count whole, by name.
+    """
+    encoder_settings = asdict(encoder.settings)
+    del encoder_settings["cache_mb"]
+    content = {
+        "encoder": {**encoder_settings, "weights_sha256": encoder.weights_sha256, "precision": encoder.precision},
+        "lora": asdict(encoder.lora),
+        **{name: asdict(part) for name, part in settings.items()},
+        **{
+            part: {
+                "episodes": asdict(sampler.settings),
+                "seed": sampler.seed,
+                "corpora": [
+                    {"name": c.name, "texts": len(c), "classes": len(c.class_names), "sha256": c.sha256}
+                    for c in sampler.corpora
+                ],
+            }
+            for part, sampler in (("train", train_episodes), ("valid", valid_episodes))
+        },
+    }
+    return json.loads(json.dumps(content))  # type: ignore[no-any-return]
