@@ -15,8 +15,8 @@ from textmeta.artifact.store import save_adapter
 from textmeta.cli import run_recipe
 from textmeta.data.bundled import load_bundled
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
-from textmeta.meta.adaptation import InnerLoopSettings
 from textmeta.meta.evaluation import compare_with_frozen, format_table
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.training import CHECKPOINT, TrainingSettings, train
 from textmeta.model.encoder import Encoder, EncoderSettings
 

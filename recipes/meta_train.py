@@ -21,8 +21,8 @@ from textmeta.data.class_splits import load_parts
 from textmeta.data.corpus import CorpusSettings
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.errors import SettingsError
-from textmeta.meta.adaptation import InnerLoopSettings
 from textmeta.meta.evaluation import compare_with_frozen, format_table
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.training import TrainingSettings, train
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings

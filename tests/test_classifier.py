@@ -15,9 +15,10 @@ import torch
 from textmeta import FewShotClassifier
 from textmeta.data.corpus import Corpus
 from textmeta.errors import AdapterError, DataError, NotFittedError
-from textmeta.meta.adaptation import InnerLoopSettings
+from textmeta.meta.adaptation import start_parameters
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import Parameters, initial_parameters
+from textmeta.model.initialisation import Parameters
 from textmeta.model.lora import LoraSettings
 
 INNER = InnerLoopSettings(steps=3)
@@ -52,7 +53,7 @@ def encoder(tiny_model: str) -> Encoder:
 @pytest.fixture(scope="module")
 def parameters(encoder: Encoder) -> Parameters:
     """An initialisation with B other than zero, as after meta-training."""
-    start = initial_parameters(encoder.factor_shapes, steps=INNER.steps, lora_step_size=0.01, offset_step_size=0.003)
+    start = start_parameters(encoder.factor_shapes, INNER)
     generator = torch.Generator().manual_seed(0)
     return {
         name: value + 0.05 * torch.randn(value.shape, generator=generator) if ".lora_B." in name else value

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from textmeta.artifact.store import save_adapter
-from textmeta.meta.adaptation import InnerLoopSettings
+from textmeta.meta.adaptation import start_parameters
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import initial_parameters
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -20,8 +20,8 @@ def test_python_of_the_readme_runs(
     block: str, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    start = initial_parameters(encoder.factor_shapes, steps=3, lora_step_size=0.01, offset_step_size=0.003)
-    save_adapter("demo-output", encoder, start, InnerLoopSettings(steps=3), {})
+    inner = InnerLoopSettings()
+    save_adapter("demo-output", encoder, start_parameters(encoder.factor_shapes, inner), inner, {})
     with open("intents.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["utterance", "intent"])

@@ -11,11 +11,12 @@ from torch import Tensor
 from textmeta.artifact.store import Adapter, FittedHead, load_adapter, save_adapter
 from textmeta.data.texts import checked_texts
 from textmeta.errors import AdapterError, DataError, NotFittedError
-from textmeta.meta.adaptation import InnerLoopSettings, adapt, task_weights
+from textmeta.meta.adaptation import adapt, task_weights
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import task_batch
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import class_mask, cosine_logits
-from textmeta.model.initialisation import temperature
+from textmeta.model.heads import HEADS, class_mask
+from textmeta.model.initialisation import head_scalars
 
 __all__ = ["FewShotClassifier"]
 
@@ -122,13 +123,14 @@ class FewShotClassifier:
         if self._weights is None:
             raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
         texts = checked_texts(texts, "predict", allow_empty=True)
+        head, scalars = HEADS[self._inner.head], head_scalars(self._parameters)
         mask = class_mask(torch.tensor([len(self._weights)], device=self._encoder.device))
         parts = [np.empty((0, len(self._weights)))]
         with torch.no_grad():
             for start in range(0, len(texts), CHUNK):
                 prepared = self._encoder.prepare(texts[start : start + CHUNK], remember=False)
                 features = self._encoder.features(prepared, self._factors)
-                logits = cosine_logits(features[None], self._weights[None], temperature(self._parameters), mask)
+                logits = head.logits(features[None], self._weights[None], scalars, mask)
                 parts.append(logits[0].double().softmax(-1).cpu().numpy())
         return np.concatenate(parts)
 

@@ -20,9 +20,10 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from textmeta.artifact.folder import MANIFEST
 from textmeta.artifact.store import FORMAT_VERSION, FittedHead, load_adapter, save_adapter
 from textmeta.errors import AdapterError
-from textmeta.meta.adaptation import InnerLoopSettings
+from textmeta.meta.adaptation import start_parameters
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import Parameters, initial_parameters, lora_factors
+from textmeta.model.initialisation import Parameters, lora_factors
 from textmeta.model.lora import LoraSettings
 
 INNER = InnerLoopSettings(steps=2, adapt=("lora_A", "offset"), lora_step_size=0.02)
@@ -40,9 +41,7 @@ def make_encoder(model: str) -> Encoder:
 def random_parameters(encoder: Encoder, seed: int = 0) -> Parameters:
     """Return parameters none of which is at its start: B is not zero, each step size is its own."""
     generator = torch.Generator().manual_seed(seed)
-    start = initial_parameters(
-        encoder.factor_shapes, steps=INNER.steps, lora_step_size=0.02, offset_step_size=0.003, seed=seed
-    )
+    start = start_parameters(encoder.factor_shapes, INNER, seed)
     return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
 
 

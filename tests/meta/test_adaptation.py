@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy
 
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.errors import SettingsError
-from textmeta.meta.adaptation import InnerLoopSettings, adapt, query_logits, task_weights
+from textmeta.meta.adaptation import adapt, query_logits, start_parameters, task_weights
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_weights
@@ -16,9 +17,8 @@ from textmeta.model.initialisation import (
     LORA,
     OFFSET,
     Parameters,
-    initial_parameters,
+    head_scalars,
     lora_factors,
-    temperature,
 )
 
 INNER = InnerLoopSettings(steps=2, lora_step_size=0.05, offset_step_size=0.02, lora_epsilon=1e-4, offset_epsilon=1e-3)
@@ -26,12 +26,7 @@ INNER = InnerLoopSettings(steps=2, lora_step_size=0.05, offset_step_size=0.02, l
 
 def moved_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
     """A start with B away from 0, so that A and B both count, and a step size of its own for each step."""
-    start = initial_parameters(
-        encoder.factor_shapes,
-        steps=inner.steps,
-        lora_step_size=inner.lora_step_size,
-        offset_step_size=inner.offset_step_size,
-    )
+    start = start_parameters(encoder.factor_shapes, inner)
     generator = torch.Generator().manual_seed(1)
     for name, value in start.items():
         if name.startswith((LORA, LOG_STEP_SIZE)):
@@ -50,10 +45,10 @@ def support_loss(
         keep = torch.arange(len(labels)) != i
         if (labels[keep] != labels[i]).all():
             continue
-        whole = class_weights(features[None], labels[None], offset[None])[0]
-        rest = class_weights(features[keep][None], labels[keep][None], offset[None])[0]
+        whole = class_weights(features[None], labels[None], offset[None], {})[0]
+        rest = class_weights(features[keep][None], labels[keep][None], offset[None], {})[0]
         weights = torch.where((torch.arange(e.ways) == labels[i])[:, None], rest, whole)
-        logits = temperature(parameters) * features[i] @ torch.nn.functional.normalize(weights, dim=1).T
+        logits = head_scalars(parameters)["temperature"] * features[i] @ torch.nn.functional.normalize(weights, dim=1).T
         losses.append(cross_entropy(logits, labels[i]))
     return torch.stack(losses).mean()
 
@@ -166,7 +161,7 @@ def test_query_logits_are_cosines_to_the_task_weights(encoder: Encoder, sampler:
     logits = query_logits(encoder, adapted, weights, query)
     factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
     features = encoder.features(encoder.prepare(e.query_texts), factors)
-    expected = temperature(parameters) * features @ torch.nn.functional.normalize(weights[0], dim=1).T
+    expected = head_scalars(parameters)["temperature"] * features @ torch.nn.functional.normalize(weights[0], dim=1).T
     torch.testing.assert_close(logits[0], expected)
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from tests.meta.test_adaptation import INNER, moved_parameters
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
-from textmeta.meta import adaptation
-from textmeta.meta.adaptation import InnerLoopSettings, adapt, query_logits, task_weights
+from textmeta.meta import inner_loop
+from textmeta.meta.adaptation import adapt, query_logits, task_weights
 from textmeta.meta.algorithms import ALGORITHMS
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import query_batch, support_and_query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import cross_entropy_per_task
@@ -108,7 +109,7 @@ def test_fomaml_is_the_gradient_with_the_directions_held_constant(encoder: Encod
     parameters = double(encoder, moved_parameters(encoder, inner))
     support, query = support_batch(encoder, episodes), query_batch(encoder, episodes)
     recorded: list[dict[str, Tensor]] = []
-    original = adaptation._directions
+    original = inner_loop._directions
 
     def loss(values: Parameters) -> Tensor:
         with torch.no_grad():
@@ -117,7 +118,7 @@ def test_fomaml_is_the_gradient_with_the_directions_held_constant(encoder: Encod
             return cross_entropy_per_task(logits, query.labels, query.labels >= 0).sum()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptation, "_directions", lambda *args: recorded.append(original(*args)) or recorded[-1])
+        patch.setattr(inner_loop, "_directions", lambda *args: recorded.append(original(*args)) or recorded[-1])
         loss(parameters)
     found = ALGORITHMS["fomaml"].gradient(encoder, parameters, episodes, inner).gradient
     generator = torch.Generator().manual_seed(0)
@@ -128,7 +129,7 @@ def test_fomaml_is_the_gradient_with_the_directions_held_constant(encoder: Encod
             ends = []
             for sign in (1, -1):
                 kept = iter(recorded)
-                patch.setattr(adaptation, "_directions", lambda *args, kept=kept: next(kept))
+                patch.setattr(inner_loop, "_directions", lambda *args, kept=kept: next(kept))
                 ends.append(loss({**parameters, key: value + sign * 1e-5 * along}))
             expected = (ends[0] - ends[1]) / 2e-5
             torch.testing.assert_close((found[key] * along).sum(), expected, rtol=1e-4, atol=1e-8)

@@ -16,8 +16,8 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.meta import training
-from textmeta.meta.adaptation import InnerLoopSettings
 from textmeta.meta.evaluation import frozen_prototypes, paired_difference, score_episodes
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.training import CHECKPOINT, RECORD, TrainingResult, TrainingSettings, train
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings

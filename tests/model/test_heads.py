@@ -12,6 +12,7 @@ from textmeta.model.heads import (
 )
 
 TEMPERATURE = torch.tensor(7.0, dtype=torch.float64)
+SCALARS = {"temperature": TEMPERATURE, "ridge": torch.tensor(0.3, dtype=torch.float64)}
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -22,7 +23,7 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 def test_class_weights_are_normalised_means_plus_offset() -> None:
     features, labels = unit(1, 5, 4), torch.tensor([[0, 1, 1, 0, 1]])
     offset = 0.1 * unit(1, 2, 4, seed=1)
-    weights = class_weights(features, labels, offset)
+    weights = class_weights(features, labels, offset, SCALARS)
     for c in (0, 1):
         mean = features[0, labels[0] == c].mean(0)
         torch.testing.assert_close(weights[0, c], mean / mean.norm() + offset[0, c])
@@ -31,12 +32,12 @@ def test_class_weights_are_normalised_means_plus_offset() -> None:
 def test_leave_one_out_equals_deleting_the_example() -> None:
     features, labels = unit(1, 7, 5), torch.tensor([[0, 1, 2, 0, 1, 0, 2]])
     offset = 0.3 * unit(1, 3, 5, seed=1)
-    logits, counts = leave_one_out_logits(features, labels, offset, TEMPERATURE, class_mask(torch.tensor([3])))
+    logits, counts = leave_one_out_logits(features, labels, offset, SCALARS, class_mask(torch.tensor([3])))
     assert counts.all()
     for i in range(7):
         keep = torch.arange(7) != i
-        rest = class_weights(features[:, keep], labels[:, keep], offset)
-        whole = class_weights(features, labels, offset)
+        rest = class_weights(features[:, keep], labels[:, keep], offset, SCALARS)
+        whole = class_weights(features, labels, offset, SCALARS)
         own = int(labels[0, i])
         expected = [
             TEMPERATURE * features[0, i] @ normalize((rest if c == own else whole)[0, c], dim=0) for c in range(3)
@@ -47,7 +48,7 @@ def test_leave_one_out_equals_deleting_the_example() -> None:
 def test_an_example_alone_in_its_class_does_not_count() -> None:
     features, labels = unit(1, 4, 5).requires_grad_(), torch.tensor([[0, 1, 1, 2]])
     offset = torch.zeros(1, 3, 5, dtype=torch.float64)
-    logits, counts = leave_one_out_logits(features, labels, offset, TEMPERATURE, class_mask(torch.tensor([3])))
+    logits, counts = leave_one_out_logits(features, labels, offset, SCALARS, class_mask(torch.tensor([3])))
     assert counts.tolist() == [[False, True, True, False]]
     loss = cross_entropy_per_task(logits, labels, counts)
     torch.testing.assert_close(loss[0], cross_entropy(logits[0, 1:3], labels[0, 1:3]))
@@ -58,7 +59,7 @@ def test_an_example_alone_in_its_class_does_not_count() -> None:
 def test_a_task_of_single_examples_has_no_loss() -> None:
     features, labels = unit(1, 3, 5).requires_grad_(), torch.tensor([[0, 1, 2]])
     offset = torch.zeros(1, 3, 5, dtype=torch.float64, requires_grad=True)
-    logits, counts = leave_one_out_logits(features, labels, offset, TEMPERATURE, class_mask(torch.tensor([3])))
+    logits, counts = leave_one_out_logits(features, labels, offset, SCALARS, class_mask(torch.tensor([3])))
     loss = cross_entropy_per_task(logits, labels, counts)
     assert loss.tolist() == [0.0]
     for gradient in torch.autograd.grad(loss.sum(), (features, offset)):
@@ -73,8 +74,8 @@ def test_padding_changes_nothing() -> None:
     wide_labels = torch.cat([labels, torch.full((1, 3), -1)], 1)
     wide_offset = torch.cat([offset, torch.zeros(1, 2, 5, dtype=torch.float64)], 1)
     wide_mask = torch.tensor([[True, True, False, False]])
-    narrow, counts = leave_one_out_logits(features, labels, offset, TEMPERATURE, mask)
-    wide, wide_counts = leave_one_out_logits(wide_features, wide_labels, wide_offset, TEMPERATURE, wide_mask)
+    narrow, counts = leave_one_out_logits(features, labels, offset, SCALARS, mask)
+    wide, wide_counts = leave_one_out_logits(wide_features, wide_labels, wide_offset, SCALARS, wide_mask)
     torch.testing.assert_close(wide[:, :6, :2], narrow)
     assert wide_counts.tolist() == [[True] * 6 + [False] * 3]
     assert (wide[..., 2:] == -torch.inf).all()
@@ -88,5 +89,5 @@ def test_the_cosine_does_not_see_the_length_of_weights(scale: float) -> None:
     features, weights = unit(1, 4, 5), unit(1, 3, 5, seed=2)
     mask = class_mask(torch.tensor([3]))
     torch.testing.assert_close(
-        cosine_logits(features, scale * weights, TEMPERATURE, mask), cosine_logits(features, weights, TEMPERATURE, mask)
+        cosine_logits(features, scale * weights, SCALARS, mask), cosine_logits(features, weights, SCALARS, mask)
     )

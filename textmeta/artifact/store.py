@@ -22,9 +22,10 @@ from torch import Tensor
 from textmeta.artifact.card import model_card
 from textmeta.artifact.folder import read_folder, write_folder
 from textmeta.errors import AdapterError, SettingsError
-from textmeta.meta.adaptation import InnerLoopSettings
+from textmeta.meta.adaptation import start_parameters
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import LORA, Parameters, initial_parameters
+from textmeta.model.initialisation import LORA, Parameters
 from textmeta.model.lora import LoraSettings
 
 __all__ = ["Adapter", "FittedHead", "load_adapter", "save_adapter"]
@@ -188,8 +189,8 @@ def load_adapter(folder: str | Path) -> Adapter:
             raise AdapterError(f"{folder / 'adapter_model.safetensors'}: unexpected tensor {name!r}")
         factors[name.removeprefix(PEFT_PREFIX)] = value
     scalars = _read_tensors(files, folder, "textmeta.safetensors")
-    expected = initial_parameters({}, steps=inner.steps, lora_step_size=1.0, offset_step_size=1.0)
-    shapes = {name: tuple(value.shape) for name, value in expected.items()}
+    expected = start_parameters({name: tuple(value.shape) for name, value in factors.items()}, inner)
+    shapes = {name: tuple(value.shape) for name, value in expected.items() if not name.startswith(LORA)}
     given = {name: tuple(value.shape) for name, value in scalars.items()}
     if shapes != given:
         raise AdapterError(f"{folder / 'textmeta.safetensors'}: expected tensors {shapes}, found {given}")

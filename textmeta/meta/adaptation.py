@@ -1,65 +1,31 @@
-"""The inner loop: from an initialisation, a few gradient steps on the support sets of T tasks.
+"""Adaptation: from an initialisation, inner steps on the support sets of T tasks, to a classifier for each.
 
-Training, evaluation and the classifier's ``fit`` all call :func:`adapt`; there is no other inner loop.
+Training, evaluation and the classifier's ``fit`` all call :func:`adapt`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from textmeta.errors import SettingsError
+from textmeta.meta.inner_loop import InnerLoopSettings, gradient_steps
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import (
-    class_mask,
-    class_weights,
-    cosine_logits,
-    cross_entropy_per_task,
-    leave_one_out_logits,
+from textmeta.model.heads import HEADS, Head, class_mask, cross_entropy_per_task
+from textmeta.model.initialisation import (
+    OFFSET,
+    Parameters,
+    head_scalars,
+    initial_parameters,
+    lora_factors,
+    step_size_groups,
+    step_sizes,
 )
-from textmeta.model.initialisation import OFFSET, lora_factors, step_sizes, temperature
 
-__all__ = ["AdaptedParameters", "InnerLoopSettings", "adapt", "query_logits", "task_weights"]
+__all__ = ["AdaptedParameters", "adapt", "adaptation_path", "query_logits", "start_parameters", "task_weights"]
 
-Part = Literal["lora_A", "lora_B", "offset"]
-
-
-@dataclass(frozen=True)
-class InnerLoopSettings:
-    """What the task learner does with a support set.
-
-    Args:
-        steps: gradient steps; 0 leaves the initialisation as it is.
-        adapt: what the steps change: LoRA's B or A factors, the head's offset. Reptile adapts all three, and
-            ProtoNet takes no steps, whatever is set here.
-        lora_step_size: step size of the LoRA factors before it is learned; a step moves an entry by about this much.
-        offset_step_size: step size of the head's offset, likewise.
-        lora_epsilon: root mean square of a LoRA factor's gradient at which its step is half of the step size; a
-            smaller gradient, as of a task that is solved already, makes a step in proportion.
-        offset_epsilon: the same for the head's offset.
-    """
-
-    steps: int = 3
-    adapt: tuple[Part, ...] = ("lora_B", "offset")
-    lora_step_size: float = 0.01
-    offset_step_size: float = 0.003
-    lora_epsilon: float = 1e-3
-    offset_epsilon: float = 1e-2
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.steps < 0:
-            raise SettingsError(f"inner steps must not be negative, given {self.steps}")
-        known = ("lora_A", "lora_B", "offset")
-        unknown = [part for part in self.adapt if part not in known]
-        if unknown or not self.adapt:
-            raise SettingsError(f"inner adapt must name some of {known}, given {self.adapt}")
-        for name in ("lora_step_size", "offset_step_size", "lora_epsilon", "offset_epsilon"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"inner {name} must be positive, given {getattr(self, name)}")
+FEATURES = "features"
 
 
 @dataclass(frozen=True)
@@ -69,12 +35,33 @@ class AdaptedParameters:
     Args:
         factors: every LoRA factor by name; adapted ones (T, out, in), shared ones (out, in).
         offset: (T, C, d), the head's.
-        temperature: scalar.
+        scalars: the head's temperature, and ridge if it has one.
+        head: the head that they are for.
+        support_features: (T, n, d), where no factor was adapted and they are known already.
     """
 
     factors: dict[str, Tensor]
     offset: Tensor
-    temperature: Tensor
+    scalars: dict[str, Tensor]
+    head: Head
+    support_features: Tensor | None = None
+
+
+def start_parameters(
+    factor_shapes: Mapping[str, tuple[int, ...]], inner: InnerLoopSettings, seed: int = 0
+) -> Parameters:
+    """Return the parameters of an inner loop before any learning.
+
+    Args:
+        factor_shapes: shape of each LoRA factor by name.
+        inner: the inner loop; it says which step sizes there are and where they start.
+        seed: of LoRA's random A.
+    """
+    adapted = [name for name in factor_shapes if any(f".{part}." in name for part in inner.adapt)]
+    groups = step_size_groups(adapted if inner.step_sizes == "tensor" else factor_shapes, inner.step_sizes)
+    starts = {**dict.fromkeys(groups, inner.lora_step_size), OFFSET: inner.offset_step_size}
+    ridge = HEADS[inner.head].has_ridge
+    return initial_parameters(factor_shapes, starts, steps=inner.steps, ridge=ridge, seed=seed)
 
 
 def adapt(
@@ -83,42 +70,81 @@ def adapt(
     support: TaskBatch,
     inner: InnerLoopSettings,
 ) -> AdaptedParameters:
-    """Take the inner steps: θ_{j+1} = θ_j - α_j ĝ_j, with ĝ = g / (rms(g) + ε) for each task and tensor.
+    """Take all inner steps; see :func:`adaptation_path`. The directions of the steps are constants (first order)."""
+    *_, adapted = adaptation_path(encoder, parameters, support, inner)
+    return adapted
 
-    g is the gradient of the leave-one-out support loss (:func:`~textmeta.model.heads.leave_one_out_logits`). Its
-    normalisation makes one step size fit all ways and shots. A task in which every example is alone in its class
-    has no such loss, and stays at the initialisation.
+
+def adaptation_path(
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    support: TaskBatch,
+    inner: InnerLoopSettings,
+    *,
+    second_order_steps: int = 0,
+    checkpointed: bool = True,
+) -> Iterator[AdaptedParameters]:
+    """Take the inner steps on the support losses of T tasks (:func:`~textmeta.meta.inner_loop.gradient_steps`).
+
+    The loss is the mean cross entropy of the head's leave-one-out logits. A task in which every example is alone in its
+    class has none, and stays at the initialisation.
 
     Args:
         encoder: makes features.
         parameters: the initialisation.
         support: support sets of T tasks.
         inner: steps, and what they adapt.
+        second_order_steps: the last so many steps are differentiated through.
+        checkpointed: whether these are computed again in the backward pass, to save memory.
 
-    Returns:
-        The adapted parameters. Where ``parameters`` require a gradient they are differentiable in the start, the step
-        sizes and the temperature; the ĝ are constants (first order).
+    Yields:
+        The adapted parameters after 0, 1, … steps (the start alone, if no task has anything to learn from). Where
+        ``parameters`` require a gradient they are differentiable in the start, the step sizes and the head's scalars.
     """
-    factors = lora_factors(parameters)
-    tasks = len(support.ways)
-    offset = torch.zeros(
-        tasks, int(support.ways.max()), encoder.hidden_size, device=encoder.device, dtype=temperature(parameters).dtype
+    factors, scalars = lora_factors(parameters), head_scalars(parameters)
+    tasks, ways = len(support.ways), int(support.ways.max())
+    offset = torch.zeros(tasks, ways, encoder.hidden_size, device=encoder.device, dtype=scalars["temperature"].dtype)
+    start = AdaptedParameters(factors, offset, scalars, HEADS[inner.head])
+    if not inner.steps or not _can_learn(support):
+        yield start
+        return
+    parts = tuple(f".{part}." for part in inner.adapt if part != OFFSET)
+    fast = {
+        name: value.expand(tasks, *value.shape)
+        for name, value in factors.items()
+        if any(part in name for part in parts)
+    }
+    shared = {name: value for name, value in factors.items() if name not in fast} | scalars
+    if not fast:  # the head alone learns: all steps see the same features
+        features = support.pad(encoder.features(support.texts, factors, support.row_task))
+        start, shared = replace(start, support_features=features), {**scalars, FEATURES: features}
+    if OFFSET in inner.adapt:
+        fast[OFFSET] = offset
+    mask = class_mask(support.ways)
+
+    def loss(tensors: Mapping[str, Tensor]) -> Tensor:
+        features = tensors.get(FEATURES)
+        if features is None:
+            used = {name: tensors[name] for name in factors}
+            features = support.pad(encoder.features(support.texts, used, support.row_task))
+        now = tensors.get(OFFSET, torch.zeros_like(offset))
+        logits, counts = start.head.support_logits(features, support.labels, now, tensors, mask)
+        return cross_entropy_per_task(logits, support.labels, counts)
+
+    path = gradient_steps(
+        loss,
+        fast,
+        shared,
+        {name: step_sizes(parameters, name) for name in fast},
+        inner,
+        # an offset has rows for the classes of the largest task: only a task's own classes are entries
+        entries={OFFSET: support.ways * encoder.hidden_size},
+        second_order_steps=second_order_steps,
+        checkpointed=checkpointed,
     )
-    if inner.steps and _can_learn(support):
-        parts = tuple(f".{part}." for part in inner.adapt if part != OFFSET)
-        fast = {
-            name: value.expand(tasks, *value.shape)
-            for name, value in factors.items()
-            if any(part in name for part in parts)
-        }
-        if OFFSET in inner.adapt:
-            fast[OFFSET] = offset
-        for step in range(inner.steps):
-            directions = _directions(encoder, parameters, factors, fast, support, inner)
-            fast = {name: value - step_sizes(parameters, name)[step] * directions[name] for name, value in fast.items()}
-        offset = fast.pop(OFFSET, offset)
-        factors = factors | fast
-    return AdaptedParameters(factors, offset, temperature(parameters))
+    for tensors in path:
+        moved = {name: value for name, value in tensors.items() if name != OFFSET}
+        yield replace(start, factors=factors | moved, offset=tensors.get(OFFSET, offset))
 
 
 def _can_learn(support: TaskBatch) -> bool:
@@ -128,47 +154,15 @@ def _can_learn(support: TaskBatch) -> bool:
     return bool((torch.bincount(keys) > 1).any())
 
 
-def _directions(
-    encoder: Encoder,
-    parameters: Mapping[str, Tensor],
-    factors: Mapping[str, Tensor],
-    fast: Mapping[str, Tensor],
-    support: TaskBatch,
-    inner: InnerLoopSettings,
-) -> dict[str, Tensor]:
-    """Return the normalised gradient of the support loss in each adapted parameter."""
-    with torch.enable_grad():
-        # nothing but the gradient in the adapted parameters is needed: cut all else off
-        factors = {name: value.detach() for name, value in factors.items()}
-        fast = {name: value.detach().requires_grad_() for name, value in fast.items()}
-        used = {**factors, **{name: value for name, value in fast.items() if name != OFFSET}}
-        features = support.pad(encoder.features(support.texts, used, support.row_task))
-        offset = fast.get(OFFSET)
-        if offset is None:
-            offset = features.new_zeros(len(support.ways), int(support.ways.max()), features.shape[-1])
-        logits, counts = leave_one_out_logits(
-            features, support.labels, offset, temperature(parameters).detach(), class_mask(support.ways)
-        )
-        loss = cross_entropy_per_task(logits, support.labels, counts).sum()
-        gradients = torch.autograd.grad(loss, list(fast.values()))
-    directions = {}
-    for name, gradient in zip(fast, gradients, strict=True):
-        # an offset has rows for the classes of the largest task: only a task's own classes are entries
-        entries = support.ways * gradient.shape[2] if name == OFFSET else gradient[0].numel()
-        mean_square = (gradient.square().sum(dim=(1, 2)) / entries)[:, None, None]
-        # the square root has no derivative at 0, where a masked task's gradient is: keep it off 0
-        rms = torch.where(mean_square > 0, mean_square, torch.ones_like(mean_square)).sqrt()
-        directions[name] = gradient / (rms + (inner.offset_epsilon if name == OFFSET else inner.lora_epsilon))
-    return directions
-
-
 def task_weights(encoder: Encoder, adapted: AdaptedParameters, support: TaskBatch) -> Tensor:
-    """Return the head of each task, (T, C, d): prototypes of the adapted features plus the adapted offset."""
-    features = support.pad(encoder.features(support.texts, adapted.factors, support.row_task))
-    return class_weights(features, support.labels, adapted.offset)
+    """Return the weights of each task's head, (T, C, d), from the adapted features of its support set."""
+    features = adapted.support_features
+    if features is None:
+        features = support.pad(encoder.features(support.texts, adapted.factors, support.row_task))
+    return adapted.head.weights(features, support.labels, adapted.offset, adapted.scalars)
 
 
 def query_logits(encoder: Encoder, adapted: AdaptedParameters, weights: Tensor, query: TaskBatch) -> Tensor:
     """Return (T, n, C) logits of the query examples, -inf for classes that a task does not have."""
     features = query.pad(encoder.features(query.texts, adapted.factors, query.row_task))
-    return cosine_logits(features, weights, adapted.temperature, class_mask(query.ways))
+    return adapted.head.logits(features, weights, adapted.scalars, class_mask(query.ways))

@@ -1,10 +1,14 @@
 """Meta-learning algorithms: each a function of one signature, and a row in :data:`ALGORITHMS`.
 
-A function takes the encoder, the parameters, some episodes and the inner loop's settings, and returns the gradient
-(or pseudo-gradient) of the parameters, summed over the episodes. A new algorithm is one function and one row.
+A function takes the encoder, the parameters, some episodes, the inner loop's settings and a plan for the gradient, and
+returns the gradient (or pseudo-gradient) of the parameters, summed over the episodes. A new algorithm is one function
+and one row.
+
+θ are the parameters, θ_j what the inner steps θ_{j+1} = θ_j - α_j ĝ_j make of them on a support set, ĝ the (normalised)
+gradient of the support loss, J the number of steps, L_i^query the query loss of episode i.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,13 +16,26 @@ import torch
 from torch import Tensor
 
 from textmeta.data.episodes import Episode
-from textmeta.meta.adaptation import InnerLoopSettings, adapt, query_logits, task_weights
-from textmeta.meta.tasks import query_batch, support_and_query_batch, support_batch
+from textmeta.meta.adaptation import AdaptedParameters, adapt, adaptation_path, query_logits, task_weights
+from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.tasks import TaskBatch, query_batch, support_and_query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import cross_entropy_per_task
 from textmeta.model.initialisation import LORA, Parameters
 
-__all__ = ["ALGORITHMS", "Algorithm", "MetaGradient", "fomaml", "protonet", "reptile"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "MetaGradient",
+    "anil",
+    "episode_chunks",
+    "fomaml",
+    "maml",
+    "meta_sgd",
+    "protonet",
+    "reptile",
+]
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class MetaGradient:
 
     Args:
         gradient: of every parameter by name, summed over the episodes.
-        loss: (T,) query loss of each.
+        loss: (T,) query loss of each, after the last inner step.
         accuracy: (T,) query accuracy of each.
     """
 
@@ -36,21 +53,32 @@ class MetaGradient:
     accuracy: Tensor
 
 
-AlgorithmFunction = Callable[[Encoder, Parameters, Sequence[Episode], InnerLoopSettings], MetaGradient]
+AlgorithmFunction = Callable[
+    [Encoder, Parameters, Sequence[Episode], InnerLoopSettings, MetaGradientPlan], MetaGradient
+]
+EVALUATE = MetaGradientPlan()
 
 
 def protonet(
-    encoder: Encoder, parameters: Parameters, episodes: Sequence[Episode], inner: InnerLoopSettings
+    encoder: Encoder,
+    parameters: Parameters,
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    plan: MetaGradientPlan = EVALUATE,
 ) -> MetaGradient:
     """Gradient of the query loss of prototypes, without inner steps: ∇_θ Σ_i L_i^query(θ).
 
     Source: Snell et al. (2017), "Prototypical Networks for Few-shot Learning", here with a cosine and LoRA.
     """
-    return _query_gradient(encoder, parameters, episodes, replace(inner, steps=0))
+    return _query_gradient(encoder, parameters, episodes, replace(inner, steps=0), plan)
 
 
 def fomaml(
-    encoder: Encoder, parameters: Parameters, episodes: Sequence[Episode], inner: InnerLoopSettings
+    encoder: Encoder,
+    parameters: Parameters,
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    plan: MetaGradientPlan = EVALUATE,
 ) -> MetaGradient:
     """Gradient of the query loss after the inner steps, these taken as constants.
 
@@ -58,38 +86,108 @@ def fomaml(
 
     Source: Finn et al. (2017), "Model-Agnostic Meta-Learning", section 5.2, first-order approximation.
     """
-    return _query_gradient(encoder, parameters, episodes, inner)
+    return _query_gradient(encoder, parameters, episodes, inner, replace(plan, second_order_steps=0))
 
 
-def reptile(
-    encoder: Encoder, parameters: Parameters, episodes: Sequence[Episode], inner: InnerLoopSettings
-) -> MetaGradient:
-    """Pseudo-gradient Σ_i (θ - θ_i), with θ_i the LoRA factors adapted to support and query together.
-
-    A plain step of size ε against its mean is Reptile's update θ ← θ + ε mean_i(θ_i - θ). Step sizes and temperature
-    get no gradient. The loss reported is that of the queries before the adaptation that then sees them.
-
-    Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", batched version of Algorithm 1.
-    """
-    with torch.no_grad():
-        loss, accuracy = _query_loss(encoder, parameters, episodes, replace(inner, steps=0))
-        adapted = adapt(encoder, parameters, support_and_query_batch(encoder, episodes), inner)
-        gradient = {name: torch.zeros_like(value) for name, value in parameters.items()}
-        for name, factor in adapted.factors.items():
-            if factor.ndim == 3:  # adapted, task by task
-                gradient[LORA + name] = (parameters[LORA + name] - factor).sum(0)
-    return MetaGradient(gradient, loss, accuracy)
-
-
-def _query_loss(
+def maml(
     encoder: Encoder,
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
+    plan: MetaGradientPlan = EVALUATE,
+) -> MetaGradient:
+    """Exact gradient of the query loss after the inner steps, through the inner gradients.
+
+    ∇_θ Σ_i L_i^query(θ - Σ_j α_j ĝ_j(θ_j, θ)): with ĝ's own derivatives, its normalisation's included.
+
+    Source: Finn et al. (2017), "Model-Agnostic Meta-Learning", algorithm 1.
+    """
+    return _query_gradient(encoder, parameters, episodes, inner, plan)
+
+
+def meta_sgd(
+    encoder: Encoder,
+    parameters: Parameters,
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    plan: MetaGradientPlan = EVALUATE,
+) -> MetaGradient:
+    """MAML's gradient, with a learned step size for each tensor p and step: θ_{j+1}^p = θ_j^p - α_j^p ĝ_j^p.
+
+    The inner settings of its row give each tensor its own step sizes. They are learned as logarithms, so they stay
+    positive; the paper has one for each entry, of either sign.
+
+    Source: Li et al. (2017), "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", eq. 3.
+    """
+    return _query_gradient(encoder, parameters, episodes, inner, plan)
+
+
+def anil(
+    encoder: Encoder,
+    parameters: Parameters,
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    plan: MetaGradientPlan = EVALUATE,
+) -> MetaGradient:
+    """MAML's exact gradient where the inner steps change the head's offset δ alone.
+
+    ∇_θ Σ_i L_i^query(θ, δ_J(θ)) with δ_{j+1} = δ_j - α_j ĝ_j(δ_j, θ). The features of a support set are the same in all
+    steps, so they are computed once.
+
+    Source: Raghu et al. (2020), "Rapid Learning or Feature Reuse?", section 4.
+    """
+    return _query_gradient(encoder, parameters, episodes, replace(inner, adapt=("offset",)), plan)
+
+
+def reptile(
+    encoder: Encoder,
+    parameters: Parameters,
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    plan: MetaGradientPlan = EVALUATE,
+) -> MetaGradient:
+    """Pseudo-gradient Σ_i (θ - θ_i), with θ_i the LoRA factors adapted to support and query together.
+
+    A plain step of size ε against its mean is Reptile's update θ ← θ + ε mean_i(θ_i - θ). Step sizes and the head's
+    scalars get no gradient. The loss reported is that of the queries before the adaptation that then sees them.
+
+    Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", batched version of algorithm 1.
+    """
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    losses, accuracies = [], []
+    with torch.no_grad():
+        for chunk in episode_chunks(episodes, plan.texts_at_once):
+            support, query = support_batch(encoder, chunk), query_batch(encoder, chunk)
+            start = adapt(encoder, parameters, support, replace(inner, steps=0))
+            loss, accuracy = _query_loss(encoder, start, support, query)
+            adapted = adapt(encoder, parameters, support_and_query_batch(encoder, chunk), inner)
+            for name, factor in adapted.factors.items():
+                if factor.ndim == 3:  # adapted, task by task
+                    total[LORA + name] += (parameters[LORA + name] - factor).sum(0)
+            losses.append(loss)
+            accuracies.append(accuracy)
+    return MetaGradient(total, torch.cat(losses), torch.cat(accuracies))
+
+
+def episode_chunks(episodes: Sequence[Episode], texts_at_once: int) -> Iterator[list[Episode]]:
+    """Yield successive episodes that together have at most so many texts; a larger one alone."""
+    chunk: list[Episode] = []
+    texts = 0
+    for episode in episodes:
+        size = len(episode.support_texts) + len(episode.query_texts)
+        if chunk and texts + size > texts_at_once:
+            yield chunk
+            chunk, texts = [], 0
+        chunk.append(episode)
+        texts += size
+    if chunk:
+        yield chunk
+
+
+def _query_loss(
+    encoder: Encoder, adapted: AdaptedParameters, support: TaskBatch, query: TaskBatch
 ) -> tuple[Tensor, Tensor]:
-    """Adapt to the support sets; return loss and accuracy of each query set, (T,) both."""
-    support, query = support_batch(encoder, episodes), query_batch(encoder, episodes)
-    adapted = adapt(encoder, parameters, support, inner)
+    """Return loss and accuracy of each query set, (T,) both."""
     logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)
     counts = query.labels >= 0
     correct = (logits.argmax(-1) == query.labels) & counts
@@ -101,15 +199,37 @@ def _query_gradient(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
+    plan: MetaGradientPlan,
 ) -> MetaGradient:
+    """Differentiate the query loss after the inner steps, chunk by chunk."""
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    loss, accuracy = _query_loss(encoder, leaves, episodes, inner)
-    found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-    gradient = {
-        name: torch.zeros_like(value) if part is None else part
-        for (name, value), part in zip(leaves.items(), found, strict=True)
-    }
-    return MetaGradient(gradient, loss.detach(), accuracy)
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    losses, accuracies = [], []
+    second_order_steps = inner.steps if plan.second_order_steps is None else plan.second_order_steps
+    for chunk in episode_chunks(episodes, plan.texts_at_once):
+        support, query = support_batch(encoder, chunk), query_batch(encoder, chunk)
+        path = list(
+            adaptation_path(
+                encoder,
+                leaves,
+                support,
+                inner,
+                second_order_steps=second_order_steps,
+                checkpointed=plan.saves_memory(support.texts.count, second_order_steps),
+            )
+        )
+        objective = torch.zeros((), device=encoder.device)
+        for adapted, weight in zip(path, plan.loss_weights(len(path) - 1), strict=True):
+            if weight:  # the last one always has some
+                loss, accuracy = _query_loss(encoder, adapted, support, query)
+                objective = objective + weight * loss.sum()
+        found = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+        for name, part in zip(leaves, found, strict=True):
+            if part is not None:
+                total[name] += part
+        losses.append(loss.detach())
+        accuracies.append(accuracy)
+    return MetaGradient(total, torch.cat(losses), torch.cat(accuracies))
 
 
 @dataclass(frozen=True)
@@ -131,7 +251,10 @@ class Algorithm:
 
 ALGORITHMS: dict[str, Algorithm] = {
     "protonet": Algorithm(protonet, "adam", 1e-3, lambda inner: replace(inner, steps=0)),
+    "anil": Algorithm(anil, "adam", 1e-3, lambda inner: replace(inner, adapt=("offset",))),
     "fomaml": Algorithm(fomaml, "adam", 1e-3, lambda inner: inner),
+    "maml": Algorithm(maml, "adam", 1e-3, lambda inner: inner),
+    "meta_sgd": Algorithm(meta_sgd, "adam", 1e-3, lambda inner: replace(inner, step_sizes="tensor")),
     # B starts at 0, where A has no gradient: adapted or not, A is learned only by moving along with B
     "reptile": Algorithm(reptile, "sgd", 0.1, lambda inner: replace(inner, adapt=("lora_A", "lora_B", "offset"))),
 }

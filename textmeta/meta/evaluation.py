@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
-from textmeta.meta.adaptation import InnerLoopSettings, adapt, query_logits, task_weights
+from textmeta.meta.adaptation import adapt, query_logits, start_parameters, task_weights
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import class_mask, class_weights, cosine_logits
-from textmeta.model.initialisation import initial_parameters, lora_factors, temperature
+from textmeta.model.heads import HEADS, class_mask
+from textmeta.model.initialisation import head_scalars, lora_factors
 
 __all__ = [
     "EpisodeScores",
@@ -89,8 +90,7 @@ def score_episodes(
 def frozen_prototypes(encoder: Encoder, episodes: Sequence[Episode], progress: str | None = None) -> EpisodeScores:
     """Score the baseline: prototypes of the frozen encoder's features, nothing learned, nothing adapted."""
     inner = InnerLoopSettings(steps=0)
-    start = initial_parameters(encoder.factor_shapes, steps=0, lora_step_size=1.0, offset_step_size=1.0)
-    start = {name: value.to(encoder.device) for name, value in start.items()}
+    start = {name: value.to(encoder.device) for name, value in start_parameters(encoder.factor_shapes, inner).items()}
     return score_episodes(encoder, start, episodes, inner, progress)
 
 
@@ -174,7 +174,9 @@ def _all_logits(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield numbers of episodes and their padded logits."""
     adapting = [i for i, e in enumerate(episodes) if inner.steps and np.bincount(e.support_labels).max() > 1]
-    yield from _unadapted_logits(encoder, parameters, episodes, sorted(set(range(len(episodes))) - set(adapting)))
+    yield from _unadapted_logits(
+        encoder, parameters, episodes, inner, sorted(set(range(len(episodes))) - set(adapting))
+    )
     for start in range(0, len(adapting), TASKS_AT_ONCE):
         indices = adapting[start : start + TASKS_AT_ONCE]
         part = [episodes[index] for index in indices]
@@ -185,12 +187,16 @@ def _all_logits(
 
 
 def _unadapted_logits(
-    encoder: Encoder, parameters: Mapping[str, Tensor], episodes: Sequence[Episode], indices: Sequence[int]
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    indices: Sequence[int],
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Do the same where no step is taken: all tasks share the factors, so a text needs one forward, not one a task."""
     texts = list(dict.fromkeys(t for i in indices for t in (*episodes[i].support_texts, *episodes[i].query_texts)))
     row_of = {text: row for row, text in enumerate(texts)}
-    factors = lora_factors(parameters)
+    factors, head, scalars = lora_factors(parameters), HEADS[inner.head], head_scalars(parameters)
     chunks = [encoder.features(encoder.prepare(texts[s : s + 1024]), factors) for s in range(0, len(texts), 1024)]
     features = torch.cat(chunks) if chunks else None
     for index in indices:
@@ -201,8 +207,8 @@ def _unadapted_logits(
         labels = torch.as_tensor(episode.support_labels, device=encoder.device)[None]
         offset = support.new_zeros(1, episode.ways, encoder.hidden_size)
         mask = class_mask(torch.tensor([episode.ways], device=encoder.device))
-        weights = class_weights(support[None], labels, offset)
-        yield [index], cosine_logits(query[None], weights, temperature(parameters), mask)
+        weights = head.weights(support[None], labels, offset, scalars)
+        yield [index], head.logits(query[None], weights, scalars, mask)
 
 
 def _episode_scores(

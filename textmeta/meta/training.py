@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ from tqdm import tqdm
 
 from textmeta.data.episodes import Episode, EpisodeSampler
 from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted
-from textmeta.meta.adaptation import InnerLoopSettings
+from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.algorithms import ALGORITHMS, Algorithm
 from textmeta.meta.checkpoint import TrainingState, restore_state, save_state
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.fingerprint import run_fingerprint
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.interruption import stop_requests
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.record import Record
 from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import LORA, Parameters, initial_parameters
+from textmeta.model.initialisation import LORA, Parameters
 
 __all__ = ["TrainingResult", "TrainingSettings", "train"]
 
@@ -47,6 +49,7 @@ class TrainingSettings:
         validate_every: steps between validations; the parameters with the best validation accuracy are the result.
         validation_episodes: episodes of a validation, the same each time.
         checkpoint_every: steps between checkpoints.
+        meta_gradient: second order, multi-step loss, memory.
         seed: of the start and of all episodes.
     """
 
@@ -60,6 +63,7 @@ class TrainingSettings:
     validate_every: int = 50
     validation_episodes: int = 100
     checkpoint_every: int = 10
+    meta_gradient: MetaGradientSettings = field(default_factory=MetaGradientSettings)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -194,7 +198,8 @@ def _outer_step(
     sums = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
     totals = torch.zeros(4, device=encoder.device)  # loss, accuracy, tasks, processes asked to stop
     if mine:
-        result = algorithm.gradient(encoder, state.parameters, [sampler[index] for index in mine], inner)
+        plan = settings.meta_gradient.at(state.step)
+        result = algorithm.gradient(encoder, state.parameters, [sampler[index] for index in mine], inner, plan)
         sums = result.gradient
         totals[:3] = torch.stack([result.loss.sum(), result.accuracy.sum(), totals.new_tensor(len(mine))])
     totals[3] = float(stop_requested)
@@ -257,13 +262,7 @@ def _schedule(step: int, settings: TrainingSettings) -> float:
 def _start(
     encoder: Encoder, settings: TrainingSettings, inner: InnerLoopSettings, algorithm: Algorithm
 ) -> TrainingState:
-    parameters = initial_parameters(
-        encoder.factor_shapes,
-        steps=inner.steps,
-        lora_step_size=inner.lora_step_size,
-        offset_step_size=inner.offset_step_size,
-        seed=settings.seed,
-    )
+    parameters = start_parameters(encoder.factor_shapes, inner, settings.seed)
     parameters = {name: value.to(encoder.device).requires_grad_() for name, value in parameters.items()}
     rate = algorithm.learning_rate if settings.learning_rate is None else settings.learning_rate
     groups = [

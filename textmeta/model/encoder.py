@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from textmeta.errors import SettingsError
+from textmeta.model.attention import use_switched_attention
 from textmeta.model.lora import LoraSettings, inject, lora_config, using_factors
 from textmeta.model.padding import length_buckets
 from textmeta.model.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
@@ -101,7 +102,10 @@ class Encoder:
         precision: str = "no",
     ) -> None:
         if precision not in ("no", "bf16"):
-            raise SettingsError(f"precision must be 'no' or 'bf16', given {precision!r}")
+            raise SettingsError(
+                f"precision must be 'no' or 'bf16', given {precision!r}"
+                + (": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16"))
+            )
         self.settings = settings or EncoderSettings()
         self.lora = lora or LoraSettings()
         try:
@@ -110,6 +114,7 @@ class Encoder:
             raise SettingsError(f"no such device: {device!r}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …") from error
         self.precision = precision
         model, self.tokenizer = load_pretrained(self.settings.model, self.settings.revision)
+        use_switched_attention(model)
         _check_length(model, self.settings)
         self.weights_sha256 = weights_digest(model)
         layers_name = find_layers(model)

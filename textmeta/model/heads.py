@@ -1,20 +1,47 @@
-"""Heads: from features to logits, as pure functions over T tasks at once.
+"""Heads: from features to logits, as pure functions over T tasks at once, and the table :data:`HEADS`.
 
 Shapes: T tasks, n examples (padded to the largest task, label -1), C classes (padded to the most ways), d features.
+``scalars`` are the learned numbers of the head: ``temperature``, and ``ridge`` where the head has one.
 """
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 __all__ = [
+    "HEADS",
+    "Head",
     "class_mask",
     "class_weights",
     "cosine_logits",
     "cross_entropy_per_task",
     "leave_one_out_logits",
+    "leave_one_out_ridge_logits",
+    "linear_logits",
     "membership",
+    "ridge_weights",
 ]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A row of :data:`HEADS`: how support features become a classifier.
+
+    Args:
+        weights: (features, labels, offset, scalars) → (T, C, d), a weight vector a class.
+        logits: (features, weights, scalars, mask) → (T, n, C), -inf for classes that only pad.
+        support_logits: (features, labels, offset, scalars, mask) → (T, n, C) logits of each support example by the
+            weights that the others give, and (T, n) bool, whether it counts: one alone in its class does not.
+        has_ridge: whether it has a learned ridge.
+    """
+
+    weights: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    logits: Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor], Tensor]
+    support_logits: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]]
+    has_ridge: bool = False
 
 
 def membership(labels: Tensor, ways: int) -> Tensor:
@@ -32,7 +59,7 @@ def class_sums(features: Tensor, labels: Tensor, ways: int) -> Tensor:
     return torch.einsum("tnd,tnc->tcd", features, membership(labels, ways).to(features.dtype))
 
 
-def class_weights(features: Tensor, labels: Tensor, offset: Tensor) -> Tensor:
+def class_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
     """Return (T, C, d): each class's normalised prototype plus its offset.
 
     The prototype is the mean feature of the class (Snell et al., 2017); its norm does not matter to a cosine, so
@@ -43,25 +70,26 @@ def class_weights(features: Tensor, labels: Tensor, offset: Tensor) -> Tensor:
         features: (T, n, d).
         labels: (T, n), -1 for padding.
         offset: (T, C, d).
+        scalars: not used.
     """
-    return normalize(class_sums(features, labels, offset.shape[1]), dim=-1) + offset
+    return _directions(class_sums(features, labels, offset.shape[1])) + offset
 
 
-def cosine_logits(features: Tensor, weights: Tensor, temperature: Tensor, mask: Tensor) -> Tensor:
+def cosine_logits(features: Tensor, weights: Tensor, scalars: Mapping[str, Tensor], mask: Tensor) -> Tensor:
     """Return (T, n, C) logits ``temperature · cos(f, W_c)``; classes that a task does not have get -inf.
 
     Args:
         features: (T, n, d), of length 1.
         weights: (T, C, d).
-        temperature: scalar factor on the cosine.
+        scalars: with the temperature, a factor on the cosine.
         mask: (T, C), False for classes that only pad.
     """
-    cosines = torch.einsum("tnd,tcd->tnc", features, normalize(weights, dim=-1))
-    return (temperature * cosines).masked_fill(~mask[:, None], -torch.inf)
+    cosines = torch.einsum("tnd,tcd->tnc", features, _directions(weights))
+    return (scalars["temperature"] * cosines).masked_fill(~mask[:, None], -torch.inf)
 
 
 def leave_one_out_logits(
-    features: Tensor, labels: Tensor, offset: Tensor, temperature: Tensor, mask: Tensor
+    features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor], mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Score support examples against prototypes that do not contain them.
 
@@ -72,7 +100,7 @@ def leave_one_out_logits(
         features: (T, n, d), of length 1.
         labels: (T, n), -1 for padding.
         offset: (T, C, d), added to the normalised prototypes.
-        temperature: scalar factor on the cosine.
+        scalars: with the temperature, a factor on the cosine.
         mask: (T, C), False for classes that only pad.
 
     Returns:
@@ -82,13 +110,52 @@ def leave_one_out_logits(
     sums = class_sums(features, labels, offset.shape[1])
     others = torch.einsum("tcd,tnc->tnd", sums, member.to(sums.dtype)) - features
     own_offset = torch.einsum("tcd,tnc->tnd", offset, member.to(offset.dtype))
-    class_sizes = member.sum(1)
-    counts = (class_sizes[:, None] * member).sum(-1) > 1
-    # where nothing is left of a class the direction is undefined: a constant keeps its gradient finite
+    counts = _has_company(member)
     others = torch.where(counts[..., None], others, torch.ones_like(others))
-    own = temperature * torch.einsum("tnd,tnd->tn", features, normalize(normalize(others, dim=-1) + own_offset, dim=-1))
-    logits = cosine_logits(features, normalize(sums, dim=-1) + offset, temperature, mask)
-    return torch.where(member.bool(), own[..., None], logits), counts
+    own = torch.einsum("tnd,tnd->tn", features, _directions(_directions(others) + own_offset))
+    logits = cosine_logits(features, _directions(sums) + offset, scalars, mask)
+    return torch.where(member.bool(), (scalars["temperature"] * own)[..., None], logits), counts
+
+
+def ridge_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
+    """Return (T, C, d): the ridge regression of one-hot labels on features, W = Yᵀ X (XᵀX + λI)⁻¹, plus the offset.
+
+    Source: Bertinetto et al. (2019), "Meta-learning with differentiable closed-form solvers" (R2-D2), eq. 6; here the
+    d x d form, whose cost grows with the support set only linearly.
+
+    Args:
+        features: (T, n, d), zeros for padding.
+        labels: (T, n), -1 for padding.
+        offset: (T, C, d).
+        scalars: with the ridge λ.
+    """
+    return class_sums(features, labels, offset.shape[1]) @ _inverse_gram(features, scalars["ridge"]) + offset
+
+
+def linear_logits(features: Tensor, weights: Tensor, scalars: Mapping[str, Tensor], mask: Tensor) -> Tensor:
+    """Return (T, n, C) logits ``temperature · f·W_c``; arguments as for :func:`cosine_logits`."""
+    products = torch.einsum("tnd,tcd->tnc", features, weights)
+    return (scalars["temperature"] * products).masked_fill(~mask[:, None], -torch.inf)
+
+
+def leave_one_out_ridge_logits(
+    features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor], mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Score support examples by ridge regressions that have not seen them.
+
+    Leaving example i out changes its prediction from ŷ_i to (ŷ_i - h_i y_i) / (1 - h_i), where the leverage h_i is the
+    i-th diagonal entry of X (XᵀX + λI)⁻¹ Xᵀ (the predicted residuals of Allen, 1974). Arguments and result as for
+    :func:`leave_one_out_logits`.
+    """
+    member = membership(labels, offset.shape[1])
+    targets = member.to(features.dtype)
+    projected = features @ _inverse_gram(features, scalars["ridge"])
+    leverage = (projected * features).sum(-1, keepdim=True)
+    predicted = projected @ (features.transpose(1, 2) @ targets)
+    left_out = (predicted - leverage * targets) / (1 - leverage)
+    products = left_out + torch.einsum("tnd,tcd->tnc", features, offset)
+    logits = (scalars["temperature"] * products).masked_fill(~mask[:, None], -torch.inf)
+    return logits, _has_company(member)
 
 
 def cross_entropy_per_task(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
@@ -104,3 +171,27 @@ def cross_entropy_per_task(logits: Tensor, labels: Tensor, counts: Tensor) -> Te
     kept = torch.where(counts, losses, torch.zeros_like(losses))
     total: Tensor = kept.sum(1) / counts.sum(1).clamp(min=1)
     return total
+
+
+def _directions(vectors: Tensor) -> Tensor:
+    """Return vectors scaled to length 1; a zero vector, of a class that only pads, stays 0, with finite derivatives."""
+    zero = (vectors == 0).all(-1, keepdim=True)
+    return normalize(torch.where(zero, torch.ones_like(vectors), vectors), dim=-1).masked_fill(zero, 0.0)
+
+
+def _has_company(member: Tensor) -> Tensor:
+    """Return (T, n) bool, whether another example is in the same class, from the membership (T, n, C)."""
+    return (member.sum(1, keepdim=True) * member).sum(-1) > 1
+
+
+def _inverse_gram(features: Tensor, ridge: Tensor) -> Tensor:
+    """Return (T, d, d), (XᵀX + λI)⁻¹."""
+    gram = features.transpose(1, 2) @ features
+    inverse: Tensor = torch.linalg.inv(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    return inverse
+
+
+HEADS: dict[str, Head] = {
+    "prototype": Head(class_weights, cosine_logits, leave_one_out_logits),
+    "ridge": Head(ridge_weights, linear_logits, leave_one_out_ridge_logits, has_ridge=True),
+}

@@ -4,7 +4,9 @@ Flat, so that a meta-gradient, an optimiser's moments and a checkpoint are dicti
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,49 +14,59 @@ from torch import Tensor
 from textmeta.model.lora import zero_start
 
 __all__ = [
+    "LOG_RIDGE",
     "LOG_STEP_SIZE",
     "LOG_TEMPERATURE",
     "LORA",
     "OFFSET",
     "Parameters",
+    "StepSizesPer",
+    "head_scalars",
     "initial_parameters",
     "lora_factors",
+    "step_size_groups",
     "step_sizes",
-    "temperature",
 ]
 
 Parameters = dict[str, Tensor]
+StepSizesPer = Literal["part", "layer", "tensor"]
 
 LORA = "lora."  # prefix of the LoRA factors' names
 OFFSET = "offset"  # the head's offset: adapted, but never learned, since it starts from 0 in every task
 LOG_TEMPERATURE = "log_temperature"  # scalar
+LOG_RIDGE = "log_ridge"  # scalar, of the ridge head
 LOG_STEP_SIZE = "log_step_size."  # prefix; (steps,) for each group of adapted parameters
+ALL_FACTORS = "lora"  # the group of all LoRA factors
+
+START_TEMPERATURE = 10.0
+START_RIDGE = 1.0
 
 
 def initial_parameters(
     factor_shapes: Mapping[str, tuple[int, ...]],
+    step_size_starts: Mapping[str, float],
     *,
     steps: int,
-    lora_step_size: float,
-    offset_step_size: float,
-    start_temperature: float = 10.0,
+    ridge: bool = False,
     seed: int = 0,
 ) -> Parameters:
     """Return the parameters before any learning: LoRA that changes nothing, equal step sizes.
 
     Args:
         factor_shapes: shape of each LoRA factor by name.
-        steps: inner steps, each with a step size of its own.
-        lora_step_size: start of the LoRA factors' step sizes.
-        offset_step_size: start of the head offset's step sizes.
-        start_temperature: start of the factor on the cosine.
+        step_size_starts: start of the step sizes of each group (:func:`step_size_groups`).
+        steps: inner steps, each with step sizes of its own.
+        ridge: whether the head has a ridge.
         seed: of LoRA's random A.
     """
     return {
         **{LORA + name: value for name, value in zero_start(factor_shapes, seed).items()},
-        LOG_TEMPERATURE: torch.tensor(math.log(start_temperature)),
-        LOG_STEP_SIZE + "lora": torch.full((steps,), math.log(lora_step_size)),
-        LOG_STEP_SIZE + OFFSET: torch.full((steps,), math.log(offset_step_size)),
+        LOG_TEMPERATURE: torch.tensor(math.log(START_TEMPERATURE)),
+        **({LOG_RIDGE: torch.tensor(math.log(START_RIDGE))} if ridge else {}),
+        **{
+            LOG_STEP_SIZE + group: torch.full((steps,), math.log(start))
+            for group, start in sorted(step_size_starts.items())
+        },
     }
 
 
@@ -63,11 +75,28 @@ def lora_factors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(LORA): value for name, value in parameters.items() if name.startswith(LORA)}
 
 
-def temperature(parameters: Mapping[str, Tensor]) -> Tensor:
-    """Return the factor on the cosine, a positive scalar."""
-    return parameters[LOG_TEMPERATURE].exp()
+def head_scalars(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the head's positive scalars: the temperature, and the ridge where there is one."""
+    scalars = {"temperature": parameters[LOG_TEMPERATURE].exp()}
+    if LOG_RIDGE in parameters:
+        scalars["ridge"] = parameters[LOG_RIDGE].exp()
+    return scalars
+
+
+def step_size_groups(factors: Iterable[str], per: StepSizesPer) -> list[str]:
+    """Return the groups of LoRA factors that have step sizes in common: all, those of a layer, or each its own."""
+    return sorted({_group(name, per) for name in factors})
 
 
 def step_sizes(parameters: Mapping[str, Tensor], name: str) -> Tensor:
     """Return the (steps,) step sizes of an adapted parameter: a LoRA factor by name, or :data:`OFFSET`."""
-    return parameters[LOG_STEP_SIZE + (OFFSET if name == OFFSET else "lora")].exp()
+    groups = (OFFSET,) if name == OFFSET else (_group(name, "tensor"), _group(name, "layer"), ALL_FACTORS)
+    return next(parameters[LOG_STEP_SIZE + group] for group in groups if LOG_STEP_SIZE + group in parameters).exp()
+
+
+def _group(factor: str, per: StepSizesPer) -> str:
+    if per == "tensor":
+        return factor
+    # up to the first number: "encoder.layer.3.attention.self.query.lora_B.weight" → "encoder.layer.3"
+    layer = re.match(r".*?\.\d+(?=\.)", factor)
+    return layer.group() if per == "layer" and layer else ALL_FACTORS

@@ -14,9 +14,13 @@ __all__ = ["find_layers", "split_model"]
 
 logger = logging.getLogger(__name__)
 
+# Children of a model, other than its layers, that only one of the halves runs.
+BEFORE_LAYERS = ("embeddings", "embeddings_project")  # the latter is ELECTRA's
+AFTER_LAYERS = ("final_norm",)  # ModernBERT's
+
 
 class _PassThrough(nn.Module):
-    """Stands in for the embeddings of the suffix: its input already is the hidden state."""
+    """Stands in for a module of the other half: its input already is the hidden state."""
 
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
         # families differ in the order and names of the arguments; the states are the one that is floating
@@ -41,17 +45,19 @@ def find_layers(model: PreTrainedModel) -> str:
 def split_model(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Module | None, nn.Module]:
     """Split a transformer below layer ``first`` into (prefix, suffix), or (None, model) where that is not exact.
 
-    Both halves are the model's own class: the prefix with fewer layers, the suffix with its embeddings passed
-    through, so each family's masks and positions are its own code. A probe decides whether the split is exact.
+    Both halves are the model's own class: the prefix with fewer layers and nothing after them, the suffix with its
+    embeddings passed through, so each family's masks and positions are its own code. A probe decides whether the split
+    is exact.
     """
     layers: nn.ModuleList = model.get_submodule(layers_name)  # type: ignore[assignment]
-    embeddings = getattr(model, "embeddings", None)
-    if not isinstance(embeddings, nn.Module):
-        return _unsplit(model)
     # deepcopy with these answers given: all weights that both halves use stay shared
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    prefix = copy.deepcopy(model, {**shared, id(embeddings): embeddings, id(layers): layers[:first]})
-    suffix = copy.deepcopy(model, {**shared, id(embeddings): _PassThrough(), id(layers): layers[first:]})
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    without_after = {id(module): _PassThrough() for name, module in model.named_children() if name in AFTER_LAYERS}
+    without_before = {id(module): _PassThrough() for name, module in model.named_children() if name in BEFORE_LAYERS}
+    if not without_before:
+        return _unsplit(model)
+    prefix = copy.deepcopy(model, {**shared, **without_after, id(layers): layers[:first]})
+    suffix = copy.deepcopy(model, {**shared, **without_before, id(layers): layers[first:]})
     device = next(model.parameters()).device
     probe = torch.arange(10, 18, device=device).reshape(2, 4) % model.config.vocab_size
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)

@@ -1,0 +1,171 @@
+"""The inner loop: gradient steps on the losses of T tasks at once, differentiable to first or second order.
+
+It knows nothing of texts: :mod:`textmeta.meta.adaptation` gives it the support loss, and training, evaluation and the
+classifier's ``fit`` all come through there.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from textmeta.errors import SettingsError
+from textmeta.model.attention import twice_differentiable
+from textmeta.model.heads import HEADS
+from textmeta.model.initialisation import OFFSET, StepSizesPer
+
+__all__ = ["InnerLoopSettings", "gradient_steps"]
+
+Part = Literal["lora_A", "lora_B", "offset"]
+HeadName = Literal["prototype", "ridge"]
+
+
+@dataclass(frozen=True)
+class InnerLoopSettings:
+    """What the task learner does with a support set.
+
+    Args:
+        steps: gradient steps; 0 leaves the initialisation as it is.
+        adapt: what the steps change: LoRA's B or A factors, the head's offset. ANIL adapts the offset alone, Reptile
+            all three, and ProtoNet takes no steps, whatever is set here.
+        head: prototype (cosine to the class means), or ridge (ridge regression on the labels, R2-D2).
+        lora_step_size: step size of the LoRA factors before it is learned; a step moves an entry by about this much.
+        offset_step_size: step size of the head's offset, likewise.
+        step_sizes: what has learned step sizes of its own, one for each step: all LoRA factors together (part), those
+            of each layer (layer, as MAML++ has them), or each one (tensor; Meta-SGD always). The offset has its own.
+        normalise: divide each task's gradient of each tensor by its root mean square, so that one step size fits all
+            ways and shots; otherwise plain gradient steps, whose step sizes are of another magnitude.
+        lora_epsilon: root mean square of a LoRA factor's gradient at which its normalised step is half of the step
+            size; a smaller gradient, as of a task that is solved already, makes a step in proportion.
+        offset_epsilon: the same for the head's offset.
+        max_gradient_norm: a task's longer gradients, all tensors together, are shortened to this norm before they are
+            normalised; null leaves them.
+    """
+
+    steps: int = 3
+    adapt: tuple[Part, ...] = ("lora_B", "offset")
+    head: HeadName = "prototype"
+    lora_step_size: float = 0.01
+    offset_step_size: float = 0.003
+    step_sizes: StepSizesPer = "part"
+    normalise: bool = True
+    lora_epsilon: float = 1e-3
+    offset_epsilon: float = 1e-2
+    max_gradient_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.steps < 0:
+            raise SettingsError(f"inner steps must not be negative, given {self.steps}")
+        known = ("lora_A", "lora_B", "offset")
+        unknown = [part for part in self.adapt if part not in known]
+        if unknown or not self.adapt:
+            raise SettingsError(f"inner adapt must name some of {known}, given {self.adapt}")
+        if self.head not in HEADS:
+            raise SettingsError(f"inner head must be one of {sorted(HEADS)}, given {self.head!r}")
+        if self.step_sizes not in ("part", "layer", "tensor"):
+            raise SettingsError(f"inner step_sizes must be 'part', 'layer' or 'tensor', given {self.step_sizes!r}")
+        for name in ("lora_step_size", "offset_step_size", "lora_epsilon", "offset_epsilon", "max_gradient_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingsError(f"inner {name} must be positive, given {value}")
+
+
+def gradient_steps(
+    loss: Callable[[Mapping[str, Tensor]], Tensor],
+    start: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    sizes: Mapping[str, Tensor],
+    inner: InnerLoopSettings,
+    *,
+    entries: Mapping[str, Tensor] | None = None,
+    second_order_steps: int = 0,
+    checkpointed: bool = True,
+) -> Iterator[dict[str, Tensor]]:
+    """Take the inner steps θ_{j+1} = θ_j - α_j ĝ_j, with ĝ = g / (rms(g) + ε) for each task and tensor, or ĝ = g.
+
+    Args:
+        loss: (tensors by name, those of ``start`` and ``shared``) → (T,) losses; a task's loss depends on no other
+            task's tensors.
+        start: what the steps change: name → (T, …).
+        shared: everything else that the loss depends on and that something is learned in.
+        sizes: name → (steps,) step sizes α.
+        inner: number of steps, and how gradients are shortened and normalised.
+        entries: name → (T,) number of entries that a mean square is over, where not all entries of a tensor are a
+            task's own.
+        second_order_steps: the last so many steps are differentiated through; in those before, ĝ is a constant. So 0 is
+            first order (FOMAML), ``inner.steps`` or more exact second order (MAML), and what is between truncated.
+        checkpointed: whether a step that is differentiated through keeps only its inputs, and is computed again in the
+            backward pass: memory then hardly grows with the number of steps, at the cost of about one more step each.
+
+    Yields:
+        The changed tensors after 0, 1, …, ``inner.steps`` steps.
+    """
+    fast = dict(start)
+    yield fast
+    for step in range(inner.steps):
+        if step >= inner.steps - second_order_steps:
+            # what starts as a constant, such as the offset's zeros, still takes part in the derivatives
+            fast = {name: value if value.requires_grad else value.requires_grad_() for name, value in fast.items()}
+            gradients = _differentiable_gradients(loss, fast, shared, checkpointed)
+        else:
+            gradients = _constant_gradients(loss, fast, shared)
+        directions = _directions(gradients, inner, entries or {})
+        fast = {name: value - sizes[name][step] * directions[name] for name, value in fast.items()}
+        yield fast
+
+
+def _constant_gradients(
+    loss: Callable[[Mapping[str, Tensor]], Tensor], fast: Mapping[str, Tensor], shared: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    with torch.enable_grad():
+        # nothing but the gradient in the adapted parameters is needed: cut all else off
+        leaves = {name: value.detach().requires_grad_() for name, value in fast.items()}
+        total = loss({**{name: value.detach() for name, value in shared.items()}, **leaves}).sum()
+        return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def _differentiable_gradients(
+    loss: Callable[[Mapping[str, Tensor]], Tensor],
+    fast: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    checkpointed: bool,
+) -> dict[str, Tensor]:
+    names = [*fast, *shared]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        # set inside, so that a step run again in the backward pass uses the same attention
+        with torch.enable_grad(), twice_differentiable():
+            total = loss(dict(zip(names, tensors, strict=True))).sum()
+            return torch.autograd.grad(total, tensors[: len(fast)], create_graph=True)
+
+    tensors = (*fast.values(), *shared.values())
+    found = checkpoint(run, *tensors, use_reentrant=False) if checkpointed else run(*tensors)
+    return dict(zip(fast, found, strict=True))
+
+
+def _directions(
+    gradients: Mapping[str, Tensor], inner: InnerLoopSettings, entries: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Shorten and normalise the gradients of each task."""
+    squares = {name: gradient.square().flatten(1).sum(1) for name, gradient in gradients.items()}
+    scale = torch.ones_like(next(iter(squares.values())))
+    if inner.max_gradient_norm is not None:
+        norm = _root(torch.stack(list(squares.values())).sum(0))
+        scale = (inner.max_gradient_norm / norm).clamp(max=1.0)
+    directions = {}
+    for name, gradient in gradients.items():
+        factor = scale
+        if inner.normalise:
+            rms = scale * _root(squares[name] / entries.get(name, gradient[0].numel()))
+            factor = scale / (rms + (inner.offset_epsilon if name == OFFSET else inner.lora_epsilon))
+        directions[name] = gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
+    return directions
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Return square roots; 1 for 0, where a masked task's gradient is and the root has no derivative."""
+    return torch.where(squares > 0, squares, torch.ones_like(squares)).sqrt()
