@@ -73,6 +73,15 @@ def encoder(tiny_model: str) -> Encoder:
     return Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4))
 
 
+@pytest.fixture
+def encoder64(encoder: Encoder) -> Encoder:
+    """The same in float64, for checks of gradients."""
+    assert encoder._prefix is not None
+    encoder._prefix.double()
+    encoder._suffix.double()
+    return encoder
+
+
 @pytest.fixture(scope="session")
 def corpus() -> Corpus:
     """12 classes of 16 texts; a text has two words of its class's twelve among other words, 3 to 14 in all."""

@@ -1,12 +1,10 @@
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
-from textmeta.errors import SettingsError
 from textmeta.meta.adaptation import adapt, query_logits, start_parameters, task_weights
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import query_batch, support_batch
@@ -163,11 +161,3 @@ def test_query_logits_are_cosines_to_the_task_weights(encoder: Encoder, sampler:
     features = encoder.features(encoder.prepare(e.query_texts), factors)
     expected = head_scalars(parameters)["temperature"] * features @ torch.nn.functional.normalize(weights[0], dim=1).T
     torch.testing.assert_close(logits[0], expected)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"steps": -1}, {"adapt": ("lora_C",)}, {"adapt": ()}, {"lora_step_size": 0.0}, {"offset_epsilon": -1.0}]
-)
-def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
-    with pytest.raises(SettingsError, match=next(iter(wrong))):
-        InnerLoopSettings(**wrong)  # type: ignore[arg-type]

@@ -58,8 +58,9 @@ def start_parameters(
         seed: of LoRA's random A.
     """
     adapted = [name for name in factor_shapes if any(f".{part}." in name for part in inner.adapt)]
-    groups = step_size_groups(adapted if inner.step_sizes == "tensor" else factor_shapes, inner.step_sizes)
-    starts = {**dict.fromkeys(groups, inner.lora_step_size), OFFSET: inner.offset_step_size}
+    starts = dict.fromkeys(step_size_groups(adapted, inner.step_sizes), inner.lora_step_size)
+    if OFFSET in inner.adapt:
+        starts[OFFSET] = inner.offset_step_size
     ridge = HEADS[inner.head].has_ridge
     return initial_parameters(factor_shapes, starts, steps=inner.steps, ridge=ridge, seed=seed)
 
