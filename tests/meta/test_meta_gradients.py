@@ -2,10 +2,11 @@
 
 The tests must be able to fail. Each of these changes was made to the code, and turned them red:
 
-* ``create_graph=True`` → ``False`` (and the gradients detached) in ``_differentiable_gradients``: MAML, Meta-SGD, ANIL;
-* the ``rms`` of ``_directions`` detached: MAML and Meta-SGD;
-* the step sizes detached in ``gradient_steps``: all, FOMAML too;
-* ``start.expand`` detached in ``adaptation_path``: FOMAML, MAML, Meta-SGD.
+* ``create_graph=False`` in ``_differentiable_gradients``, that is, a detached inner gradient: MAML, Meta-SGD, ANIL;
+* the squares that ``rms`` is made of detached in ``_directions``: the same three;
+* the step sizes detached in ``gradient_steps``: these and FOMAML;
+* the expanded start detached in ``adaptation_path``: FOMAML, MAML, Meta-SGD;
+* the temperature detached in one of its two places in ``leave_one_out_logits``: MAML, Meta-SGD, ANIL.
 
 And :func:`test_the_check_tells_the_orders_apart` shows in every run that a first-order gradient does not pass for
 MAML's, nor MAML's for FOMAML's stated formula.

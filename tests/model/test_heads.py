@@ -1,14 +1,20 @@
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from textmeta.model.heads import (
+    HEADS,
     class_mask,
     class_weights,
     cosine_logits,
     cross_entropy_per_task,
     leave_one_out_logits,
+    leave_one_out_ridge_logits,
+    linear_logits,
+    ridge_weights,
 )
 
 TEMPERATURE = torch.tensor(7.0, dtype=torch.float64)
@@ -91,3 +97,59 @@ def test_the_cosine_does_not_see_the_length_of_weights(scale: float) -> None:
     torch.testing.assert_close(
         cosine_logits(features, scale * weights, SCALARS, mask), cosine_logits(features, weights, SCALARS, mask)
     )
+
+
+def sklearn_ridge(features: Tensor, labels: Tensor, ways: int) -> np.ndarray:
+    """The weights (C, d) of a ridge regression of one-hot labels, by scikit-learn."""
+    targets = np.eye(ways)[labels.numpy()]
+    return Ridge(alpha=float(SCALARS["ridge"]), fit_intercept=False).fit(features.numpy(), targets).coef_
+
+
+@pytest.mark.parametrize("examples", [4, 30])  # fewer and more than the features are wide
+def test_ridge_weights_are_those_of_scikit_learn(examples: int) -> None:
+    features, labels = unit(1, examples, 8), torch.arange(examples)[None] % 3
+    offset = 0.1 * unit(1, 3, 8, seed=1)
+    weights = ridge_weights(features, labels, offset, SCALARS)
+    expected = torch.from_numpy(sklearn_ridge(features[0], labels[0], 3))
+    torch.testing.assert_close(weights[0], expected + offset[0])
+
+
+def test_leave_one_out_ridge_equals_fitting_without_the_example() -> None:
+    features, labels = unit(1, 7, 5), torch.tensor([[0, 1, 2, 0, 1, 0, 1]])
+    offset = 0.3 * unit(1, 3, 5, seed=1)
+    logits, counts = leave_one_out_ridge_logits(features, labels, offset, SCALARS, class_mask(torch.tensor([3])))
+    assert counts.tolist() == [[True, True, False, True, True, True, True]]  # the one example of class 2 does not count
+    for i in range(7):
+        keep = torch.arange(7) != i
+        weights = torch.from_numpy(sklearn_ridge(features[0, keep], labels[0, keep], 3)) + offset[0]
+        torch.testing.assert_close(logits[0, i], TEMPERATURE * weights @ features[0, i])
+
+
+def test_linear_logits_see_the_length_of_weights() -> None:
+    features, weights = unit(1, 4, 5), unit(1, 3, 5, seed=2)
+    mask = torch.tensor([[True, True, False]])
+    logits = linear_logits(features, 2 * weights, SCALARS, mask)
+    torch.testing.assert_close(logits[0, :, :2], 2 * TEMPERATURE * features[0] @ weights[0, :2].T)
+    assert (logits[..., 2] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_no_head_sees_padding(name: str) -> None:
+    """Second derivatives stay finite too: a class that only pads has a zero vector, where a norm has none."""
+    head = HEADS[name]
+    features, labels = unit(1, 6, 5), torch.tensor([[0, 1, 0, 1, 0, 1]])
+    wide_features = torch.cat([features, torch.zeros(1, 3, 5, dtype=torch.float64)], 1).requires_grad_()
+    wide_labels = torch.cat([labels, torch.full((1, 3), -1)], 1)
+    offset, mask = torch.zeros(1, 4, 5, dtype=torch.float64, requires_grad=True), class_mask(torch.tensor([2, 4]))[:1]
+    weights = head.weights(wide_features, wide_labels, offset, SCALARS)
+    narrow = head.weights(features, labels, offset[:, :2], SCALARS)
+    torch.testing.assert_close(weights[:, :2], narrow)
+    logits, counts = head.support_logits(wide_features, wide_labels, offset, SCALARS, mask)
+    expected, _ = head.support_logits(features, labels, offset[:, :2], SCALARS, mask[:, :2])
+    torch.testing.assert_close(logits[:, :6, :2], expected)
+    loss = cross_entropy_per_task(logits, wide_labels, counts).sum()
+    (gradient,) = torch.autograd.grad(loss, offset, create_graph=True)
+    assert not gradient[:, 2:].any()
+    for second in torch.autograd.grad(gradient.square().sum(), (wide_features, offset)):
+        assert second.isfinite().all()
+        assert second.any()

@@ -194,6 +194,7 @@ def _query_loss(
     return cross_entropy_per_task(logits, query.labels, counts), correct.sum(1) / counts.sum(1)
 
 
+@torch.enable_grad()
 def _query_gradient(
     encoder: Encoder,
     parameters: Parameters,
