@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -515,3 +516,27 @@ if __name__ == "__main__":
 def test_labels_that_are_equal_but_of_other_types_are_refused(classifier: FewShotClassifier) -> None:
     with pytest.raises(DataError, match="row 1: label 1 equals True"):
         classifier.fit(["bal", "bel", "dil"], [True, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        replace(INNER, head="ridge"),
+        replace(INNER, step_sizes="tensor", adapt=("lora_A", "lora_B", "offset")),
+        replace(INNER, step_sizes="layer", max_gradient_norm=1.0),
+        replace(INNER, adapt=("offset",), normalise=False, offset_step_size=0.5),
+    ],
+    ids=["ridge", "tensor", "layer", "offset"],
+)
+def test_every_inner_loop_classifies_and_comes_back(
+    inner: InnerLoopSettings, encoder: Encoder, plain: Corpus, tmp_path: Path
+) -> None:
+    start = start_parameters(encoder.factor_shapes, inner)
+    texts, labels, queries, true = task(plain, list(plain.class_names), 6)
+    fitted = FewShotClassifier(encoder, start, inner).fit(texts, labels)
+    assert fitted.score(queries, true) > 0.6  # of 5 classes
+    fitted.save_pretrained(tmp_path)
+    loaded = FewShotClassifier.from_pretrained(tmp_path)
+    assert np.array_equal(loaded.predict_proba(queries), fitted.predict_proba(queries))
+    again = FewShotClassifier.from_pretrained(tmp_path).fit(texts, labels)
+    np.testing.assert_array_equal(again.predict_proba(queries), fitted.predict_proba(queries))

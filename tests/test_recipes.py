@@ -50,15 +50,17 @@ def meta_train(*arguments: str) -> None:
     module.main(parse_settings(module.MetaTrainSettings, list(arguments)))
 
 
-@pytest.mark.parametrize("algorithm", ["protonet", "fomaml", "reptile"])
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_meta_train(
-    algorithm: str, tiny_model: str, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, tiny_model: str, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = str(ROOT / "recipes" / "configs" / f"banking77_{algorithm}.yaml")
     output = tmp_path / "run"
     arguments = [
         "--config",
-        config,
+        str(config),
         *data,
         "--output",
         str(output),

@@ -16,8 +16,10 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.meta import training
+from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.evaluation import frozen_prototypes, paired_difference, score_episodes
 from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.meta_gradient import MetaGradientPlan, MetaGradientSettings
 from textmeta.meta.training import CHECKPOINT, RECORD, TrainingResult, TrainingSettings, train
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings
@@ -46,11 +48,13 @@ def assert_same(one: TrainingResult, two: TrainingResult) -> None:
     assert all(torch.equal(value, two.parameters[name]) for name, value in one.parameters.items())
 
 
-@pytest.mark.parametrize("algorithm", ["protonet", "fomaml", "reptile"])
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     algorithm: str, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(SETTINGS, algorithm=algorithm)
+    # schedules that change before, at and after the interruptions
+    changing = MetaGradientSettings(first_order_until=4, multi_step_until=5)
+    settings = replace(SETTINGS, algorithm=algorithm, meta_gradient=changing)
     whole = run(tiny_model, corpus, tmp_path / "whole", settings)
     original, count = training._outer_step, iter(range(100))
 
@@ -218,3 +222,32 @@ def test_gradients_can_be_left_unclipped(tiny_model: str, corpus: Corpus, tmp_pa
         for norm in (1e-3, None)
     )
     assert any(not torch.equal(value, free.parameters[name]) for name, value in clipped.parameters.items())
+
+
+def test_each_outer_step_follows_its_plan(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[MetaGradientPlan] = []
+    row = ALGORITHMS["maml"]
+
+    def recording(encoder: Encoder, *arguments: object) -> object:
+        plans.append(arguments[-1])  # type: ignore[arg-type]
+        return row.gradient(encoder, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(ALGORITHMS, "maml", replace(row, gradient=recording))
+    changing = MetaGradientSettings(first_order_until=2, multi_step_until=4, texts_at_once=20)
+    run(tiny_model, corpus, tmp_path, replace(SETTINGS, algorithm="maml", meta_gradient=changing))
+    assert plans == [changing.at(step) for step in range(6)]
+    assert [plan.second_order_steps for plan in plans] == [0, 0, None, None, None, None]
+
+
+def test_second_order_and_first_order_learn_something_else(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    results = [
+        run(tiny_model, corpus, tmp_path / name, replace(SETTINGS, algorithm=name)).parameters
+        for name in ("maml", "fomaml")
+    ]
+    annealed = replace(SETTINGS, algorithm="maml", meta_gradient=MetaGradientSettings(first_order_until=6))
+    results.append(run(tiny_model, corpus, tmp_path / "annealed", annealed).parameters)
+    name = next(name for name in results[0] if ".lora_B." in name)
+    assert not torch.equal(results[0][name], results[1][name])
+    assert torch.equal(results[1][name], results[2][name])  # first order to the end is FOMAML

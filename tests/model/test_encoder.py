@@ -4,10 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import DebertaV2Config, DebertaV2Model, DistilBertConfig, DistilBertModel
 
 import textmeta.model.encoder as encoder_module
-from tests.conftest import WORDS, save_tiny_model
+from tests.conftest import WORDS
 from textmeta.errors import EncoderError, SettingsError
 from textmeta.model import splitting
 from textmeta.model.encoder import Encoder, EncoderSettings
@@ -112,15 +111,8 @@ def test_bf16_keeps_features_in_float32(tiny_model: str) -> None:
 
 
 def test_fp16_is_refused(tiny_model: str) -> None:
-    with pytest.raises(SettingsError, match="'fp16'"):
+    with pytest.raises(SettingsError, match=r"'fp16': .*gradients vanish"):
         Encoder(EncoderSettings(tiny_model), precision="fp16")
-
-
-def test_another_family_is_split_too(tmp_path: Path) -> None:
-    config = DistilBertConfig(vocab_size=160, dim=32, n_layers=4, n_heads=4, hidden_dim=64, max_position_embeddings=64)
-    encoder = Encoder(EncoderSettings(save_tiny_model(tmp_path, DistilBertModel(config)), max_length=32))
-    assert encoder._prefix is not None
-    torch.testing.assert_close(features(encoder, TEXTS)[3:4], features(encoder, TEXTS[3:4]))
 
 
 def test_a_family_that_cannot_be_split_works_with_a_warning(
@@ -140,25 +132,6 @@ def test_a_family_that_cannot_be_split_works_with_a_warning(
     assert encoder._prefix is None
     assert "not cached" in caplog.text
     torch.testing.assert_close(features(encoder, TEXTS), features(whole, TEXTS))
-
-
-def test_deberta_carries_per_task_factors(tmp_path: Path) -> None:
-    config = DebertaV2Config(
-        vocab_size=160,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        relative_attention=True,
-        pos_att_type=["p2c", "c2p"],
-    )
-    encoder = Encoder(EncoderSettings(save_tiny_model(tmp_path, DebertaV2Model(config)), max_length=32))
-    factors = moved_factors(encoder)
-    per_task = {name: value.expand(2, *value.shape) for name, value in factors.items()}
-    prepared = encoder.prepare(TEXTS)
-    row_task = torch.arange(40) % 2
-    torch.testing.assert_close(encoder.features(prepared, per_task, row_task), encoder.features(prepared, factors))
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:

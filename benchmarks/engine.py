@@ -1,0 +1,353 @@
+"""How fast the meta-learning engine is, beside the loop that people write and beside torchopt, in one run.
+
+python benchmarks/engine.py --data banking77.jsonl
+
+Prints episodes a second (sides alternating, medians) and whether the sides return the same meta-gradient, peak memory,
+how near the engine comes to the machine's matrix products and where the rest of its time goes, and how its time grows
+with tasks, steps, ways, text length and rank. ``--device cuda --precision bf16`` measures a GPU; ``--quick true`` tries
+the script out. Needs the extra ``bench``.
+"""
+
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from gemm import categories_of_time, matrix_product_seconds
+from rivals import Loop, TorchoptLoop
+from tqdm import tqdm
+
+from textmeta.cli import run_recipe
+from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.meta.adaptation import start_parameters
+from textmeta.meta.algorithms import ALGORITHMS
+from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.model.initialisation import LORA, Parameters
+from textmeta.model.lora import LoraSettings
+
+RIVALS = {"loop": Loop, "torchopt": TorchoptLoop}
+RIVAL_TASKS = 4  # rivals take one task after another: of more tasks, so many are timed
+FILL_EPISODES = 1000  # over which the filling of the cache is counted
+FILL_TEXTS = 200  # whose filling is timed
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Settings of this benchmark.
+
+    Args:
+        data: local file with columns text and label.
+        device: cpu, or cuda.
+        precision: bf16 for bfloat16 matrix products, on all sides.
+        tasks: tasks of an outer step.
+        ways: classes of an episode.
+        shots: support examples of a class.
+        queries: query examples of a class.
+        repeats: timings of each side; the median counts.
+        quick: few repeats, few settings: figures of no worth, but every part runs.
+        memory_of: measure the peak memory of one "side algorithm tasks steps" in this process, and print it; the
+            benchmark calls itself so.
+        encoder: the encoder.
+        lora: the LoRA on its upper layers.
+        inner: the inner loop.
+    """
+
+    data: str
+    device: str = "cpu"
+    precision: Literal["no", "bf16"] = "no"
+    tasks: list[int] = field(default_factory=lambda: [1, 4, 16])
+    ways: int = 5
+    shots: int = 5
+    queries: int = 5
+    repeats: int = 5
+    quick: bool = False
+    memory_of: str | None = None
+    encoder: EncoderSettings = field(default_factory=lambda: EncoderSettings(max_length=64))
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    inner: InnerLoopSettings = field(default_factory=lambda: InnerLoopSettings(steps=5))
+
+
+def main(settings: EngineSettings) -> None:
+    """Measure, and print the tables."""
+    if settings.memory_of:
+        print(peak_memory(settings, *settings.memory_of.split()))
+        return
+    if settings.quick:
+        settings = replace(settings, repeats=2, tasks=settings.tasks[:2], inner=replace(settings.inner, steps=2))
+    corpus = load_corpus(CorpusSettings(settings.data))
+    encoder = Encoder(settings.encoder, settings.lora, settings.device, settings.precision)
+    print(f"{device_name(encoder)}; torch {torch.__version__}; precision {settings.precision}; {corpus.name}, ", end="")
+    print(f"{settings.ways}-way {settings.shots}-shot, {settings.queries} queries a class, ", end="")
+    print(f"{settings.inner.steps} inner steps\n")
+    speed(settings, corpus, encoder)
+    memory(settings)
+    efficiency(settings, corpus, encoder)
+    growth(settings, corpus, encoder)
+
+
+def speed(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
+    """Episodes a second of all sides, alternating, and the distance of their meta-gradients."""
+    sampler = EpisodeSampler(corpus, EpisodeSettings(settings.ways, settings.shots, settings.queries), seed=0)
+    fill = filling_seconds(settings, corpus)
+    parameters = moved_start(encoder, settings.inner)
+    rivals = {name: kind(encoder, settings.inner) for name, kind in RIVALS.items()}
+    rows = [
+        ("algorithm", "tasks", "loop", "torchopt", "textmeta", "with filling", "ratio to loop", "ratio to torchopt")
+    ]
+    notes = []
+    for algorithm in ("fomaml", "maml"):
+        second_order = algorithm == "maml"
+        for tasks in settings.tasks:
+            episodes = sampler.take(tasks)
+            few = episodes[:RIVAL_TASKS]
+            for rival in rivals.values():
+                rival.prepare(few)
+            sides: dict[str, Callable[[], object]] = {
+                name: partial(rival.meta_gradient, parameters, few, second_order) for name, rival in rivals.items()
+            }
+            sides["textmeta"] = partial(gradient_of, algorithm, encoder, parameters, episodes, settings.inner)
+            each = {name: len(episodes if name == "textmeta" else few) for name in sides}
+            found = alternate(sides, settings.repeats, encoder, f"{algorithm}, {tasks} tasks")
+            rate = {name: each[name] / statistics.median(times) for name, times in found.items()}
+            filled = 1 / (1 / rate["textmeta"] + fill)
+            ratios = {  # of the same repeat, so that what else the machine did counts on both sides
+                name: statistics.median(
+                    (mine / each[name]) / (own / tasks + fill)
+                    for mine, own in zip(found[name], found["textmeta"], strict=True)
+                )
+                for name in rivals
+            }
+            rows.append(
+                (algorithm, str(tasks), *(f"{rate[name]:.2f}" for name in (*rivals, "textmeta")), f"{filled:.2f}",
+                 *(f"{ratios[name]:.2f}" for name in rivals))
+            )  # fmt: skip
+            if tasks <= RIVAL_TASKS:
+                mine = gradient_of(algorithm, encoder, parameters, episodes, settings.inner)
+                for name, rival in rivals.items():
+                    theirs = rival.meta_gradient(parameters, episodes, second_order)
+                    notes.append(f"{algorithm}, {tasks} tasks, {name}: {distance(mine, theirs):.1e}")
+    print("Episodes a second; ratios with the filling of the cache counted, medians over the repeats:\n")
+    print_table(rows)
+    print(f"\nFilling the cache: {1000 * fill:.1f} ms an episode over the first {FILL_EPISODES:,}.")
+    print(f"Distance of the meta-gradients (norm of the difference over the norm): {'; '.join(notes)}.\n")
+
+
+def memory(settings: EngineSettings) -> None:
+    """Peak memory above the loaded model, each in a process of its own."""
+    tasks, steps = settings.tasks[1], settings.inner.steps
+    rows = [("side", "algorithm", "tasks", "inner steps", "peak above the loaded model, MiB")]
+    wanted = [("loop", "fomaml", steps), ("textmeta", "fomaml", steps), ("loop", "maml", steps)]
+    wanted += [(side, "maml", n) for side in ("textmeta", "textmeta-kept") for n in (steps, 4 * steps)]
+    for side, algorithm, n in tqdm(wanted, desc="memory", unit="process", leave=False):
+        command = [sys.executable, __file__, "--data", settings.data, "--device", settings.device]
+        command += ["--precision", settings.precision, "--encoder.model", settings.encoder.model]
+        command += ["--memory_of", f"{side} {algorithm} {tasks} {n}"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        rows.append((side, algorithm, str(tasks), str(n), f"{float(done.stdout.split()[-1]):.0f}"))
+    print("Peak memory (textmeta checkpoints inner steps here; textmeta-kept does not):\n")
+    print_table(rows)
+    print()
+
+
+def peak_memory(settings: EngineSettings, side: str, algorithm: str, tasks: str, steps: str) -> float:
+    """Return the MiB that one meta-gradient needs above the loaded model."""
+    corpus = load_corpus(CorpusSettings(settings.data))
+    encoder = Encoder(settings.encoder, settings.lora, settings.device, settings.precision)
+    inner = replace(settings.inner, steps=int(steps))
+    parameters = moved_start(encoder, inner)
+    episode_settings = EpisodeSettings(settings.ways, settings.shots, settings.queries)
+    episodes = EpisodeSampler(corpus, episode_settings, seed=0).take(int(tasks))
+    run: Callable[[], object]
+    if side == "loop":
+        rival = Loop(encoder, inner)
+        rival.prepare(episodes)
+        run = partial(rival.meta_gradient, parameters, episodes, algorithm == "maml")
+    else:
+        prepare(encoder, episodes)
+        plan = MetaGradientPlan(checkpointed=side == "textmeta")
+        run = partial(ALGORITHMS[algorithm].gradient, encoder, parameters, episodes, inner, plan)
+    if encoder.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    before = resident("VmRSS")
+    run()
+    return (resident("VmHWM") - before) / 2**10
+
+
+def efficiency(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
+    """Share of an outer step that its matrix products would take alone, and where all of its time goes."""
+    episode_settings = EpisodeSettings(settings.ways, settings.shots, settings.queries)
+    episodes = EpisodeSampler(corpus, episode_settings, seed=0).take(settings.tasks[1])
+    parameters = moved_start(encoder, settings.inner)
+    print("Matrix products (the same shapes, as often, alone) as a share of a step, and where a step's time goes:\n")
+    rows = [("algorithm", "step", "products alone", "share", "rate", "by kind of operation")]
+    for algorithm in ("fomaml", "maml"):
+        run = partial(gradient_of, algorithm, encoder, parameters, episodes, settings.inner)
+        times, products = [], []
+        for _ in range(settings.repeats):  # alternating, as everywhere
+            times.append(timed(run, encoder))
+            seconds, operations = matrix_product_seconds(run, encoder)
+            products.append(seconds)
+        share = statistics.median(part / whole for part, whole in zip(products, times, strict=True))
+        step, alone = statistics.median(times), statistics.median(products)
+        kinds = ", ".join(f"{name} {100 * part:.0f} %" for name, part in categories_of_time(run, encoder).items())
+        rate = f"{operations / step / 1e9:.0f} GFLOP/s"
+        rows.append((algorithm, f"{step:.3f} s", f"{alone:.3f} s", f"{100 * share:.0f} %", rate, kinds))
+    print_table(rows)
+    print()
+
+
+def growth(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
+    """Time of an outer step as one thing grows and the rest stays."""
+    base = {"tasks": 4, "steps": settings.inner.steps, "ways": 5, "tokens": 16, "rank": settings.lora.rank}
+    values = {"tasks": [1, 2, 4, 8, 16], "steps": [1, 5, 10, 20], "ways": [2, 5, 10, 20], "tokens": [8, 16, 32, 64]}
+    values["rank"] = [4, 8, 16, 32]
+    if settings.quick:
+        values = {name: numbers[:2] for name, numbers in values.items()}
+    rows = [("what grows", "values", "FOMAML, s a step", "MAML, s a step")]
+    for name, numbers in tqdm(values.items(), desc="growth", leave=False):
+        seconds: dict[str, list[str]] = {"fomaml": [], "maml": []}
+        for number in numbers:
+            now = {**base, name: number}
+            changed = encoder
+            if now["rank"] != settings.lora.rank:
+                lora = replace(settings.lora, rank=now["rank"])
+                changed = Encoder(settings.encoder, lora, settings.device, settings.precision)
+            inner = replace(settings.inner, steps=now["steps"])
+            parameters = moved_start(changed, inner)
+            episodes = episodes_of_length(corpus, changed, settings, now["tasks"], now["ways"], now["tokens"])
+            prepare(changed, episodes)
+            for algorithm, cells in seconds.items():
+                run = partial(gradient_of, algorithm, changed, parameters, episodes, inner)
+                times = [timed(run, changed) for _ in range(1 + min(3, settings.repeats))][1:]
+                cells.append(f"{statistics.median(times):.2f}")
+        rows.append((name, " ".join(map(str, numbers)), *(" ".join(part) for part in seconds.values())))
+    print(f"Growth, from {', '.join(f'{value} {name}' for name, value in base.items())}:\n")
+    print_table(rows)
+
+
+def gradient_of(
+    algorithm: str, encoder: Encoder, parameters: Parameters, episodes: Sequence[Episode], inner: InnerLoopSettings
+) -> Parameters:
+    """Return textmeta's meta-gradient."""
+    return ALGORITHMS[algorithm].gradient(encoder, parameters, episodes, inner, MetaGradientPlan()).gradient
+
+
+def alternate(
+    sides: dict[str, Callable[[], object]], repeats: int, encoder: Encoder, label: str
+) -> dict[str, list[float]]:
+    """Time each side in turn, after one turn that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in tqdm(range(1 + repeats), desc=label, unit="turn", leave=False):
+        for name, run in sides.items():
+            seconds = timed(run, encoder)
+            if turn:
+                times[name].append(seconds)
+    return times
+
+
+def timed(run: Callable[[], object], encoder: Encoder) -> float:
+    """Return the seconds that a call takes."""
+    synchronise(encoder)
+    start = time.perf_counter()
+    run()
+    synchronise(encoder)
+    return time.perf_counter() - start
+
+
+def synchronise(encoder: Encoder) -> None:
+    """Wait for a GPU."""
+    if encoder.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def filling_seconds(settings: EngineSettings, corpus: Corpus) -> float:
+    """Return the seconds an episode that filling the cache costs over the first episodes."""
+    episode_settings = EpisodeSettings(settings.ways, settings.shots, settings.queries)
+    sampler = EpisodeSampler(corpus, episode_settings, seed=0)
+    texts = list(
+        dict.fromkeys(t for i in range(FILL_EPISODES) for t in (*sampler[i].support_texts, *sampler[i].query_texts))
+    )
+    fresh = Encoder(settings.encoder, settings.lora, settings.device, settings.precision)
+    fresh.prepare(texts[-20:])  # what is loaded on first use
+    each = timed(lambda: fresh.prepare(texts[:FILL_TEXTS]), fresh) / FILL_TEXTS
+    return each * len(texts) / FILL_EPISODES
+
+
+def episodes_of_length(
+    corpus: Corpus, encoder: Encoder, settings: EngineSettings, tasks: int, ways: int, tokens: int
+) -> list[Episode]:
+    """Return episodes whose texts all have about as many tokens: real texts, one after another, cut."""
+    episode_settings = EpisodeSettings(ways, settings.shots, settings.queries)
+    sampler = EpisodeSampler(corpus, episode_settings, seed=1)
+    tokenizer = encoder.tokenizer
+
+    def resized(texts: Sequence[str], index: int) -> tuple[str, ...]:
+        long = [" ".join([text, *texts[:20]]) for text in texts]
+        rows = tokenizer(long, truncation=True, max_length=tokens - 2, add_special_tokens=False)["input_ids"]
+        return tuple(f"{text}" for text in tokenizer.batch_decode(rows))
+
+    return [
+        replace(e, support_texts=resized(e.support_texts, i), query_texts=resized(e.query_texts, i))
+        for i, e in enumerate(sampler.take(tasks))
+    ]
+
+
+def moved_start(encoder: Encoder, inner: InnerLoopSettings) -> Parameters:
+    """Return a start whose B is not 0, as after some training; at B = 0 A has no gradient to compare."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: (value + 0.02 * torch.randn(value.shape, generator=generator) if name.startswith(LORA) else value).to(
+            encoder.device
+        )
+        for name, value in start_parameters(encoder.factor_shapes, inner).items()
+    }
+
+
+def prepare(encoder: Encoder, episodes: Sequence[Episode]) -> None:
+    """Fill the cache."""
+    encoder.prepare([text for e in episodes for text in (*e.support_texts, *e.query_texts)])
+
+
+def distance(one: Parameters, two: Parameters) -> float:
+    """Return the norm of the difference of two gradients over the norm of the second."""
+    flat = [torch.cat([part[name].flatten() for name in sorted(one)]) for part in (one, two)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def resident(kind: str) -> int:
+    """Return VmRSS or VmHWM, the resident memory now or at its peak, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+def device_name(encoder: Encoder) -> str:
+    """Return what the engine runs on."""
+    if encoder.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows[1:]:
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    run_recipe(main, EngineSettings, __doc__)
