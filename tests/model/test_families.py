@@ -13,6 +13,7 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    MegatronBertConfig,
     ModernBertConfig,
     MPNetConfig,
     PreTrainedConfig,
@@ -24,6 +25,7 @@ from tests.conftest import WORDS, save_tiny_model
 from tests.meta.test_adaptation import INNER, moved_parameters
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta.errors import EncoderError
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.meta_gradient import MetaGradientPlan
 from textmeta.model.encoder import Encoder, EncoderSettings
@@ -139,3 +141,22 @@ def test_second_order_gradients_are_exact(family: str, family_encoder: Encoder, 
     assert abs(slope - float(norm)) < tolerance * float(norm)
     first_order = ALGORITHMS["fomaml"].gradient(family_encoder, parameters, episodes, SMOOTH, PLAN).gradient
     assert abs(slope - sum(float((first_order[name] * value).sum()) for name, value in along.items())) > 0.01 * slope
+
+
+def test_another_family_runs_unsplit_with_a_warning(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MegatronBERT has a layer norm inside its encoder, after the layers, that both halves would run."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        folder = save_tiny_model(tmp_path, AutoModel.from_config(MegatronBertConfig(**SIZES)))
+    with pytest.raises(EncoderError, match=r"set lora targets to endings of these: encoder\.layer\.2"):
+        Encoder(EncoderSettings(folder, max_length=32), LoraSettings(layers=2))
+    with caplog.at_level(logging.WARNING):
+        encoder = Encoder(EncoderSettings(folder, max_length=32), LoraSettings(layers=2, targets=("query", "value")))
+    assert "MegatronBertModel cannot be split" in caplog.text
+    assert encoder._prefix is None
+    episodes = EpisodeSampler(corpus, EpisodeSettings(2, 2, 2), seed=0).take(2)
+    parameters = moved_parameters(encoder)
+    found = ALGORITHMS["maml"].gradient(encoder, parameters, episodes, SMOOTH, PLAN).gradient
+    assert all(value.isfinite().all() and value.any() for value in found.values())
