@@ -259,3 +259,23 @@ def test_plans_follow_the_settings() -> None:
 def test_settings_out_of_range_are_named(wrong: dict[str, int]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
         MetaGradientSettings(**wrong)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@each_algorithm
+def test_the_result_does_not_depend_on_what_is_recomputed(
+    name: str, checkpointed: bool, encoder64: Encoder, sampler: EpisodeSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole inner steps, and forwards of many texts, with each other and alone."""
+    parameters = start_for(name, encoder64)
+    kept = meta_gradient(name, encoder64, parameters, sampler.take(2), plan=MetaGradientPlan(checkpointed=False))
+    monkeypatch.setattr(encoder_module, "CHECKPOINT_ROWS", 4)
+    plan = MetaGradientPlan(checkpointed=checkpointed)
+    assert_equal(kept, meta_gradient(name, encoder64, parameters, sampler.take(2), plan=plan), 1e-12)
+
+
+def test_large_second_order_steps_are_recomputed() -> None:
+    assert not MetaGradientPlan().saves_memory(texts=100, steps=5)
+    assert MetaGradientPlan().saves_memory(texts=100, steps=6)
+    assert not MetaGradientPlan(checkpointed=False).saves_memory(texts=100, steps=60)
+    assert MetaGradientPlan(checkpointed=True).saves_memory(texts=1, steps=1)

@@ -6,7 +6,7 @@ from textmeta.errors import SettingsError
 
 __all__ = ["MetaGradientPlan", "MetaGradientSettings"]
 
-KEPT_TEXTS = 1024  # texts, times inner steps, whose activations are kept for the second order
+KEPT_TEXTS = 512  # texts, times inner steps, whose activations are kept for the second order
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MetaGradientSettings:
             and less, before the last one's alone counts: the multi-step loss of MAML++ (eq. 4 there). Each costs about
             one more query pass for each inner step. Not for Reptile and ProtoNet.
         checkpointed: compute inner steps that are differentiated through again in the backward pass: memory then hardly
-            grows with their number, time by about half. By default where steps times support texts pass 1,024. The
+            grows with their number, time by about half. By default where steps times support texts pass 512. The
             result does not depend on it.
         texts_at_once: support and query texts of the tasks that go through the encoder together; lower it when memory
             runs out. The result does not depend on it.

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["twice_differentiable", "use_switched_attention"]
+__all__ = ["is_twice_differentiable", "twice_differentiable", "use_switched_attention"]
 
 NAME = "textmeta_switched"
 
@@ -24,13 +24,18 @@ _TWICE: ContextVar[bool] = ContextVar("textmeta_twice_differentiable", default=F
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Let attention in this thread use operations that have a second derivative, until the block is left."""
-    token = _TWICE.set(True)
+def twice_differentiable(wanted: bool = True) -> Iterator[None]:
+    """Let attention in this thread use operations that have a second derivative, or not, until the block is left."""
+    token = _TWICE.set(wanted)
     try:
         yield
     finally:
         _TWICE.reset(token)
+
+
+def is_twice_differentiable() -> bool:
+    """Return whether attention in this thread uses operations that have a second derivative."""
+    return _TWICE.get()
 
 
 def use_switched_attention(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from textmeta.errors import SettingsError
-from textmeta.model.attention import use_switched_attention
+from textmeta.model.attention import is_twice_differentiable, twice_differentiable, use_switched_attention
 from textmeta.model.lora import LoraSettings, inject, lora_config, using_factors
 from textmeta.model.padding import length_buckets
 from textmeta.model.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
@@ -164,10 +164,11 @@ class Encoder:
         """
         names, tensors = list(factors), list(factors.values())
         save_memory = texts.count > CHECKPOINT_ROWS and torch.is_grad_enabled()
+        twice = is_twice_differentiable()
 
         def run(task: Tensor | None, inputs: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
-            # set inside, so that a checkpointed forward run again in the backward pass sees the same factors
-            with using_factors(dict(zip(names, weights, strict=True)), task):
+            # set inside, so that a checkpointed forward run again in the backward pass is the same computation
+            with using_factors(dict(zip(names, weights, strict=True)), task), twice_differentiable(twice):
                 return self._pool(self._run_suffix(inputs, mask), mask)
 
         parts = []
