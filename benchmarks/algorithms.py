@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from engine import print_table, timed
+from measure import print_table, timed
 from tqdm import tqdm
 
 from textmeta.cli import run_recipe
@@ -51,7 +51,7 @@ class AlgorithmsSettings:
     splits: str = "recipes/splits/banking77.splits.json"
     fold: str = "01"
     repeats: int = 5
-    timed_steps: int = 4
+    timed_steps: int = 2
 
 
 def main(settings: AlgorithmsSettings) -> None:

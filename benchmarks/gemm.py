@@ -1,12 +1,13 @@
 """What the matrix products of a computation would cost alone, and where its time goes."""
 
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from measure import timed
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,7 +59,7 @@ def matrix_product_seconds(run: Callable[[], object], encoder: Encoder) -> tuple
             for shape, stride, dtype in factors
         )
         product = torch.bmm if a.ndim == 3 else torch.mm
-        seconds += count * _seconds(lambda a=a, b=b, product=product: product(a, b), encoder)  # type: ignore[misc]
+        seconds += count * statistics.median(timed(partial(product, a, b), encoder) for _ in range(5))
         operations += count * 2 * a.numel() * b.shape[-1]
     return seconds, operations
 
@@ -83,17 +84,3 @@ def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
-
-
-def _seconds(run: Callable[[], object], encoder: Encoder) -> float:
-    """Return the median seconds of a call."""
-    times = []
-    for _ in range(5):
-        if encoder.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if encoder.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
