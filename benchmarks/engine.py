@@ -8,18 +8,20 @@ with tasks, steps, ways, text length and rank. ``--device cuda --precision bf16`
 the script out. Needs the extra ``bench``.
 """
 
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from gemm import categories_of_time, matrix_product_seconds
-from measure import alternate, device_name, distance, print_table, resident, timed
+from measure import alternate, device_name, distance, print_table, resident, settle, timed
 from rivals import Loop, TorchoptLoop
 from tqdm import tqdm
 
@@ -35,9 +37,9 @@ from textmeta.model.initialisation import LORA, Parameters
 from textmeta.model.lora import LoraSettings
 
 RIVALS = {"loop": Loop, "torchopt": TorchoptLoop}
-RIVAL_TASKS = 4  # rivals take one task after another: of more tasks, so many are timed
+FEW_TASKS = 4  # rivals take one task after another: of more tasks, so many are timed; memory is that of so many
 FILL_EPISODES = 1000  # over which the filling of the cache is counted
-FILL_TEXTS = 200  # whose filling is timed
+FILL_TEXTS = 50  # of a timing of the filling, as many as an episode has
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class EngineSettings:
         queries: query examples of a class.
         repeats: timings of each side; the median counts.
         quick: few repeats, few settings: figures of no worth, but every part runs.
-        memory_of: measure the peak memory of one "side algorithm tasks steps" in this process, and print it; the
+        memory_of: measure the peak memory of one "side algorithm steps" in this process, and print it; the
             benchmark calls itself so.
         encoder: the encoder.
         lora: the LoRA on its upper layers.
@@ -97,7 +99,7 @@ def main(settings: EngineSettings) -> None:
 def speed(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
     """Episodes a second of all sides, alternating, and the distance of their meta-gradients."""
     sampler = EpisodeSampler(corpus, EpisodeSettings(settings.ways, settings.shots, settings.queries), seed=0)
-    fill = filling_seconds(settings, corpus)
+    fill, cached = filling(settings, corpus)
     parameters = moved_start(encoder, settings.inner)
     rivals = {name: kind(encoder, settings.inner) for name, kind in RIVALS.items()}
     rows = [
@@ -108,7 +110,7 @@ def speed(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
         second_order = algorithm == "maml"
         for tasks in settings.tasks:
             episodes = sampler.take(tasks)
-            few = episodes[:RIVAL_TASKS]
+            few = episodes[:FEW_TASKS]
             for rival in rivals.values():
                 rival.prepare(few)
             sides: dict[str, Callable[[], object]] = {
@@ -130,42 +132,45 @@ def speed(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
                 (algorithm, str(tasks), *(f"{rate[name]:.2f}" for name in (*rivals, "textmeta")), f"{filled:.2f}",
                  *(f"{ratios[name]:.2f}" for name in rivals))
             )  # fmt: skip
-            if tasks <= RIVAL_TASKS:
-                mine = gradient_of(algorithm, encoder, parameters, episodes, settings.inner)
-                for name, rival in rivals.items():
-                    theirs = rival.meta_gradient(parameters, episodes, second_order)
-                    notes.append(f"{algorithm}, {tasks} tasks, {name}: {distance(mine, theirs):.1e}")
+            mine = gradient_of(algorithm, encoder, parameters, few, settings.inner)
+            for name, rival in rivals.items():
+                theirs = rival.meta_gradient(parameters, few, second_order)
+                notes.append(f"{algorithm}, {len(few)} tasks, {name}: {distance(mine, theirs):.1e}")
     print("Episodes a second; ratios with the filling of the cache counted, medians over the repeats:\n")
     print_table(rows)
-    print(f"\nFilling the cache: {1000 * fill:.1f} ms an episode over the first {FILL_EPISODES:,}.")
+    print(f"\nFilling the cache: {1000 * fill:.1f} ms an episode over the first {FILL_EPISODES:,}; ", end="")
+    print(f"it then holds {cached:.0f} MiB.")
     print(f"Distance of the meta-gradients (norm of the difference over the norm): {'; '.join(notes)}.\n")
 
 
 def memory(settings: EngineSettings) -> None:
     """Peak memory above the loaded model, each in a process of its own."""
-    tasks, steps = settings.tasks[1], settings.inner.steps
-    rows = [("side", "algorithm", "tasks", "inner steps", "peak above the loaded model, MiB")]
+    steps = settings.inner.steps
+    rows = [("side", "algorithm", "inner steps", "peak above the loaded model, MiB")]
     wanted = [("loop", "fomaml", steps), ("textmeta", "fomaml", steps), ("loop", "maml", steps)]
     wanted += [(side, "maml", n) for side in ("textmeta", "textmeta-kept") for n in (steps, 4 * steps)]
-    for side, algorithm, n in tqdm(wanted, desc="memory", unit="process", leave=False):
-        command = [sys.executable, __file__, "--data", settings.data, "--device", settings.device]
-        command += ["--precision", settings.precision, "--encoder.model", settings.encoder.model]
-        command += ["--memory_of", f"{side} {algorithm} {tasks} {n}"]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        rows.append((side, algorithm, str(tasks), str(n), f"{float(done.stdout.split()[-1]):.0f}"))
-    print("Peak memory (textmeta checkpoints inner steps here; textmeta-kept does not):\n")
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "settings.yaml"
+        config.write_text(json.dumps({**asdict(settings), "quick": False}), encoding="utf-8")  # JSON is YAML
+        for side, algorithm, n in tqdm(wanted, desc="memory", unit="process", leave=False):
+            command = [sys.executable, __file__, "--config", str(config)]
+            command += ["--memory_of", f"{side} {algorithm} {n}"]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            rows.append((side, algorithm, str(n), f"{float(done.stdout.split()[-1]):.0f}"))
+    print(f"Peak memory of {FEW_TASKS} tasks (textmeta checkpoints inner steps here, textmeta-kept does not), ", end="")
+    print("without the cached states, named above:\n")
     print_table(rows)
     print()
 
 
-def peak_memory(settings: EngineSettings, side: str, algorithm: str, tasks: str, steps: str) -> float:
+def peak_memory(settings: EngineSettings, side: str, algorithm: str, steps: str) -> float:
     """Return the MiB that one meta-gradient needs above the loaded model."""
     corpus = load_corpus(CorpusSettings(settings.data))
     encoder = Encoder(settings.encoder, settings.lora, settings.device, settings.precision)
     inner = replace(settings.inner, steps=int(steps))
     parameters = moved_start(encoder, inner)
     episode_settings = EpisodeSettings(settings.ways, settings.shots, settings.queries)
-    episodes = EpisodeSampler(corpus, episode_settings, seed=0).take(int(tasks))
+    episodes = EpisodeSampler(corpus, episode_settings, seed=0).take(FEW_TASKS)
     run: Callable[[], object]
     if side == "loop":
         rival = Loop(encoder, inner)
@@ -180,6 +185,7 @@ def peak_memory(settings: EngineSettings, side: str, algorithm: str, tasks: str,
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    settle(rival.model if side == "loop" else encoder._suffix)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
     before = resident("VmRSS")
     run()
@@ -189,7 +195,7 @@ def peak_memory(settings: EngineSettings, side: str, algorithm: str, tasks: str,
 def efficiency(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
     """Share of an outer step that its matrix products would take alone, and where all of its time goes."""
     episode_settings = EpisodeSettings(settings.ways, settings.shots, settings.queries)
-    episodes = EpisodeSampler(corpus, episode_settings, seed=0).take(settings.tasks[1])
+    episodes = EpisodeSampler(corpus, episode_settings, seed=0).take(FEW_TASKS)
     parameters = moved_start(encoder, settings.inner)
     print("Matrix products (the same shapes, as often, alone) as a share of a step, and where a step's time goes:\n")
     rows = [("algorithm", "step", "products alone", "share", "rate", "by kind of operation")]
@@ -245,17 +251,20 @@ def gradient_of(
     return ALGORITHMS[algorithm].gradient(encoder, parameters, episodes, inner, MetaGradientPlan()).gradient
 
 
-def filling_seconds(settings: EngineSettings, corpus: Corpus) -> float:
-    """Return the seconds an episode that filling the cache costs over the first episodes."""
+def filling(settings: EngineSettings, corpus: Corpus) -> tuple[float, float]:
+    """Return the seconds an episode that filling the cache costs over the first episodes, and the MiB it then holds."""
     episode_settings = EpisodeSettings(settings.ways, settings.shots, settings.queries)
     sampler = EpisodeSampler(corpus, episode_settings, seed=0)
     texts = list(
         dict.fromkeys(t for i in range(FILL_EPISODES) for t in (*sampler[i].support_texts, *sampler[i].query_texts))
     )
     fresh = Encoder(settings.encoder, settings.lora, settings.device, settings.precision)
-    fresh.prepare(texts[-20:])  # what is loaded on first use
-    each = timed(lambda: fresh.prepare(texts[:FILL_TEXTS]), fresh) / FILL_TEXTS
-    return each * len(texts) / FILL_EPISODES
+    times = []
+    for repeat in range(1 + settings.repeats):  # the first loads what is loaded on first use
+        few = texts[repeat * FILL_TEXTS : (repeat + 1) * FILL_TEXTS]
+        times.append(timed(partial(fresh.prepare, few, remember=False), fresh) / len(few))
+    mebibytes = sum(state.nbytes for state in fresh._states(few, remember=False)) / len(few) * len(texts) / 2**20
+    return statistics.median(times[1:]) * len(texts) / FILL_EPISODES, mebibytes
 
 
 def episodes_of_length(
@@ -266,14 +275,14 @@ def episodes_of_length(
     sampler = EpisodeSampler(corpus, episode_settings, seed=1)
     tokenizer = encoder.tokenizer
 
-    def resized(texts: Sequence[str], index: int) -> tuple[str, ...]:
+    def resized(texts: Sequence[str]) -> tuple[str, ...]:
         long = [" ".join([text, *texts[:20]]) for text in texts]
         rows = tokenizer(long, truncation=True, max_length=tokens - 2, add_special_tokens=False)["input_ids"]
-        return tuple(f"{text}" for text in tokenizer.batch_decode(rows))
+        return tuple(tokenizer.batch_decode(rows))
 
     return [
-        replace(e, support_texts=resized(e.support_texts, i), query_texts=resized(e.query_texts, i))
-        for i, e in enumerate(sampler.take(tasks))
+        replace(e, support_texts=resized(e.support_texts), query_texts=resized(e.query_texts))
+        for e in sampler.take(tasks)
     ]
 
 

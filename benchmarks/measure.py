@@ -1,5 +1,6 @@
 """What the benchmarks share: timing sides in turn, reading memory, naming the device, printing a table."""
 
+import ctypes
 import platform
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import Parameters
 
-__all__ = ["alternate", "device_name", "distance", "print_table", "resident", "synchronise", "timed"]
+__all__ = ["alternate", "device_name", "distance", "print_table", "resident", "settle", "synchronise", "timed"]
 
 
 def alternate(
@@ -46,6 +47,13 @@ def distance(one: Parameters, two: Parameters) -> float:
     """Return the norm of the difference of two gradients over the norm of the second."""
     flat = [torch.cat([part[name].flatten() for name in sorted(one)]) for part in (one, two)]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def settle(model: torch.nn.Module) -> None:
+    """Load weights that are only mapped from their file yet, and give back what the heap holds free."""
+    for parameter in model.parameters():
+        parameter.sum()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def resident(kind: str) -> int:

@@ -1,7 +1,8 @@
 """What the engine is measured against: the loop that people write, and the same with torchopt's optimiser.
 
-One task after another; in each inner step a forward of the whole PEFT model over that task's support set, padded to its
-longest text, through ``functional_call``; ``autograd.grad``; at last one forward over support and queries.
+One task after another; in each inner step a forward of the whole PEFT model over that task's support set, padded to
+its longest text, through ``functional_call``; ``autograd.grad``; at last a forward over the support set, for the
+prototypes, and one over the queries.
 """
 
 from collections.abc import Callable, Sequence

@@ -271,7 +271,20 @@ def test_the_result_does_not_depend_on_what_is_recomputed(
     kept = meta_gradient(name, encoder64, parameters, sampler.take(2), plan=MetaGradientPlan(checkpointed=False))
     monkeypatch.setattr(encoder_module, "CHECKPOINT_ROWS", 4)
     plan = MetaGradientPlan(checkpointed=checkpointed)
+    random_state = torch.get_rng_state()
     assert_equal(kept, meta_gradient(name, encoder64, parameters, sampler.take(2), plan=plan), 1e-12)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_random_state_of_the_process_is_left_alone(
+    checkpointed: bool, encoder: Encoder, sampler: EpisodeSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even set to what it was: another thread may have drawn from it meanwhile."""
+    monkeypatch.setattr(torch, "set_rng_state", lambda _: pytest.fail("set"))
+    monkeypatch.setattr(encoder_module, "CHECKPOINT_ROWS", 4 if checkpointed else 1024)
+    plan = MetaGradientPlan(checkpointed=checkpointed)
+    meta_gradient("maml", encoder, moved_parameters(encoder), sampler.take(1), plan=plan)
 
 
 def test_large_second_order_steps_are_recomputed() -> None:

@@ -94,6 +94,15 @@ def test_the_path_has_every_step_and_leaves_the_start_alone() -> None:
     assert len(path) == 4
     assert torch.equal(path[0]["weights"], before)
     assert torch.equal(start, before)
+    for checkpointed in (False, True):  # nor does second order
+        list(
+            gradient_steps(
+                support_loss, {"weights": start}, {}, {"weights": SIZES}, PLAIN,
+                second_order_steps=3, checkpointed=checkpointed,
+            )
+        )  # fmt: skip
+        assert torch.equal(start, before)
+        assert not start.requires_grad
     losses = torch.stack([support_loss(tensors) for tensors in path])
     assert (losses[1:] < losses[:-1]).all()
 
@@ -131,6 +140,7 @@ def test_a_normalised_step_has_the_size_asked_for() -> None:
         {"head": "svm"},
         {"step_sizes": "entry"},
         {"max_gradient_norm": 0.0},
+        {"lora_epsilon": float("inf")},
     ],
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:

@@ -24,7 +24,7 @@ from tests.meta.test_adaptation import INNER, moved_parameters
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.meta import inner_loop
-from textmeta.meta.adaptation import adaptation_path, query_logits, task_weights
+from textmeta.meta.adaptation import adaptation_path, query_logits, start_parameters, task_weights
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.meta_gradient import MetaGradientPlan
@@ -80,16 +80,15 @@ def objective(
 
 
 def central_difference(
-    function: Callable[[Parameters], float], parameters: Parameters, key: str, along: Tensor
+    function: Callable[[Parameters], float], parameters: Parameters, key: str, along: Tensor, h: float
 ) -> float:
     """Fourth-order central difference of a function along a direction in one parameter."""
-    h = 1e-4
     values = {s: function({**parameters, key: parameters[key] + s * h * along}) for s in (-2, -1, 1, 2)}
     return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
 
 
 def relative_errors(
-    function: Callable[[Parameters], float], parameters: Parameters, found: Parameters
+    function: Callable[[Parameters], float], parameters: Parameters, found: Parameters, h: float = 1e-4
 ) -> dict[str, float]:
     """For each parameter, along a random direction: |⟨gradient, direction⟩ - difference| over the gradient's norm."""
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +100,7 @@ def relative_errors(
         if found[key].any():  # half along the gradient, so that it is seen; half at random, so that what is missing is
             along = along / along.norm() + found[key] / found[key].norm()
         along /= along.norm()
-        expected = central_difference(function, parameters, key, along)
+        expected = central_difference(function, parameters, key, along, h)
         errors[key] = abs(float((found[key] * along).sum()) - expected) / max(float(found[key].norm()), 1e-4)
     return errors
 
@@ -193,3 +192,14 @@ def test_the_check_tells_the_orders_apart(encoder64: Encoder, corpus: Corpus) ->
         assert max(as_maml.values()) > 0.01
     as_fomaml = frozen_direction_errors(encoder64, episodes, 2, second, parameters)
     assert max(as_fomaml.values()) > 0.01
+
+
+@pytest.mark.parametrize("clipped", [None, 0.1])
+def test_where_a_gradient_is_zero(clipped: float | None, encoder64: Encoder, corpus: Corpus) -> None:
+    """At LoRA's own start, B = 0, the gradient in A is exactly 0, but not its derivative in B."""
+    inner = replace(SMOOTH, adapt=("lora_A", "lora_B", "offset"), lora_epsilon=0.1, max_gradient_norm=clipped)
+    start = {key: value.double() for key, value in start_parameters(encoder64.factor_shapes, inner).items()}
+    episodes, plan = tasks(corpus), MetaGradientPlan()
+    found = ALGORITHMS["maml"].gradient(encoder64, start, episodes, inner, plan).gradient
+    errors = relative_errors(lambda p: objective(encoder64, p, episodes, inner, plan), start, found, h=1e-5)
+    assert max(errors.values()) < 1e-4, errors

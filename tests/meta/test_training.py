@@ -251,3 +251,12 @@ def test_second_order_and_first_order_learn_something_else(tiny_model: str, corp
     name = next(name for name in results[0] if ".lora_B." in name)
     assert not torch.equal(results[0][name], results[1][name])
     assert torch.equal(results[1][name], results[2][name])  # first order to the end is FOMAML
+
+
+def test_a_run_can_go_on_with_less_memory(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, algorithm="maml")
+    frugal = replace(settings, meta_gradient=MetaGradientSettings(checkpointed=True, texts_at_once=20))
+    first = run(tiny_model, corpus, tmp_path, settings)
+    assert_same(run(tiny_model, corpus, tmp_path, frugal), first)  # finished already
+    with pytest.raises(SettingsError, match="first_order_until: 0 there, 1 now"):
+        run(tiny_model, corpus, tmp_path, replace(settings, meta_gradient=MetaGradientSettings(first_order_until=1)))

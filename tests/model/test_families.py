@@ -13,6 +13,7 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    EuroBertConfig,
     MegatronBertConfig,
     ModernBertConfig,
     MPNetConfig,
@@ -160,3 +161,24 @@ def test_another_family_runs_unsplit_with_a_warning(
     parameters = moved_parameters(encoder)
     found = ALGORITHMS["maml"].gradient(encoder, parameters, episodes, SMOOTH, PLAN).gradient
     assert all(value.isfinite().all() and value.any() for value in found.values())
+
+
+def test_heads_that_share_keys_and_values(corpus: Corpus, tmp_path: Path) -> None:
+    """EuroBERT's grouped queries, in first and second order, against the eager attention of its own."""
+    config = EuroBertConfig(**SIZES, num_key_value_heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        folder = save_tiny_model(tmp_path, AutoModel.from_config(config))
+    encoder = Encoder(EncoderSettings(folder, max_length=32), LoraSettings(layers=2, targets=("q_proj", "v_proj")))
+    episodes = EpisodeSampler(corpus, EpisodeSettings(2, 3, 2), seed=0).take(2)
+    parameters = moved_parameters(encoder)
+    found = {}
+    for name in ("fomaml", "maml"):
+        switched = ALGORITHMS[name].gradient(encoder, parameters, episodes, SMOOTH, PLAN).gradient
+        encoder._suffix.set_attn_implementation("eager")  # type: ignore[operator]
+        eager = ALGORITHMS[name].gradient(encoder, parameters, episodes, SMOOTH, PLAN).gradient
+        encoder._suffix.set_attn_implementation("textmeta_switched")  # type: ignore[operator]
+        for key, value in switched.items():
+            torch.testing.assert_close(value, eager[key], rtol=1e-3, atol=1e-3 * float(value.abs().max()))
+        found[name] = switched
+    assert not torch.allclose(found["fomaml"]["log_temperature"], found["maml"]["log_temperature"])

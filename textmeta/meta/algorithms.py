@@ -206,7 +206,8 @@ def _query_gradient(
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     losses, accuracies = [], []
-    second_order_steps = inner.steps if plan.second_order_steps is None else plan.second_order_steps
+    wanted = inner.steps if plan.second_order_steps is None else plan.second_order_steps
+    second_order_steps = min(wanted, inner.steps)
     for chunk in episode_chunks(episodes, plan.texts_at_once):
         support, query = support_batch(encoder, chunk), query_batch(encoder, chunk)
         path = list(

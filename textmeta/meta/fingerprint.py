@@ -22,14 +22,17 @@ def run_fingerprint(
         encoder: its settings, weights, LoRA and precision count; its cache does not, being exact.
         train_episodes: corpora, settings and seed count.
         valid_episodes: likewise.
-        **settings: dataclasses that count whole, by name.
+        **settings: dataclasses, by name, that count but for what trades memory for time.
     """
     encoder_settings = asdict(encoder.settings)
     del encoder_settings["cache_mb"]
+    parts = {name: asdict(part) for name, part in settings.items()}
+    for name in ("checkpointed", "texts_at_once"):  # memory's affair: they can change when a run goes on
+        parts.get("training", {}).get("meta_gradient", {}).pop(name, None)
     content = {
         "encoder": {**encoder_settings, "weights_sha256": encoder.weights_sha256, "precision": encoder.precision},
         "lora": asdict(encoder.lora),
-        **{name: asdict(part) for name, part in settings.items()},
+        **parts,
         **{
             part: {
                 "episodes": asdict(sampler.settings),

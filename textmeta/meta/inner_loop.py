@@ -4,8 +4,10 @@ It knows nothing of texts: :mod:`textmeta.meta.adaptation` gives it the support 
 classifier's ``fit`` all come through there.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -70,8 +72,8 @@ class InnerLoopSettings:
             raise SettingsError(f"inner step_sizes must be 'part', 'layer' or 'tensor', given {self.step_sizes!r}")
         for name in ("lora_step_size", "offset_step_size", "lora_epsilon", "offset_epsilon", "max_gradient_norm"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingsError(f"inner {name} must be positive, given {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise SettingsError(f"inner {name} must be positive and finite, given {value}")
 
 
 def gradient_steps(
@@ -109,7 +111,7 @@ def gradient_steps(
     for step in range(inner.steps):
         if step >= inner.steps - second_order_steps:
             # what starts as a constant, such as the offset's zeros, still takes part in the derivatives
-            fast = {name: value if value.requires_grad else value.requires_grad_() for name, value in fast.items()}
+            fast = {n: value if value.requires_grad else value.detach().requires_grad_() for n, value in fast.items()}
             gradients = _differentiable_gradients(loss, fast, shared, checkpointed)
         else:
             gradients = _constant_gradients(loss, fast, shared)
@@ -143,7 +145,9 @@ def _differentiable_gradients(
             return torch.autograd.grad(total, tensors[: len(fast)], create_graph=True)
 
     tensors = (*fast.values(), *shared.values())
-    found = checkpoint(run, *tensors, use_reentrant=False) if checkpointed else run(*tensors)
+    # nothing here is random, and the random state is the whole process's: it is left alone
+    again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    found = again(*tensors) if checkpointed else run(*tensors)
     return dict(zip(fast, found, strict=True))
 
 
@@ -155,7 +159,7 @@ def _directions(
     scale = torch.ones_like(next(iter(squares.values())))
     if inner.max_gradient_norm is not None:
         norm = _root(torch.stack(list(squares.values())).sum(0))
-        scale = (inner.max_gradient_norm / norm).clamp(max=1.0)
+        scale = inner.max_gradient_norm / torch.maximum(norm, torch.full_like(norm, inner.max_gradient_norm))
     directions = {}
     for name, gradient in gradients.items():
         factor = scale
@@ -167,5 +171,9 @@ def _directions(
 
 
 def _root(squares: Tensor) -> Tensor:
-    """Return square roots; 1 for 0, where a masked task's gradient is and the root has no derivative."""
-    return torch.where(squares > 0, squares, torch.ones_like(squares)).sqrt()
+    """Return square roots whose derivative at 0 is 0, so that g / (rms(g) + ε) has its own there, 1 / ε.
+
+    A gradient is 0 in a task that has nothing to learn from, and LoRA's A has it wherever B is 0.
+    """
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)

@@ -51,13 +51,13 @@ class MetaGradientSettings:
         first_order_until: outer steps that are first order before the second order begins: the derivative-order
             annealing of MAML++ (Antoniou et al., 2019, "How to train your MAML", section 4).
         multi_step_until: outer steps over which the query loss counts after every inner step, evenly at first and less
-            and less, before the last one's alone counts: the multi-step loss of MAML++ (eq. 4 there). Each costs about
-            one more query pass for each inner step. Not for Reptile and ProtoNet.
+            and less, before the last one's alone counts: the multi-step loss of MAML++ (eq. 4 there). Each inner step
+            then costs a pass over support and queries more. Not for Reptile and ProtoNet.
         checkpointed: compute inner steps that are differentiated through again in the backward pass: memory then hardly
             grows with their number, time by about half. By default where steps times support texts pass 512. The
-            result does not depend on it.
+            result does not depend on it, but for rounding.
         texts_at_once: support and query texts of the tasks that go through the encoder together; lower it when memory
-            runs out. The result does not depend on it.
+            runs out. The result does not depend on it, but for rounding; a run can go on with another value.
     """
 
     second_order_steps: int | None = None

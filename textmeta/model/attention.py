@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from textmeta.errors import EncoderError
 
 __all__ = ["is_twice_differentiable", "twice_differentiable", "use_switched_attention"]
 
@@ -55,12 +57,18 @@ def _switched_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     if not _TWICE.get():
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **other)
+        given = {"scaling": scaling, "is_causal": is_causal, **other}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+    if other.get("position_bias") is not None:
+        raise EncoderError(f"{type(module).__name__} has a position bias, with which second order is not implemented")
+    groups = getattr(module, "num_key_value_groups", 1)  # heads that share their keys and values
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is None and getattr(module, "is_causal", False):
+    if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         # the least finite number, not -inf: a row that may attend to nothing stays finite

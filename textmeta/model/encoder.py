@@ -176,7 +176,7 @@ class Encoder:
             task = None if row_task is None else row_task[bucket.rows]
             arguments = (bucket.inputs, bucket.mask, *tensors)
             if save_memory:
-                parts.append(checkpoint(run, task, *arguments, use_reentrant=False))
+                parts.append(checkpoint(run, task, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(run(task, *arguments))
         order = torch.cat([bucket.rows for bucket in texts.buckets])

@@ -118,10 +118,9 @@ def leave_one_out_logits(
 
 
 def ridge_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
-    """Return (T, C, d): the ridge regression of one-hot labels on features, W = Yᵀ X (XᵀX + λI)⁻¹, plus the offset.
+    """Return (T, C, d): the ridge regression of one-hot labels on features, W = Yᵀ (XXᵀ + λI)⁻¹ X, plus the offset.
 
-    Source: Bertinetto et al. (2019), "Meta-learning with differentiable closed-form solvers" (R2-D2), eq. 6; here the
-    d x d form, whose cost grows with the support set only linearly.
+    Source: Bertinetto et al. (2019), "Meta-learning with differentiable closed-form solvers" (R2-D2), section 3.
 
     Args:
         features: (T, n, d), zeros for padding.
@@ -129,7 +128,9 @@ def ridge_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Map
         offset: (T, C, d).
         scalars: with the ridge λ.
     """
-    return class_sums(features, labels, offset.shape[1]) @ _inverse_gram(features, scalars["ridge"]) + offset
+    targets = membership(labels, offset.shape[1]).to(features.dtype)
+    coefficients, _ = _dual_ridge(features, targets, scalars["ridge"])
+    return coefficients.transpose(1, 2) @ features + offset
 
 
 def linear_logits(features: Tensor, weights: Tensor, scalars: Mapping[str, Tensor], mask: Tensor) -> Tensor:
@@ -143,16 +144,13 @@ def leave_one_out_ridge_logits(
 ) -> tuple[Tensor, Tensor]:
     """Score support examples by ridge regressions that have not seen them.
 
-    Leaving example i out changes its prediction from ŷ_i to (ŷ_i - h_i y_i) / (1 - h_i), where the leverage h_i is the
-    i-th diagonal entry of X (XᵀX + λI)⁻¹ Xᵀ (the predicted residuals of Allen, 1974). Arguments and result as for
-    :func:`leave_one_out_logits`.
+    With G = (XXᵀ + λI)⁻¹, the regression without example i predicts y_i - (G Y)_i / G_ii for it (the predicted
+    residuals of Allen, 1974). Arguments and result as for :func:`leave_one_out_logits`.
     """
     member = membership(labels, offset.shape[1])
     targets = member.to(features.dtype)
-    projected = features @ _inverse_gram(features, scalars["ridge"])
-    leverage = (projected * features).sum(-1, keepdim=True)
-    predicted = projected @ (features.transpose(1, 2) @ targets)
-    left_out = (predicted - leverage * targets) / (1 - leverage)
+    coefficients, diagonal = _dual_ridge(features, targets, scalars["ridge"])
+    left_out = targets - coefficients / diagonal[..., None]
     products = left_out + torch.einsum("tnd,tcd->tnc", features, offset)
     logits = (scalars["temperature"] * products).masked_fill(~mask[:, None], -torch.inf)
     return logits, _has_company(member)
@@ -184,11 +182,21 @@ def _has_company(member: Tensor) -> Tensor:
     return (member.sum(1, keepdim=True) * member).sum(-1) > 1
 
 
-def _inverse_gram(features: Tensor, ridge: Tensor) -> Tensor:
-    """Return (T, d, d), (XᵀX + λI)⁻¹."""
-    gram = features.transpose(1, 2) @ features
-    inverse: Tensor = torch.linalg.inv(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-    return inverse
+def _dual_ridge(features: Tensor, targets: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """Return G Y, (T, n, C), and the diagonal of G, (T, n), with G = (XXᵀ + λI)⁻¹.
+
+    Inverts the smaller of XXᵀ + λI and XᵀX + λI: with fewer examples than features the former is faster and, being no
+    difference of almost equal numbers, exact for a small λ too.
+    """
+    examples, width = features.shape[1:]
+    size = min(examples, width)
+    identity = torch.eye(size, dtype=features.dtype, device=features.device)
+    if examples <= width:
+        inverse = torch.linalg.inv(features @ features.transpose(1, 2) + ridge * identity)
+        return inverse @ targets, inverse.diagonal(dim1=1, dim2=2)
+    projected = features @ torch.linalg.inv(features.transpose(1, 2) @ features + ridge * identity)
+    fitted = projected @ (features.transpose(1, 2) @ targets)
+    return (targets - fitted) / ridge, (1 - (projected * features).sum(-1)) / ridge
 
 
 HEADS: dict[str, Head] = {
