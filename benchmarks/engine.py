@@ -55,6 +55,7 @@ class EngineSettings:
         shots: support examples of a class.
         queries: query examples of a class.
         repeats: timings of each side; the median counts.
+        parts: which parts to run.
         quick: few repeats, few settings: figures of no worth, but every part runs.
         memory_of: measure the peak memory of one "side algorithm steps" in this process, and print it; the
             benchmark calls itself so.
@@ -71,6 +72,7 @@ class EngineSettings:
     shots: int = 5
     queries: int = 5
     repeats: int = 5
+    parts: list[Literal["speed", "memory", "efficiency", "growth"]] = field(default_factory=lambda: list(PARTS))
     quick: bool = False
     memory_of: str | None = None
     encoder: EncoderSettings = field(default_factory=lambda: EncoderSettings(max_length=64))
@@ -90,10 +92,8 @@ def main(settings: EngineSettings) -> None:
     print(f"{device_name(encoder)}; torch {torch.__version__}; precision {settings.precision}; {corpus.name}, ", end="")
     print(f"{settings.ways}-way {settings.shots}-shot, {settings.queries} queries a class, ", end="")
     print(f"{settings.inner.steps} inner steps\n")
-    speed(settings, corpus, encoder)
-    memory(settings)
-    efficiency(settings, corpus, encoder)
-    growth(settings, corpus, encoder)
+    for part in settings.parts:
+        PARTS[part](settings, corpus, encoder)
 
 
 def speed(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
@@ -143,7 +143,7 @@ def speed(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
     print(f"Distance of the meta-gradients (norm of the difference over the norm): {'; '.join(notes)}.\n")
 
 
-def memory(settings: EngineSettings) -> None:
+def memory(settings: EngineSettings, *_: object) -> None:
     """Peak memory above the loaded model, each in a process of its own."""
     steps = settings.inner.steps
     rows = [("side", "algorithm", "inner steps", "peak above the loaded model, MiB")]
@@ -217,8 +217,8 @@ def efficiency(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> No
 
 def growth(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
     """Time of an outer step as one thing grows and the rest stays."""
-    base = {"tasks": 4, "steps": settings.inner.steps, "ways": 5, "tokens": 16, "rank": settings.lora.rank}
-    values = {"tasks": [1, 2, 4, 8, 16], "steps": [1, 5, 10, 20], "ways": [2, 5, 10, 20], "tokens": [8, 16, 32, 64]}
+    base = {"tasks": 1, "steps": settings.inner.steps, "ways": 5, "tokens": 16, "rank": settings.lora.rank}
+    values = {"tasks": [1, 4, 16], "steps": [1, 5, 10, 20], "ways": [2, 5, 10, 20], "tokens": [8, 16, 32, 64]}
     values["rank"] = [4, 8, 16, 32]
     if settings.quick:
         values = {name: numbers[:2] for name, numbers in values.items()}
@@ -237,10 +237,10 @@ def growth(settings: EngineSettings, corpus: Corpus, encoder: Encoder) -> None:
             prepare(changed, episodes)
             for algorithm, cells in seconds.items():
                 run = partial(gradient_of, algorithm, changed, parameters, episodes, inner)
-                times = [timed(run, changed) for _ in range(1 + min(3, settings.repeats))][1:]
+                times = [timed(run, changed) for _ in range(min(3, settings.repeats))]
                 cells.append(f"{statistics.median(times):.2f}")
         rows.append((name, " ".join(map(str, numbers)), *(" ".join(part) for part in seconds.values())))
-    print(f"Growth, from {', '.join(f'{value} {name}' for name, value in base.items())}:\n")
+    print(f"Growth (medians of three), from {', '.join(f'{value} {name}' for name, value in base.items())}:\n")
     print_table(rows)
 
 
@@ -301,6 +301,13 @@ def prepare(encoder: Encoder, episodes: Sequence[Episode]) -> None:
     """Fill the cache."""
     encoder.prepare([text for e in episodes for text in (*e.support_texts, *e.query_texts)])
 
+
+PARTS: dict[str, Callable[[EngineSettings, Corpus, Encoder], None]] = {
+    "speed": speed,
+    "memory": memory,
+    "efficiency": efficiency,
+    "growth": growth,
+}
 
 if __name__ == "__main__":
     run_recipe(main, EngineSettings, __doc__)
