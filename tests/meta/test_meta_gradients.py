@@ -6,7 +6,8 @@ The tests must be able to fail. Each of these changes was made to the code, and 
 * the squares that ``rms`` is made of detached in ``_directions``: the same three;
 * the step sizes detached in ``gradient_steps``: these and FOMAML;
 * the expanded start detached in ``adaptation_path``: FOMAML, MAML, Meta-SGD;
-* the temperature detached in one of its two places in ``leave_one_out_logits``: MAML, Meta-SGD, ANIL.
+* the temperature detached in one of its two places in ``leave_one_out_logits``: MAML, Meta-SGD, ANIL;
+* 1 in place of 0 for the root of 0 in ``_root``: MAML where a gradient is 0.
 
 And :func:`test_the_check_tells_the_orders_apart` shows in every run that a first-order gradient does not pass for
 MAML's, nor MAML's for FOMAML's stated formula.
