@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.meta.test_adaptation import INNER, moved_parameters
+from tests.meta.test_adaptation import INNER
+from tests.meta.test_algorithms import start_for
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.meta import inner_loop
@@ -52,10 +53,6 @@ PLANS = {
     "checkpointed": MetaGradientPlan(checkpointed=True),
     "multi-step": MetaGradientPlan(multi_step_share=0.7),
 }
-
-
-def start_for(name: str, encoder: Encoder, inner: InnerLoopSettings) -> Parameters:
-    return {key: value.double() for key, value in moved_parameters(encoder, ALGORITHMS[name].inner(inner)).items()}
 
 
 def tasks(corpus: Corpus) -> list[Episode]:

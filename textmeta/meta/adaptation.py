@@ -3,7 +3,7 @@
 Training, evaluation and the classifier's ``fit`` all call :func:`adapt`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,8 +57,8 @@ def start_parameters(
         inner: the inner loop; it says which step sizes there are and where they start.
         seed: of LoRA's random A.
     """
-    adapted = [name for name in factor_shapes if any(f".{part}." in name for part in inner.adapt)]
-    starts = dict.fromkeys(step_size_groups(adapted, inner.step_sizes), inner.lora_step_size)
+    groups = step_size_groups(_adapted_factors(factor_shapes, inner), inner.step_sizes)
+    starts = dict.fromkeys(groups, inner.lora_step_size)
     if OFFSET in inner.adapt:
         starts[OFFSET] = inner.offset_step_size
     ridge = HEADS[inner.head].has_ridge
@@ -109,12 +109,7 @@ def adaptation_path(
     if not inner.steps or not _can_learn(support):
         yield start
         return
-    parts = tuple(f".{part}." for part in inner.adapt if part != OFFSET)
-    fast = {
-        name: value.expand(tasks, *value.shape)
-        for name, value in factors.items()
-        if any(part in name for part in parts)
-    }
+    fast = {name: factors[name].expand(tasks, *factors[name].shape) for name in _adapted_factors(factors, inner)}
     shared = {name: value for name, value in factors.items() if name not in fast} | scalars
     if not fast:  # the head alone learns: all steps see the same features
         features = support.pad(encoder.features(support.texts, factors, support.row_task))
@@ -146,6 +141,11 @@ def adaptation_path(
     for tensors in path:
         moved = {name: value for name, value in tensors.items() if name != OFFSET}
         yield replace(start, factors=factors | moved, offset=tensors.get(OFFSET, offset))
+
+
+def _adapted_factors(factors: Iterable[str], inner: InnerLoopSettings) -> list[str]:
+    """Return the names of the LoRA factors that the inner steps change."""
+    return [name for name in factors if any(f".{part}." in name for part in inner.adapt)]
 
 
 def _can_learn(support: TaskBatch) -> bool:

@@ -56,7 +56,6 @@ class MetaGradient:
 AlgorithmFunction = Callable[
     [Encoder, Parameters, Sequence[Episode], InnerLoopSettings, MetaGradientPlan], MetaGradient
 ]
-EVALUATE = MetaGradientPlan()
 
 
 def protonet(
@@ -64,7 +63,7 @@ def protonet(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan = EVALUATE,
+    plan: MetaGradientPlan,
 ) -> MetaGradient:
     """Gradient of the query loss of prototypes, without inner steps: ∇_θ Σ_i L_i^query(θ).
 
@@ -78,7 +77,7 @@ def fomaml(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan = EVALUATE,
+    plan: MetaGradientPlan,
 ) -> MetaGradient:
     """Gradient of the query loss after the inner steps, these taken as constants.
 
@@ -94,7 +93,7 @@ def maml(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan = EVALUATE,
+    plan: MetaGradientPlan,
 ) -> MetaGradient:
     """Exact gradient of the query loss after the inner steps, through the inner gradients.
 
@@ -110,7 +109,7 @@ def meta_sgd(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan = EVALUATE,
+    plan: MetaGradientPlan,
 ) -> MetaGradient:
     """MAML's gradient, with a learned step size for each tensor p and step: θ_{j+1}^p = θ_j^p - α_j^p ĝ_j^p.
 
@@ -127,7 +126,7 @@ def anil(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan = EVALUATE,
+    plan: MetaGradientPlan,
 ) -> MetaGradient:
     """MAML's exact gradient where the inner steps change the head's offset δ alone.
 
@@ -144,7 +143,7 @@ def reptile(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan = EVALUATE,
+    plan: MetaGradientPlan,
 ) -> MetaGradient:
     """Pseudo-gradient Σ_i (θ - θ_i), with θ_i the LoRA factors adapted to support and query together.
 
