@@ -8,6 +8,8 @@ __all__ = [
     "DataError",
     "DivergedError",
     "EncoderError",
+    "HubError",
+    "HubUnreachableError",
     "NotFittedError",
     "SettingsError",
     "TextMetaError",
@@ -33,6 +35,14 @@ class EncoderError(TextMetaError):
 
 class AdapterError(TextMetaError):
     """An adapter folder is missing, damaged, or does not belong to the encoder."""
+
+
+class HubError(TextMetaError):
+    """The Hub has no such repository or revision, or does not let this user at it."""
+
+
+class HubUnreachableError(HubError):
+    """The Hub does not answer, and what is asked for is not in the cache."""
 
 
 class NotFittedError(TextMetaError, ValueError, AttributeError):

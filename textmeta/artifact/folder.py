@@ -2,8 +2,11 @@
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from textmeta.errors import AdapterError
@@ -12,14 +15,23 @@ from textmeta.files import sync_folder, write_synced
 __all__ = ["MANIFEST", "check_destination", "read_folder", "write_folder"]
 
 MANIFEST = "SHA256SUMS"
+MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
+MAX_BYTES = 2**30  # of one file: what is larger is no adapter, and is not read
+MAX_MANIFEST_BYTES = 2**16
+TRIES = 20  # to read a folder while others write it
+# What can run code when it is loaded or imported, by somebody if not by textmeta.
+CODE_ENDINGS = frozenset(
+    ".bin .pt .pth .pkl .pickle .ckpt .joblib .skops .dill .npy .npz .h5 .hdf5 .keras .msgpack .onnx .pb .py .pyc .pyd "
+    ".so .dll .dylib .exe .sh .bat".split()
+)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[str] = frozenset()) -> None:
     """Write files into a folder, replacing those of the old manifest, so that a crash leaves the old or the new.
 
     The new folder is written and synced beside the old one, the old one set aside, the new one renamed into place,
-    and the old one removed. :func:`read_folder` puts back what a crash between the renames set aside. Other files
-    that the folder holds (a checkpoint, results, a user's own) are carried over.
+    and the old one removed. :func:`read_folder` reads what a crash between the renames set aside. Other files that the
+    folder holds (a checkpoint, results, a user's own) are carried over.
 
     Args:
         folder: where to.
@@ -28,38 +40,39 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
 
     Raises:
         AdapterError: see :func:`check_destination`; or the folder holds folders or a manifest that is no adapter's,
-            which cannot be carried over.
+            which cannot be carried over; or the disk refuses (it is full, or not to be written to).
     """
     folder = folder.resolve()
     check_destination(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
-    _put_back(folder)
-    for litter in (new, old):
-        shutil.rmtree(litter, ignore_errors=True)
-    carried = _carried_over(folder, files)
     listed = {name: content for name, content in sorted(files.items()) if name not in unlisted}
     manifest = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in listed.items())
-    new.mkdir()
-    for name, content in {**files, MANIFEST: manifest.encode()}.items():
-        write_synced(new / name, content)
-    for path in carried:
-        _link_or_copy(path, new / path.name)
-    sync_folder(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    with _cleaned_up(folder, new):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for litter in (new, old):
+            shutil.rmtree(litter, ignore_errors=True)
+        carried = _carried_over(folder, files)
+        new.mkdir()
+        for name, content in {**files, MANIFEST: manifest.encode()}.items():
+            write_synced(new / name, content)
+        for path in carried:
+            _link_or_copy(path, new / path.name)
+        sync_folder(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def check_destination(folder: Path) -> None:
-    """Check, before long work, that a folder can be replaced as a whole.
+    """Check, before long work, that a folder can be replaced as a whole; put back what a crash set aside.
 
     Raises:
         AdapterError: if it is a file, the working folder (or holds it), or a mount point.
     """
     folder = folder.resolve()
+    _put_back(folder)
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"cannot write an adapter folder to {folder}: there is a file of that name")
     if Path.cwd().is_relative_to(folder) or folder.is_mount():
@@ -70,34 +83,107 @@ def check_destination(folder: Path) -> None:
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
-    """Read every file that a folder's manifest lists, and check it against its hash.
+    """Read every file that a folder's manifest lists, and check it against its hash; nothing is written.
+
+    A folder in the Hub's cache may hold links to the cache's blobs; any other link out of the folder is refused.
 
     Raises:
-        AdapterError: if the folder, its manifest or a listed file is missing, or a file is not what was written.
+        AdapterError: if the folder, its manifest or a listed file is missing, a file is not what was written, leads out
+            of the folder, or is of a kind that can run code.
     """
     folder = folder.resolve()
-    _put_back(folder)
-    if not folder.is_dir():
-        raise AdapterError(f"no such adapter folder: {folder}")
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        found = sorted(path.name for path in folder.iterdir())
-        raise AdapterError(f"{folder} is no textmeta adapter: it has no {MANIFEST}; it holds {found[:10]}")
+    for _ in range(TRIES):
+        source = folder if folder.is_dir() else _sibling(folder, "old")
+        before = _identity(source)
+        if before is None and not folder.is_dir():
+            raise AdapterError(f"no such adapter folder: {folder}")
+        try:
+            return _read_checked(source, folder)
+        except (AdapterError, FileNotFoundError):
+            # a save may have put another folder into its place between two of our reads
+            if _identity(source) == before:
+                raise
+    raise AdapterError(f"{folder} was being written during each of {TRIES} tries to read it")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns
+
+
+def _read_checked(source: Path, folder: Path) -> dict[str, bytes]:
+    """Read ``source``, which stands for ``folder``."""
+    present = sorted(path.name for path in source.iterdir())
+    code = [name for name in present if Path(name).suffix.lower() in CODE_ENDINGS]
+    if code:
+        raise AdapterError(
+            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, which "
+            "is safetensors and JSON alone: remove it if you know what it is"
+        )
+    if MANIFEST not in present:
+        raise AdapterError(
+            f"{folder} is no textmeta adapter: it has no {MANIFEST}; it holds {', '.join(present[:10]) or 'nothing'}"
+        )
     contents = {}
-    for number, line in enumerate(manifest.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        expected, separator, name = line.partition("  ")
-        if not separator or Path(name).name != name or name in ("", ".", ".."):
+    for name, expected in _manifest(_read_file(source, MANIFEST, MAX_MANIFEST_BYTES, folder), folder).items():
+        contents[name] = _read_file(source, name, MAX_BYTES, folder)
+        found = hashlib.sha256(contents[name]).hexdigest()
+        if found != expected:
             raise AdapterError(
-                f"{manifest}, line {number}: expected a sha256, two spaces and a file name: {line!r:.90}"
+                f"{folder / name} is damaged: its sha256 is {found}, but {MANIFEST} says {expected} "
+                f"({len(contents[name])} bytes)"
             )
-        path = folder / name
-        if not path.is_file() or path.is_symlink():
-            raise AdapterError(f"{folder} lacks the file {name}, which its {MANIFEST} lists")
-        contents[name] = path.read_bytes()
-        found_hash = hashlib.sha256(contents[name]).hexdigest()
-        if found_hash != expected:
-            raise AdapterError(f"{path} is damaged: its sha256 is {found_hash}, but {MANIFEST} says {expected}")
     return contents
+
+
+def _manifest(content: bytes, folder: Path) -> dict[str, str]:
+    """Return name to sha256; the manifest must be, to the byte, what textmeta writes."""
+    text = content.decode("ascii", errors="backslashreplace")
+    entries: dict[str, str] = {}
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        match = MANIFEST_LINE.fullmatch(line)
+        if match is None or match[2] in entries:
+            raise AdapterError(
+                f"{folder / MANIFEST}, line {number}: expected a sha256, two spaces and a plain file name not given "
+                f"before: {line!r:.90}"
+            )
+        entries[match[2]] = match[1]
+    if not text.endswith("\n"):
+        raise AdapterError(f"{folder / MANIFEST} is cut off: it does not end with a line")
+    return entries
+
+
+def _read_file(source: Path, name: str, limit: int, folder: Path) -> bytes:
+    path = source / name
+    try:
+        target = path.resolve(strict=True)
+        status = target.stat()
+        if not any(target.parent == allowed for allowed in _allowed_parents(source, target)):
+            raise AdapterError(f"{folder / name} is a link out of the folder, to {target}; it is not followed")
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterError(f"{folder / name} is no plain file")
+        if status.st_size > limit:
+            raise AdapterError(f"{folder / name} has {status.st_size} bytes, expected at most {limit}")
+        return target.read_bytes()
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder} lacks the file {name}, which its {MANIFEST} lists") from error
+    except OSError as error:
+        raise AdapterError(f"cannot read {folder / name}: {error.strerror}") from error
+
+
+def _allowed_parents(source: Path, target: Path) -> Iterator[Path]:
+    """Yield the folders in which a file may really lie: its own, or the blobs of the Hub's cache."""
+    yield source
+    for snapshots in source.parents:
+        repo = snapshots.parent
+        if snapshots.name == "snapshots" and repo.name.startswith("models--"):
+            yield repo / "blobs"
+            shared = repo.parent / "blobs"  # files of several repositories, in folders of two letters
+            if target.parent.parent == shared:
+                yield target.parent
 
 
 def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
@@ -120,6 +206,22 @@ def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
             "its own"
         )
     return carried
+
+
+@contextmanager
+def _cleaned_up(folder: Path, new: Path) -> Iterator[None]:
+    """Leave the old folder in its place and no litter, whatever stops a save; name the path that the disk refused."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        _put_back(folder)
+        if isinstance(error, OSError):
+            raise AdapterError(
+                f"cannot write the adapter {folder}: {error.filename or new}: {error.strerror or error}; what was there "
+                "before is untouched"
+            ) from error
+        raise
 
 
 def _link_or_copy(path: Path, to: Path) -> None:

@@ -1,0 +1,149 @@
+"""The Hugging Face Hub: fetching a repository's files into the cache, and its errors in plain words."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import constants, get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from textmeta.errors import HubError, HubUnreachableError
+
+__all__ = ["HubAccess", "RepoKind", "clear_hub_errors", "fetch_snapshot"]
+
+RepoKind = Literal["model", "dataset"]
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """How the Hub is reached.
+
+    Args:
+        token: an access token; None takes the one that `hf auth login` stored, False none.
+        cache_dir: of the downloads; by default the Hub library's own.
+        local_files_only: use what the cache holds, and ask nobody.
+    """
+
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+
+def fetch_snapshot(
+    repo_id: str,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    access: HubAccess | None = None,
+    ignore: Sequence[str] = (),
+    force: bool = False,
+) -> Path:
+    """Bring the files of a model repository at one commit into the cache; offline, take them from there.
+
+    Args:
+        repo_id: such as ``textmeta/minilm-general``.
+        patterns: which files, in the manner of a shell; others are never downloaded.
+        revision: branch, tag or commit.
+        access: token, cache, offline.
+        ignore: patterns of files to leave out.
+        force: download again what is in the cache.
+
+    Returns:
+        The folder in the cache, named after the commit.
+
+    Raises:
+        HubError: no such repository or revision, or no right to it; what to do is said.
+        HubUnreachableError: no answer, and not in the cache.
+    """
+    access = access or HubAccess()
+    with clear_hub_errors(repo_id, revision, token=access.token):
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=access.token,
+                cache_dir=access.cache_dir,
+                local_files_only=access.local_files_only,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(ignore),
+                force_download=force,
+            )
+        )
+
+
+@contextmanager
+def clear_hub_errors(
+    repo_id: str, revision: str | None = None, *, kind: RepoKind = "model", token: str | bool | None = None
+) -> Iterator[None]:
+    """Turn the Hub library's errors into :class:`HubError`, with what was asked for and what to do."""
+    try:
+        yield
+    except Exception as error:
+        explained = _explain(error, repo_id, revision, kind, token)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explain(
+    error: Exception, repo_id: str, revision: str | None, kind: RepoKind, token: str | bool | None
+) -> HubError | None:
+    """Return an error of our own for one of the Hub library's, None for one of somebody else's."""
+    where = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+    has_token = token is not False and bool(token if isinstance(token, str) else get_token())
+    log_in = "log in with `hf auth login`, or give a token"
+    if isinstance(error, GatedRepoError):  # before its base class
+        return HubError(
+            f"the {kind} {repo_id!r} is gated: ask for access at {where}"
+            + (" with the account of the token given" if has_token else f", then {log_in}")
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return HubError(
+            f"there is no {kind} {repo_id!r} on the Hub ({where}), or it is private and "
+            + ("the token given does not open it" if has_token else f"no token was given: {log_in}")
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(f"the {kind} {repo_id!r} has no revision {revision!r} (branch, tag or commit): see {where}")
+    if isinstance(error, HFValidationError):
+        return HubError(f"{repo_id!r} is no id of a {kind} on the Hub (such as 'name' or 'owner/name'): {error}")
+    if isinstance(error, IncompleteSnapshotError):
+        return HubUnreachableError(
+            f"only a part of the {kind} {repo_id!r} (revision {revision or 'main'}) is in the cache, and the Hub cannot "
+            f"be asked for the rest: {error}"
+        )
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return HubError(
+                f"the Hub refuses this to {'the token given' if has_token else 'users without a token'} for the "
+                f"{kind} {repo_id!r} (status {status}): {_first_line(error)}" + ("" if has_token else f"; {log_in}")
+            )
+        return HubError(f"the Hub answers status {status} for the {kind} {repo_id!r}: {_first_line(error)}")
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or _is_network_error(error):
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        reason = f"{type(cause).__name__}: {_first_line(cause)}" if cause else "only local files were asked for"
+        return HubUnreachableError(
+            f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason}), and the {kind} {repo_id!r} (revision "
+            f"{revision or 'main'}) is not in the cache"
+        )
+    return None
+
+
+def _is_network_error(error: BaseException) -> bool:
+    # of the HTTP client below the Hub library, which has changed before; its base classes are told by their names
+    return any(base.__name__ == "TransportError" for base in type(error).__mro__) or isinstance(error, ConnectionError)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "")
