@@ -38,7 +38,8 @@ class Loop:
     """
 
     def __init__(self, encoder: Encoder, inner: InnerLoopSettings) -> None:
-        model, self.tokenizer = load_pretrained(encoder.settings.model, encoder.settings.revision)
+        pretrained = load_pretrained(encoder.settings.model, encoder.settings.revision)
+        model, self.tokenizer = pretrained.model, pretrained.tokenizer
         self.model = get_peft_model(model, encoder.peft_config).to(encoder.device).eval().requires_grad_(False)
         self.encoder, self.inner, self.head = encoder, inner, HEADS["prototype"]
         self.ids: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ from typing import Literal
 from accelerate import Accelerator
 
 from textmeta.artifact.folder import check_destination
+from textmeta.artifact.start import load_start
 from textmeta.artifact.store import save_adapter
 from textmeta.cli import run_recipe
 from textmeta.data.class_splits import load_parts
@@ -41,6 +42,8 @@ class MetaTrainSettings:
         test_ways: classes of a test episode.
         test_shots: shots of the test episodes; each number makes a row of the table.
         test_episodes: test episodes of each row.
+        start: adapter to start from: a folder, an adapter shipped with textmeta or an id on the Hub, of textmeta or of
+            PEFT (plain LoRA); its LoRA settings are used.
         precision: bf16 for bfloat16 matrix products; by default what `accelerate launch` says.
         encoder: the encoder.
         lora: the LoRA on its upper layers.
@@ -57,6 +60,7 @@ class MetaTrainSettings:
     test_ways: int = 5
     test_shots: list[int] = field(default_factory=lambda: [1, 5])
     test_episodes: int = 600
+    start: str | None = None
     precision: Literal["no", "bf16"] | None = None
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -95,17 +99,22 @@ def main(settings: MetaTrainSettings) -> None:
         for shots in settings.test_shots
     }
 
-    encoder = Encoder(settings.encoder, settings.lora, accelerator.device, accelerator.mixed_precision)
+    start = load_start(settings.start) if settings.start else None
+    lora = start.lora if start else settings.lora
+    encoder = Encoder(settings.encoder, lora, accelerator.device, accelerator.mixed_precision)
     result = train(
-        encoder, train_episodes, valid_episodes, settings.training, settings.inner, settings.output, accelerator
-    )
+        encoder, train_episodes, valid_episodes, settings.training, settings.inner, settings.output, accelerator,
+        start.fitted_to(encoder) if start else None,
+    )  # fmt: skip
     if accelerator.is_main_process:
         results: dict[str, dict] = {}
-        save_adapter(settings.output, encoder, result.parameters, result.inner, result.record)
+        tested_on = [{**corpus.summary, "source": dict(corpus.source)} for corpus in parts["test"]]
+        record = {**result.record, "test": {"corpora": tested_on}, **({"start": start.name} if start else {})}
+        save_adapter(settings.output, encoder, result.parameters, result.inner, record)
         for name, sampler in test_episodes.items():
             episodes = sampler.take(settings.test_episodes)
             results[name] = compare_with_frozen(encoder, result.parameters, episodes, result.inner, name)
-        save_adapter(settings.output, encoder, result.parameters, result.inner, {**result.record, "results": results})
+        save_adapter(settings.output, encoder, result.parameters, result.inner, {**record, "results": results})
         (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(format_table(results))
     accelerator.end_training()

@@ -1,22 +1,28 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor
 
-from textmeta.artifact.store import Adapter, FittedHead, load_adapter, save_adapter
+from textmeta.artifact.locate import load_from
+from textmeta.artifact.merged import write_merged
+from textmeta.artifact.publish import push_adapter
+from textmeta.artifact.store import Adapter, FittedHead, save_adapter
 from textmeta.data.texts import checked_texts
 from textmeta.errors import AdapterError, DataError, NotFittedError
+from textmeta.hub import HubAccess
 from textmeta.meta.adaptation import adapt, task_weights
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import task_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, class_mask
-from textmeta.model.initialisation import head_scalars
+from textmeta.model.initialisation import head_scalars, lora_factors
 
 __all__ = ["FewShotClassifier"]
 
@@ -36,6 +42,7 @@ class FewShotClassifier:
 
     Attributes:
         classes_: after ``fit``, the labels, sorted where they can be; columns of ``predict_proba`` are in this order.
+        support_: after ``fit``, its examples, (text, label) each; None before, and where they were not saved.
     """
 
     def __init__(
@@ -52,27 +59,53 @@ class FewShotClassifier:
         # after fit: LoRA factors (out, in) by name, and the head (C, d)
         self._factors: dict[str, Tensor] = {}
         self._weights: Tensor | None = None
+        self.support_: list[tuple[str, Any]] | None = None
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "cpu", encoder: str | None = None
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device = "cpu",
+        encoder: str | None = None,
     ) -> "FewShotClassifier":
-        """Load a meta-trained adapter, or a fitted classifier, from a folder.
+        """Load a meta-trained adapter, or a fitted classifier, and its encoder.
+
+        Nothing that is loaded is run or unpickled; hashes, names, shapes and numbers of the adapter are checked, and
+        the encoder's weights must be those that it was trained on.
 
         Args:
-            folder: that ``save_pretrained`` or a training recipe wrote.
+            name: a folder that ``save_pretrained`` or a training recipe wrote, an adapter shipped in the package
+                (``textmeta/minilm-…``), or the id of a repository on the Hub, looked for in this order.
+            revision: branch, tag or commit on the Hub.
+            subfolder: of the folder or repository.
+            token: an access token for the Hub; None takes the one that `hf auth login` stored, False none.
+            cache_dir: of downloads; by default the Hub library's own.
+            local_files_only: use what the cache holds, and ask nobody.
             device: where the encoder runs.
             encoder: folder or Hub id to load the encoder from, if not from where the adapter says.
 
         Raises:
-            AdapterError: if the folder is missing or damaged, or does not belong to the encoder.
+            AdapterError: if the adapter is missing or damaged, of a newer format, or does not belong to the encoder.
+            HubError: if the Hub has no such repository or revision, does not let this user at it, or cannot be reached.
+            EncoderError: if the encoder cannot be loaded.
         """
-        adapter: Adapter = load_adapter(folder)
-        classifier = cls(adapter.load_encoder(device, encoder), adapter.parameters, adapter.inner, adapter.record)
+        access = HubAccess(token, cache_dir, local_files_only)
+        adapter, _ = load_from(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
+        loaded = adapter.load_encoder(device, encoder, access)
+        classifier = cls(loaded, adapter.parameters, adapter.inner, adapter.record)
         if adapter.fitted is not None:
             classifier._factors = {name: value.to(device) for name, value in adapter.fitted.factors.items()}
             classifier._weights = adapter.fitted.weights.to(device)
-            classifier.classes_ = _label_array([_label_from_json(label) for label in adapter.fitted.classes])
+            labels = [_label_from_json(label) for label in adapter.fitted.classes]
+            classifier.classes_ = _label_array(labels)
+            if adapter.fitted.support is not None:
+                classifier.support_ = [(text, labels[index]) for text, index in adapter.fitted.support]
         return classifier
 
     def fit(self, texts: Sequence[str], labels: Iterable[Hashable]) -> "FewShotClassifier":
@@ -109,6 +142,7 @@ class FewShotClassifier:
             self._weights = task_weights(self._encoder, adapted, support)[0]
         self._factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
         self.classes_ = _label_array(classes)
+        self.support_ = list(zip(texts, rows, strict=True))
         return self
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
@@ -148,17 +182,91 @@ class FewShotClassifier:
             raise DataError(f"score: {len(predicted)} texts but {len(rows)} labels, expected as many, and at least 1")
         return float(np.mean([given == true for given, true in zip(predicted, rows, strict=True)]))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter, and the fitted task if there is one, to a folder; the texts of ``fit`` are not stored.
+    def save_pretrained(self, folder: str | Path, *, include_support: bool = False) -> None:
+        """Write the adapter, and the fitted task if there is one, to a folder.
+
+        Args:
+            folder: where to; replaced as a whole, or not at all.
+            include_support: whether to store the texts of ``fit`` with their labels, for everybody who gets the folder
+                to read; the model card says so.
 
         Raises:
-            AdapterError: if a label is no string, number, truth value, or tuple of these.
+            AdapterError: if a label is no string, number, truth value, or tuple of these, the folder cannot be written,
+                or there are no support texts to include.
         """
-        fitted = None
-        if self._weights is not None:
-            classes = [_label_to_json(label) for label in self.classes_.tolist()]
-            fitted = FittedHead(self._factors, self._weights, classes)
+        fitted = self._fitted(include_support)
         save_adapter(folder, self._encoder, self._parameters, self._inner, self._record, fitted)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        include_support: bool = False,
+        base_model: str | None = None,
+    ) -> CommitInfo:
+        """Push the adapter, and the fitted task if there is one, to the Hub, in one commit or not at all.
+
+        Args:
+            repo_id: ``owner/name``; the repository is made if there is none.
+            revision: branch; made if there is none.
+            subfolder: of the repository.
+            token: an access token that may write; None takes the one that `hf auth login` stored.
+            private: whether a new repository is private; None leaves that to the owner's default.
+            commit_message: of the commit.
+            include_support: see :meth:`save_pretrained`.
+            base_model: id on the Hub of the encoder, where it was loaded from a folder.
+
+        Returns:
+            The commit: ``oid``, ``commit_url``, ``repo_url``.
+
+        Raises:
+            AdapterError: if it cannot be saved, or its encoder is no id on the Hub.
+            HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
+        """
+        fitted = self._fitted(include_support)
+        return push_adapter(
+            Adapter.of(self._encoder, self._parameters, self._inner, self._record, fitted),
+            repo_id,
+            revision=revision,
+            token=token,
+            private=private,
+            commit_message=commit_message,
+            subfolder=subfolder,
+            base_model=base_model,
+        )
+
+    def merge(self, folder: str | Path) -> None:
+        """Write the encoder with its LoRA merged, that of the fitted task if there is one, as a sentence encoder.
+
+        ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` load it without textmeta or PEFT; its
+        sentence vectors are the features that this classifier compares.
+
+        Args:
+            folder: where to; must not exist, or be empty.
+
+        Raises:
+            AdapterError: if the folder holds anything, or cannot be written.
+        """
+        write_merged(Path(folder), self._encoder, self._factors or lora_factors(self._parameters))
+
+    def _fitted(self, include_support: bool) -> FittedHead | None:
+        """Return what ``fit`` made, as it is stored."""
+        if include_support and self.support_ is None:
+            raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
+        if self._weights is None:
+            return None
+        support = None
+        if include_support and self.support_ is not None:
+            index = {label: number for number, label in enumerate(self.classes_.tolist())}
+            support = [(text, index[label]) for text, label in self.support_]
+        return FittedHead(
+            self._factors, self._weights, [_label_to_json(label) for label in self.classes_.tolist()], support
+        )
 
 
 def _checked_labels(labels: Iterable[Hashable]) -> list[Any]:
@@ -207,6 +315,8 @@ def _label_array(labels: list[Any]) -> np.ndarray:
 def _label_to_json(label: Any) -> Any:
     if isinstance(label, tuple):
         return {"tuple": [_label_to_json(part) for part in label]}
+    if isinstance(label, float) and not math.isfinite(label):
+        return {"float": str(label)}
     if type(label) in (str, int, float, bool):
         return label
     raise AdapterError(
@@ -218,6 +328,8 @@ def _label_to_json(label: Any) -> Any:
 def _label_from_json(label: Any) -> Any:
     if isinstance(label, dict) and isinstance(label.get("tuple"), list):
         return tuple(_label_from_json(part) for part in label["tuple"])
+    if isinstance(label, dict) and label.get("float") in ("inf", "-inf"):
+        return float(label["float"])
     if type(label) in (str, int, float, bool):
         return label
     raise AdapterError(f"classifier.json: unexpected label {label!r:.60}")

@@ -1,18 +1,26 @@
-"""Settings from YAML files and the command line, for the recipes."""
+"""The command `textmeta`, and settings from YAML files and the command line for the recipes."""
 
 import difflib
 import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, auto_cli
 
+from textmeta.artifact.card import CARD
+from textmeta.artifact.describe import describe
+from textmeta.artifact.folder import check_destination, copy_folder
+from textmeta.artifact.locate import load_from
+from textmeta.artifact.publish import push_folder
 from textmeta.errors import SettingsError, TextMetaError
+from textmeta.hub import HubAccess
 
-__all__ = ["parse_settings", "run_recipe"]
+__all__ = ["info", "main", "parse_settings", "pull", "push", "run_recipe"]
 
 T = TypeVar("T")
 
@@ -44,9 +52,106 @@ def parse_settings(kind: type[T], arguments: Sequence[str] | None = None, descri
 
 def run_recipe(main: Callable[[T], None], kind: type[T], description: str | None) -> None:
     """Run a script's ``main`` with settings from the command line; end with a message on an error of our own."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with _messages():
         main(parse_settings(kind, description=description))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command ``textmeta``.
+
+    Args:
+        arguments: of the command line; by default those of the process.
+    """
+    with _messages():
+        auto_cli(
+            {"push": push, "pull": pull, "info": info},
+            args=None if arguments is None else list(arguments),
+            prog="textmeta",
+        )
+
+
+def push(
+    folder: str,
+    repo: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    message: str | None = None,
+) -> None:
+    """Push an adapter folder to the Hub, in one commit or not at all.
+
+    Args:
+        folder: that a recipe or save_pretrained wrote.
+        repo: owner/name; made if there is none.
+        revision: branch; made if there is none.
+        subfolder: of the repository.
+        token: an access token that may write; by default the one that `hf auth login` stored.
+        private: whether a new repository is private; by default as its owner has set it.
+        message: of the commit.
+    """
+    done = push_folder(
+        folder, repo, revision=revision, token=token, private=private, commit_message=message, subfolder=subfolder
+    )
+    print(done.commit_url)
+
+
+def pull(
+    repo: str,
+    folder: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> None:
+    """Download an adapter, check it, and write it to a folder, which is replaced as a whole.
+
+    Args:
+        repo: owner/name.
+        folder: where to; by default the repository's name.
+        revision: branch, tag or commit.
+        subfolder: of the repository.
+        token: an access token; by default the one that `hf auth login` stored.
+        cache_dir: of the download; by default the Hub library's own.
+    """
+    access = HubAccess(token, cache_dir)
+    destination = Path(folder or repo.rpartition("/")[2])
+    check_destination(destination)
+    _, where = load_from(repo, revision=revision, subfolder=subfolder, access=access)
+    copy_folder(where.folder, destination, CARD)
+    print(destination)
+
+
+def info(
+    adapter: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+) -> None:
+    """Say what an adapter is, whether it is whole, and what it was trained on.
+
+    Args:
+        adapter: a folder, an adapter shipped with textmeta, or owner/name on the Hub.
+        revision: branch, tag or commit.
+        subfolder: of the folder or repository.
+        token: an access token; by default the one that `hf auth login` stored.
+        cache_dir: of the download; by default the Hub library's own.
+        local_files_only: use what the cache holds, and ask nobody.
+    """
+    access = HubAccess(token, cache_dir, local_files_only)
+    found, where = load_from(adapter, revision=revision, subfolder=subfolder, access=access)
+    print(describe(found, where))
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Show the log of textmeta alone; end the process with a message, not a traceback, on an error of our own."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("textmeta").setLevel(logging.INFO)
+    try:
+        yield
     except TextMetaError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -5,6 +5,7 @@ Every message says what was given, what was expected, and where (row, label, fil
 
 __all__ = [
     "AdapterError",
+    "DamagedAdapterError",
     "DataError",
     "DivergedError",
     "EncoderError",
@@ -35,6 +36,10 @@ class EncoderError(TextMetaError):
 
 class AdapterError(TextMetaError):
     """An adapter folder is missing, damaged, or does not belong to the encoder."""
+
+
+class DamagedAdapterError(AdapterError):
+    """A file of an adapter folder is missing or not what was written: a fresh copy may help."""
 
 
 class HubError(TextMetaError):

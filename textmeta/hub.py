@@ -119,8 +119,8 @@ def _explain(
         return HubError(f"{repo_id!r} is no id of a {kind} on the Hub (such as 'name' or 'owner/name'): {error}")
     if isinstance(error, IncompleteSnapshotError):
         return HubUnreachableError(
-            f"only a part of the {kind} {repo_id!r} (revision {revision or 'main'}) is in the cache, and the Hub cannot "
-            f"be asked for the rest: {error}"
+            f"only a part of the {kind} {repo_id!r} (revision {revision or 'main'}) is in the cache, and the Hub "
+            f"cannot be asked for the rest: {error}"
         )
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from textmeta.artifact.folder import MANIFEST
-from textmeta.artifact.store import FORMAT_VERSION, FittedHead, load_adapter, save_adapter
+from textmeta.artifact.migrations import FORMAT_VERSION
+from textmeta.artifact.store import FittedHead, load_adapter, save_adapter
 from textmeta.errors import AdapterError
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
@@ -116,7 +117,7 @@ def test_settings_and_record_come_back(saved: tuple[Path, Encoder, Parameters]) 
 
 def test_settings_that_are_not_the_defaults_come_back(tiny_model: str, tmp_path: Path) -> None:
     settings = EncoderSettings(tiny_model, pooling="cls", max_length=16)
-    encoder = Encoder(settings, LoraSettings(layers=1, rank=2, alpha=3.0, targets=("attention.self.key",)))
+    encoder = Encoder(settings, LoraSettings(layers=1, rank=2, alpha=3, targets=("attention.self.key",)))
     save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {})
     adapter = load_adapter(tmp_path / "adapter")
     assert adapter.encoder == settings

@@ -1,55 +1,255 @@
-"""The model card, written from the training record."""
+"""The model card, written from the training record: the Hub's metadata block, and what a user needs to know."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["model_card"]
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+__all__ = ["CARD", "NAME", "corpora_of", "is_repo_id", "model_card"]
+
+CARD = "README.md"
+NAME = '"path/to/this/folder"'  # stands in the card's code until it is pushed, when the repository's id replaces it
 
 
-def model_card(meta: Mapping[str, Any]) -> str:
+def model_card(meta: Mapping[str, Any], classes: Sequence[Any] | None = None, support: int | None = None) -> str:
     """Return the model card (Markdown with the Hub's metadata block) of an adapter.
 
     Args:
         meta: the content of its ``textmeta.json``.
+        classes: of a fitted classifier, its labels.
+        support: of a fitted classifier that holds its support texts, how many.
     """
-    encoder, inner, record = meta["encoder"], meta["inner"], meta["record"]
-    settings = record.get("settings", {})
-    corpora = settings.get("train", {}).get("corpora", [])
-    algorithm = settings.get("training", {}).get("algorithm", "none")
+    parts = [
+        f"---\n{_metadata(meta).to_yaml()}\n---",
+        _introduction(meta, classes, support),
+        _usage(meta, classes),
+        _training(meta["record"]),
+        _results(meta["record"]),
+        _limits(meta),
+        _remake(meta),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name can be a repository's id on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _metadata(meta: Mapping[str, Any]) -> ModelCardData:
+    base, record = meta["encoder"]["model"], meta["record"]
+    algorithm = _algorithm(record)
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=_dataset_id(corpora),
+            dataset_name=f"{_names(corpora)}, classes never seen in training, {name}",
+            metric_type="accuracy",
+            metric_value=round(float(row["meta_trained"]["accuracy"]), 4),
+            metric_name=f"accuracy, mean of {row['meta_trained']['episodes']} episodes",
+        )
+        for name, row in record.get("results", {}).items()
+        for corpora in [record.get("test", {}).get("corpora", corpora_of(record))]
+    ]
+    return ModelCardData(
+        library_name="textmeta",
+        pipeline_tag="text-classification",
+        base_model=base if is_repo_id(base) else None,
+        base_model_relation="adapter" if is_repo_id(base) else None,
+        datasets=sorted({c["source"]["dataset"] for c in corpora_of(record) if _is_hub(c)}) or None,
+        tags=["textmeta", "few-shot", "meta-learning", "lora", "peft", *([algorithm] if algorithm else [])],
+        metrics=["accuracy"],
+        model_name="textmeta adapter" if results else None,
+        eval_results=results or None,
+    )
+
+
+def _introduction(meta: Mapping[str, Any], classes: Sequence[Any] | None, support: int | None) -> str:
+    encoder = meta["encoder"]
+    revision = encoder["commit"] or encoder["revision"]
+    what = (
+        "# Fitted few-shot text classifier\n\nA meta-trained LoRA initialisation, adapted to one task."
+        if classes is not None
+        else "# Meta-trained LoRA initialisation for few-shot text classification\n\nFrom here, a few gradient steps "
+        "on a handful of labelled texts make a classifier of classes that no model was trained on."
+    )
     lines = [
-        "---",
-        "library_name: textmeta",
-        "pipeline_tag: text-classification",
-        f"base_model: {encoder['model']}",
-        "tags: [few-shot, meta-learning, lora]",
-        "---",
+        what,
         "",
-        "# Meta-trained LoRA initialisation for few-shot text classification",
-        "",
-        f"Encoder: `{encoder['model']}` (revision {encoder['revision'] or 'default'}, {encoder['pooling']} pooling, "
-        f"texts cut at {encoder['max_length']} tokens).",
-        f"Algorithm: {algorithm}, {record.get('episodes', 0)} episodes; inner steps: {inner['steps']}.",
+        f"* Encoder: `{encoder['model']}`, {f'revision `{revision}`' if revision else 'revision unknown'}, sha256 of "
+        f"its weights `{encoder['weights_sha256']}`; {encoder['pooling']} pooling, texts cut at "
+        f"{encoder['max_length']} tokens.",
+        f"* LoRA: rank {meta['lora']['rank']}, alpha {meta['lora']['alpha']}; {meta['inner']['steps']} inner steps on "
+        f"{' and '.join(meta['inner']['adapt'])}, {meta['inner']['head']} head.",
     ]
-    lines += [
-        f"Trained on: {corpus['name']} ({corpus['texts']} texts, {corpus['classes']} classes)." for corpus in corpora
-    ]
-    if results := record.get("results"):
-        lines += ["", "| classes never seen in training | frozen prototypes | this adapter | difference, 95 % |"]
-        lines += ["|---|---|---|---|"]
+    if classes is not None:
+        shown = ", ".join(f"`{label}`" for label in classes[:50]) + (", …" if len(classes) > 50 else "")
         lines += [
-            f"| {name} | {100 * row['frozen']['accuracy']:.2f} | {100 * row['meta_trained']['accuracy']:.2f} | "
-            f"{100 * row['paired']['low']:+.2f} to {100 * row['paired']['high']:+.2f} |"
-            for name, row in results.items()
+            f"* Classes ({len(classes)}): {shown}.",
+            f"* **The {support} texts that it was fitted on, with their labels, are stored in `classifier.json`.** "
+            "Whoever has this folder can read them."
+            if support is not None
+            else "* The texts that it was fitted on are not stored.",
         ]
-    lines += [
-        "",
-        "```python",
-        "from textmeta import FewShotClassifier",
-        "",
-        'clf = FewShotClassifier.from_pretrained("path/to/this/folder")',
-        'clf.fit(["I lost my card", "my card was stolen", "what is my balance?"], ["lost", "lost", "balance"])',
-        'clf.predict(["someone took my wallet"])',
-        "```",
-        "",
-    ]
     return "\n".join(lines)
+
+
+def _usage(meta: Mapping[str, Any], classes: Sequence[Any] | None) -> str:
+    fit = (
+        'clf.fit(["I lost my card", "my card was stolen", "what is my balance?"], ["card", "card", "balance"])\n'
+        if classes is None
+        else ""
+    )
+    base = f'"{meta["encoder"]["model"]}"'
+    return (
+        "## How to use it\n\n```python\nfrom textmeta import FewShotClassifier\n\n"
+        f'clf = FewShotClassifier.from_pretrained({NAME})\n{fit}clf.predict(["someone took my wallet"])\n```\n\n'
+        "Or, without textmeta, the adapted encoder alone:\n\n```python\nfrom peft import PeftModel\n"
+        "from transformers import AutoModel\n\n"
+        f"model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), {NAME})\n```"
+    )
+
+
+def _training(record: Mapping[str, Any]) -> str:
+    settings = record.get("settings", {})
+    if not {"train", "training"} <= settings.keys():
+        return "## Training\n\nNot meta-trained, or nothing is recorded of it."
+    episodes, training = settings["train"]["episodes"], settings["training"]
+    lines = [
+        "## Training",
+        "",
+        f"Algorithm: {training['algorithm']}, {record['episodes']} episodes in {record['steps']} outer steps, of which "
+        f"step {record['best_step']} is kept (validation accuracy {100 * record['valid_accuracy']:.2f} %).",
+        f"Episodes: {_range(episodes['ways'])} ways, {_range(episodes['shots'])} shots, {_range(episodes['queries'])} "
+        "queries a class.",
+        "",
+        "| corpus | part | texts | classes | licence |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {_title(corpus)} | {part} | {corpus['texts']} | {corpus['classes']} | {_licence(corpus)} |"
+        for part, name in (("train", "training"), ("valid", "validation"))
+        for corpus in corpora_of(record, part)
+        for part in [name]
+    ]
+    if start := record.get("start"):
+        lines += ["", f"Meta-training started from the adapter `{start}`."]
+    return "\n".join(lines)
+
+
+def _results(record: Mapping[str, Any]) -> str:
+    results = record.get("results")
+    if not results:
+        return ""
+    corpora = record.get("test", {}).get("corpora", [])
+    lines = [
+        "## Results",
+        "",
+        "Accuracy in per cent on classes never seen in training"
+        + (f" ({_names(corpora)}, {sum(c['classes'] for c in corpora)} classes)" if corpora else "")
+        + ", mean over episodes with its 95 % interval; the difference is paired by episode.",
+        "",
+        "| | episodes | frozen prototypes | this adapter | difference | ECE |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in results.items():
+        frozen, ours, paired = row["frozen"], row["meta_trained"], row["paired"]
+        difference, low, high = (f"{100 * paired[key]:+.2f}" for key in ("difference", "low", "high"))
+        lines.append(
+            f"| {name} | {ours['episodes']} | {_percent(frozen)} | {_percent(ours)} | {difference} [{low}, {high}] | "
+            f"{100 * ours['ece']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _limits(meta: Mapping[str, Any]) -> str:
+    return "\n".join(
+        [
+            "## Limits",
+            "",
+            f"* Only the first {meta['encoder']['max_length']} tokens of a text count, and only languages that the "
+            "encoder knows.",
+            "* Every text gets one of the classes, also one that belongs to none of them.",
+            "* With a handful of examples a class, one wrong label weighs much; probabilities are less reliable far "
+            "from the corpora above.",
+            "* What the encoder and the corpora hold of prejudice, this adapter holds too: look at errors by group "
+            "before decisions about people rest on it.",
+        ]
+    )
+
+
+def _remake(meta: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(meta["versions"].items()) if number)
+    text = f"## Versions\n\nWritten with {versions}."
+    settings, sources = meta["record"].get("settings", {}), meta["record"].get("sources")
+    if not {"train", "training"} <= settings.keys() or not sources:
+        return text
+    encoder = {key: settings["encoder"][key] for key in ("model", "revision", "pooling", "max_length")}
+    config = {
+        "corpora": [{key: value for key, value in source.items() if key != "commit"} for source in sources],
+        "encoder": encoder,
+        "lora": settings["lora"],
+        "episodes": settings["train"]["episodes"],
+        "inner": settings["inner"],
+        "training": settings["training"],
+        "precision": settings["encoder"]["precision"],
+        **({"start": meta["record"]["start"]} if meta["record"].get("start") else {}),
+    }
+    written = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110)
+    return (
+        f"{text}\n\n## How to remake it\n\nWith `remake.yaml` as below (files named there have to be at hand), "
+        f"`python recipes/meta_train.py --config remake.yaml --output runs/again`:\n\n```yaml\n{written}```"
+    )
+
+
+def _algorithm(record: Mapping[str, Any]) -> str | None:
+    name = record.get("settings", {}).get("training", {}).get("algorithm")
+    return str(name) if name else None
+
+
+def corpora_of(record: Mapping[str, Any], part: str = "train") -> list[dict[str, Any]]:
+    """Return the corpora of a part of the training, each with its source where that is known."""
+    corpora = record.get("settings", {}).get(part, {}).get("corpora", [])
+    sources = record.get("sources") or [{} for _ in corpora]
+    return [{**corpus, "source": source} for corpus, source in zip(corpora, sources, strict=False)]
+
+
+def _is_hub(corpus: Mapping[str, Any]) -> bool:
+    return bool(corpus["source"].get("commit"))
+
+
+def _title(corpus: Mapping[str, Any]) -> str:
+    if not _is_hub(corpus):
+        return str(corpus["name"])
+    dataset = corpus["source"]["dataset"]
+    return f"[{corpus['name']}](https://huggingface.co/datasets/{dataset}) at `{corpus['source']['commit'][:12]}`"
+
+
+def _licence(corpus: Mapping[str, Any]) -> str:
+    return str(corpus["source"].get("license") or "not known")
+
+
+def _names(corpora: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(str(corpus["name"]) for corpus in corpora) or "unknown corpora"
+
+
+def _dataset_id(corpora: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the metadata calls the data set of a result: letters, digits, dashes."""
+    ids = [corpus["source"]["dataset"] for corpus in corpora if corpus.get("source") and _is_hub(corpus)]
+    return ids[0] if len(ids) == 1 else re.sub(r"[^a-zA-Z0-9]+", "-", _names(corpora)).strip("-") or "unknown"
+
+
+def _range(value: Any) -> str:
+    return f"{value[0]} to {value[-1]}" if isinstance(value, list | tuple) else str(value)
+
+
+def _percent(row: Mapping[str, float]) -> str:
+    return f"{100 * row['accuracy']:.2f} ± {100 * row['accuracy_ci95']:.2f}"

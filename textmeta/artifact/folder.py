@@ -5,25 +5,32 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from textmeta.errors import AdapterError
+from textmeta.errors import AdapterError, DamagedAdapterError
 from textmeta.files import sync_folder, write_synced
 
-__all__ = ["MANIFEST", "check_destination", "read_folder", "write_folder"]
+__all__ = ["MANIFEST", "check_destination", "manifest_of", "read_file", "read_folder", "seems_to_be", "write_folder"]
 
 MANIFEST = "SHA256SUMS"
 MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
 MAX_BYTES = 2**30  # of one file: what is larger is no adapter, and is not read
-MAX_MANIFEST_BYTES = 2**16
 TRIES = 20  # to read a folder while others write it
 # What can run code when it is loaded or imported, by somebody if not by textmeta.
-CODE_ENDINGS = frozenset(
-    ".bin .pt .pth .pkl .pickle .ckpt .joblib .skops .dill .npy .npz .h5 .hdf5 .keras .msgpack .onnx .pb .py .pyc .pyd "
-    ".so .dll .dylib .exe .sh .bat".split()
+CODE_ENDINGS = (
+    *(".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".skops", ".dill", ".npy", ".npz", ".h5", ".hdf5"),
+    *(".keras", ".msgpack", ".onnx", ".pb", ".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat"),
 )
+
+# What a folder without a manifest may be; the first that has one of these files.
+KINDS = {
+    "a SetFit model": ("config_setfit.json", "model_head.pkl"),
+    "a plain PEFT adapter, which can be the start of a meta-training": ("adapter_config.json",),
+    "a sentence-transformers model": ("modules.json", "config_sentence_transformers.json"),
+    "a transformers model": ("config.json",),
+}
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[str] = frozenset()) -> None:
@@ -45,15 +52,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
     folder = folder.resolve()
     check_destination(folder)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
-    listed = {name: content for name, content in sorted(files.items()) if name not in unlisted}
-    manifest = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in listed.items())
+    manifest = manifest_of({name: content for name, content in files.items() if name not in unlisted})
     with _cleaned_up(folder, new):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for litter in (new, old):
             shutil.rmtree(litter, ignore_errors=True)
         carried = _carried_over(folder, files)
         new.mkdir()
-        for name, content in {**files, MANIFEST: manifest.encode()}.items():
+        for name, content in {**files, MANIFEST: manifest}.items():
             write_synced(new / name, content)
         for path in carried:
             _link_or_copy(path, new / path.name)
@@ -63,6 +69,24 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
         new.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_folder(source: Path, folder: Path, unlisted: str) -> None:
+    """Copy what a folder's manifest lists, each file checked, and a file that it does not list, if it is there.
+
+    Raises:
+        AdapterError: see :func:`read_folder` and :func:`write_folder`.
+    """
+    files = read_folder(source)
+    if (source / unlisted).exists():
+        files[unlisted] = read_file(source, unlisted)
+    write_folder(folder, files, unlisted=frozenset({unlisted}))
+
+
+def manifest_of(files: Mapping[str, bytes]) -> bytes:
+    """Return the manifest of files, in the format of ``sha256sum``."""
+    lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items()))
+    return "".join(lines).encode()
 
 
 def check_destination(folder: Path) -> None:
@@ -120,23 +144,29 @@ def _read_checked(source: Path, folder: Path) -> dict[str, bytes]:
     code = [name for name in present if Path(name).suffix.lower() in CODE_ENDINGS]
     if code:
         raise AdapterError(
-            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, which "
-            "is safetensors and JSON alone: remove it if you know what it is"
+            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, "
+            "which is safetensors and JSON alone: remove it if you know what it is"
         )
     if MANIFEST not in present:
-        raise AdapterError(
-            f"{folder} is no textmeta adapter: it has no {MANIFEST}; it holds {', '.join(present[:10]) or 'nothing'}"
-        )
+        raise AdapterError(f"{folder} is no textmeta adapter: it has no {MANIFEST}; it {seems_to_be(present)}")
     contents = {}
-    for name, expected in _manifest(_read_file(source, MANIFEST, MAX_MANIFEST_BYTES, folder), folder).items():
-        contents[name] = _read_file(source, name, MAX_BYTES, folder)
+    for name, expected in _manifest(read_file(source, MANIFEST, stands_for=folder), folder).items():
+        contents[name] = read_file(source, name, stands_for=folder)
         found = hashlib.sha256(contents[name]).hexdigest()
         if found != expected:
-            raise AdapterError(
+            raise DamagedAdapterError(
                 f"{folder / name} is damaged: its sha256 is {found}, but {MANIFEST} says {expected} "
                 f"({len(contents[name])} bytes)"
             )
     return contents
+
+
+def seems_to_be(names: Collection[str]) -> str:
+    """Say what a folder or repository that is no textmeta adapter looks like, by the names of its files."""
+    for kind, marks in KINDS.items():
+        if any(name in marks for name in names):
+            return f"seems to be {kind}"
+    return f"holds {', '.join(sorted(names)[:10]) or 'nothing'}"
 
 
 def _manifest(content: bytes, folder: Path) -> dict[str, str]:
@@ -152,26 +182,36 @@ def _manifest(content: bytes, folder: Path) -> dict[str, str]:
             )
         entries[match[2]] = match[1]
     if not text.endswith("\n"):
-        raise AdapterError(f"{folder / MANIFEST} is cut off: it does not end with a line")
+        raise DamagedAdapterError(f"{folder / MANIFEST} is cut off: it does not end with a line")
     return entries
 
 
-def _read_file(source: Path, name: str, limit: int, folder: Path) -> bytes:
-    path = source / name
+def read_file(folder: Path, name: str, *, stands_for: Path | None = None) -> bytes:
+    """Read a plain file of a folder, following no link out of it but those of the Hub's cache to its blobs.
+
+    Args:
+        folder: that holds it.
+        name: of the file.
+        stands_for: the folder to name in errors.
+
+    Raises:
+        AdapterError: if it is missing, no plain file, too large, or lies elsewhere.
+    """
+    path, shown = folder / name, stands_for or folder
     try:
         target = path.resolve(strict=True)
         status = target.stat()
-        if not any(target.parent == allowed for allowed in _allowed_parents(source, target)):
-            raise AdapterError(f"{folder / name} is a link out of the folder, to {target}; it is not followed")
+        if target.parent not in _allowed_parents(folder.resolve(), target):
+            raise AdapterError(f"{shown / name} is a link out of the folder, to {target}; it is not followed")
         if not stat.S_ISREG(status.st_mode):
-            raise AdapterError(f"{folder / name} is no plain file")
-        if status.st_size > limit:
-            raise AdapterError(f"{folder / name} has {status.st_size} bytes, expected at most {limit}")
+            raise AdapterError(f"{shown / name} is no plain file")
+        if status.st_size > MAX_BYTES:
+            raise AdapterError(f"{shown / name} has {status.st_size} bytes, expected at most {MAX_BYTES}")
         return target.read_bytes()
     except FileNotFoundError as error:
-        raise AdapterError(f"{folder} lacks the file {name}, which its {MANIFEST} lists") from error
+        raise DamagedAdapterError(f"{shown} lacks the file {name}") from error
     except OSError as error:
-        raise AdapterError(f"cannot read {folder / name}: {error.strerror}") from error
+        raise AdapterError(f"cannot read {shown / name}: {error.strerror}") from error
 
 
 def _allowed_parents(source: Path, target: Path) -> Iterator[Path]:
@@ -218,8 +258,8 @@ def _cleaned_up(folder: Path, new: Path) -> Iterator[None]:
         _put_back(folder)
         if isinstance(error, OSError):
             raise AdapterError(
-                f"cannot write the adapter {folder}: {error.filename or new}: {error.strerror or error}; what was there "
-                "before is untouched"
+                f"cannot write the adapter {folder}: {error.filename or new}: {error.strerror or error}; what was "
+                "there before is untouched"
             ) from error
         raise
 

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ from typing import Any
 import datasets
 import numpy as np
 
+from textmeta.data.hub_dataset import read_hub_dataset, root_cause
 from textmeta.data.texts import checked_texts
-from textmeta.errors import DataError
+from textmeta.errors import DataError, SettingsError
 
 __all__ = ["Corpus", "CorpusSettings", "load_corpus"]
 
 logger = logging.getLogger(__name__)
 
-# File ending -> builder of `datasets`.
+# File ending → builder of `datasets`.
 FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -40,6 +41,9 @@ class CorpusSettings:
         fold: which of the splits in that file.
         split_seed: seed of a drawn split.
         split_fractions: shares of train, valid and test classes of a drawn split.
+        license: of the texts, for model cards; by default what the Hub says of a dataset.
+        streaming: read a Hub dataset row by row as it comes, instead of downloading and converting all of it first.
+        rows: at most so many first rows; of a large dataset that is streamed, no more are downloaded.
     """
 
     dataset: str
@@ -53,6 +57,14 @@ class CorpusSettings:
     fold: str | None = None
     split_seed: int = 0
     split_fractions: tuple[float, float, float] = (0.5, 0.25, 0.25)
+    license: str | None = None
+    streaming: bool = False
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.rows is not None and self.rows < 1:
+            raise SettingsError(f"corpus rows must be at least 1, given {self.rows}")
 
     @property
     def is_file(self) -> bool:
@@ -74,6 +86,8 @@ class Corpus:
         texts: n texts.
         labels: (n,) int64, index into ``class_names``.
         class_names: name of each class, unique.
+        source: where it came from: its settings but for defaults and this machine's folders; of a Hub dataset its
+            commit, and its licence where known.
 
     Raises:
         DataError: if a text is missing, empty or no string, or a label is out of range; the row is named.
@@ -83,6 +97,7 @@ class Corpus:
     texts: Sequence[str]
     labels: np.ndarray
     class_names: tuple[str, ...]
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every row once, so that nothing downstream has to."""
@@ -125,6 +140,11 @@ class Corpus:
             digest.update(text.encode() + b"\0")
         return digest.hexdigest()
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What records say of it, without a text or a label."""
+        return {"name": self.name, "texts": len(self), "classes": len(self.class_names), "sha256": self.sha256}
+
     def rows_of(self, class_index: int) -> np.ndarray:
         """Return the rows of a class, ascending, int64; of rows with equal texts the first, lest one be drawn twice."""
         return self._rows_by_class[class_index]
@@ -147,7 +167,7 @@ class Corpus:
             )
         rows = [self.rows_of(index[name]) for name in wanted]
         labels = np.repeat(np.arange(len(wanted)), [len(r) for r in rows])
-        return Corpus(self.name, [self.texts[row] for part in rows for row in part], labels, wanted)
+        return Corpus(self.name, [self.texts[row] for part in rows for row in part], labels, wanted, self.source)
 
     @classmethod
     def from_pairs(cls, name: str, texts: Sequence[str], labels: Sequence[str]) -> "Corpus":
@@ -203,15 +223,37 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
     Raises:
         DataError: if it cannot be read, is empty, lacks a column, or has a row that cannot be used.
     """
-    dataset = _read_file(settings) if settings.is_file else _read_hub(settings)
+    found: dict[str, Any] = {}
+    if settings.is_file:
+        dataset = _read_file(settings)
+    else:
+        dataset, found = read_hub_dataset(
+            settings.dataset,
+            settings.config,
+            settings.split,
+            settings.revision,
+            columns=(settings.text_column, settings.label_column),
+            streaming=settings.streaming,
+            rows=settings.rows,
+        )
     corpus = Corpus.from_dataset(
-        dataset,
+        dataset.select(range(min(len(dataset), settings.rows or len(dataset)))),
         name=settings.display_name,
         text_column=settings.text_column,
         label_column=settings.label_column,
     )
     logger.info("corpus %s: %d texts, %d classes", corpus.name, len(corpus), len(corpus.class_names))
-    return corpus
+    return replace(corpus, source={**found, **_source(settings)})
+
+
+def _source(settings: CorpusSettings) -> dict[str, Any]:
+    """Return the settings that are not the defaults, without this machine's folders."""
+    defaults = asdict(CorpusSettings(""))
+    source = {key: value for key, value in asdict(settings).items() if value != defaults[key]}
+    for key in ("dataset", "splits") if settings.is_file else ("splits",):
+        if key in source and Path(source[key]).is_absolute():
+            source[key] = Path(source[key]).name
+    return source
 
 
 def _read_file(settings: CorpusSettings) -> datasets.Dataset:
@@ -235,29 +277,10 @@ def _read_file(settings: CorpusSettings) -> datasets.Dataset:
                 builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
             )
     except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
-        cause = _root_cause(error)
+        cause = root_cause(error)
         raise DataError(
             f"file has no rows: {path}" if "no data" in cause else f"cannot read {path} as {builder}: {cause}"
         ) from error
-
-
-def _read_hub(settings: CorpusSettings) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(
-            settings.dataset, settings.config, split=settings.split, revision=settings.revision
-        )
-    except Exception as error:
-        raise DataError(
-            f"cannot load dataset {settings.dataset!r} (config {settings.config}, split {settings.split!r}, "
-            f"revision {settings.revision}) from the Hub: {_root_cause(error)}. For a local file, give a path that "
-            f"ends in one of {sorted(FILE_BUILDERS)}"
-        ) from error
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
 
 
 def _shorten(names: Sequence[str], limit: int = 8) -> str:

@@ -37,10 +37,7 @@ def run_fingerprint(
             part: {
                 "episodes": asdict(sampler.settings),
                 "seed": sampler.seed,
-                "corpora": [
-                    {"name": c.name, "texts": len(c), "classes": len(c.class_names), "sha256": c.sha256}
-                    for c in sampler.corpora
-                ],
+                "corpora": [corpus.summary for corpus in sampler.corpora],
             }
             for part, sampler in (("train", train_episodes), ("valid", valid_episodes))
         },

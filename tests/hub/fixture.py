@@ -1,0 +1,102 @@
+"""Pointing the clients at a local Hub: those of this process for one test, or those of a process that a test starts."""
+
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.request import getproxies
+
+import datasets
+import huggingface_hub
+import pytest
+import transformers
+from huggingface_hub import HfFileSystem, constants
+from huggingface_hub.utils import _http, close_session
+
+from tests.hub.server import HubServer
+
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE")
+PROXY_VARIABLES = ("NO_PROXY", "no_proxy")  # the Hub is on this machine, not beyond a proxy
+
+
+def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path, *, xet: bool = False) -> None:
+    """Let huggingface_hub, transformers and datasets, imported offline, use a Hub, an empty cache and no token.
+
+    Most settings are read from modules at each use. What is kept from one use to the next is replaced or dropped:
+    client objects, file systems, and the session, whose open connections do no harm.
+    """
+    for name in TOKEN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name in PROXY_VARIABLES:
+        monkeypatch.setenv(name, "127.0.0.1")
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_XET": not xet,
+        "HF_HOME": str(cache),
+        "HF_HUB_CACHE": str(cache / "hub"),
+        "HF_XET_CACHE": str(cache / "xet"),
+        "HF_TOKEN_PATH": str(cache / "token"),
+        "HF_STORED_TOKENS_PATH": str(cache / "stored_tokens"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    HfFileSystem.clear_instance_cache()
+    if getproxies().keys() - {"no"}:
+        close_session()  # its proxies were chosen when it was made
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # made at the first use
+    settings = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_UPDATE_DOWNLOAD_COUNTS": False,  # kept elsewhere than on the Hub
+        "USE_PARQUET_EXPORT": False,  # likewise
+        "HF_DATASETS_CACHE": cache / "datasets",
+        "DOWNLOADED_DATASETS_PATH": cache / "datasets" / "downloads",
+        "EXTRACTED_DATASETS_PATH": cache / "datasets" / "downloads" / "extracted",
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(datasets.config, name, value)
+
+
+def skip_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let clients try again at once; the seconds that they would have waited are listed."""
+    waits: list[float] = []
+    clock = SimpleNamespace(**{**vars(time), "sleep": waits.append})
+    for module in (_http, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "time", clock)
+    return waits
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """An empty Hub that the clients of this process use, with a cache of their own, without a token and without Xet."""
+    with HubServer() as server, warnings.catch_warnings():
+        # the client sends files to the storage in a way that its own HTTP library calls outdated
+        warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
+        point_clients(monkeypatch, server, tmp_path / "huggingface")
+        skip_waits(monkeypatch)
+        yield server
+
+
+def environment(hub: HubServer, cache: Path, token: str | None = None, *, xet: bool = False) -> dict[str, str]:
+    """Variables for a process that is to use a Hub, to be added to those of this process; empty ones count as unset."""
+    return {
+        **dict.fromkeys(TOKEN_VARIABLES, ""),
+        "HF_TOKEN": token or "",
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(cache),
+        "HF_HUB_CACHE": str(cache / "hub"),
+        "HF_XET_CACHE": str(cache / "xet"),
+        "HF_DATASETS_CACHE": str(cache / "datasets"),
+        "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "0" if xet else "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        **dict.fromkeys(PROXY_VARIABLES, "127.0.0.1"),
+    }

@@ -1,0 +1,138 @@
+"""What a name means: an existing folder, an adapter of the package, or a repository on the Hub; in this order."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import HfApi
+
+from textmeta.artifact.card import CARD, is_repo_id
+from textmeta.artifact.folder import MANIFEST, seems_to_be
+from textmeta.artifact.store import ADAPTER_FILES, Adapter, load_adapter
+from textmeta.errors import AdapterError, DamagedAdapterError, HubError
+from textmeta.hub import HubAccess, clear_hub_errors, fetch_snapshot
+
+__all__ = ["Location", "load_from", "locate"]
+
+logger = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parents[1] / "adapters"  # of the package; their names begin with its own
+SHIPPED_PREFIX = "textmeta/"
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an adapter was found.
+
+    Args:
+        folder: on this machine.
+        kind: what its name meant.
+        commit: of a repository on the Hub.
+    """
+
+    folder: Path
+    kind: Literal["folder", "shipped", "hub"]
+    commit: str | None = None
+
+
+def locate(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    access: HubAccess | None = None,
+    files: Iterable[str] = (*sorted(ADAPTER_FILES), MANIFEST, CARD),
+    force: bool = False,
+) -> Location:
+    """Find the folder of a name, downloading it if it is a repository's; the log says which it is.
+
+    Args:
+        name: a folder; the name of an adapter in the package (``textmeta/minilm-…``); or an id on the Hub.
+        revision: branch, tag or commit on the Hub.
+        subfolder: of the folder or repository.
+        access: how the Hub is reached.
+        files: which of the repository's files are wanted.
+        force: download again what is in the cache.
+
+    Raises:
+        AdapterError: if it is no folder and cannot be an id on the Hub.
+        HubError: if the Hub has none of that id and revision, does not let this user at it, or cannot be reached.
+    """
+    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise AdapterError(f"subfolder must be a path below {name}, given {subfolder!r}")
+    if Path(name).is_dir():
+        logger.info("%s is a folder", Path(name).resolve())
+        return Location(Path(name) / (subfolder or ""), "folder")
+    text = str(name)
+    shipped = SHIPPED / text.removeprefix(SHIPPED_PREFIX)
+    if text.startswith(SHIPPED_PREFIX) and shipped.parent == SHIPPED and shipped.is_dir() and revision is None:
+        logger.info("%s is shipped with textmeta: %s", text, shipped)
+        return Location(shipped / (subfolder or ""), "shipped")
+    if isinstance(name, Path) or not is_repo_id(text):
+        raise AdapterError(
+            f"no such adapter folder: {text}; nor is it the id of a repository on the Hub (such as 'owner/name')"
+        )
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    try:
+        snapshot = fetch_snapshot(
+            text, [prefix + file for file in files], revision=revision, access=access, force=force
+        )
+    except HubError as error:
+        raise type(error)(f"{text!r} is no folder here, and {error}") from error
+    logger.info("%s is on the Hub, at commit %s: %s", text, snapshot.name, snapshot)
+    return Location(snapshot / prefix, "hub", snapshot.name)
+
+
+def load_from(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    access: HubAccess | None = None,
+    encoder: str | None = None,
+) -> tuple[Adapter, Location]:
+    """Load an adapter by its name (:func:`locate`); one that is damaged in the Hub's cache is downloaded again, once.
+
+    Args:
+        name: a folder, an adapter in the package, or an id on the Hub.
+        revision: branch, tag or commit on the Hub.
+        subfolder: of the folder or repository.
+        access: how the Hub is reached.
+        encoder: where the caller will load the encoder from, if not from where the adapter says.
+
+    Raises:
+        AdapterError: if it is none, is damaged, or names an encoder that is not on the Hub though it is itself.
+        HubError: see :func:`locate`.
+    """
+    access = access or HubAccess()
+    where = locate(name, revision=revision, subfolder=subfolder, access=access)
+    if where.kind == "hub" and not (where.folder / MANIFEST).exists():
+        raise AdapterError(f"{name!r} on the Hub is no textmeta adapter: {_contents(str(name), revision, access)}")
+    try:
+        adapter = load_adapter(where.folder)
+    except DamagedAdapterError as error:
+        if where.kind != "hub" or access.local_files_only:
+            raise
+        logger.warning("%s; downloading it again", error)
+        where = locate(name, revision=where.commit, subfolder=subfolder, access=access, force=True)
+        adapter = load_adapter(where.folder)
+    if where.kind == "hub" and encoder is None and not is_repo_id(adapter.encoder.model):
+        raise AdapterError(
+            f"the adapter {name!r} names {adapter.encoder.model!r} as its encoder, which is no id on the Hub, and no "
+            "folder of this machine is opened because somebody else's adapter says so: name the encoder yourself"
+        )
+    return adapter, where
+
+
+def _contents(repo_id: str, revision: str | None, access: HubAccess) -> str:
+    """Say what a repository seems to be instead."""
+    if access.local_files_only:
+        return f"it has no {MANIFEST} in the cache"
+    with clear_hub_errors(repo_id, revision, token=access.token):
+        names = HfApi(token=access.token).list_repo_files(repo_id, revision=revision)
+    inside = sorted({str(Path(name).parent) for name in names if Path(name).name == MANIFEST})
+    if inside:
+        return f"it has adapters in the subfolders {', '.join(inside[:5])}: name one (subfolder=…)"
+    return f"it has no {MANIFEST}; it {seems_to_be(names)}"

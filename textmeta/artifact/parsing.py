@@ -1,0 +1,132 @@
+"""Reading JSON and safetensors that may come from anybody: strictly, with the file named in every error."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from textmeta.errors import AdapterError, SettingsError
+
+__all__ = ["at", "read_json", "read_settings", "read_tensors", "write_json"]
+
+S = TypeVar("S")
+
+
+def write_json(content: Any) -> bytes:
+    """Return JSON as every file of an adapter has it: sorted, so that equal content has equal bytes."""
+    return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_json(content: bytes, path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Args:
+        content: of the file.
+        path: to name in errors.
+
+    Raises:
+        AdapterError: if it is none, gives a key twice, holds NaN or infinity, or is nested too deeply.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+        return found
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{number} is no finite number")
+        return float(number)
+
+    try:
+        parsed = json.loads(
+            content.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite
+        )
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise AdapterError(f"{path}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
+
+
+def read_tensors(content: bytes, path: Path, *, any_float: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, in float32.
+
+    Args:
+        content: of the file.
+        path: to name in errors.
+        any_float: accept, and convert, other floating-point types.
+
+    Raises:
+        AdapterError: if it is damaged, or a tensor is not float32 or has values that are not finite.
+    """
+    try:
+        tensors = load_tensors(content)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
+    for key, value in tensors.items():
+        if value.dtype != torch.float32 and not (any_float and value.is_floating_point()):
+            raise AdapterError(f"{path}: tensor {key!r} is {value.dtype}, expected torch.float32")
+        if not value.isfinite().all():
+            raise AdapterError(f"{path}: tensor {key!r} has values that are not finite")
+    return {key: value.float() for key, value in tensors.items()}
+
+
+def read_settings(kind: Callable[..., S], fields: Any, path: Path, part: str) -> S:
+    """Make a dataclass of settings from a JSON object, each value of exactly the type that the dataclass declares.
+
+    Raises:
+        AdapterError: for an unknown or missing name, a value of another type, or one out of range.
+    """
+    if not isinstance(fields, dict):
+        raise AdapterError(f"{path}: expected an object for {part!r}, found {type(fields).__name__}")
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        if name not in hints:
+            raise AdapterError(f"{path}: unknown setting {part}.{name}; known are {', '.join(sorted(hints))}")
+        if not _fits(value, hints[name]):
+            raise AdapterError(f"{path}: {part}.{name} is {value!r:.60}, expected {hints[name]}")
+    try:
+        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    except (TypeError, SettingsError) as error:
+        raise AdapterError(f"{path}: {part}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a declared type; JSON has lists for tuples, and may write 1 for 1.0."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is tuple:
+        if not isinstance(value, list) or (parts[-1] is not Ellipsis and len(value) != len(parts)):
+            return False
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return all(_fits(item, part) for item, part in zip(value, kinds, strict=True))
+    if hint in (None, NoneType):
+        return value is None
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def at(meta: Mapping[str, Any], path: Path, *keys: str) -> Any:
+    """Return a part of a JSON object by its keys.
+
+    Raises:
+        AdapterError: if it is missing.
+    """
+    found: Any = meta
+    for key in keys:
+        if not isinstance(found, dict) or key not in found:
+            raise AdapterError(f"{path} lacks {'.'.join(keys)!r}")
+        found = found[key]
+    return found

@@ -1,0 +1,147 @@
+"""Pushing adapters to the Hub: one commit, or none."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+from textmeta.artifact.card import CARD, NAME, is_repo_id
+from textmeta.artifact.folder import MANIFEST, manifest_of, read_file, read_folder
+from textmeta.artifact.store import ADAPTER_FILES, Adapter, adapter_files, load_adapter
+from textmeta.errors import AdapterError, HubError
+from textmeta.hub import clear_hub_errors
+
+__all__ = ["push_adapter", "push_folder"]
+
+logger = logging.getLogger(__name__)
+
+
+def push_adapter(
+    adapter: Adapter,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    subfolder: str | None = None,
+    base_model: str | None = None,
+) -> CommitInfo:
+    """Push an adapter to a model repository, which is made if there is none.
+
+    Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
+    Files of an earlier adapter that the new one has not are deleted; all else in the repository stays.
+
+    Args:
+        adapter: to push.
+        repo_id: ``owner/name``.
+        revision: branch; made if there is none.
+        token: an access token that may write; None takes the one that `hf auth login` stored.
+        private: whether a new repository is private; None leaves that to the owner's default.
+        commit_message: of the commit.
+        subfolder: of the repository.
+        base_model: id on the Hub of the adapter's encoder, where the adapter names a folder of this machine.
+
+    Raises:
+        AdapterError: if the encoder is no id on the Hub, so that nobody else could load the adapter.
+        HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
+    """
+    if base_model is not None:
+        if not is_repo_id(base_model):
+            raise AdapterError(f"base_model must be an id on the Hub (such as 'owner/name'), given {base_model!r}")
+        adapter = replace(adapter, encoder=replace(adapter.encoder, model=base_model, revision=None), commit=None)
+    _check_encoder(adapter)
+    files = adapter_files(adapter)
+    return _commit(files, repo_id, revision, token, private, commit_message, subfolder)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    subfolder: str | None = None,
+) -> CommitInfo:
+    """Push an adapter folder as it is, its card with whatever was edited in it; see :func:`push_adapter`.
+
+    Raises:
+        AdapterError: if the folder is no whole adapter, or its encoder no id on the Hub.
+        HubError: see :func:`push_adapter`.
+    """
+    folder = Path(folder)
+    _check_encoder(load_adapter(folder))
+    files = read_folder(folder)
+    if (folder / CARD).is_file():
+        files[CARD] = read_file(folder, CARD)
+    return _commit(files, repo_id, revision, token, private, commit_message, subfolder)
+
+
+def _check_encoder(adapter: Adapter) -> None:
+    if not is_repo_id(adapter.encoder.model) or Path(adapter.encoder.model).is_dir():
+        raise AdapterError(
+            f"not pushed: the adapter's encoder is {adapter.encoder.model!r}, a folder of this machine, which nobody "
+            "else has; say which encoder on the Hub it is (base_model='owner/name'; its weights are checked on loading)"
+        )
+
+
+def _commit(
+    files: Mapping[str, bytes],
+    repo_id: str,
+    revision: str | None,
+    token: str | bool | None,
+    private: bool | None,
+    message: str | None,
+    subfolder: str | None,
+) -> CommitInfo:
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    api = HfApi(token=token)
+    with clear_hub_errors(repo_id, revision, token=token):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.model_info(repo_id, revision=revision)
+    present = {file.rfilename for file in head.siblings or []}
+    used = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    contents = {name: content for name, content in files.items() if name != CARD}
+    contents[MANIFEST] = manifest_of(contents)
+    if CARD in files:
+        contents[CARD] = files[CARD].replace(NAME.encode(), used.encode())
+        _check_card(contents[CARD], repo_id, token)
+    stale = sorted(name for name in ADAPTER_FILES - contents.keys() if prefix + name in present)
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+        *(CommitOperationAdd(prefix + name, content) for name, content in sorted(contents.items())),
+        *(CommitOperationDelete(prefix + name) for name in stale),
+    ]
+    try:
+        with clear_hub_errors(repo_id, revision, token=token):
+            done = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message or f"Upload a textmeta adapter{f' to {subfolder}' if subfolder else ''}",
+                revision=revision,
+                parent_commit=head.sha,
+            )
+    except HubError as error:
+        if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 412:
+            raise HubError(
+                f"not pushed: somebody else pushed to {repo_id!r} in the meantime; nothing was changed. Look at what "
+                "they pushed, then push again"
+            ) from error
+        raise
+    logger.info("pushed to %s: %s", repo_id, done.commit_url)
+    return done
+
+
+def _check_card(card: bytes, repo_id: str, token: str | bool | None) -> None:
+    """Let the Hub check the card's metadata before anything is uploaded, for a message that names the card."""
+    try:
+        with clear_hub_errors(repo_id, token=token):
+            ModelCard(card.decode(), ignore_metadata_errors=False).validate(repo_type="model")
+    except ValueError as error:
+        raise AdapterError(f"not pushed: the Hub does not accept the metadata block of {CARD}: {error}") from error

@@ -1,0 +1,111 @@
+"""Datasets of the Hugging Face Hub, whole or streamed, with errors that say what to do."""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from huggingface_hub import HfApi
+from tqdm import tqdm
+
+from textmeta.errors import DataError, HubError, HubUnreachableError
+from textmeta.hub import clear_hub_errors
+
+__all__ = ["read_hub_dataset", "root_cause"]
+
+logger = logging.getLogger(__name__)
+
+FOR_A_FILE = ". For a local file, give a path that ends in .json, .jsonl, .csv, .tsv or .parquet"
+
+
+def read_hub_dataset(
+    dataset: str,
+    config: str | None,
+    split: str,
+    revision: str | None,
+    *,
+    columns: Sequence[str],
+    streaming: bool = False,
+    rows: int | None = None,
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Read a split of a dataset at the commit that its revision is now; offline, what `datasets` has in its cache.
+
+    Args:
+        dataset: id on the Hub.
+        config: configuration, where it has several.
+        split: name of a split; ``train+test`` joins two.
+        revision: branch, tag or commit.
+        columns: that are wanted.
+        streaming: read row by row as they come, and only the wanted columns.
+        rows: of a stream, stop after so many.
+
+    Returns:
+        The rows; and ``commit``, and ``license`` where the dataset's card has one.
+
+    Raises:
+        DataError: no such dataset, configuration, split or column, no right to it, no answer and not in the cache, or a
+            dataset that needs a script of its own.
+    """
+    where = f"dataset {dataset!r} (config {config}, split {split!r}, revision {revision or 'main'})"
+    try:
+        found = _look_up(dataset, revision)
+        options = {"revision": found.get("commit", revision)}
+        if not streaming:
+            return datasets.load_dataset(dataset, config, split=split, **options), found
+        parts = [_streamed(dataset, config, part.strip(), options, columns, rows) for part in split.split("+")]
+        return datasets.concatenate_datasets(parts), found
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
+        raise DataError(f"cannot load {where} from the Hub: {root_cause(error)}{_advice(error)}") from error
+
+
+def root_cause(error: BaseException) -> str:
+    """Return type and message of the deepest error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _look_up(dataset: str, revision: str | None) -> dict[str, Any]:
+    """Return commit and licence; nothing where the Hub cannot be reached, and the cache may yet have the dataset."""
+    try:
+        with clear_hub_errors(dataset, revision, kind="dataset"):
+            info = HfApi().dataset_info(dataset, revision=revision, timeout=10)
+    except HubUnreachableError:
+        logger.info("the Hub cannot be reached: looking for %s in the cache of `datasets`", dataset)
+        return {}
+    except HubError as error:
+        raise DataError(f"{error}{FOR_A_FILE}") from error
+    card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
+    license_ = card.get("license")
+    return {
+        "commit": info.sha,
+        **({"license": license_ if isinstance(license_, str) else ", ".join(license_)} if license_ else {}),
+    }
+
+
+def _streamed(
+    dataset: str, config: str | None, split: str, options: dict[str, Any], columns: Sequence[str], rows: int | None
+) -> datasets.Dataset:
+    stream = datasets.load_dataset(dataset, config, split=split, streaming=True, **options)
+    known = stream.column_names
+    if known is None:  # of a file without a declared schema, the first row tells
+        known = list(next(iter(stream.take(1)), {}))
+    missing = [column for column in columns if column not in known]
+    if missing:
+        raise DataError(f"dataset {dataset!r}, split {split!r} has no column {missing[0]!r}; its columns are {known}")
+    stream = stream.select_columns(list(columns))
+    taken = list(tqdm(itertools.islice(stream, rows), desc=f"{dataset} {split}", unit="row", total=rows))
+    features = stream.features and datasets.Features({column: stream.features[column] for column in columns})
+    return datasets.Dataset.from_list(taken, features=features)
+
+
+def _advice(error: BaseException) -> str:
+    if "scripts are no longer supported" in str(error):
+        return (
+            ". It needs a script of its own, which is never run. The Hub keeps a converted copy of many such datasets: "
+            "try the revision refs/convert/parquet. Or look for another copy, or save it as JSON Lines and give that"
+        )
+    return FOR_A_FILE
