@@ -1,8 +1,11 @@
 """The Hugging Face Hub: fetching a repository's files into the cache, and its errors in plain words."""
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +25,10 @@ from textmeta.errors import HubError, HubUnreachableError
 
 __all__ = ["HubAccess", "RepoKind", "clear_hub_errors", "fetch_snapshot"]
 
+logger = logging.getLogger(__name__)
+
 RepoKind = Literal["model", "dataset"]
+WAITS = (1, 3, 9)  # seconds before further tries, where the Hub answers that it has trouble
 
 
 @dataclass(frozen=True)
@@ -67,19 +73,27 @@ def fetch_snapshot(
         HubUnreachableError: no answer, and not in the cache.
     """
     access = access or HubAccess()
+    download = partial(
+        snapshot_download,
+        repo_id,
+        revision=revision,
+        token=access.token,
+        cache_dir=access.cache_dir,
+        local_files_only=access.local_files_only,
+        allow_patterns=list(patterns),
+        ignore_patterns=list(ignore),
+        force_download=force,
+    )
     with clear_hub_errors(repo_id, revision, token=access.token):
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                token=access.token,
-                cache_dir=access.cache_dir,
-                local_files_only=access.local_files_only,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(ignore),
-                force_download=force,
-            )
-        )
+        for wait in WAITS:
+            try:
+                return Path(download())
+            except Exception as error:
+                if not _may_pass(error):
+                    raise
+                logger.warning("%s; trying again in %s s", _first_line(error), wait)
+                time.sleep(wait)
+        return Path(download())
 
 
 @contextmanager
@@ -137,7 +151,16 @@ def _explain(
             f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason}), and the {kind} {repo_id!r} (revision "
             f"{revision or 'main'}) is not in the cache"
         )
+    if isinstance(error, OSError):  # a file that arrived in part, a full disk
+        return HubError(f"the {kind} {repo_id!r} could not be transferred: {_first_line(error)}")
     return None
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the Hub had trouble of its own (it does not try the first request of a download again by itself)."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    return isinstance(error, LocalEntryNotFoundError) and _may_pass(error.__cause__)
 
 
 def _is_network_error(error: BaseException) -> bool:

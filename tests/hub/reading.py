@@ -81,7 +81,8 @@ def repo_info(hub: Hub, request: Request, kind: str, id: str, revision: str | No
     if card:
         info["cardData"] = card
     if kind == "model":
-        info |= {"modelId": repo.id, **{k: card[k] for k in ("library_name", "pipeline_tag") if card and k in card}}
+        info["modelId"] = repo.id
+        info |= {key: card[key] for key in ("library_name", "pipeline_tag") if card and key in card}
     if wanted := request.query.get("expand"):
         info = {key: value for key, value in info.items() if key in ("_id", "id", *wanted)}
     return Reply.json(info)

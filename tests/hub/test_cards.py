@@ -97,6 +97,7 @@ def test_good_cards(hub: HubServer) -> None:
         ("model-index: [{results: []}]", '"model-index[0].name" is required'),
         ("model-index: [{name: a}]", '"model-index[0].results" is required'),
         ("model-index: [{name: a, results: b}]", '"model-index[0].results" must be an array'),
+        ("model-index: [{name: a, results: [b]}]", '"model-index[0].results[0]" must be of type object'),
         (index(task=None), f'"{RESULT}.task" is required'),
         (index(task={"name": "t"}), f'"{RESULT}.task.type" is required'),
         (index(dataset=None), f'"{RESULT}.dataset" is required'),

@@ -1,6 +1,7 @@
 """The local Hub through huggingface_hub itself: what is sent arrives, and failures are those of the real one."""
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from huggingface_hub import (
     HfApi,
     HfFileSystem,
     constants,
+    get_hf_file_metadata,
     hf_hub_download,
     model_info,
     snapshot_download,
@@ -93,6 +95,10 @@ def test_kind_of_file_is_decided_by_name_text_and_size(api: HfApi, hub: HubServe
     large = {file.path: file.lfs.sha256 for file in api.list_repo_tree(NAME) if file.lfs}
     assert large == {path: hashlib.sha256(contents[path]).hexdigest() for path in ("x.bin", "image", "long.txt")}
     assert made(hub, "/storage/") == ["PUT"] * 3
+    half = "ä".encode()[:1]  # the sample of 512 bytes that the client sends may end within a character
+    samples = {"good": b"a" * 511 + "ä".encode(), "bad": b"a" * 500 + half + b"a" * 11 + half}
+    api.create_commit(NAME, [add(path, content) for path, content in samples.items()], commit_message="samples")
+    assert [file.path for file in api.get_paths_info(NAME, list(samples)) if file.lfs] == ["bad"]
 
 
 def test_many_parts_of_one_file(api: HfApi, hub: HubServer) -> None:
@@ -101,6 +107,29 @@ def test_many_parts_of_one_file(api: HfApi, hub: HubServer) -> None:
     assert made(hub, "/storage/.*part=") == ["PUT"] * 4
     assert made(hub, "/api/complete-upload/") == ["POST"]
     assert hub.files(NAME)["weights.bin"] == LARGE
+
+
+@pytest.mark.parametrize("mistake", ["etag", "missing", "order", "upload"])
+def test_parts_that_do_not_make_the_file(api: HfApi, hub: HubServer, mistake: str) -> None:
+    hub.multipart_over = hub.part_size = 60_000
+    sha = hashlib.sha256(LARGE).hexdigest()
+    body = {"operation": "upload", "transfers": ["multipart"], "objects": [{"oid": sha, "size": len(LARGE)}]}
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    answer = ask("POST", f"{hub.url}/{NAME}.git/info/lfs/objects/batch", json=body, headers=headers).json()
+    upload = answer["objects"][0]["actions"]["upload"]
+    assert (answer["transfer"], upload["header"]["chunk_size"]) == ("multipart", "60000")
+    pieces = [LARGE[:60_000], LARGE[60_000:]]
+    order = [1, 0] if mistake == "order" else [0, 1]
+    sent = [ask("PUT", upload["header"][str(number + 1)], content=pieces[order[number]]) for number in (0, 1)]
+    parts = [{"partNumber": number + 1, "etag": reply.headers["ETag"]} for number, reply in enumerate(sent)]
+    if mistake == "etag":
+        parts[0]["etag"] = '"0"'
+    if mistake == "missing":
+        parts.pop()
+    href = upload["href"] + "0" if mistake == "upload" else upload["href"]
+    status = ask("POST", href, json={"oid": sha, "parts": parts}).status_code
+    assert status == (404 if mistake == "upload" else 400)
+    assert sha not in hub.blobs
 
 
 def test_known_content_is_not_sent_again(api: HfApi, hub: HubServer) -> None:
@@ -237,6 +266,16 @@ def test_headers_of_files(hub: HubServer) -> None:
     assert leaking.status_code == 400
 
 
+def test_files_in_xet_storage_say_so(hub: HubServer) -> None:
+    sha = hub.add_repo(NAME, {"w.bin": LARGE, "a.txt": b"abc"})
+    hub.blobs.put(LARGE, xet="1" * 64)
+    assert [file.xet_hash for file in HfApi().get_paths_info(NAME, ["w.bin", "a.txt"])] == ["1" * 64, None]
+    found = get_hf_file_metadata(f"{hub.url}/{NAME}/resolve/main/w.bin").xet_file_data
+    assert found.file_hash == "1" * 64
+    assert found.refresh_route == f"{hub.url}/api/models/{NAME}/xet-read-token/{sha}"
+    assert get_hf_file_metadata(f"{hub.url}/{NAME}/resolve/main/a.txt").xet_file_data is None
+
+
 @pytest.mark.parametrize(
     ("asked", "status", "start", "end"),
     [
@@ -281,6 +320,7 @@ def test_accounts(hub: HubServer) -> None:
     assert api.whoami(READ_TOKEN)["auth"]["accessToken"]["role"] == "read"
     with pytest.raises(HfHubHTTPError, match="Invalid user token"):
         api.whoami("hf_wrong")
+    assert ask("GET", f"{hub.url}/api/whoami-v2").status_code == 401
 
 
 def test_creating(hub: HubServer) -> None:
@@ -302,6 +342,12 @@ def test_creating(hub: HubServer) -> None:
     assert caught.value.response.status_code == 403
     with pytest.raises(BadRequestError, match="Invalid repository name"):
         api.create_repo("tester/model.ipynb")
+    with pytest.raises(BadRequestError, match="not supported"):
+        api.create_repo(NAME, repo_type="space", space_sdk="static")
+    for name in ("a--b", "a..b", "-a", "a" * 97, ""):  # the client itself refuses these
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        assert ask("POST", f"{hub.url}/api/repos/create", json={"name": name}, headers=headers).status_code == 400
+    assert ask("POST", f"{hub.url}/api/repos/create", content=b"{", headers=headers).status_code == 400
 
 
 def test_writing_needs_rights(hub: HubServer) -> None:
@@ -399,6 +445,8 @@ def test_branches_and_tags(api: HfApi, hub: HubServer) -> None:
     api.delete_tag(NAME, tag="v1")
     with pytest.raises(RevisionNotFoundError):
         api.delete_tag(NAME, tag="v1")
+    with pytest.raises(RevisionNotFoundError):
+        api.delete_branch(NAME, branch="same")
     assert not api.revision_exists(NAME, "same")
     with pytest.raises(HfHubHTTPError):
         api.delete_branch(NAME, branch="main")
@@ -412,6 +460,11 @@ def test_commits_go_to_branches_that_exist(api: HfApi, hub: HubServer) -> None:
 
 
 # refused commits
+
+
+def test_pull_requests_are_refused(api: HfApi) -> None:
+    with pytest.raises(BadRequestError, match="not supported"):
+        api.upload_file(path_or_fileobj=b"1", path_in_repo="a", repo_id=NAME, create_pr=True)
 
 
 def test_stale_parent(api: HfApi, hub: HubServer) -> None:
@@ -433,10 +486,9 @@ def test_someone_commits_in_between(api: HfApi, hub: HubServer) -> None:
     assert set(hub.files(NAME)) == {".gitattributes", "intruder-1.txt", "intruder-2.txt", "a"}
 
 
-def commit_lines(hub: HubServer, *lines: str) -> Any:
+def commit_lines(hub: HubServer, *lines: str, header: str = '{"summary": "s"}') -> Any:
     url = f"{hub.url}/api/models/{NAME}/commit/main"
-    header = '{"key": "header", "value": {"summary": "s"}}'
-    body = "\n".join([header, *lines]).encode()
+    body = "\n".join([f'{{"key": "header", "value": {header}}}', *lines]).encode()
     return ask("POST", url, content=body, headers={"Authorization": f"Bearer {TOKEN}"})
 
 
@@ -454,6 +506,7 @@ def commit_lines(hub: HubServer, *lines: str) -> Any:
 def test_commits_that_are_refused(hub: HubServer, line: str, problem: str) -> None:
     head = hub.add_repo(NAME)
     good = '{"key": "file", "value": {"path": "b", "content": "MQ==", "encoding": "base64"}}'
+    assert commit_lines(hub, good, header="{}").status_code == 400
     response = commit_lines(hub, good, line)
     assert response.status_code == 400
     assert problem in response.json()["error"]
@@ -475,6 +528,7 @@ def test_storage_takes_what_was_announced(hub: HubServer) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     actions = ask("POST", f"{address}/batch", json=body, headers=headers).json()["objects"][0]["actions"]
     href = actions["upload"]["href"]
+    assert ask("GET", href).status_code == 404
     for wrong in (LARGE[:-1], LARGE + b"a", LARGE[:-1] + b"a"):
         assert ask("PUT", href, content=wrong).status_code == 400
     announced = {"oid": sha, "size": len(LARGE)}
@@ -482,6 +536,11 @@ def test_storage_takes_what_was_announced(hub: HubServer) -> None:
     assert ask("PUT", href, content=iter([LARGE[:1000], LARGE[1000:]])).status_code == 200  # sent in chunks
     assert ask("POST", actions["verify"]["href"], json=announced, headers=headers).status_code == 200
     assert ask("POST", f"{address}/batch", json=body).status_code == 401
+    body["operation"] = "download"
+    assert ask("POST", f"{address}/batch", json=body, headers=headers).status_code == 400
+    line = {"key": "lfsFile", "value": {"path": "a", "algo": "sha256", "oid": sha, "size": 3}}
+    assert "not 3" in commit_lines(hub, json.dumps(line)).json()["error"]
+    assert commit_lines(hub, json.dumps(line).replace(": 3}", f": {len(LARGE)}}}")).status_code == 200
 
 
 # failures that tests order

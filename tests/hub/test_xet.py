@@ -151,6 +151,15 @@ def test_changed_file(bench: Bench) -> None:
     assert len(bench.paths("GET", "^/cas/transfers/")) > 2
 
 
+def test_repeated_content(bench: Bench) -> None:
+    data = FILES["random.bin"][:1_000_000] * 3
+    bench.upload({"random.bin": data})
+    assert sum(len(xorb.data) for xorb in bench.store.xorbs.values()) < 1_500_000
+    bench.new_machine()
+    assert bench.download("random.bin") == data
+    assert len(bench.paths("GET", "^/cas/transfers/")) == 1, "chunks are fetched once"
+
+
 def test_ranges_of_a_file(bench: Bench) -> None:
     data = FILES["lines.bin"]
     bench.upload({"lines.bin": data})
@@ -268,8 +277,8 @@ class Parts:
         size = len(piece).to_bytes(3, "little")
         return b"\0" + size + b"\0" + size + piece
 
-    def shard(self, end: int = 2) -> bytes:
-        size, flags = sum(len(piece) for piece in self.pieces[:end]), xet.WITH_VERIFICATION | xet.WITH_SHA256
+    def shard(self, end: int = 2, size: int = 27) -> bytes:
+        flags = xet.WITH_VERIFICATION | xet.WITH_SHA256
         records = [
             xet.blake3([self.root], xet.FILE_KEY)[0] + struct.pack("<IIQ", flags, 1, 0),
             raw(self.name) + struct.pack("<4I", 0, size, 0, end),
@@ -299,9 +308,15 @@ def door(bench: Bench) -> Door:
 
 def test_hand_written_file_is_accepted(bench: Bench, door: Door) -> None:
     parts = Parts()
-    assert send("POST", f"{door.cas}/v1/xorbs/default/{parts.name}", parts.xorb, door.write)[0] == 200
+    footed = parts.xorb + xet.XORB_FOOTER + bytes(100)  # what clients may add to a xorb says nothing new
+    assert send("POST", f"{door.cas}/v1/xorbs/default/{parts.name}", footed, door.write)[0] == 200
     assert send("POST", f"{door.cas}/v1/shards", parts.shard(), door.write)[0] == 200
     assert bench.hub.blobs[parts.sha256] == b"".join(parts.pieces)
+    plan = f"{door.cas}/v2/reconstructions/{next(iter(bench.store.files))}"
+    for span, skipped, start, end in [("0-12", 0, 0, 1), ("12-13", 12, 0, 2), ("13-26", 0, 1, 2), ("20-", 7, 1, 2)]:
+        answer = json.loads(send("GET", plan, token=door.read, Range=f"bytes={span}")[1])
+        assert answer["offset_into_first_range"] == skipped
+        assert [term["range"] for term in answer["terms"]] == [{"start": start, "end": end}]
 
 
 def test_tokens_open_what_they_are_for(door: Door) -> None:
@@ -309,6 +324,7 @@ def test_tokens_open_what_they_are_for(door: Door) -> None:
     xorb, shards = f"{door.cas}/v1/xorbs/default/{parts.name}", f"{door.cas}/v1/shards"
     assert door.ask("write", READ_TOKEN)[0] == 403
     assert door.ask("read", "hf_unknown")[0] == 401
+    assert send("GET", f"{door.api}/xet-read-token/nowhere", token=TOKEN)[0] == 404
     for address in (xorb, shards):
         assert send("POST", address, parts.xorb)[0] == 401
         assert send("POST", address, parts.xorb, TOKEN)[0] == 401, "a token of the Hub"
@@ -338,6 +354,7 @@ def test_upload_without_the_granted_content(door: Door) -> None:
     assert send(grant["method"], grant["url"], parts.xorb + b"more")[0] == 400
     assert send(grant["method"], grant["url"], parts.xorb, door.write)[0] == 403, "a token given away"
     assert send(grant["method"], grant["url"], parts.xorb)[0] == 200
+    assert send("POST", commit.replace(parts.name, "0" * 64), token=door.write)[0] == 404, "of another xorb"
     assert send("POST", commit, token=door.write)[0] == 200
 
 
@@ -361,7 +378,7 @@ def test_shard_that_is_wrong(door: Door, change: dict[str, str | bytes], message
 def test_shard_that_is_cut_off_or_too_long(door: Door) -> None:
     parts = Parts()
     send("POST", f"{door.cas}/v1/xorbs/default/{parts.name}", parts.xorb, door.write)
-    for shard in (b"no shard", parts.shard()[:150], parts.shard(end=1), parts.shard(end=3)):
+    for shard in (b"no shard", parts.shard()[:150], parts.shard(end=1), parts.shard(end=3), parts.shard(size=26)):
         assert send("POST", f"{door.cas}/v1/shards", shard, door.write)[0] == 400
 
 

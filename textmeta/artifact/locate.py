@@ -62,7 +62,7 @@ def locate(
     """
     if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise AdapterError(f"subfolder must be a path below {name}, given {subfolder!r}")
-    if Path(name).is_dir():
+    if name != "" and Path(name).is_dir():
         logger.info("%s is a folder", Path(name).resolve())
         return Location(Path(name) / (subfolder or ""), "folder")
     text = str(name)
