@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,34 @@ def test_meta_train(
     assert (output / "adapter_model.safetensors").read_bytes() == before
     classifier = FewShotClassifier.from_pretrained(output)
     assert list(classifier.fit(["bal bel", "dil dol"], ["x", "y"]).predict(["bal bel"])) == ["x"]
+
+
+def test_the_cards_recipe_makes_the_same_adapter_again(
+    tiny_model: str, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the files lie that the card names
+    first, again = tmp_path / "first", tmp_path / "again"
+    config = str(ROOT / "recipes" / "configs" / "banking77_fomaml.yaml")
+    meta_train("--config", config, *data, "--output", str(first), "--encoder.model", tiny_model, *SHORT)
+    card = (first / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 1
+    (tmp_path / "remake.yaml").write_text(blocks[0])
+    meta_train("--config", "remake.yaml", "--output", str(again), "--test_episodes=4")
+    for name in ("adapter_model.safetensors", "textmeta.safetensors"):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+    assert str(tmp_path) not in card.replace(tiny_model, "")
+
+
+def test_meta_train_starts_from_an_adapter(tiny_model: str, data: list[str], tmp_path: Path) -> None:
+    arguments = [*data, "--encoder.model", tiny_model, *SHORT, "--episodes.queries=2", "--test_shots=[1]"]
+    meta_train(*arguments, "--output", str(tmp_path / "first"))
+    arguments = [argument for argument in arguments if not argument.startswith("--lora")]
+    meta_train(*arguments, "--output", str(tmp_path / "second"), "--start", str(tmp_path / "first"))
+    meta = json.loads((tmp_path / "second" / "textmeta.json").read_text())
+    assert meta["lora"]["rank"] == 4, "of the start, not the default"
+    assert meta["record"]["start"] == "first"
+    assert "started from the adapter `first`" in (tmp_path / "second" / "README.md").read_text()
 
 
 def test_meta_train_needs_something_to_train_on(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def _explain(
             f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason}), and the {kind} {repo_id!r} (revision "
             f"{revision or 'main'}) is not in the cache"
         )
-    if isinstance(error, OSError):  # a file that arrived in part, a full disk
+    if isinstance(error, OSError | RuntimeError):  # a file that arrived in part or damaged, a full disk
         return HubError(f"the {kind} {repo_id!r} could not be transferred: {_first_line(error)}")
     return None
 

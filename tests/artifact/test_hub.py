@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load, save
 
 from tests.artifact.test_store import rewrite_json
+from tests.hub import xet
 from tests.hub.fixture import environment
 from tests.hub.server import READ_TOKEN, TOKEN, Fault, HubServer
 from textmeta import FewShotClassifier
@@ -301,7 +302,7 @@ def test_connection_that_is_always_cut_leaves_nothing_that_is_used(
 def test_file_cut_short_by_the_server_is_refused(hub: HubServer, classifier: FewShotClassifier) -> None:
     classifier.push_to_hub(ADAPTER, token=TOKEN)
     hub.faults.append(Fault("truncate", path=r"storage", method="GET", times=10**6, after=500))
-    with pytest.raises(HubError, match="could not be transferred.*should be of size"):
+    with pytest.raises(HubError, match=r"could not be transferred.*should be of size"):
         load_from(ADAPTER)
     hub.faults.clear()
     load_from(ADAPTER)
@@ -389,14 +390,30 @@ def test_subfolder_that_leads_out_is_refused(hub: HubServer, subfolder: str) -> 
         load_from(ADAPTER, subfolder=subfolder)
 
 
-@pytest.mark.parametrize("xet", [False, True], ids=["lfs", "xet"])
+def test_xet_that_delivers_wrong_bytes_is_refused(
+    hub: HubServer, classifier: FewShotClassifier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The client compares nothing but sizes there; the manifest does."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    xet.enable_client(monkeypatch, tmp_path / "xet")
+    classifier.push_to_hub(ADAPTER, token=TOKEN)
+    for name, xorb in hub.xet.xorbs.items():
+        damaged = bytearray(xorb.data)
+        damaged[len(damaged) // 2] ^= 1
+        hub.xet.xorbs[name] = xorb._replace(data=bytes(damaged))
+    xet.enable_client(monkeypatch, tmp_path / "another")
+    with pytest.raises((AdapterError, HubError), match=r"safetensors is damaged|could not be transferred"):
+        load_from(ADAPTER)
+
+
+@pytest.mark.parametrize("through_xet", [False, True], ids=["lfs", "xet"])
 def test_new_processes_push_and_pull_unmodified(
-    hub: HubServer, classifier: FewShotClassifier, tmp_path: Path, xet: bool
+    hub: HubServer, classifier: FewShotClassifier, tmp_path: Path, through_xet: bool
 ) -> None:
     """Environment variables alone point the processes at the Hub, as users' are pointed at the real one."""
     expected = classifier.fit(TEXTS, LABELS).predict_proba(QUERIES)
     classifier.save_pretrained(tmp_path / "adapter")
-    run = command_line(hub, tmp_path, xet)
+    run = command_line(hub, tmp_path, through_xet)
     pushed = run(
         "-c", "from textmeta.cli import main; main()", "push", "adapter", ADAPTER, "--message", "from a process"
     )
@@ -408,12 +425,12 @@ def test_new_processes_push_and_pull_unmodified(
     run("-c", script)
     assert np.array_equal(np.load(tmp_path / "found.npy"), expected)
     used = {call.path for call in hub.requests}
-    assert any("xorb" in target for target in used) is xet, "through the one storage or the other"
-    assert any("info/lfs" in target for target in used) is not xet
+    assert any("xorb" in target for target in used) is through_xet, "through the one storage or the other"
+    assert any("info/lfs" in target for target in used) is not through_xet
 
 
-def command_line(hub: HubServer, folder: Path, xet: bool) -> Callable[..., str]:
-    variables = environment(hub, folder / "home", TOKEN, xet=xet)
+def command_line(hub: HubServer, folder: Path, through_xet: bool) -> Callable[..., str]:
+    variables = environment(hub, folder / "home", TOKEN, xet=through_xet)
     variables = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
     def run(*arguments: str) -> str:

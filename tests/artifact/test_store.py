@@ -206,30 +206,6 @@ def test_peft_alone_makes_the_same_features(saved: tuple[Path, Encoder, Paramete
     assert not torch.allclose(pool(unadapted), expected, atol=1e-2)
 
 
-def test_card_names_encoder_algorithm_and_results(saved: tuple[Path, Encoder, Parameters], tmp_path: Path) -> None:
-    _, encoder, parameters = saved
-    row = {"accuracy": 0.5}
-    results = {"5-way 1-shot": {"frozen": row, "meta_trained": {"accuracy": 0.75}, "paired": {"low": 0.2, "high": 0.3}}}
-    corpora = [{"name": "toy", "texts": 192, "classes": 2}]
-    record = {
-        "episodes": 40,
-        "settings": {"training": {"algorithm": "reptile"}, "train": {"corpora": corpora}},
-        "results": results,
-    }
-    save_adapter(tmp_path / "adapter", encoder, parameters, INNER, record)
-    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlibrary_name: textmeta\n")
-    assert f"base_model: {encoder.settings.model}" in card
-    assert "reptile, 40 episodes" in card
-    assert "toy (192 texts, 2 classes)" in card
-    assert "| 5-way 1-shot | 50.00 | 75.00 | +20.00 to +30.00 |" in card
-
-
-def test_edited_card_is_fine(folder: Path) -> None:
-    (folder / "README.md").write_text("my own words")
-    load_adapter(folder)
-
-
 def test_user_file_in_the_folder_is_fine(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     load_adapter(folder)

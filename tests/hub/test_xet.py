@@ -378,7 +378,8 @@ def test_shard_that_is_wrong(door: Door, change: dict[str, str | bytes], message
 def test_shard_that_is_cut_off_or_too_long(door: Door) -> None:
     parts = Parts()
     send("POST", f"{door.cas}/v1/xorbs/default/{parts.name}", parts.xorb, door.write)
-    for shard in (b"no shard", parts.shard()[:150], parts.shard(end=1), parts.shard(end=3), parts.shard(size=26)):
+    cut = [parts.shard()[:length] for length in (8, 48, 60, 150, 240)]
+    for shard in (*cut, parts.shard(end=1), parts.shard(end=3), parts.shard(size=26)):
         assert send("POST", f"{door.cas}/v1/shards", shard, door.write)[0] == 400
 
 

@@ -83,7 +83,7 @@ class XetFile(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """Bytes of a xorb that an address without a token gives or takes: `[start, end)`."""
+    """Bytes of a xorb that an address gives without a token: `[start, end)`."""
 
     xorb: str
     start: int
@@ -302,19 +302,19 @@ def parse_xorb(name: str, data: bytes) -> Xorb:
 
 def parse_shard(data: bytes) -> list[XetFile]:
     """The files that a shard registers; what it says of xorbs is known from the xorbs themselves."""
-    if data[:32] != SHARD_TAG or struct.unpack_from("<Q", data, 32)[0] != SHARD_VERSION:
+    if data[:40] != SHARD_TAG + struct.pack("<Q", SHARD_VERSION):
         raise HubError(400, "Not a shard of version 2")
     records = (data[at : at + RECORD] for at in range(RECORD, len(data), RECORD))
     files = []
-    while (head := next(records, LAST_RECORD))[:32] != LAST_RECORD:
-        flags, count = struct.unpack_from("<II", head, 32)
-        try:
+    try:
+        while (head := next(records))[:32] != LAST_RECORD:
+            flags, count = struct.unpack_from("<II", head, 32)
             terms = [parse_term(next(records)) for _ in range(count)]
             proofs = [next(records)[:32] for _ in range(count)] if flags & WITH_VERIFICATION else []
             sha256 = hash_name(next(records)[:32]) if flags & WITH_SHA256 else None
-        except (StopIteration, struct.error):
-            raise HubError(400, "The shard is cut off") from None
-        files.append(XetFile(hash_name(head[:32]), terms, proofs, sha256))
+            files.append(XetFile(hash_name(head[:32]), terms, proofs, sha256))
+    except (StopIteration, struct.error):
+        raise HubError(400, "The shard is cut off") from None
     return files
 
 

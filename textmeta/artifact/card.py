@@ -194,7 +194,7 @@ def _remake(meta: Mapping[str, Any]) -> str:
         return text
     encoder = {key: settings["encoder"][key] for key in ("model", "revision", "pooling", "max_length")}
     config = {
-        "corpora": [{key: value for key, value in source.items() if key != "commit"} for source in sources],
+        "corpora": [_as_settings(source) for source in sources],
         "encoder": encoder,
         "lora": settings["lora"],
         "episodes": settings["train"]["episodes"],
@@ -208,6 +208,12 @@ def _remake(meta: Mapping[str, Any]) -> str:
         f"{text}\n\n## How to remake it\n\nWith `remake.yaml` as below (files named there have to be at hand), "
         f"`python recipes/meta_train.py --config remake.yaml --output runs/again`:\n\n```yaml\n{written}```"
     )
+
+
+def _as_settings(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a source as settings of a corpus: a Hub dataset at the commit that it had."""
+    settings = {key: value for key, value in source.items() if key != "commit"}
+    return {**settings, "revision": source["commit"]} if source.get("commit") else settings
 
 
 def _algorithm(record: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from tqdm import tqdm
 
 from textmeta.errors import DataError, HubError, HubUnreachableError
@@ -58,7 +58,7 @@ def read_hub_dataset(
     except DataError:
         raise
     except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
-        raise DataError(f"cannot load {where} from the Hub: {root_cause(error)}{_advice(error)}") from error
+        raise DataError(f"cannot load {where} from the Hub: {root_cause(error)}{_advice(error, dataset)}") from error
 
 
 def root_cause(error: BaseException) -> str:
@@ -102,10 +102,12 @@ def _streamed(
     return datasets.Dataset.from_list(taken, features=features)
 
 
-def _advice(error: BaseException) -> str:
+def _advice(error: BaseException, dataset: str) -> str:
     if "scripts are no longer supported" in str(error):
         return (
             ". It needs a script of its own, which is never run. The Hub keeps a converted copy of many such datasets: "
             "try the revision refs/convert/parquet. Or look for another copy, or save it as JSON Lines and give that"
         )
+    if "gated dataset" in str(error):  # everybody may look a gated one up, so that this comes late
+        return f" Ask for access at {constants.ENDPOINT}/datasets/{dataset}, then log in with `hf auth login`"
     return FOR_A_FILE
