@@ -1,14 +1,24 @@
 import importlib.util
+import os
+import re
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from textmeta.cli import parse_settings
+from tests.artifact.test_card import record
+from tests.hub.server import TOKEN, HubServer
+from textmeta import FewShotClassifier
+from textmeta.artifact.store import save_adapter
+from textmeta.cli import main, parse_settings
 from textmeta.data.class_splits import read_class_split
 from textmeta.data.corpus import CorpusSettings
 from textmeta.errors import SettingsError
+from textmeta.meta.adaptation import start_parameters
+from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.model.encoder import Encoder
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -23,6 +33,66 @@ def recipe() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def adapter(encoder: Encoder, tmp_path: Path) -> Path:
+    inner = InnerLoopSettings(steps=2)
+    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner), inner)
+    classifier.fit(["bal bel", "dal del"], ["b", "d"]).save_pretrained(tmp_path / "adapter", include_support=True)
+    return tmp_path / "adapter"
+
+
+def test_push_pull_and_info(
+    hub: HubServer, adapter: Path, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
+    main(["push", str(adapter), "tester/mine", "--token", TOKEN, "--base_model", "lab/tiny", "--message", "hello"])
+    assert capsys.readouterr().out.startswith(f"{hub.url}/tester/mine/commit/")
+    main(["pull", "tester/mine", "--folder", str(tmp_path / "pulled")])
+    assert capsys.readouterr().out == f"{tmp_path / 'pulled'}\n"
+    assert (tmp_path / "pulled" / "README.md").read_text(encoding="utf-8").count('"tester/mine"') == 2
+    loaded = FewShotClassifier.from_pretrained(tmp_path / "pulled")
+    assert list(loaded.predict(["bal"])) == ["b"]
+    for name in ("tester/mine", str(tmp_path / "pulled")):
+        main(["info", name])
+        printed = capsys.readouterr().out
+        for part in ("fitted classifier", "whole +yes", "lab/tiny", "2: b, d", "2 stored, readable by anybody"):
+            assert re.search(part, printed), part
+
+
+def test_info_tells_what_it_was_trained_on(
+    encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = InnerLoopSettings(steps=2)
+    save_adapter(tmp_path / "adapter", encoder, start_parameters(encoder.factor_shapes, inner), inner, record())
+    main(["info", str(tmp_path / "adapter")])
+    printed = capsys.readouterr().out
+    assert "fomaml, 1200 episodes" in printed
+    assert "intents: 200 texts, 20 classes, cc-by-4.0" in printed
+    assert "mine: 70 texts, 7 classes, licence not known" in printed
+    assert "5-way 1-shot: 85.27 → 87.36 [+1.62, +2.56]" in printed
+
+
+@pytest.mark.parametrize("command", [["info"], ["push", "owner/name"]], ids=["info", "push"])
+def test_damaged_adapter_ends_the_command_with_a_message(adapter: Path, command: list[str]) -> None:
+    os.truncate(adapter / "adapter_model.safetensors", 100)
+    with pytest.raises(SystemExit, match=r"DamagedAdapterError: .*adapter_model\.safetensors is damaged"):
+        main([command[0], str(adapter), *command[1:]])
+
+
+def test_pull_into_a_place_that_cannot_be_replaced_is_refused_before_the_download(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="working folder"):
+        main(["pull", "tester/mine", "--folder", "."])
+    assert not hub.requests
+
+
+def test_the_command_is_installed() -> None:
+    (command,) = entry_points(group="console_scripts", name="textmeta")
+    assert command.load() is main
 
 
 def write_config(folder: Path, text: str) -> list[str]:

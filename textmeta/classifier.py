@@ -96,7 +96,9 @@ class FewShotClassifier:
             EncoderError: if the encoder cannot be loaded.
         """
         access = HubAccess(token, cache_dir, local_files_only)
-        adapter, _ = load_from(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
+        adapter, where = load_from(name, revision=revision, subfolder=subfolder, access=access)
+        if encoder is None:
+            where.check_encoder(adapter.encoder.model)
         loaded = adapter.load_encoder(device, encoder, access)
         classifier = cls(loaded, adapter.parameters, adapter.inner, adapter.record)
         if adapter.fitted is not None:

@@ -78,6 +78,7 @@ def push(
     token: str | None = None,
     private: bool | None = None,
     message: str | None = None,
+    base_model: str | None = None,
 ) -> None:
     """Push an adapter folder to the Hub, in one commit or not at all.
 
@@ -89,9 +90,17 @@ def push(
         token: an access token that may write; by default the one that `hf auth login` stored.
         private: whether a new repository is private; by default as its owner has set it.
         message: of the commit.
+        base_model: id on the Hub of the adapter's encoder, where the adapter names a folder of this machine.
     """
     done = push_folder(
-        folder, repo, revision=revision, token=token, private=private, commit_message=message, subfolder=subfolder
+        folder,
+        repo,
+        revision=revision,
+        token=token,
+        private=private,
+        commit_message=message,
+        subfolder=subfolder,
+        base_model=base_model,
     )
     print(done.commit_url)
 

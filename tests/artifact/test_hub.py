@@ -227,7 +227,7 @@ def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
         push_folder(tmp_path / "adapter", ADAPTER, token=TOKEN)
     # somebody else's adapter that names a folder of this machine
     hub.add_repo("lab/evil", {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()})
-    with pytest.raises(AdapterError, match=r"no folder of this machine is opened.*name the encoder yourself"):
+    with pytest.raises(AdapterError, match=r"no folder of this machine is opened .*: name the encoder"):
         FewShotClassifier.from_pretrained("lab/evil")
     FewShotClassifier.from_pretrained("lab/evil", encoder=tiny_model)
     # and with the encoder's name on the Hub it can be pushed

@@ -36,6 +36,18 @@ class Location:
     kind: Literal["folder", "shipped", "hub"]
     commit: str | None = None
 
+    def check_encoder(self, model: str) -> None:
+        """Check that loading an encoder because this adapter names it opens no folder of the machine's owner.
+
+        Raises:
+            AdapterError: if the adapter is from the Hub, but the encoder that it names is not.
+        """
+        if self.kind == "hub" and (not is_repo_id(model) or Path(model).is_dir()):
+            raise AdapterError(
+                f"the adapter in {self.folder} names {model!r} as its encoder. It came from the Hub, and no folder of "
+                "this machine is opened because somebody else's adapter says so: name the encoder yourself"
+            )
+
 
 def locate(
     name: str | Path,
@@ -91,7 +103,6 @@ def load_from(
     revision: str | None = None,
     subfolder: str | None = None,
     access: HubAccess | None = None,
-    encoder: str | None = None,
 ) -> tuple[Adapter, Location]:
     """Load an adapter by its name (:func:`locate`); one that is damaged in the Hub's cache is downloaded again, once.
 
@@ -100,10 +111,9 @@ def load_from(
         revision: branch, tag or commit on the Hub.
         subfolder: of the folder or repository.
         access: how the Hub is reached.
-        encoder: where the caller will load the encoder from, if not from where the adapter says.
 
     Raises:
-        AdapterError: if it is none, is damaged, or names an encoder that is not on the Hub though it is itself.
+        AdapterError: if it is none, or damaged.
         HubError: see :func:`locate`.
     """
     access = access or HubAccess()
@@ -118,11 +128,6 @@ def load_from(
         logger.warning("%s; downloading it again", error)
         where = locate(name, revision=where.commit, subfolder=subfolder, access=access, force=True)
         adapter = load_adapter(where.folder)
-    if where.kind == "hub" and encoder is None and not is_repo_id(adapter.encoder.model):
-        raise AdapterError(
-            f"the adapter {name!r} names {adapter.encoder.model!r} as its encoder, which is no id on the Hub, and no "
-            "folder of this machine is opened because somebody else's adapter says so: name the encoder yourself"
-        )
     return adapter, where
 
 

@@ -67,15 +67,30 @@ def push_folder(
     private: bool | None = None,
     commit_message: str | None = None,
     subfolder: str | None = None,
+    base_model: str | None = None,
 ) -> CommitInfo:
     """Push an adapter folder as it is, its card with whatever was edited in it; see :func:`push_adapter`.
+
+    With a ``base_model`` the files that name the encoder, and the card, are written anew.
 
     Raises:
         AdapterError: if the folder is no whole adapter, or its encoder no id on the Hub.
         HubError: see :func:`push_adapter`.
     """
     folder = Path(folder)
-    _check_encoder(load_adapter(folder))
+    adapter = load_adapter(folder)
+    if base_model is not None:
+        return push_adapter(
+            adapter,
+            repo_id,
+            revision=revision,
+            token=token,
+            private=private,
+            commit_message=commit_message,
+            subfolder=subfolder,
+            base_model=base_model,
+        )
+    _check_encoder(adapter)
     files = read_folder(folder)
     if (folder / CARD).is_file():
         files[CARD] = read_file(folder, CARD)

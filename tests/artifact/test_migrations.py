@@ -1,0 +1,76 @@
+"""Adapters of older formats load; those of newer ones are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.artifact.test_store import random_parameters, rewrite
+from textmeta.artifact import migrations
+from textmeta.artifact.migrations import FORMAT_VERSION, migrate
+from textmeta.artifact.store import load_adapter, save_adapter
+from textmeta.errors import AdapterError
+from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.model.encoder import Encoder
+
+INNER = InnerLoopSettings(steps=2)
+PATH = Path("textmeta.json")
+
+
+def as_version_1(folder: Path, encoder: Encoder) -> None:
+    """Rewrite a folder as textmeta wrote it in format 1: no commit, one version, PEFT's whole configuration."""
+    meta = json.loads((folder / "textmeta.json").read_text())
+    meta["format_version"] = 1
+    meta["textmeta_version"] = meta.pop("versions")["textmeta"]
+    del meta["encoder"]["commit"]
+    rewrite(folder, "textmeta.json", json.dumps(meta).encode())
+    config: dict[str, Any] = {
+        **encoder.peft_config.to_dict(),
+        "base_model_name_or_path": encoder.settings.model,
+        "revision": None,
+        "task_type": "FEATURE_EXTRACTION",
+        "inference_mode": True,
+    }
+    config = {key: sorted(value, reverse=True) if isinstance(value, set) else value for key, value in config.items()}
+    rewrite(folder, "adapter_config.json", json.dumps(config, default=str).encode())
+
+
+def test_version_1_loads(encoder: Encoder, tmp_path: Path) -> None:
+    parameters = random_parameters(encoder)
+    save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
+    as_version_1(tmp_path / "adapter", encoder)
+    adapter = load_adapter(tmp_path / "adapter")
+    assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
+    assert (adapter.commit, adapter.record) == (None, {"episodes": 7})
+    assert adapter.versions["textmeta"] is not None
+    assert adapter.load_encoder().weights_sha256 == encoder.weights_sha256
+
+
+def test_every_older_version_has_a_way_up() -> None:
+    assert set(migrations.MIGRATIONS) == set(range(1, FORMAT_VERSION))
+
+
+def test_migrations_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {version: lambda meta, version=version: {**meta, "seen": [*meta["seen"], version]} for version in (1, 2, 3)}
+    monkeypatch.setattr(migrations, "MIGRATIONS", steps)
+    monkeypatch.setattr(migrations, "FORMAT_VERSION", 4)
+    assert migrate({"format_version": 2, "seen": []}, PATH) == {"format_version": 4, "seen": [2, 3]}
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 10**30])
+def test_newer_version_says_what_to_install(version: int) -> None:
+    with pytest.raises(AdapterError, match=r"textmeta\.json has format version .*; a newer textmeta is needed: pip"):
+        migrate({"format_version": version}, PATH)
+
+
+@pytest.mark.parametrize("version", [0, -1, 1.5, True, "2", None, [1]])
+def test_what_is_no_version_is_refused(version: object) -> None:
+    with pytest.raises(AdapterError, match=r"textmeta\.json has format version .*, this textmeta reads 1 to \d+$"):
+        migrate({"format_version": version}, PATH)
+
+
+def test_version_1_that_is_none_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"is not what format version 1 is"):
+        migrate({"format_version": 1, "encoder": 3}, PATH)
