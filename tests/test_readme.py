@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub.server import TOKEN, USER, HubServer
 from textmeta.artifact.store import save_adapter
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.model.encoder import Encoder
+from textmeta.model.encoder import Encoder, EncoderSettings
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -17,20 +18,22 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_of_the_readme_runs(
-    block: str, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: str, hub: HubServer, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    inner = InnerLoopSettings()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
+    encoder, inner = Encoder(EncoderSettings("lab/tiny", max_length=32)), InnerLoopSettings()
     save_adapter("demo-output", encoder, start_parameters(encoder.factor_shapes, inner), inner, {})
     with open("intents.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["utterance", "intent"])
         writer.writerows((f"{word} {number}", word) for word in ("bal", "bel", "bil") for number in range(5))
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block.replace("your-name/", f"{USER}/"), "README.md", "exec"), {})
 
 
 def test_the_readme_has_python() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 def test_every_recipe_and_config_named_in_the_readme_exists() -> None:

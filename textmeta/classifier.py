@@ -1,6 +1,5 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor
 
+from textmeta.artifact.adapter import Adapter, FittedHead
 from textmeta.artifact.locate import load_from
 from textmeta.artifact.merged import write_merged
 from textmeta.artifact.publish import push_adapter
-from textmeta.artifact.store import Adapter, FittedHead, save_adapter
+from textmeta.artifact.store import save_adapter
+from textmeta.data.labels import checked_labels, label_array, label_from_json, label_to_json, sorted_if_possible
 from textmeta.data.texts import checked_texts
 from textmeta.errors import AdapterError, DataError, NotFittedError
 from textmeta.hub import HubAccess
@@ -104,8 +105,8 @@ class FewShotClassifier:
         if adapter.fitted is not None:
             classifier._factors = {name: value.to(device) for name, value in adapter.fitted.factors.items()}
             classifier._weights = adapter.fitted.weights.to(device)
-            labels = [_label_from_json(label) for label in adapter.fitted.classes]
-            classifier.classes_ = _label_array(labels)
+            labels = [label_from_json(label) for label in adapter.fitted.classes]
+            classifier.classes_ = label_array(labels)
             if adapter.fitted.support is not None:
                 classifier.support_ = [(text, labels[index]) for text, index in adapter.fitted.support]
         return classifier
@@ -125,10 +126,10 @@ class FewShotClassifier:
                 are fewer than two classes.
         """
         texts = checked_texts(texts, "fit")
-        rows = _checked_labels(labels)
+        rows = checked_labels(labels)
         if len(texts) != len(rows):
             raise DataError(f"fit: {len(texts)} texts but {len(rows)} labels")
-        classes = _sorted_if_possible(dict.fromkeys(rows))
+        classes = sorted_if_possible(dict.fromkeys(rows))
         if len(classes) < 2:
             raise DataError(f"fit needs examples of at least 2 classes, found {len(classes)}: {classes}")
         index = {label: i for i, label in enumerate(classes)}
@@ -143,7 +144,7 @@ class FewShotClassifier:
             adapted = adapt(self._encoder, self._parameters, support, self._inner)
             self._weights = task_weights(self._encoder, adapted, support)[0]
         self._factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
-        self.classes_ = _label_array(classes)
+        self.classes_ = label_array(classes)
         self.support_ = list(zip(texts, rows, strict=True))
         return self
 
@@ -178,7 +179,7 @@ class FewShotClassifier:
 
     def score(self, texts: Sequence[str], labels: Iterable[Hashable]) -> float:
         """Return the share of texts whose label is predicted right."""
-        rows = _checked_labels(labels)
+        rows = checked_labels(labels)
         predicted = self.predict(texts)
         if len(predicted) != len(rows) or not rows:
             raise DataError(f"score: {len(predicted)} texts but {len(rows)} labels, expected as many, and at least 1")
@@ -267,71 +268,5 @@ class FewShotClassifier:
             index = {label: number for number, label in enumerate(self.classes_.tolist())}
             support = [(text, index[label]) for text, label in self.support_]
         return FittedHead(
-            self._factors, self._weights, [_label_to_json(label) for label in self.classes_.tolist()], support
+            self._factors, self._weights, [label_to_json(label) for label in self.classes_.tolist()], support
         )
-
-
-def _checked_labels(labels: Iterable[Hashable]) -> list[Any]:
-    if isinstance(labels, str):
-        raise DataError("expected a list of labels, given one string; put it into a list")
-    # scalars of NumPy and PyTorch, the latter hashed by identity, become Python's own
-    checked = [label.item() if isinstance(label, np.generic | Tensor) else label for label in labels]
-    for row, label in enumerate(checked):
-        try:
-            hash(label)
-        except TypeError as error:
-            raise DataError(f"row {row}: label {label!r:.60} of type {type(label).__name__} is not hashable") from error
-        if _is_missing(label):
-            raise DataError(f"row {row}: the label is missing ({label})")
-    return checked
-
-
-def _is_missing(label: Any) -> bool:
-    try:
-        return label is None or bool(label != label)
-    except TypeError:
-        return True  # pandas' NA, which has no truth value
-
-
-def _sorted_if_possible(labels: Iterable[Any]) -> list[Any]:
-    labels = list(labels)
-    try:
-        return sorted(labels)
-    except TypeError:
-        return labels
-
-
-def _label_array(labels: list[Any]) -> np.ndarray:
-    """Return labels as an array that gives each back as it is: NumPy's own type only where all have the same."""
-    if len({type(label) for label in labels}) == 1 and isinstance(labels[0], str | bool | int | float):
-        array = np.array(labels)
-        # NumPy makes floats of very large integers, and drops null characters from the end of strings
-        if [(type(label), label) for label in array.tolist()] == [(type(label), label) for label in labels]:
-            return array
-    array = np.empty(len(labels), dtype=object)
-    for row, label in enumerate(labels):
-        array[row] = label
-    return array
-
-
-def _label_to_json(label: Any) -> Any:
-    if isinstance(label, tuple):
-        return {"tuple": [_label_to_json(part) for part in label]}
-    if isinstance(label, float) and not math.isfinite(label):
-        return {"float": str(label)}
-    if type(label) in (str, int, float, bool):
-        return label
-    raise AdapterError(
-        f"cannot save a classifier whose label {label!r:.60} is a {type(label).__name__}; labels that can be saved are "
-        "strings, numbers, truth values, and tuples of these"
-    )
-
-
-def _label_from_json(label: Any) -> Any:
-    if isinstance(label, dict) and isinstance(label.get("tuple"), list):
-        return tuple(_label_from_json(part) for part in label["tuple"])
-    if isinstance(label, dict) and label.get("float") in ("inf", "-inf"):
-        return float(label["float"])
-    if type(label) in (str, int, float, bool):
-        return label
-    raise AdapterError(f"classifier.json: unexpected label {label!r:.60}")

@@ -17,9 +17,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
+from textmeta.artifact.adapter import FittedHead
 from textmeta.artifact.folder import MANIFEST
 from textmeta.artifact.migrations import FORMAT_VERSION
-from textmeta.artifact.store import FittedHead, load_adapter, save_adapter
+from textmeta.artifact.store import load_adapter, save_adapter
 from textmeta.errors import AdapterError
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings

@@ -24,7 +24,7 @@ def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path, 
     """Let huggingface_hub, transformers and datasets, imported offline, use a Hub, an empty cache and no token.
 
     Most settings are read from modules at each use. What is kept from one use to the next is replaced or dropped:
-    client objects, file systems, and the session, whose open connections do no harm.
+    client objects and file systems. Connections that are open do no harm: the Hub at their other end is gone.
     """
     for name in TOKEN_VARIABLES:
         monkeypatch.delenv(name, raising=False)

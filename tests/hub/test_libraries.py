@@ -163,6 +163,6 @@ def test_data_is_pushed(hub: HubServer) -> None:
 def test_offline_again() -> None:
     """Without the fixture nothing is asked of any Hub."""
     with pytest.raises((OfflineModeIsEnabled, ConnectionError)):
-        load_dataset(DATA)
+        load_dataset("tester/in-no-cache")
     assert constants.HF_HUB_OFFLINE
     assert constants.ENDPOINT == "https://huggingface.co"

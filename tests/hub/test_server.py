@@ -151,6 +151,8 @@ def test_commits_are_immutable_and_reproducible(hub: HubServer) -> None:
     with HubServer() as other:
         assert other.add_repo("someone/else", {"a": b"1"}) == first
         assert other.commit("someone/else", {"a": b"2", "b": b"4"}) != second
+        other.add_repo("some/other", {"a": b"0"})
+        assert other.commit("some/other", {"a": b"2", "b": b"3"}) != second  # the same files after something else
 
 
 def test_deleting_and_copying(api: HfApi, hub: HubServer) -> None:
@@ -417,19 +419,18 @@ def test_invalid_token(hub: HubServer) -> None:
 def test_branches_and_tags(api: HfApi, hub: HubServer) -> None:
     first = hub.commit(NAME, {"a": b"1"})
     api.create_tag(NAME, tag="v1")
+    moved = hub.commit(NAME, {"a": b"new"})
     api.create_branch(NAME, branch="feature/x", revision="v1")
     second = api.upload_file(path_or_fileobj=b"2", path_in_repo="a", repo_id=NAME, revision="feature/x").oid
     assert Path(hf_hub_download(NAME, "a", revision="feature/x")).read_bytes() == b"2"
     assert Path(hf_hub_download(NAME, "a", revision="v1")).read_bytes() == b"1"
-    assert hub.files(NAME)["a"] == b"1"
+    assert hub.files(NAME)["a"] == b"new"
     hub.tag(NAME, "v2", "feature/x")
     hub.branch(NAME, "same")
     found = api.list_repo_refs(NAME)
-    assert {ref.name: ref.target_commit for ref in found.branches} == {
-        "main": first,
-        "same": first,
-        "feature/x": second,
-    }
+    heads = {ref.name: ref.target_commit for ref in found.branches}
+    assert heads == {"main": moved, "same": moved, "feature/x": second}
+    assert hub.repos["model", NAME].commits[second].parent == first
     assert {ref.name: ref.target_commit for ref in found.tags} == {"v1": first, "v2": second}
     api.create_branch(NAME, branch="same", exist_ok=True)
     api.create_tag(NAME, tag="v1", exist_ok=True)
@@ -529,6 +530,7 @@ def test_storage_takes_what_was_announced(hub: HubServer) -> None:
     actions = ask("POST", f"{address}/batch", json=body, headers=headers).json()["objects"][0]["actions"]
     href = actions["upload"]["href"]
     assert ask("GET", href).status_code == 404
+    assert ask("PUT", href.replace(f"size={len(LARGE)}", "size=3"), content=LARGE).status_code == 400
     for wrong in (LARGE[:-1], LARGE + b"a", LARGE[:-1] + b"a"):
         assert ask("PUT", href, content=wrong).status_code == 400
     announced = {"oid": sha, "size": len(LARGE)}

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from textmeta.artifact.adapter import Adapter
 from textmeta.artifact.card import corpora_of
 from textmeta.artifact.locate import Location
-from textmeta.artifact.store import Adapter
 from textmeta.model.initialisation import head_scalars, lora_factors
 
 __all__ = ["describe"]

@@ -8,9 +8,10 @@ from typing import Literal
 
 from huggingface_hub import HfApi
 
+from textmeta.artifact.adapter import Adapter
 from textmeta.artifact.card import CARD, is_repo_id
 from textmeta.artifact.folder import MANIFEST, seems_to_be
-from textmeta.artifact.store import ADAPTER_FILES, Adapter, load_adapter
+from textmeta.artifact.store import ADAPTER_FILES, load_adapter
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
 from textmeta.hub import HubAccess, clear_hub_errors, fetch_snapshot
 

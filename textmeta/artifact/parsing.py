@@ -14,7 +14,7 @@ from torch import Tensor
 
 from textmeta.errors import AdapterError, SettingsError
 
-__all__ = ["at", "read_json", "read_settings", "read_tensors", "write_json"]
+__all__ = ["member", "read_json", "read_settings", "read_tensors", "write_json"]
 
 S = TypeVar("S")
 
@@ -81,14 +81,12 @@ def read_tensors(content: bytes, path: Path, *, any_float: bool = False) -> dict
     return {key: value.float() for key, value in tensors.items()}
 
 
-def read_settings(kind: Callable[..., S], fields: Any, path: Path, part: str) -> S:
+def read_settings(kind: Callable[..., S], fields: Mapping[str, Any], path: Path, part: str) -> S:
     """Make a dataclass of settings from a JSON object, each value of exactly the type that the dataclass declares.
 
     Raises:
         AdapterError: for an unknown or missing name, a value of another type, or one out of range.
     """
-    if not isinstance(fields, dict):
-        raise AdapterError(f"{path}: expected an object for {part!r}, found {type(fields).__name__}")
     hints = get_type_hints(kind)
     for name, value in fields.items():
         if name not in hints:
@@ -118,15 +116,14 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def at(meta: Mapping[str, Any], path: Path, *keys: str) -> Any:
-    """Return a part of a JSON object by its keys.
+def member(content: Mapping[str, Any], key: str, kind: Any, path: Path) -> Any:
+    """Return a member of a JSON object, of exactly this type (a union means one of several).
 
     Raises:
-        AdapterError: if it is missing.
+        AdapterError: if it is missing, or of another type.
     """
-    found: Any = meta
-    for key in keys:
-        if not isinstance(found, dict) or key not in found:
-            raise AdapterError(f"{path} lacks {'.'.join(keys)!r}")
-        found = found[key]
-    return found
+    if key not in content:
+        raise AdapterError(f"{path} lacks {key!r}")
+    if not _fits(content[key], kind):
+        raise AdapterError(f"{path}: {key!r} is {content[key]!r:.60}, expected {kind}")
+    return content[key]

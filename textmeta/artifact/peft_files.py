@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from textmeta.artifact.folder import read_file
-from textmeta.artifact.parsing import at, read_json, read_tensors, write_json
+from textmeta.artifact.parsing import member, read_json, read_tensors, write_json
 from textmeta.errors import AdapterError, DamagedAdapterError
 from textmeta.model.lora import LoraSettings
 
@@ -127,7 +127,7 @@ def read_foreign_lora(folder: Path) -> ForeignLora:
     """
     path = folder / CONFIG
     config = read_json(read_file(folder, CONFIG), path)
-    if at(config, path, "peft_type") != "LORA":
+    if member(config, "peft_type", str, path) != "LORA":
         raise AdapterError(f"{path}: peft_type is {config['peft_type']!r:.40}, expected 'LORA'")
     defaults = _defaults()
     for key, value in sorted(config.items()):

@@ -8,9 +8,10 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
+from textmeta.artifact.adapter import Adapter
 from textmeta.artifact.card import CARD, NAME, is_repo_id
 from textmeta.artifact.folder import MANIFEST, manifest_of, read_file, read_folder
-from textmeta.artifact.store import ADAPTER_FILES, Adapter, adapter_files, load_adapter
+from textmeta.artifact.store import ADAPTER_FILES, adapter_files, load_adapter
 from textmeta.errors import AdapterError, HubError
 from textmeta.hub import clear_hub_errors
 

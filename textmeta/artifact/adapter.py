@@ -1,0 +1,128 @@
+"""An adapter in memory: everything that an adapter folder holds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textmeta.artifact import peft_files
+from textmeta.errors import AdapterError, EncoderError
+from textmeta.hub import HubAccess
+from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.model.initialisation import Parameters, lora_factors
+from textmeta.model.lora import LoraSettings
+
+__all__ = ["HEAD", "Adapter", "FittedHead"]
+
+HEAD = "classifier.safetensors"  # the file of a fitted head
+LIBRARIES = ("textmeta", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class FittedHead:
+    """What ``fit`` made of one task.
+
+    Args:
+        factors: every LoRA factor by name, (out, in).
+        weights: (C, d), the head.
+        classes: labels in the order of the head's rows, as JSON holds them.
+        support: text and class (index) of each example that it was fitted on; None where they are not kept.
+    """
+
+    factors: dict[str, Tensor]
+    weights: Tensor
+    classes: list[Any]
+    support: list[tuple[str, int]] | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The content of an adapter folder.
+
+    Args:
+        parameters: the initialisation.
+        inner: the inner loop that it was learned for.
+        encoder: settings of the encoder that it belongs to.
+        lora: settings of the LoRA.
+        weights_sha256: hash of the encoder's weights (:func:`~textmeta.model.pretrained.weights_digest`).
+        commit: of the encoder's repository, where it came from the Hub.
+        record: how it was trained.
+        fitted: of a fitted classifier.
+        versions: of the libraries that it was written with.
+    """
+
+    parameters: Parameters
+    inner: InnerLoopSettings
+    encoder: EncoderSettings
+    lora: LoraSettings
+    weights_sha256: str
+    commit: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    fitted: FittedHead | None = None
+    versions: dict[str, str | None] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
+
+    @classmethod
+    def of(
+        cls,
+        encoder: Encoder,
+        parameters: Mapping[str, Tensor],
+        inner: InnerLoopSettings,
+        record: Mapping[str, Any],
+        fitted: FittedHead | None = None,
+    ) -> "Adapter":
+        """Make the adapter of an encoder in hand; see the class's arguments."""
+        settings, digest = encoder.settings, encoder.weights_sha256
+        return cls(dict(parameters), inner, settings, encoder.lora, digest, encoder.commit, dict(record), fitted)
+
+    def load_encoder(
+        self, device: str | torch.device = "cpu", model: str | None = None, access: HubAccess | None = None
+    ) -> Encoder:
+        """Load the encoder that this adapter belongs to.
+
+        Args:
+            device: where it runs.
+            model: where to load it from, if not from the id or folder that the adapter names.
+            access: how the Hub is reached.
+
+        Raises:
+            AdapterError: if its weights are not those that the adapter was trained on.
+            EncoderError: if it cannot be loaded.
+        """
+        encoder = self._any_encoder(device, model, access)
+        if encoder.weights_sha256 != self.weights_sha256:
+            raise AdapterError(
+                f"the adapter belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…, but the "
+                f"weights of {encoder.settings.model} are {encoder.weights_sha256[:12]}…"
+            )
+        shapes = encoder.factor_shapes
+        given = {name: tuple(value.shape) for name, value in lora_factors(self.parameters).items()}
+        if shapes != given:
+            wrong = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+            raise AdapterError(
+                f"{peft_files.WEIGHTS}: {wrong[0]} has shape {given.get(wrong[0])}, expected "
+                f"{shapes.get(wrong[0])} ({len(wrong)} such tensors)"
+            )
+        if self.fitted is not None and self.fitted.weights.shape[1] != encoder.hidden_size:
+            raise AdapterError(
+                f"{HEAD}: weights have {self.fitted.weights.shape[1]} columns, but features of "
+                f"{encoder.settings.model} have {encoder.hidden_size}"
+            )
+        return encoder
+
+    def _any_encoder(self, device: str | torch.device, model: str | None, access: HubAccess | None) -> Encoder:
+        """Load the encoder; of one on the Hub the commit that the adapter was trained on, if it can be had."""
+        if model:
+            return Encoder(replace(self.encoder, model=model, revision=None), self.lora, device, access=access)
+        try:
+            return Encoder(
+                replace(self.encoder, revision=self.commit or self.encoder.revision), self.lora, device, access=access
+            )
+        except EncoderError:
+            if self.commit is None:
+                raise
+            # any other copy will do if its weights are the same, and the caller compares them
+            return Encoder(self.encoder, self.lora, device, access=access)

@@ -1,0 +1,94 @@
+"""Labels of any hashable type, as a classifier is given them, returns them and stores them."""
+
+import math
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from textmeta.errors import AdapterError, DataError
+
+__all__ = ["checked_labels", "label_array", "label_from_json", "label_to_json", "sorted_if_possible"]
+
+
+def checked_labels(labels: Iterable[Hashable]) -> list[Any]:
+    """Return labels as Python's own values.
+
+    Raises:
+        DataError: naming the row, if one is missing or not hashable.
+    """
+    if isinstance(labels, str):
+        raise DataError("expected a list of labels, given one string; put it into a list")
+    # scalars of NumPy and PyTorch, the latter hashed by identity, become Python's own
+    checked = [label.item() if isinstance(label, np.generic | Tensor) else label for label in labels]
+    for row, label in enumerate(checked):
+        try:
+            hash(label)
+        except TypeError as error:
+            raise DataError(f"row {row}: label {label!r:.60} of type {type(label).__name__} is not hashable") from error
+        if _is_missing(label):
+            raise DataError(f"row {row}: the label is missing ({label})")
+    return checked
+
+
+def _is_missing(label: Any) -> bool:
+    try:
+        return label is None or bool(label != label)
+    except TypeError:
+        return True  # pandas' NA, which has no truth value
+
+
+def sorted_if_possible(labels: Iterable[Any]) -> list[Any]:
+    """Return labels sorted, or as they are where they cannot be compared."""
+    labels = list(labels)
+    try:
+        return sorted(labels)
+    except TypeError:
+        return labels
+
+
+def label_array(labels: list[Any]) -> np.ndarray:
+    """Return labels as an array that gives each back as it is: NumPy's own type only where all have the same."""
+    if len({type(label) for label in labels}) == 1 and isinstance(labels[0], str | bool | int | float):
+        array = np.array(labels)
+        # NumPy makes floats of very large integers, and drops null characters from the end of strings
+        if [(type(label), label) for label in array.tolist()] == [(type(label), label) for label in labels]:
+            return array
+    array = np.empty(len(labels), dtype=object)
+    for row, label in enumerate(labels):
+        array[row] = label
+    return array
+
+
+def label_to_json(label: Any) -> Any:
+    """Return a label as JSON holds it.
+
+    Raises:
+        AdapterError: if it is no string, number, truth value, or tuple of these.
+    """
+    if isinstance(label, tuple):
+        return {"tuple": [label_to_json(part) for part in label]}
+    if isinstance(label, float) and not math.isfinite(label):
+        return {"float": str(label)}
+    if type(label) in (str, int, float, bool):
+        return label
+    raise AdapterError(
+        f"cannot save a classifier whose label {label!r:.60} is a {type(label).__name__}; labels that can be saved are "
+        "strings, numbers, truth values, and tuples of these"
+    )
+
+
+def label_from_json(label: Any) -> Any:
+    """Return the label that :func:`label_to_json` was given.
+
+    Raises:
+        AdapterError: if it is none that it returns.
+    """
+    if isinstance(label, dict) and isinstance(label.get("tuple"), list):
+        return tuple(label_from_json(part) for part in label["tuple"])
+    if isinstance(label, dict) and label.get("float") in ("inf", "-inf"):
+        return float(label["float"])
+    if type(label) in (str, int, float, bool):
+        return label
+    raise AdapterError(f"classifier.json: unexpected label {label!r:.60}")
