@@ -12,7 +12,7 @@ from torch import Tensor
 from textmeta.artifact.adapter import Adapter, FittedHead
 from textmeta.artifact.locate import load_from
 from textmeta.artifact.merged import write_merged
-from textmeta.artifact.publish import push_adapter
+from textmeta.artifact.publish import Destination, push_adapter
 from textmeta.artifact.store import save_adapter
 from textmeta.data.labels import checked_labels, label_array, label_from_json, label_to_json, sorted_if_possible
 from textmeta.data.texts import checked_texts
@@ -219,7 +219,8 @@ class FewShotClassifier:
             revision: branch; made if there is none.
             subfolder: of the repository.
             token: an access token that may write; None takes the one that `hf auth login` stored.
-            private: whether a new repository is private; None leaves that to the owner's default.
+            private: whether a new repository is private; None leaves that to the owner's default. One that is there
+                already must be private, if this is True.
             commit_message: of the commit.
             include_support: see :meth:`save_pretrained`.
             base_model: id on the Hub of the encoder, where it was loaded from a folder.
@@ -232,16 +233,9 @@ class FewShotClassifier:
             HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
         """
         fitted = self._fitted(include_support)
-        return push_adapter(
-            Adapter.of(self._encoder, self._parameters, self._inner, self._record, fitted),
-            repo_id,
-            revision=revision,
-            token=token,
-            private=private,
-            commit_message=commit_message,
-            subfolder=subfolder,
-            base_model=base_model,
-        )
+        adapter = Adapter.of(self._encoder, self._parameters, self._inner, self._record, fitted)
+        to = Destination(repo_id, revision, subfolder, token, private, commit_message)
+        return push_adapter(adapter, to, base_model=base_model)
 
     def merge(self, folder: str | Path) -> None:
         """Write the encoder with its LoRA merged, that of the fitted task if there is one, as a sentence encoder.

@@ -16,7 +16,7 @@ from textmeta.artifact.card import CARD
 from textmeta.artifact.describe import describe
 from textmeta.artifact.folder import check_destination, copy_folder
 from textmeta.artifact.locate import load_from
-from textmeta.artifact.publish import push_folder
+from textmeta.artifact.publish import Destination, push_folder
 from textmeta.errors import SettingsError, TextMetaError
 from textmeta.hub import HubAccess
 
@@ -92,16 +92,8 @@ def push(
         message: of the commit.
         base_model: id on the Hub of the adapter's encoder, where the adapter names a folder of this machine.
     """
-    done = push_folder(
-        folder,
-        repo,
-        revision=revision,
-        token=token,
-        private=private,
-        commit_message=message,
-        subfolder=subfolder,
-        base_model=base_model,
-    )
+    to = Destination(repo, revision, subfolder, token, private, message)
+    done = push_folder(folder, to, base_model=base_model)
     print(done.commit_url)
 
 

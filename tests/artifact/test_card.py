@@ -48,7 +48,10 @@ def record() -> dict[str, Any]:
         },
         "sources": [HUB_SOURCE, FILE_SOURCE],
         "test": {"corpora": [{**corpus("intents", 11), "source": HUB_SOURCE}]},
-        "results": {"5-way 1-shot": {"frozen": row(0.8527), "meta_trained": row(0.8736), "paired": paired}},
+        "results": {
+            "5-way 1-shot": {"frozen": row(0.8527), "meta_trained": row(0.8736), "paired": paired},
+            "5-way 5-shot": {"frozen": row(0.94), "meta_trained": row(0.95), "paired": paired},
+        },
     }
 
 
@@ -81,9 +84,18 @@ def test_metadata_is_what_the_hub_accepts_and_says_what_it_is(hub: HubServer) ->
     assert data.datasets == ["lab/intents"], "local files are none on the Hub"
     assert data.metrics == ["accuracy"]
     assert {"few-shot", "meta-learning", "lora", "peft", "fomaml"} <= set(data.tags or [])
-    (result,) = data.eval_results or []
-    assert (result.dataset_type, result.metric_type, result.metric_value) == ("lab/intents", "accuracy", 0.8736)
-    assert result.dataset_name == "intents, classes never seen in training, 5-way 1-shot"
+    found = {result.dataset_config: result for result in data.eval_results or []}
+    assert {name: result.metric_value for name, result in found.items()} == {
+        "5-way 1-shot": 0.8736,
+        "5-way 5-shot": 0.95,
+    }
+    one = found["5-way 1-shot"]
+    assert (one.dataset_type, one.metric_type, one.metric_name) == (
+        "lab/intents",
+        "accuracy",
+        "accuracy, mean of 600 episodes",
+    )
+    assert one.dataset_name == "intents, classes never seen in training"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from textmeta import FewShotClassifier
 from textmeta.artifact import locate as locating
 from textmeta.artifact.folder import MANIFEST
 from textmeta.artifact.locate import load_from
-from textmeta.artifact.publish import push_folder
+from textmeta.artifact.publish import Destination, push_folder
 from textmeta.errors import AdapterError, EncoderError, HubError, HubUnreachableError
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
@@ -165,6 +165,14 @@ def test_private_repository(hub: HubServer, classifier: FewShotClassifier) -> No
     FewShotClassifier.from_pretrained(ADAPTER, token=READ_TOKEN)
 
 
+def test_private_push_into_a_public_repository_is_refused(hub: HubServer, classifier: FewShotClassifier) -> None:
+    classifier.push_to_hub(ADAPTER, token=TOKEN, private=False)
+    before = hub.files(ADAPTER)
+    with pytest.raises(HubError, match=r"not pushed: 'tester/adapter' is there already, and is public"):
+        classifier.fit(TEXTS, LABELS).push_to_hub(ADAPTER, token=TOKEN, private=True, include_support=True)
+    assert hub.files(ADAPTER) == before
+
+
 def test_gated_repository(hub: HubServer) -> None:
     hub.add_repo("lab/gated", {"textmeta.json": b"{}"}, gated=True)
     with pytest.raises(HubError, match=rf"'lab/gated' is gated: ask for access at {hub.url}/lab/gated, then log in"):
@@ -224,7 +232,7 @@ def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
     assert ("model", ADAPTER) not in hub.repos
     classifier.save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match="not pushed"):
-        push_folder(tmp_path / "adapter", ADAPTER, token=TOKEN)
+        push_folder(tmp_path / "adapter", Destination(ADAPTER, token=TOKEN))
     # somebody else's adapter that names a folder of this machine
     hub.add_repo("lab/evil", {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()})
     with pytest.raises(AdapterError, match=r"no folder of this machine is opened .*: name the encoder"):
@@ -258,7 +266,7 @@ def test_damaged_folder_is_not_pushed(hub: HubServer, classifier: FewShotClassif
     classifier.save_pretrained(tmp_path / "adapter")
     os.truncate(tmp_path / "adapter" / WEIGHTS, 100)
     with pytest.raises(AdapterError, match="damaged"):
-        push_folder(tmp_path / "adapter", ADAPTER, token=TOKEN)
+        push_folder(tmp_path / "adapter", Destination(ADAPTER, token=TOKEN))
     assert ("model", ADAPTER) not in hub.repos
 
 
@@ -267,8 +275,8 @@ def test_card_that_the_hub_refuses_is_not_pushed(hub: HubServer, classifier: Few
     card = tmp_path / "adapter" / "README.md"
     card.write_text(card.read_text().replace("library_name: textmeta", "license: my-own"))
     with pytest.raises(AdapterError, match=r"does not accept the metadata block of README\.md.*license"):
-        push_folder(tmp_path / "adapter", ADAPTER, token=TOKEN)
-    assert WEIGHTS not in hub.files(ADAPTER)
+        push_folder(tmp_path / "adapter", Destination(ADAPTER, token=TOKEN))
+    assert ("model", ADAPTER) not in hub.repos
 
 
 # Faults
@@ -394,7 +402,6 @@ def test_xet_that_delivers_wrong_bytes_is_refused(
     hub: HubServer, classifier: FewShotClassifier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The client compares nothing but sizes there; the manifest does."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     xet.enable_client(monkeypatch, tmp_path / "xet")
     classifier.push_to_hub(ADAPTER, token=TOKEN)
     for name, xorb in hub.xet.xorbs.items():

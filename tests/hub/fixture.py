@@ -20,7 +20,7 @@ TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE")
 PROXY_VARIABLES = ("NO_PROXY", "no_proxy")  # the Hub is on this machine, not beyond a proxy
 
 
-def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path, *, xet: bool = False) -> None:
+def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path) -> None:
     """Let huggingface_hub, transformers and datasets, imported offline, use a Hub, an empty cache and no token.
 
     Most settings are read from modules at each use. What is kept from one use to the next is replaced or dropped:
@@ -35,7 +35,7 @@ def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path, 
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_TELEMETRY": True,
-        "HF_HUB_DISABLE_XET": not xet,
+        "HF_HUB_DISABLE_XET": True,
         "HF_HOME": str(cache),
         "HF_HUB_CACHE": str(cache / "hub"),
         "HF_XET_CACHE": str(cache / "xet"),

@@ -51,7 +51,8 @@ def _metadata(meta: Mapping[str, Any]) -> ModelCardData:
         EvalResult(
             task_type="text-classification",
             dataset_type=_dataset_id(corpora),
-            dataset_name=f"{_names(corpora)}, classes never seen in training, {name}",
+            dataset_name=f"{_names(corpora)}, classes never seen in training",
+            dataset_config=name,  # results that agree in this would share one entry
             metric_type="accuracy",
             metric_value=round(float(row["meta_trained"]["accuracy"]), 4),
             metric_name=f"accuracy, mean of {row['meta_trained']['episodes']} episodes",

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, ModelCard
@@ -15,35 +15,42 @@ from textmeta.artifact.store import ADAPTER_FILES, adapter_files, load_adapter
 from textmeta.errors import AdapterError, HubError
 from textmeta.hub import clear_hub_errors
 
-__all__ = ["push_adapter", "push_folder"]
+__all__ = ["Destination", "push_adapter", "push_folder"]
 
 logger = logging.getLogger(__name__)
 
 
-def push_adapter(
-    adapter: Adapter,
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    commit_message: str | None = None,
-    subfolder: str | None = None,
-    base_model: str | None = None,
-) -> CommitInfo:
-    """Push an adapter to a model repository, which is made if there is none.
+@dataclass(frozen=True)
+class Destination:
+    """Where to push an adapter.
+
+    Args:
+        repo_id: ``owner/name`` of a model repository, which is made if there is none.
+        revision: branch; made if there is none.
+        subfolder: of the repository.
+        token: an access token that may write; None takes the one that `hf auth login` stored.
+        private: whether a new repository is private; None leaves that to the owner's default. One that is there already
+            must be private, if this is True.
+        commit_message: of the commit.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | bool | None = None
+    private: bool | None = None
+    commit_message: str | None = None
+
+
+def push_adapter(adapter: Adapter, to: Destination, *, base_model: str | None = None) -> CommitInfo:
+    """Push an adapter.
 
     Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
     Files of an earlier adapter that the new one has not are deleted; all else in the repository stays.
 
     Args:
         adapter: to push.
-        repo_id: ``owner/name``.
-        revision: branch; made if there is none.
-        token: an access token that may write; None takes the one that `hf auth login` stored.
-        private: whether a new repository is private; None leaves that to the owner's default.
-        commit_message: of the commit.
-        subfolder: of the repository.
+        to: where.
         base_model: id on the Hub of the adapter's encoder, where the adapter names a folder of this machine.
 
     Raises:
@@ -51,25 +58,12 @@ def push_adapter(
         HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
     """
     if base_model is not None:
-        if not is_repo_id(base_model):
-            raise AdapterError(f"base_model must be an id on the Hub (such as 'owner/name'), given {base_model!r}")
         adapter = replace(adapter, encoder=replace(adapter.encoder, model=base_model, revision=None), commit=None)
     _check_encoder(adapter)
-    files = adapter_files(adapter)
-    return _commit(files, repo_id, revision, token, private, commit_message, subfolder)
+    return _push_files(adapter_files(adapter), to)
 
 
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    commit_message: str | None = None,
-    subfolder: str | None = None,
-    base_model: str | None = None,
-) -> CommitInfo:
+def push_folder(folder: str | Path, to: Destination, *, base_model: str | None = None) -> CommitInfo:
     """Push an adapter folder as it is, its card with whatever was edited in it; see :func:`push_adapter`.
 
     With a ``base_model`` the files that name the encoder, and the card, are written anew.
@@ -81,21 +75,12 @@ def push_folder(
     folder = Path(folder)
     adapter = load_adapter(folder)
     if base_model is not None:
-        return push_adapter(
-            adapter,
-            repo_id,
-            revision=revision,
-            token=token,
-            private=private,
-            commit_message=commit_message,
-            subfolder=subfolder,
-            base_model=base_model,
-        )
+        return push_adapter(adapter, to, base_model=base_model)
     _check_encoder(adapter)
     files = read_folder(folder)
     if (folder / CARD).is_file():
         files[CARD] = read_file(folder, CARD)
-    return _commit(files, repo_id, revision, token, private, commit_message, subfolder)
+    return _push_files(files, to)
 
 
 def _check_encoder(adapter: Adapter) -> None:
@@ -106,42 +91,33 @@ def _check_encoder(adapter: Adapter) -> None:
         )
 
 
-def _commit(
-    files: Mapping[str, bytes],
-    repo_id: str,
-    revision: str | None,
-    token: str | bool | None,
-    private: bool | None,
-    message: str | None,
-    subfolder: str | None,
-) -> CommitInfo:
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    api = HfApi(token=token)
-    with clear_hub_errors(repo_id, revision, token=token):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        head = api.model_info(repo_id, revision=revision)
-    present = {file.rfilename for file in head.siblings or []}
-    used = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
+    prefix = f"{to.subfolder.strip('/')}/" if to.subfolder else ""
     contents = {name: content for name, content in files.items() if name != CARD}
     contents[MANIFEST] = manifest_of(contents)
     if CARD in files:
+        used = f'"{to.repo_id}"' + (f', subfolder="{to.subfolder}"' if to.subfolder else "")
         contents[CARD] = files[CARD].replace(NAME.encode(), used.encode())
-        _check_card(contents[CARD], repo_id, token)
+        _check_card(contents[CARD], to)
+    api = HfApi(token=to.token)
+    with clear_hub_errors(to.repo_id, to.revision, token=to.token):
+        repo_id = api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id
+        if to.revision is not None:
+            api.create_branch(repo_id, branch=to.revision, exist_ok=True)
+        head = api.model_info(repo_id, revision=to.revision)
+    if to.private and not head.private:
+        raise HubError(f"not pushed: {repo_id!r} is there already, and is public: make it private first, or a new one")
+    present = {file.rfilename for file in head.siblings or []}
     stale = sorted(name for name in ADAPTER_FILES - contents.keys() if prefix + name in present)
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
         *(CommitOperationAdd(prefix + name, content) for name, content in sorted(contents.items())),
         *(CommitOperationDelete(prefix + name) for name in stale),
     ]
+    message = to.commit_message or f"Upload a textmeta adapter{f' to {to.subfolder}' if to.subfolder else ''}"
     try:
-        with clear_hub_errors(repo_id, revision, token=token):
+        with clear_hub_errors(repo_id, to.revision, token=to.token):
             done = api.create_commit(
-                repo_id,
-                operations,
-                commit_message=message or f"Upload a textmeta adapter{f' to {subfolder}' if subfolder else ''}",
-                revision=revision,
-                parent_commit=head.sha,
+                repo_id, operations, commit_message=message, revision=to.revision, parent_commit=head.sha
             )
     except HubError as error:
         if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 412:
@@ -154,10 +130,10 @@ def _commit(
     return done
 
 
-def _check_card(card: bytes, repo_id: str, token: str | bool | None) -> None:
-    """Let the Hub check the card's metadata before anything is uploaded, for a message that names the card."""
+def _check_card(card: bytes, to: Destination) -> None:
+    """Let the Hub check the card's metadata before anything is made or uploaded, for a message that names the card."""
     try:
-        with clear_hub_errors(repo_id, token=token):
+        with clear_hub_errors(to.repo_id, token=to.token):
             ModelCard(card.decode(), ignore_metadata_errors=False).validate(repo_type="model")
     except ValueError as error:
         raise AdapterError(f"not pushed: the Hub does not accept the metadata block of {CARD}: {error}") from error
