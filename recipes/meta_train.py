@@ -44,6 +44,7 @@ class MetaTrainSettings:
         test_episodes: test episodes of each row.
         start: adapter to start from: a folder, an adapter shipped with textmeta or an id on the Hub, of textmeta or of
             PEFT (plain LoRA); its LoRA settings are used.
+        start_revision: branch, tag or commit of a start on the Hub.
         precision: bf16 for bfloat16 matrix products; by default what `accelerate launch` says.
         encoder: the encoder.
         lora: the LoRA on its upper layers.
@@ -61,6 +62,7 @@ class MetaTrainSettings:
     test_shots: list[int] = field(default_factory=lambda: [1, 5])
     test_episodes: int = 600
     start: str | None = None
+    start_revision: str | None = None
     precision: Literal["no", "bf16"] | None = None
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -99,7 +101,7 @@ def main(settings: MetaTrainSettings) -> None:
         for shots in settings.test_shots
     }
 
-    start = load_start(settings.start) if settings.start else None
+    start = load_start(settings.start, revision=settings.start_revision) if settings.start else None
     lora = start.lora if start else settings.lora
     encoder = Encoder(settings.encoder, lora, accelerator.device, accelerator.mixed_precision)
     result = train(
@@ -109,7 +111,7 @@ def main(settings: MetaTrainSettings) -> None:
     if accelerator.is_main_process:
         results: dict[str, dict] = {}
         tested_on = [{**corpus.summary, "source": dict(corpus.source)} for corpus in parts["test"]]
-        record = {**result.record, "test": {"corpora": tested_on}, **({"start": start.name} if start else {})}
+        record = {**result.record, "test": {"corpora": tested_on}, **({"start": start.told} if start else {})}
         save_adapter(settings.output, encoder, result.parameters, result.inner, record)
         for name, sampler in test_episodes.items():
             episodes = sampler.take(settings.test_episodes)

@@ -14,7 +14,7 @@ from textmeta.artifact.locate import load_from
 from textmeta.artifact.merged import write_merged
 from textmeta.artifact.publish import Destination, push_adapter
 from textmeta.artifact.store import save_adapter
-from textmeta.data.labels import checked_labels, label_array, label_from_json, label_to_json, sorted_if_possible
+from textmeta.data.labels import checked_labels, label_array, sorted_if_possible
 from textmeta.data.texts import checked_texts
 from textmeta.errors import AdapterError, DataError, NotFittedError
 from textmeta.hub import HubAccess
@@ -105,7 +105,7 @@ class FewShotClassifier:
         if adapter.fitted is not None:
             classifier._factors = {name: value.to(device) for name, value in adapter.fitted.factors.items()}
             classifier._weights = adapter.fitted.weights.to(device)
-            labels = [label_from_json(label) for label in adapter.fitted.classes]
+            labels = adapter.fitted.classes
             classifier.classes_ = label_array(labels)
             if adapter.fitted.support is not None:
                 classifier.support_ = [(text, labels[index]) for text, index in adapter.fitted.support]
@@ -261,6 +261,4 @@ class FewShotClassifier:
         if include_support and self.support_ is not None:
             index = {label: number for number, label in enumerate(self.classes_.tolist())}
             support = [(text, index[label]) for text, label in self.support_]
-        return FittedHead(
-            self._factors, self._weights, [label_to_json(label) for label in self.classes_.tolist()], support
-        )
+        return FittedHead(self._factors, self._weights, self.classes_.tolist(), support)

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli
 
-from textmeta.artifact.card import CARD
+from textmeta.artifact.card import CARD, PLACEHOLDER, usage_name
 from textmeta.artifact.describe import describe
-from textmeta.artifact.folder import check_destination, copy_folder
+from textmeta.artifact.folder import check_destination, read_file, read_folder, write_folder
 from textmeta.artifact.locate import load_from
 from textmeta.artifact.publish import Destination, push_folder
 from textmeta.errors import SettingsError, TextMetaError
@@ -115,11 +115,16 @@ def pull(
         token: an access token; by default the one that `hf auth login` stored.
         cache_dir: of the download; by default the Hub library's own.
     """
-    access = HubAccess(token, cache_dir)
     destination = Path(folder or repo.rpartition("/")[2])
     check_destination(destination)
-    _, where = load_from(repo, revision=revision, subfolder=subfolder, access=access)
-    copy_folder(where.folder, destination, CARD)
+    access = HubAccess(token, cache_dir)
+    adapter, where = load_from(repo, revision=revision or "main", subfolder=subfolder, access=access)
+    where.check_encoder(adapter.encoder.model)
+    files = read_folder(where.folder)
+    if (where.folder / CARD).exists():
+        card = read_file(where.folder, CARD)
+        files[CARD] = card.replace(usage_name(repo, subfolder).encode(), PLACEHOLDER.encode())
+    write_folder(destination, files, unlisted=frozenset({CARD}))
     print(destination)
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_atomically", "write_synced"]
+__all__ = ["is_folder", "sync_folder", "write_atomically", "write_synced"]
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -19,6 +19,14 @@ def write_synced(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether there is a folder of this name; a name that no file system takes is none."""
+    try:
+        return name != "" and Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def sync_folder(folder: Path) -> None:

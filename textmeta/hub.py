@@ -1,10 +1,11 @@
 """The Hugging Face Hub: fetching a repository's files into the cache, and its errors in plain words."""
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ from huggingface_hub.errors import (
 
 from textmeta.errors import HubError, HubUnreachableError
 
-__all__ = ["HubAccess", "RepoKind", "clear_hub_errors", "fetch_snapshot"]
+__all__ = ["HubAccess", "RepoKind", "check_revision", "clear_hub_errors", "fetch_snapshot"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class HubAccess:
         local_files_only: use what the cache holds, and ask nobody.
     """
 
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
     local_files_only: bool = False
 
@@ -73,6 +74,7 @@ def fetch_snapshot(
         HubUnreachableError: no answer, and not in the cache.
     """
     access = access or HubAccess()
+    check_revision(revision)
     download = partial(
         snapshot_download,
         repo_id,
@@ -94,6 +96,16 @@ def fetch_snapshot(
                 logger.warning("%s; trying again in %s s", _first_line(error), wait)
                 time.sleep(wait)
         return Path(download())
+
+
+def check_revision(revision: str | None) -> None:
+    """Check that a revision can be one: the Hub library makes a path in its cache of it.
+
+    Raises:
+        HubError: if it cannot.
+    """
+    if revision is not None and (not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}", revision) or ".." in revision):
+        raise HubError(f"{revision!r:.80} is no revision (branch, tag or commit) of a repository on the Hub")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """An adapter in memory: everything that an adapter folder holds."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -9,16 +10,20 @@ import torch
 from torch import Tensor
 
 from textmeta.artifact import peft_files
-from textmeta.errors import AdapterError, EncoderError
+from textmeta.errors import AdapterError, EncoderError, HubError
 from textmeta.hub import HubAccess
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import Parameters, lora_factors
 from textmeta.model.lora import LoraSettings
 
-__all__ = ["HEAD", "Adapter", "FittedHead"]
+__all__ = ["HEAD", "PROBES", "Adapter", "FittedHead", "probe"]
+
+logger = logging.getLogger(__name__)
 
 HEAD = "classifier.safetensors"  # the file of a fitted head
+PROBES = ("I lost my card on 24 December.", "What's the weather like?", "Übersetzen Sie das, s'il vous plaît! 你好")
+LIKENESS = 0.99  # cosine: other machines and precisions come closer, other tokenizers do not
 LIBRARIES = ("textmeta", "torch", "transformers", "peft")
 
 
@@ -29,7 +34,7 @@ class FittedHead:
     Args:
         factors: every LoRA factor by name, (out, in).
         weights: (C, d), the head.
-        classes: labels in the order of the head's rows, as JSON holds them.
+        classes: labels in the order of the head's rows.
         support: text and class (index) of each example that it was fitted on; None where they are not kept.
     """
 
@@ -53,6 +58,7 @@ class Adapter:
         record: how it was trained.
         fitted: of a fitted classifier.
         versions: of the libraries that it was written with.
+        probe: what the encoder made of some texts, to know it by (:func:`probe`); None in format 1.
     """
 
     parameters: Parameters
@@ -64,6 +70,7 @@ class Adapter:
     record: dict[str, Any] = field(default_factory=dict)
     fitted: FittedHead | None = None
     versions: dict[str, str | None] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
+    probe: Tensor | None = None
 
     @classmethod
     def of(
@@ -75,8 +82,17 @@ class Adapter:
         fitted: FittedHead | None = None,
     ) -> "Adapter":
         """Make the adapter of an encoder in hand; see the class's arguments."""
-        settings, digest = encoder.settings, encoder.weights_sha256
-        return cls(dict(parameters), inner, settings, encoder.lora, digest, encoder.commit, dict(record), fitted)
+        return cls(
+            parameters=dict(parameters),
+            inner=inner,
+            encoder=encoder.settings,
+            lora=encoder.lora,
+            weights_sha256=encoder.weights_sha256,
+            commit=encoder.commit,
+            record=dict(record),
+            fitted=fitted,
+            probe=probe(encoder, parameters),
+        )
 
     def load_encoder(
         self, device: str | torch.device = "cpu", model: str | None = None, access: HubAccess | None = None
@@ -98,6 +114,8 @@ class Adapter:
                 f"the adapter belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…, but the "
                 f"weights of {encoder.settings.model} are {encoder.weights_sha256[:12]}…"
             )
+        # it is the encoder that the adapter names, wherever this copy of it came from
+        encoder.settings, encoder.commit = self.encoder, self.commit
         shapes = encoder.factor_shapes
         given = {name: tuple(value.shape) for name, value in lora_factors(self.parameters).items()}
         if shapes != given:
@@ -111,18 +129,41 @@ class Adapter:
                 f"{HEAD}: weights have {self.fitted.weights.shape[1]} columns, but features of "
                 f"{encoder.settings.model} have {encoder.hidden_size}"
             )
+        self._check_probe(encoder)
         return encoder
+
+    def _check_probe(self, encoder: Encoder) -> None:
+        """Check that the encoder makes of some texts what it made when the adapter was written.
+
+        Weights are not all that matters: a tokenizer or a configuration that was changed would go unnoticed.
+        """
+        if self.probe is None:
+            return
+        found = probe(encoder, self.parameters)
+        likeness = (found * self.probe).sum(1).min() if found.shape == self.probe.shape else torch.tensor(0.0)
+        if likeness < LIKENESS:
+            raise AdapterError(
+                f"{encoder.settings.model} has the adapter's weights, but makes other features of the same texts "
+                f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
+            )
 
     def _any_encoder(self, device: str | torch.device, model: str | None, access: HubAccess | None) -> Encoder:
         """Load the encoder; of one on the Hub the commit that the adapter was trained on, if it can be had."""
         if model:
             return Encoder(replace(self.encoder, model=model, revision=None), self.lora, device, access=access)
+        pinned = replace(self.encoder, revision=self.commit or self.encoder.revision)
         try:
-            return Encoder(
-                replace(self.encoder, revision=self.commit or self.encoder.revision), self.lora, device, access=access
-            )
-        except EncoderError:
-            if self.commit is None:
+            return Encoder(pinned, self.lora, device, access=access)
+        except EncoderError as error:
+            if self.commit is None or not isinstance(error.__cause__, HubError):
                 raise
-            # any other copy will do if its weights are the same, and the caller compares them
+            # any other copy will do if it is the same, and the caller compares
+            logger.warning("%s; looking for the encoder at revision %s", error, self.encoder.revision or "main")
             return Encoder(self.encoder, self.lora, device, access=access)
+
+
+def probe(encoder: Encoder, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Return the features (n, hidden) that the start makes of some fixed texts."""
+    factors = {name: value.to(encoder.device) for name, value in lora_factors(parameters).items()}
+    with torch.no_grad():
+        return encoder.features(encoder.prepare(PROBES, remember=False), factors).cpu()

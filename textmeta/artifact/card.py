@@ -1,5 +1,7 @@
 """The model card, written from the training record: the Hub's metadata block, and what a user needs to know."""
 
+import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +11,26 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-__all__ = ["CARD", "NAME", "corpora_of", "is_repo_id", "model_card"]
+from textmeta.data.corpus import CorpusSettings
+
+__all__ = [
+    "CARD",
+    "PLACEHOLDER",
+    "corpora_of",
+    "is_edited",
+    "is_repo_id",
+    "model_card",
+    "plain",
+    "understood",
+    "usage_name",
+]
+
+SIGNATURE = "\n<!-- The lines above are as textmeta wrote them if their sha256 is {} -->\n"
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-NAME = '"path/to/this/folder"'  # stands in the card's code until it is pushed, when the repository's id replaces it
+PLACEHOLDER = '"path/to/this/folder"'  # stands in the card's code until it is pushed, and again once it is pulled
 
 
 def model_card(meta: Mapping[str, Any], classes: Sequence[Any] | None = None, support: int | None = None) -> str:
@@ -23,6 +41,7 @@ def model_card(meta: Mapping[str, Any], classes: Sequence[Any] | None = None, su
         classes: of a fitted classifier, its labels.
         support: of a fitted classifier that holds its support texts, how many.
     """
+    meta = {**meta, "record": understood(meta["record"])}
     parts = [
         f"---\n{_metadata(meta).to_yaml()}\n---",
         _introduction(meta, classes, support),
@@ -32,7 +51,36 @@ def model_card(meta: Mapping[str, Any], classes: Sequence[Any] | None = None, su
         _limits(meta),
         _remake(meta),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    return text + SIGNATURE.format(_digest(text))
+
+
+def is_edited(card: str) -> bool:
+    """Whether a card is somebody's own, or was changed since textmeta wrote it."""
+    text, mark, _ = card.rpartition(SIGNATURE[: SIGNATURE.index("{")])
+    return not mark or card != text + SIGNATURE.format(_digest(text))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def usage_name(repo_id: str, subfolder: str | None) -> str:
+    """Return the arguments by which the code of a card loads an adapter that is on the Hub."""
+    return f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+
+
+def understood(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a training record, or an empty one if it is not what training writes: it may be anybody's."""
+    encoder = dict.fromkeys(("model", "commit", "revision", "pooling", "max_length"), "")
+    meta = {"record": record, "encoder": encoder, "versions": {}}
+    try:
+        _metadata(meta).to_yaml()
+        _ = _training(record), _results(record), _remake(meta)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        logger.warning("the training record is not what training writes (%r): it is left out of what is shown", error)
+        return {}
+    return record
 
 
 def is_repo_id(name: str) -> bool:
@@ -42,6 +90,12 @@ def is_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def plain(value: Any) -> str:
+    """Return a value that may be anybody's as text of one line, without what terminals or Markdown act on."""
+    text = "a very large number" if isinstance(value, int) and abs(value) >= 2**63 else str(value)
+    return "".join(c if c.isprintable() and c not in "`|<>" else "\N{REPLACEMENT CHARACTER}" for c in text)[:500]
 
 
 def _metadata(meta: Mapping[str, Any]) -> ModelCardData:
@@ -92,7 +146,7 @@ def _introduction(meta: Mapping[str, Any], classes: Sequence[Any] | None, suppor
         f"{' and '.join(meta['inner']['adapt'])}, {meta['inner']['head']} head.",
     ]
     if classes is not None:
-        shown = ", ".join(f"`{label}`" for label in classes[:50]) + (", …" if len(classes) > 50 else "")
+        shown = ", ".join(f"`{plain(label)}`" for label in classes[:50]) + (", …" if len(classes) > 50 else "")
         lines += [
             f"* Classes ({len(classes)}): {shown}.",
             f"* **The {support} texts that it was fitted on, with their labels, are stored in `classifier.json`.** "
@@ -109,13 +163,15 @@ def _usage(meta: Mapping[str, Any], classes: Sequence[Any] | None) -> str:
         if classes is None
         else ""
     )
-    base = f'"{meta["encoder"]["model"]}"'
+    revision = meta["encoder"]["commit"] or meta["encoder"]["revision"]
+    base = f'"{meta["encoder"]["model"]}"' + (f', revision="{revision}"' if revision else "")
+    what = "start, not the fitted task (for that: `clf.merge`)" if classes is not None else "start"
     return (
         "## How to use it\n\n```python\nfrom textmeta import FewShotClassifier\n\n"
-        f'clf = FewShotClassifier.from_pretrained({NAME})\n{fit}clf.predict(["someone took my wallet"])\n```\n\n'
-        "Or, without textmeta, the adapted encoder alone:\n\n```python\nfrom peft import PeftModel\n"
+        f'clf = FewShotClassifier.from_pretrained({PLACEHOLDER})\n{fit}clf.predict(["someone took my wallet"])\n```\n\n'
+        f"Or, without textmeta, the encoder with the meta-learned {what}:\n\n```python\nfrom peft import PeftModel\n"
         "from transformers import AutoModel\n\n"
-        f"model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), {NAME})\n```"
+        f"model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), {PLACEHOLDER})\n```"
     )
 
 
@@ -142,7 +198,8 @@ def _training(record: Mapping[str, Any]) -> str:
         for part in [name]
     ]
     if start := record.get("start"):
-        lines += ["", f"Meta-training started from the adapter `{start}`."]
+        at = f" at revision `{start['start_revision']}`" if start.get("start_revision") else ""
+        lines += ["", f"Meta-training started from the adapter `{start['start']}`{at}."]
     return "\n".join(lines)
 
 
@@ -193,7 +250,9 @@ def _remake(meta: Mapping[str, Any]) -> str:
     settings, sources = meta["record"].get("settings", {}), meta["record"].get("sources")
     if not {"train", "training"} <= settings.keys() or not sources:
         return text
-    encoder = {key: settings["encoder"][key] for key in ("model", "revision", "pooling", "max_length")}
+    encoder = {key: meta["encoder"][key] for key in ("model", "pooling", "max_length")}
+    if revision := meta["encoder"]["commit"] or meta["encoder"]["revision"]:
+        encoder["revision"] = revision
     config = {
         "corpora": [_as_settings(source) for source in sources],
         "encoder": encoder,
@@ -202,7 +261,7 @@ def _remake(meta: Mapping[str, Any]) -> str:
         "inner": settings["inner"],
         "training": settings["training"],
         "precision": settings["encoder"]["precision"],
-        **({"start": meta["record"]["start"]} if meta["record"].get("start") else {}),
+        **(meta["record"].get("start") or {}),
     }
     written = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110)
     return (
@@ -230,18 +289,20 @@ def corpora_of(record: Mapping[str, Any], part: str = "train") -> list[dict[str,
 
 
 def _is_hub(corpus: Mapping[str, Any]) -> bool:
-    return bool(corpus["source"].get("commit"))
+    dataset = corpus["source"].get("dataset", "")
+    return is_repo_id(dataset) and not CorpusSettings(dataset).is_file
 
 
 def _title(corpus: Mapping[str, Any]) -> str:
+    name, source = plain(corpus["name"]), corpus["source"]
     if not _is_hub(corpus):
-        return str(corpus["name"])
-    dataset = corpus["source"]["dataset"]
-    return f"[{corpus['name']}](https://huggingface.co/datasets/{dataset}) at `{corpus['source']['commit'][:12]}`"
+        return name
+    at = f" at `{source['commit'][:12]}`" if source.get("commit") else ""
+    return f"[{name}](https://huggingface.co/datasets/{source['dataset']}){at}"
 
 
 def _licence(corpus: Mapping[str, Any]) -> str:
-    return str(corpus["source"].get("license") or "not known")
+    return plain(corpus["source"].get("license") or "not known")
 
 
 def _names(corpora: Sequence[Mapping[str, Any]]) -> str:

@@ -1,9 +1,10 @@
 """What an adapter is, in a few lines for a terminal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from textmeta.artifact.adapter import Adapter
-from textmeta.artifact.card import corpora_of
+from textmeta.artifact.card import corpora_of, plain, understood
 from textmeta.artifact.locate import Location
 from textmeta.model.initialisation import head_scalars, lora_factors
 
@@ -17,7 +18,7 @@ def describe(adapter: Adapter, where: Location) -> str:
         adapter: as it was loaded.
         where: it was found.
     """
-    encoder, inner, record = adapter.encoder, adapter.inner, adapter.record
+    encoder, inner, record = adapter.encoder, adapter.inner, understood(adapter.record)
     numbers = sum(value.numel() for value in lora_factors(adapter.parameters).values())
     rows = [
         ("what", "meta-trained adapter" if adapter.fitted is None else "fitted classifier"),
@@ -35,13 +36,13 @@ def describe(adapter: Adapter, where: Location) -> str:
     ]
     if fitted := adapter.fitted:
         stored = "not stored" if fitted.support is None else f"{len(fitted.support)} stored, readable by anybody"
-        rows += [("classes", f"{len(fitted.classes)}: {', '.join(map(str, fitted.classes[:20]))}")]
+        rows += [("classes", f"{len(fitted.classes)}: {', '.join(map(plain, fitted.classes[:20]))}")]
         rows += [("support texts", stored)]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+    return "\n".join(f"{plain(name):<{width}}  {plain(text)}" for name, text in rows)
 
 
-def _training(record: dict[str, Any]) -> list[tuple[str, str]]:
+def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = record.get("settings", {})
     if "training" not in settings:
         return [("trained", "not meta-trained, or nothing is recorded of it")]
@@ -52,7 +53,7 @@ def _training(record: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _results(record: dict[str, Any]) -> list[tuple[str, str]]:
+def _results(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for name, row in record.get("results", {}).items():
         frozen, ours, paired = row["frozen"], row["meta_trained"], row["paired"]

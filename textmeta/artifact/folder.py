@@ -5,14 +5,28 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from textmeta.errors import AdapterError, DamagedAdapterError
-from textmeta.files import sync_folder, write_synced
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there two savers of one folder must not meet
+    fcntl = None  # type: ignore[assignment]
 
-__all__ = ["MANIFEST", "check_destination", "manifest_of", "read_file", "read_folder", "seems_to_be", "write_folder"]
+from textmeta.errors import AdapterError, DamagedAdapterError
+from textmeta.files import is_folder, sync_folder, write_synced
+
+__all__ = [
+    "MANIFEST",
+    "check_destination",
+    "is_there",
+    "manifest_of",
+    "read_file",
+    "read_folder",
+    "seems_to_be",
+    "write_folder",
+]
 
 MANIFEST = "SHA256SUMS"
 MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
@@ -53,8 +67,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
     check_destination(folder)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     manifest = manifest_of({name: content for name, content in files.items() if name not in unlisted})
-    with _cleaned_up(folder, new):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.parent), _cleaned_up(folder, new):
+        _put_back(folder)
         for litter in (new, old):
             shutil.rmtree(litter, ignore_errors=True)
         carried = _carried_over(folder, files)
@@ -67,20 +81,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def copy_folder(source: Path, folder: Path, unlisted: str) -> None:
-    """Copy what a folder's manifest lists, each file checked, and a file that it does not list, if it is there.
-
-    Raises:
-        AdapterError: see :func:`read_folder` and :func:`write_folder`.
-    """
-    files = read_folder(source)
-    if (source / unlisted).exists():
-        files[unlisted] = read_file(source, unlisted)
-    write_folder(folder, files, unlisted=frozenset({unlisted}))
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def manifest_of(files: Mapping[str, bytes]) -> bytes:
@@ -93,10 +95,13 @@ def check_destination(folder: Path) -> None:
     """Check, before long work, that a folder can be replaced as a whole; put back what a crash set aside.
 
     Raises:
-        AdapterError: if it is a file, the working folder (or holds it), or a mount point.
+        AdapterError: if it is a file, the working folder (or holds it), or a mount point, or holds files for which it
+            would be refused when it is read.
     """
     folder = folder.resolve()
-    _put_back(folder)
+    if is_folder(_sibling(folder, "old")):
+        with _alone(folder.parent):
+            _put_back(folder)
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"cannot write an adapter folder to {folder}: there is a file of that name")
     if Path.cwd().is_relative_to(folder) or folder.is_mount():
@@ -104,12 +109,23 @@ def check_destination(folder: Path) -> None:
             f"cannot write an adapter to {folder}, which is the working folder or a mount point: it is replaced as a "
             "whole; give a folder inside it"
         )
+    if folder.exists():
+        _check_no_code(folder, sorted(path.name for path in folder.iterdir()))
 
 
-def read_folder(folder: Path) -> dict[str, bytes]:
+def is_there(folder: str | Path) -> bool:
+    """Whether there is a folder of this name, or one that a killed save set aside."""
+    return is_folder(folder) or (folder != "" and is_folder(_sibling(Path(folder).absolute(), "old")))
+
+
+def read_folder(folder: Path, known: Collection[str] | None = None) -> dict[str, bytes]:
     """Read every file that a folder's manifest lists, and check it against its hash; nothing is written.
 
     A folder in the Hub's cache may hold links to the cache's blobs; any other link out of the folder is refused.
+
+    Args:
+        folder: to read.
+        known: names that the manifest may list; by default any.
 
     Raises:
         AdapterError: if the folder, its manifest or a listed file is missing, a file is not what was written, leads out
@@ -122,7 +138,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
         if before is None and not folder.is_dir():
             raise AdapterError(f"no such adapter folder: {folder}")
         try:
-            return _read_checked(source, folder)
+            return _read_checked(source, folder, known)
         except (AdapterError, FileNotFoundError):
             # a save may have put another folder into its place between two of our reads
             if _identity(source) == before:
@@ -138,19 +154,17 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_ctime_ns
 
 
-def _read_checked(source: Path, folder: Path) -> dict[str, bytes]:
+def _read_checked(source: Path, folder: Path, known: Collection[str] | None) -> dict[str, bytes]:
     """Read ``source``, which stands for ``folder``."""
     present = sorted(path.name for path in source.iterdir())
-    code = [name for name in present if Path(name).suffix.lower() in CODE_ENDINGS]
-    if code:
-        raise AdapterError(
-            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, "
-            "which is safetensors and JSON alone: remove it if you know what it is"
-        )
+    _check_no_code(folder, present)
     if MANIFEST not in present:
         raise AdapterError(f"{folder} is no textmeta adapter: it has no {MANIFEST}; it {seems_to_be(present)}")
-    contents = {}
-    for name, expected in _manifest(read_file(source, MANIFEST, stands_for=folder), folder).items():
+    manifest, contents = _manifest(read_file(source, MANIFEST, stands_for=folder), folder), {}
+    for name in manifest:
+        if known is not None and name not in known:
+            raise AdapterError(f"{folder / name} does not belong to an adapter, but its {MANIFEST} lists it")
+    for name, expected in manifest.items():
         contents[name] = read_file(source, name, stands_for=folder)
         found = hashlib.sha256(contents[name]).hexdigest()
         if found != expected:
@@ -159,6 +173,15 @@ def _read_checked(source: Path, folder: Path) -> dict[str, bytes]:
                 f"({len(contents[name])} bytes)"
             )
     return contents
+
+
+def _check_no_code(folder: Path, names: Iterable[str]) -> None:
+    code = [name for name in names if Path(name).suffix.lower() in CODE_ENDINGS]
+    if code:
+        raise AdapterError(
+            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, "
+            "which is safetensors and JSON alone: remove it if you know what it is"
+        )
 
 
 def seems_to_be(names: Collection[str]) -> str:
@@ -258,10 +281,27 @@ def _cleaned_up(folder: Path, new: Path) -> Iterator[None]:
         _put_back(folder)
         if isinstance(error, OSError):
             raise AdapterError(
-                f"cannot write the adapter {folder}: {error.filename or new}: {error.strerror or error}; what was "
-                "there before is untouched"
+                f"cannot write the adapter {folder}: {error.filename or new}: {error.strerror or error}"
             ) from error
         raise
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """Wait until no other process or thread saves into the same parent folder; the lock goes with its holder."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        descriptor = None if fcntl is None else os.open(parent, os.O_RDONLY)
+    except OSError as error:
+        raise AdapterError(f"cannot write to the folder {parent}: {error.strerror}") from error
+    if descriptor is None:
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _link_or_copy(path: Path, to: Path) -> None:
@@ -273,9 +313,9 @@ def _link_or_copy(path: Path, to: Path) -> None:
 
 def _put_back(folder: Path) -> None:
     old = _sibling(folder, "old")
-    if old.is_dir() and not folder.exists():
+    if is_folder(old) and not folder.exists():
         old.rename(folder)
 
 
 def _sibling(folder: Path, kind: str) -> Path:
-    return folder.with_name(f".{folder.name}.{kind}")
+    return folder.with_name(f".{folder.name}.textmeta-{kind}")

@@ -1,6 +1,7 @@
 """What a name means: an existing folder, an adapter of the package, or a repository on the Hub; in this order."""
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from huggingface_hub import HfApi
 
 from textmeta.artifact.adapter import Adapter
 from textmeta.artifact.card import CARD, is_repo_id
-from textmeta.artifact.folder import MANIFEST, seems_to_be
+from textmeta.artifact.folder import MANIFEST, is_there, seems_to_be
 from textmeta.artifact.store import ADAPTER_FILES, load_adapter
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
+from textmeta.files import is_folder
 from textmeta.hub import HubAccess, clear_hub_errors, fetch_snapshot
 
-__all__ = ["Location", "load_from", "locate"]
+__all__ = ["Location", "load_from", "locate", "subfolder_prefix"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Location:
         Raises:
             AdapterError: if the adapter is from the Hub, but the encoder that it names is not.
         """
-        if self.kind == "hub" and (not is_repo_id(model) or Path(model).is_dir()):
+        if self.kind == "hub" and (not is_repo_id(model) or is_folder(model)):
             raise AdapterError(
                 f"the adapter in {self.folder} names {model!r} as its encoder. It came from the Hub, and no folder of "
                 "this machine is opened because somebody else's adapter says so: name the encoder yourself"
@@ -63,31 +65,30 @@ def locate(
 
     Args:
         name: a folder; the name of an adapter in the package (``textmeta/minilm-…``); or an id on the Hub.
-        revision: branch, tag or commit on the Hub.
+        revision: branch, tag or commit on the Hub; with one, a name can only mean the Hub.
         subfolder: of the folder or repository.
         access: how the Hub is reached.
         files: which of the repository's files are wanted.
         force: download again what is in the cache.
 
     Raises:
-        AdapterError: if it is no folder and cannot be an id on the Hub.
+        AdapterError: if it is no folder and cannot be an id on the Hub, or the subfolder none.
         HubError: if the Hub has none of that id and revision, does not let this user at it, or cannot be reached.
     """
-    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
-        raise AdapterError(f"subfolder must be a path below {name}, given {subfolder!r}")
-    if name != "" and Path(name).is_dir():
-        logger.info("%s is a folder", Path(name).resolve())
-        return Location(Path(name) / (subfolder or ""), "folder")
+    prefix = subfolder_prefix(subfolder)
     text = str(name)
+    if revision is None and is_there(name):
+        logger.info("%s is a folder", Path(name).absolute())
+        return Location(Path(name) / prefix, "folder")
     shipped = SHIPPED / text.removeprefix(SHIPPED_PREFIX)
-    if text.startswith(SHIPPED_PREFIX) and shipped.parent == SHIPPED and shipped.is_dir() and revision is None:
+    if revision is None and text.startswith(SHIPPED_PREFIX) and shipped.parent == SHIPPED and is_folder(shipped):
         logger.info("%s is shipped with textmeta: %s", text, shipped)
-        return Location(shipped / (subfolder or ""), "shipped")
+        return Location(shipped / prefix, "shipped")
     if isinstance(name, Path) or not is_repo_id(text):
         raise AdapterError(
-            f"no such adapter folder: {text}; nor is it the id of a repository on the Hub (such as 'owner/name')"
+            f"no such adapter folder: {text:.200}; nor is it the id of a repository on the Hub (such as 'owner/name')"
+            + (f", which alone has revisions (given {revision!r:.80})" if revision is not None else "")
         )
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     try:
         snapshot = fetch_snapshot(
             text, [prefix + file for file in files], revision=revision, access=access, force=force
@@ -96,6 +97,19 @@ def locate(
         raise type(error)(f"{text!r} is no folder here, and {error}") from error
     logger.info("%s is on the Hub, at commit %s: %s", text, snapshot.name, snapshot)
     return Location(snapshot / prefix, "hub", snapshot.name)
+
+
+def subfolder_prefix(subfolder: str | None) -> str:
+    """Return what stands before the names of a subfolder's files: nothing, or a path that ends in a slash.
+
+    Raises:
+        AdapterError: if it is no path below.
+    """
+    if subfolder is None:
+        return ""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):
+        raise AdapterError(f"subfolder must be a path below, such as 'adapters/first', given {subfolder!r:.80}")
+    return f"{subfolder}/"
 
 
 def load_from(

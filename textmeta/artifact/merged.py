@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from textmeta.errors import AdapterError
@@ -32,10 +33,9 @@ def write_merged(folder: Path, encoder: Encoder, factors: Mapping[str, Tensor]) 
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(f"cannot write a merged encoder to {folder}: it is there already, and is not empty")
-    settings = encoder.settings
-    pretrained = load_pretrained(settings.model, encoder.commit or settings.revision, encoder.access)
+    pretrained = load_pretrained(*encoder.source, encoder.access)
     if weights_digest(pretrained.model) != encoder.weights_sha256:
-        raise AdapterError(f"the weights of {settings.model} are no longer those that were loaded before")
+        raise AdapterError(f"the weights of {encoder.source[0]} are no longer those that were loaded before")
     scale = encoder.lora.alpha / encoder.lora.rank
     for name, lora_a in factors.items():
         if ".lora_A." in name:
@@ -43,7 +43,7 @@ def write_merged(folder: Path, encoder: Encoder, factors: Mapping[str, Tensor]) 
             assert isinstance(linear, nn.Linear), "LoRA is put on linear layers alone"
             lora_b = factors[name.replace(".lora_A.", ".lora_B.")]
             linear.weight.data += scale * (lora_b.detach().cpu() @ lora_a.detach().cpu())
-    new = folder.with_name(f".{folder.name}.new")
+    new = folder.with_name(f".{folder.name}.textmeta-new")
     try:
         shutil.rmtree(new, ignore_errors=True)
         pretrained.model.save_pretrained(new)
@@ -54,9 +54,11 @@ def write_merged(folder: Path, encoder: Encoder, factors: Mapping[str, Tensor]) 
         if folder.exists():
             folder.rmdir()
         new.rename(folder)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
-        raise AdapterError(f"cannot write a merged encoder to {folder}: {error}") from error
+        if isinstance(error, OSError | SafetensorError):
+            raise AdapterError(f"cannot write a merged encoder to {folder}: {error}") from error
+        raise
 
 
 def _layout(encoder: Encoder) -> dict[str, Any]:

@@ -16,10 +16,14 @@ FORMAT_VERSION = 2
 
 
 def _from_1(meta: dict[str, Any]) -> dict[str, Any]:
-    """Version 2 names the encoder's commit, and the versions of all libraries."""
-    encoder = {**meta.get("encoder", {}), "commit": None}
+    """Version 2 names the encoder's commit, and the versions of all libraries; its record names no encoder again."""
+    settings = dict(meta["record"].get("settings", {}))
+    if "encoder" in settings:
+        known = {key: value for key, value in settings["encoder"].items() if key not in ("model", "revision")}
+        settings["encoder"] = known
+    record = {**meta["record"], **({"settings": settings} if settings else {})}
     versions = {"textmeta": meta.pop("textmeta_version", None)}
-    return {**meta, "encoder": encoder, "versions": versions}
+    return {**meta, "encoder": {**meta["encoder"], "commit": None}, "record": record, "versions": versions}
 
 
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
@@ -41,6 +45,6 @@ def migrate(meta: dict[str, Any], path: Path) -> dict[str, Any]:
     for version in range(found, FORMAT_VERSION):
         try:
             meta = {**MIGRATIONS[version](dict(meta)), "format_version": version + 1}
-        except TypeError as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise AdapterError(f"{path} is not what format version {version} is: {error}") from error
     return meta

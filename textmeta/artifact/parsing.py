@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -14,14 +14,24 @@ from torch import Tensor
 
 from textmeta.errors import AdapterError, SettingsError
 
-__all__ = ["member", "read_json", "read_settings", "read_tensors", "write_json"]
+__all__ = ["check_members", "member", "read_json", "read_settings", "read_tensors", "write_json"]
 
 S = TypeVar("S")
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def write_json(content: Any) -> bytes:
-    """Return JSON as every file of an adapter has it: sorted, so that equal content has equal bytes."""
-    return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    """Return JSON as every file of an adapter has it: sorted, so that equal content has equal bytes.
+
+    Raises:
+        AdapterError: if JSON has no such value.
+    """
+    try:
+        return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(f"not saved: what is to be stored as JSON cannot be: {error}") from error
 
 
 def read_json(content: bytes, path: Path) -> dict[str, Any]:
@@ -74,7 +84,7 @@ def read_tensors(content: bytes, path: Path, *, any_float: bool = False) -> dict
     except (SafetensorError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
     for key, value in tensors.items():
-        if value.dtype != torch.float32 and not (any_float and value.is_floating_point()):
+        if value.dtype != torch.float32 and not (any_float and value.dtype in FLOATS):
             raise AdapterError(f"{path}: tensor {key!r} is {value.dtype}, expected torch.float32")
         if not value.isfinite().all():
             raise AdapterError(f"{path}: tensor {key!r} has values that are not finite")
@@ -113,7 +123,19 @@ def _fits(value: Any, hint: Any) -> bool:
         return all(_fits(item, part) for item, part in zip(value, kinds, strict=True))
     if hint in (None, NoneType):
         return value is None
-    return type(value) in ((int, float) if hint is float else (hint,))
+    if hint is float and type(value) is int:
+        return abs(value) <= 2**53  # as exact as a float
+    return type(value) is hint
+
+
+def check_members(content: Mapping[str, Any], known: Collection[str], path: Path) -> None:
+    """Check that a JSON object has no other members than these.
+
+    Raises:
+        AdapterError: naming one that it should not have.
+    """
+    for key in sorted(content.keys() - set(known)):
+        raise AdapterError(f"{path}: unexpected {key!r:.60}; known are {', '.join(sorted(known))}")
 
 
 def member(content: Mapping[str, Any], key: str, kind: Any, path: Path) -> Any:

@@ -35,12 +35,15 @@ logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Of a foreign adapter's configuration: what textmeta reads, and what has no bearing on the features.
-READ = {"r", "lora_alpha", "use_rslora", "peft_type", "base_model_name_or_path", "target_modules"}
+READ = {"init_lora_weights", "r", "lora_alpha", "use_rslora", "peft_type", "base_model_name_or_path", "target_modules"}
 WITHOUT_BEARING = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules", "lora_dropout"),
-    *("modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config"),
+    *("modules_to_save", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config"),
     *("qalora_group_size", "ensure_weight_tying"),
 }
+# Parts of a model with a head that are not its encoder.
+HEADS = frozenset({"classifier", "pre_classifier", "score", "pooler", "qa_outputs", "lm_head", "cls"})
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the encoder's own weights
 
 
 def config_file(base_model: str, revision: str | None, lora: LoraSettings, factors: Iterable[str]) -> bytes:
@@ -119,7 +122,7 @@ class ForeignLora:
 def read_foreign_lora(folder: Path) -> ForeignLora:
     """Read a plain PEFT LoRA adapter, whoever made it; nothing in it is imported or run.
 
-    Tensors beside the LoRA factors (a classification head that PEFT saved) are left out, with a message.
+    The tensors of a head that PEFT saved are left out, with a message.
 
     Raises:
         AdapterError: if it is no LoRA, has pickled weights alone, or uses what textmeta's LoRA has not (DoRA, biases,
@@ -129,6 +132,11 @@ def read_foreign_lora(folder: Path) -> ForeignLora:
     config = read_json(read_file(folder, CONFIG), path)
     if member(config, "peft_type", str, path) != "LORA":
         raise AdapterError(f"{path}: peft_type is {config['peft_type']!r:.40}, expected 'LORA'")
+    if config.get("init_lora_weights") not in PLAIN_STARTS:
+        raise AdapterError(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r:.40}, which changes the encoder itself: "
+            "let PEFT convert the adapter to plain LoRA first"
+        )
     defaults = _defaults()
     for key, value in sorted(config.items()):
         if key not in READ | WITHOUT_BEARING and value != defaults.get(key) and value not in (None, False, [], {}):
@@ -148,22 +156,27 @@ def _as_start(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Pa
     factors: dict[str, Tensor] = {}
     layers, modules, ranks = set(), set(), set()
     for name, value in tensors.items():
-        match = re.search(r"\.(\d+)\.([a-zA-Z_.]+)\.lora_([AB])\.weight$", name)
-        if match is None or value.ndim != 2:
-            logger.info("%s: %s is no LoRA factor of a layer, and is left out", path.parent / WEIGHTS, name)
-            continue
-        factors[name.removeprefix(PREFIX)] = value
-        layers.add(match[1])
-        modules.add(match[2])
-        ranks.add(value.shape[0 if match[3] == "A" else 1])
+        match = re.search(r"\.(\d+)\.([a-zA-Z_][\w.]*)\.lora_([AB])\.weight$", name)
+        if match is not None and value.ndim == 2:
+            factors[name.removeprefix(PREFIX)] = value
+            layers.add(match[1])
+            modules.add(match[2])
+            ranks.add(value.shape[0 if match[3] == "A" else 1])
+        elif HEADS.isdisjoint(name.split(".")) or "lora_" in name:
+            raise AdapterError(f"{path.parent / WEIGHTS}: {name!r} is no LoRA factor of a layer, nor of a head")
+        else:
+            logger.info("%s: %s is of a head, and is left out", path.parent / WEIGHTS, name)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or ranks != {rank} or not isinstance(alpha, int | float):
+    valid = isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and 0 < alpha < 1e6
+    if rank is None or alpha is None or not valid or ranks != {rank}:
         raise AdapterError(
-            f"{path}: expected LoRA factors that all have the rank r = {rank!r}, and a number lora_alpha = {alpha!r}; "
-            f"the ranks of its {len(factors)} factors are {sorted(ranks)}"
+            f"{path}: expected LoRA factors that all have the rank r = {rank!r:.40}, and a number lora_alpha = "
+            f"{alpha!r:.40}; the ranks of its {len(factors)} factors are {sorted(ranks)}"
         )
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)  # rsLoRA: Kalajdzievski (2023)
     scaled = {name: value * (scale if ".lora_B." in name else 1.0) for name, value in sorted(factors.items())}
+    if not all(value.isfinite().all() for value in scaled.values()):
+        raise AdapterError(f"{path.parent / WEIGHTS}: times lora_alpha = {alpha}, the factors are not finite")
     lora = LoraSettings(layers=len(layers), rank=rank, alpha=rank, targets=tuple(sorted(modules)))
     return ForeignLora(scaled, lora, str(config.get("base_model_name_or_path")))
 

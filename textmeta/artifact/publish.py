@@ -2,17 +2,20 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from yaml import YAMLError
 
 from textmeta.artifact.adapter import Adapter
-from textmeta.artifact.card import CARD, NAME, is_repo_id
+from textmeta.artifact.card import CARD, PLACEHOLDER, is_repo_id, usage_name
 from textmeta.artifact.folder import MANIFEST, manifest_of, read_file, read_folder
+from textmeta.artifact.locate import subfolder_prefix
 from textmeta.artifact.store import ADAPTER_FILES, adapter_files, load_adapter
 from textmeta.errors import AdapterError, HubError
+from textmeta.files import is_folder
 from textmeta.hub import clear_hub_errors
 
 __all__ = ["Destination", "push_adapter", "push_folder"]
@@ -37,7 +40,7 @@ class Destination:
     repo_id: str
     revision: str | None = None
     subfolder: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     private: bool | None = None
     commit_message: str | None = None
 
@@ -55,9 +58,12 @@ def push_adapter(adapter: Adapter, to: Destination, *, base_model: str | None = 
 
     Raises:
         AdapterError: if the encoder is no id on the Hub, so that nobody else could load the adapter.
-        HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
+        HubError: no right to write, no answer, or somebody else pushed in between; no file is changed then (but a
+            repository or branch that was made for it stays).
     """
     if base_model is not None:
+        if not is_repo_id(base_model):
+            raise AdapterError(f"base_model must be an id on the Hub (such as 'owner/name'), given {base_model!r:.80}")
         adapter = replace(adapter, encoder=replace(adapter.encoder, model=base_model, revision=None), commit=None)
     _check_encoder(adapter)
     return _push_files(adapter_files(adapter), to)
@@ -84,7 +90,7 @@ def push_folder(folder: str | Path, to: Destination, *, base_model: str | None =
 
 
 def _check_encoder(adapter: Adapter) -> None:
-    if not is_repo_id(adapter.encoder.model) or Path(adapter.encoder.model).is_dir():
+    if not is_repo_id(adapter.encoder.model) or is_folder(adapter.encoder.model):
         raise AdapterError(
             f"not pushed: the adapter's encoder is {adapter.encoder.model!r}, a folder of this machine, which nobody "
             "else has; say which encoder on the Hub it is (base_model='owner/name'; its weights are checked on loading)"
@@ -92,19 +98,19 @@ def _check_encoder(adapter: Adapter) -> None:
 
 
 def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
-    prefix = f"{to.subfolder.strip('/')}/" if to.subfolder else ""
+    prefix = subfolder_prefix(to.subfolder)
     contents = {name: content for name, content in files.items() if name != CARD}
     contents[MANIFEST] = manifest_of(contents)
     if CARD in files:
-        used = f'"{to.repo_id}"' + (f', subfolder="{to.subfolder}"' if to.subfolder else "")
-        contents[CARD] = files[CARD].replace(NAME.encode(), used.encode())
-        _check_card(contents[CARD], to)
+        _check_card(files[CARD], to)
     api = HfApi(token=to.token)
     with clear_hub_errors(to.repo_id, to.revision, token=to.token):
-        repo_id = api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id
+        repo_id = api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id  # with its owner's name
         if to.revision is not None:
             api.create_branch(repo_id, branch=to.revision, exist_ok=True)
         head = api.model_info(repo_id, revision=to.revision)
+    if CARD in files:
+        contents[CARD] = files[CARD].replace(PLACEHOLDER.encode(), usage_name(repo_id, to.subfolder).encode())
     if to.private and not head.private:
         raise HubError(f"not pushed: {repo_id!r} is there already, and is public: make it private first, or a new one")
     present = {file.rfilename for file in head.siblings or []}
@@ -135,5 +141,5 @@ def _check_card(card: bytes, to: Destination) -> None:
     try:
         with clear_hub_errors(to.repo_id, token=to.token):
             ModelCard(card.decode(), ignore_metadata_errors=False).validate(repo_type="model")
-    except ValueError as error:
+    except (ValueError, YAMLError) as error:
         raise AdapterError(f"not pushed: the Hub does not accept the metadata block of {CARD}: {error}") from error

@@ -8,8 +8,8 @@ from pathlib import Path
 from textmeta.artifact import peft_files
 from textmeta.artifact.folder import MANIFEST
 from textmeta.artifact.locate import load_from, locate
-from textmeta.artifact.store import ADAPTER_FILES
 from textmeta.errors import AdapterError
+from textmeta.files import is_folder
 from textmeta.hub import HubAccess
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import LORA, Parameters
@@ -29,12 +29,21 @@ class Start:
         parameters: an initialisation, or its LoRA factors alone.
         lora: settings that the encoder must have.
         base_model: the encoder that it was trained on, as it says.
+        weights_sha256: hash of that encoder's weights, which adapters of others do not tell.
+        commit: of a repository on the Hub.
     """
 
     name: str
     parameters: Parameters
     lora: LoraSettings
     base_model: str
+    weights_sha256: str | None = None
+    commit: str | None = None
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What a record says of it."""
+        return {"start": self.name, **({"start_revision": self.commit} if self.commit else {})}
 
     def fitted_to(self, encoder: Encoder) -> Parameters:
         """Return the parameters under the encoder's names.
@@ -43,8 +52,16 @@ class Start:
             AdapterError: if it was trained on another encoder, or its factors are others.
         """
         model = encoder.settings.model
-        if model != self.base_model and not Path(model).is_dir():
-            raise AdapterError(f"the adapter {self.name!r} was trained on {self.base_model!r}, not on {model!r}")
+        same = (
+            self.weights_sha256 == encoder.weights_sha256
+            if self.weights_sha256
+            else model == self.base_model or is_folder(model)
+        )
+        if not same:
+            raise AdapterError(
+                f"the adapter {self.name!r} was trained on {self.base_model!r}, not on {model!r}"
+                + (" (the weights differ)" if self.weights_sha256 else "")
+            )
         return {
             **{name: value for name, value in self.parameters.items() if not name.startswith(LORA)},
             **self._factors(encoder.factor_shapes),
@@ -77,13 +94,14 @@ def load_start(
         AdapterError: if it is neither an adapter of textmeta nor a plain LoRA of PEFT, or damaged.
         HubError: if the Hub has no such repository, or cannot be reached.
     """
-    files = (*sorted(ADAPTER_FILES), MANIFEST)
-    where = locate(name, revision=revision, subfolder=subfolder, access=access, files=files)
+    where = locate(name, revision=revision, subfolder=subfolder, access=access)
     told = where.folder.resolve().name if where.kind == "folder" else str(name)
-    if (where.folder / MANIFEST).exists() or not (where.folder / peft_files.CONFIG).exists():
-        adapter, _ = load_from(name, revision=revision, subfolder=subfolder, access=access)
-        return Start(told, adapter.parameters, adapter.lora, adapter.encoder.model)
-    foreign = peft_files.read_foreign_lora(where.folder)
-    logger.info("%s is a plain PEFT adapter of %s: %s", name, foreign.base_model, foreign.lora)
-    parameters = {LORA + factor: value for factor, value in foreign.factors.items()}
-    return Start(told, parameters, foreign.lora, foreign.base_model)
+    if (where.folder / peft_files.CONFIG).exists() and not (where.folder / MANIFEST).exists():
+        foreign = peft_files.read_foreign_lora(where.folder)
+        logger.info("%s is a plain PEFT adapter of %s: %s", name, foreign.base_model, foreign.lora)
+        parameters = {LORA + factor: value for factor, value in foreign.factors.items()}
+        return Start(told, parameters, foreign.lora, foreign.base_model, commit=where.commit)
+    adapter, where = load_from(name, revision=where.commit, subfolder=subfolder, access=access)
+    return Start(
+        told, adapter.parameters, adapter.lora, adapter.encoder.model, adapter.weights_sha256, commit=where.commit
+    )

@@ -6,6 +6,7 @@
 A fitted classifier adds ``classifier.safetensors`` and ``classifier.json``.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
@@ -17,21 +18,26 @@ from torch import Tensor
 
 from textmeta.artifact import peft_files
 from textmeta.artifact.adapter import HEAD, Adapter, FittedHead
-from textmeta.artifact.card import CARD, model_card
-from textmeta.artifact.folder import read_folder, write_folder
+from textmeta.artifact.card import CARD, is_edited, model_card
+from textmeta.artifact.folder import read_file, read_folder, write_folder
 from textmeta.artifact.migrations import FORMAT_VERSION, migrate
-from textmeta.artifact.parsing import member, read_json, read_settings, read_tensors, write_json
-from textmeta.errors import AdapterError
+from textmeta.artifact.parsing import check_members, member, read_json, read_settings, read_tensors, write_json
+from textmeta.data.labels import label_to_json, read_labels
+from textmeta.errors import AdapterError, HubError
+from textmeta.hub import check_revision
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import LORA, Parameters, lora_factors
+from textmeta.model.initialisation import LORA, lora_factors
 from textmeta.model.lora import LoraSettings
 
 __all__ = ["ADAPTER_FILES", "adapter_files", "load_adapter", "save_adapter"]
 
 META, SCALARS = "textmeta.json", "textmeta.safetensors"
 CLASSES = "classifier.json"
+OLD_CARD = "README.old.md"
+PROBE = "probe"  # beside the scalars
+COMMIT, SHA256 = "[0-9a-f]{40}", "[0-9a-f]{64}"
 REQUIRED = frozenset({peft_files.CONFIG, peft_files.WEIGHTS, META, SCALARS})
 ADAPTER_FILES = REQUIRED | {HEAD, CLASSES}  # all that a manifest may list
 
@@ -46,6 +52,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter folder, replacing what was there; a crash leaves the old one or the new one, whole.
 
+    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``.
+
     Args:
         folder: where to.
         encoder: that the adapter belongs to.
@@ -58,8 +66,13 @@ def save_adapter(
         AdapterError: if a value is not finite, or the folder cannot be replaced
             (:func:`~textmeta.artifact.folder.write_folder`).
     """
-    adapter = Adapter.of(encoder, parameters, inner, record, fitted)
-    write_folder(Path(folder), adapter_files(adapter), unlisted=frozenset({CARD}))
+    folder = Path(folder)
+    files = adapter_files(Adapter.of(encoder, parameters, inner, record, fitted))
+    if (folder / CARD).is_file():
+        old = (folder / CARD).read_bytes()
+        if is_edited(old.decode("utf-8", "replace")):
+            files[OLD_CARD] = old
+    write_folder(folder, files, unlisted=frozenset({CARD, OLD_CARD}))
 
 
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:
@@ -83,18 +96,21 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     files = {
         peft_files.CONFIG: _peft_config(adapter, factors),
         peft_files.WEIGHTS: save_tensors(peft_files.tensor_names(factors), metadata={"format": "pt"}),
-        SCALARS: save_tensors({name: value for name, value in tensors.items() if not name.startswith(LORA)}),
+        SCALARS: save_tensors(
+            {name: value for name, value in tensors.items() if not name.startswith(LORA)}
+            | ({} if adapter.probe is None else _checked_tensors({PROBE: adapter.probe}))
+        ),
         META: write_json(meta),
     }
     if adapter.fitted is None:
-        return {**files, CARD: model_card(meta).encode()}
+        return {**files, CARD: model_card(meta).encode("utf-8", "replace")}
     fitted, classes, support = adapter.fitted, adapter.fitted.classes, adapter.fitted.support
     head = {**{LORA + name: value for name, value in fitted.factors.items()}, "weights": fitted.weights}
     return {
         **files,
         HEAD: save_tensors(_checked_tensors(head)),
-        CLASSES: write_json({"classes": classes, "support": support}),
-        CARD: model_card(meta, classes, None if support is None else len(support)).encode(),
+        CLASSES: write_json({"classes": [label_to_json(label) for label in classes], "support": support}),
+        CARD: model_card(meta, classes, None if support is None else len(support)).encode("utf-8", "replace"),
     }
 
 
@@ -107,24 +123,38 @@ def load_adapter(folder: str | Path) -> Adapter:
         AdapterError: naming the file and what is wrong with it.
     """
     folder = Path(folder)
-    files = read_folder(folder)
-    for name in sorted(files.keys() ^ REQUIRED):
-        if name in REQUIRED:
-            raise AdapterError(f"{folder} is no whole textmeta adapter: it has no {name}")
-        if name not in ADAPTER_FILES:
-            raise AdapterError(f"{folder / name} does not belong to an adapter, but its manifest lists it")
+    _refuse_newer(folder)
+    files = read_folder(folder, ADAPTER_FILES)
+    for name in sorted(REQUIRED - files.keys()):
+        raise AdapterError(f"{folder} is no whole textmeta adapter: it has no {name}")
     adapter = _read_meta(files[META], folder / META)
-    adapter = replace(adapter, parameters=_read_parameters(files, folder, adapter))
+    factors, scalars = _read_factors(files, folder, adapter), read_tensors(files[SCALARS], folder / SCALARS)
+    adapter = replace(adapter, probe=scalars.pop(PROBE, None))
+    _check_scalars(scalars, factors, adapter.inner, folder / SCALARS)
+    adapter = replace(adapter, parameters={**{LORA + name: value for name, value in factors.items()}, **scalars})
     if files.keys() & {HEAD, CLASSES}:
         adapter = replace(adapter, fitted=_read_fitted(files, folder, lora_factors(adapter.parameters)))
     return adapter
 
 
+def _refuse_newer(folder: Path) -> None:
+    """Say first of all if the format is newer: that it has other files, too, would else be called damage."""
+    try:
+        meta = read_json(read_file(folder, META), folder / META)
+    except AdapterError:
+        return  # whatever is wrong will be found, and named, in its turn
+    if isinstance(meta.get("format_version"), int) and meta["format_version"] > FORMAT_VERSION:
+        migrate(meta, folder / META)
+
+
 def _read_meta(content: bytes, path: Path) -> Adapter:
     """Return what ``textmeta.json`` says: an adapter without tensors."""
     meta = migrate(read_json(content, path), path)
+    check_members(meta, ("format_version", "versions", "encoder", "lora", "inner", "record"), path)
     encoder = member(meta, "encoder", dict, path)
     settings = {key: value for key, value in encoder.items() if key not in ("commit", "weights_sha256")}
+    if "cache_mb" in settings:
+        raise AdapterError(f"{path}: unknown setting encoder.cache_mb: the memory of a machine is its owner's affair")
     adapter = Adapter(
         parameters={},
         inner=read_settings(InnerLoopSettings, member(meta, "inner", dict, path), path, "inner"),
@@ -136,21 +166,40 @@ def _read_meta(content: bytes, path: Path) -> Adapter:
         versions=member(meta, "versions", dict, path),
     )
     if ".." in PurePosixPath(adapter.encoder.model).parts:
-        raise AdapterError(f"{path}: encoder.model is {adapter.encoder.model!r}: no path upwards is followed")
+        raise AdapterError(f"{path}: encoder.model is {adapter.encoder.model!r:.80}: no path upwards is followed")
+    for key, value, pattern in (("commit", adapter.commit, COMMIT), ("weights_sha256", adapter.weights_sha256, SHA256)):
+        if value is not None and not re.fullmatch(pattern, value):
+            raise AdapterError(f"{path}: encoder.{key} is {value!r:.80}, expected {pattern}")
+    try:
+        check_revision(adapter.encoder.revision)
+    except HubError as error:
+        raise AdapterError(f"{path}: encoder.revision: {error}") from error
     return adapter
 
 
-def _read_parameters(files: Mapping[str, bytes], folder: Path, adapter: Adapter) -> Parameters:
-    tensors = read_tensors(files[peft_files.WEIGHTS], folder / peft_files.WEIGHTS)
-    factors = peft_files.factors_of(tensors, folder / peft_files.WEIGHTS)
+def _read_factors(files: Mapping[str, bytes], folder: Path, adapter: Adapter) -> dict[str, Tensor]:
+    path = folder / peft_files.WEIGHTS
+    factors = peft_files.factors_of(read_tensors(files[peft_files.WEIGHTS], path), path)
     peft_files.check_config(files[peft_files.CONFIG], _peft_config(adapter, factors), folder / peft_files.CONFIG)
-    scalars = read_tensors(files[SCALARS], folder / SCALARS)
-    expected = start_parameters({name: tuple(value.shape) for name, value in factors.items()}, adapter.inner)
+    for name, value in factors.items():
+        if value.ndim != 2 or 0 in value.shape or value.shape[1 if ".lora_B." in name else 0] != adapter.lora.rank:
+            raise AdapterError(
+                f"{path}: {name} has shape {tuple(value.shape)}, expected a factor of rank {adapter.lora.rank}"
+            )
+    return dict(sorted(factors.items()))
+
+
+def _check_scalars(
+    scalars: Mapping[str, Tensor], factors: Mapping[str, Tensor], inner: InnerLoopSettings, path: Path
+) -> None:
+    expected = start_parameters({name: tuple(value.shape) for name, value in factors.items()}, inner)
     shapes = {name: tuple(value.shape) for name, value in expected.items() if not name.startswith(LORA)}
     given = {name: tuple(value.shape) for name, value in scalars.items()}
     if shapes != given:
-        raise AdapterError(f"{folder / SCALARS}: expected tensors {shapes}, found {given}")
-    return {**{LORA + name: value for name, value in sorted(factors.items())}, **scalars}
+        raise AdapterError(f"{path}: expected tensors {shapes}, found {given}")
+    for name, value in scalars.items():  # all are logarithms of positive numbers
+        if not (value.exp().isfinite() & (value.exp() > 0)).all():
+            raise AdapterError(f"{path}: {name}: the exponential of {value.tolist()} is no positive number")
 
 
 def _peft_config(adapter: Adapter, factors: Iterable[str]) -> bytes:
@@ -165,7 +214,8 @@ def _read_fitted(files: Mapping[str, bytes], folder: Path, factors: Mapping[str,
     tensors = read_tensors(files[HEAD], folder / HEAD)
     weights = tensors.pop("weights", torch.empty(0))
     content = read_json(files[CLASSES], folder / CLASSES)
-    classes = member(content, "classes", list, folder / CLASSES)
+    check_members(content, ("classes", "support"), folder / CLASSES)
+    classes = read_labels(member(content, "classes", list, folder / CLASSES), folder / CLASSES)
     if weights.ndim != 2 or len(weights) != len(classes):
         raise AdapterError(
             f"{folder / HEAD}: weights have shape {tuple(weights.shape)}, but {CLASSES} lists {len(classes)} classes"

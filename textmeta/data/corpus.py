@@ -65,6 +65,8 @@ class CorpusSettings:
         """Check the ranges."""
         if self.rows is not None and self.rows < 1:
             raise SettingsError(f"corpus rows must be at least 1, given {self.rows}")
+        if self.text_column == self.label_column:
+            raise SettingsError(f"text_column and label_column are the same: {self.text_column!r}")
 
     @property
     def is_file(self) -> bool:
@@ -242,6 +244,17 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
         text_column=settings.text_column,
         label_column=settings.label_column,
     )
+    if settings.rows is not None:  # the first rows of a sorted dataset have few of its classes
+        present = [name for number, name in enumerate(corpus.class_names) if len(corpus.rows_of(number))]
+        if len(present) < len(corpus.class_names):
+            logger.warning(
+                "corpus %s: the first %d rows have %d of its %d classes",
+                corpus.name,
+                settings.rows,
+                len(present),
+                len(corpus.class_names),
+            )
+            corpus = corpus.restrict(present)
     logger.info("corpus %s: %d texts, %d classes", corpus.name, len(corpus), len(corpus.class_names))
     return replace(corpus, source={**found, **_source(settings)})
 
@@ -251,8 +264,9 @@ def _source(settings: CorpusSettings) -> dict[str, Any]:
     defaults = asdict(CorpusSettings(""))
     source = {key: value for key, value in asdict(settings).items() if value != defaults[key]}
     for key in ("dataset", "splits") if settings.is_file else ("splits",):
-        if key in source and Path(source[key]).is_absolute():
-            source[key] = Path(source[key]).name
+        path = Path(source.get(key, ""))
+        if path.is_absolute() or ".." in path.parts:
+            source[key] = path.name
     return source
 
 

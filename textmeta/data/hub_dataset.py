@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -47,6 +48,13 @@ def read_hub_dataset(
         DataError: no such dataset, configuration, split or column, no right to it, no answer and not in the cache, or a
             dataset that needs a script of its own.
     """
+    if Path(dataset).exists():
+        raise DataError(
+            f"there is a file or folder {dataset!r} here, so the dataset of that id on the Hub cannot be told from it: "
+            "start from another working folder, or give the path of a data file"
+        )
+    if streaming and "[" in split:
+        raise DataError(f"a stream has whole splits alone, given {split!r}: set rows instead")
     where = f"dataset {dataset!r} (config {config}, split {split!r}, revision {revision or 'main'})"
     try:
         found = _look_up(dataset, revision)
@@ -79,27 +87,27 @@ def _look_up(dataset: str, revision: str | None) -> dict[str, Any]:
     except HubError as error:
         raise DataError(f"{error}{FOR_A_FILE}") from error
     card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
-    license_ = card.get("license")
-    return {
-        "commit": info.sha,
-        **({"license": license_ if isinstance(license_, str) else ", ".join(license_)} if license_ else {}),
-    }
+    license_ = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    names = [str(name) for name in (license_ if isinstance(license_, list) else [license_]) if name is not None]
+    return {"commit": info.sha, **({"license": ", ".join(names)} if names else {})}
 
 
 def _streamed(
     dataset: str, config: str | None, split: str, options: dict[str, Any], columns: Sequence[str], rows: int | None
 ) -> datasets.Dataset:
     stream = datasets.load_dataset(dataset, config, split=split, streaming=True, **options)
-    known = stream.column_names
-    if known is None:  # of a file without a declared schema, the first row tells
-        known = list(next(iter(stream.take(1)), {}))
-    missing = [column for column in columns if column not in known]
-    if missing:
-        raise DataError(f"dataset {dataset!r}, split {split!r} has no column {missing[0]!r}; its columns are {known}")
-    stream = stream.select_columns(list(columns))
-    taken = list(tqdm(itertools.islice(stream, rows), desc=f"{dataset} {split}", unit="row", total=rows))
-    features = stream.features and datasets.Features({column: stream.features[column] for column in columns})
-    return datasets.Dataset.from_list(taken, features=features)
+    features = stream.features and {name: kind for name, kind in stream.features.items() if name in columns}
+    taken: list[dict[str, Any]] = []
+    for row in tqdm(itertools.islice(stream, rows), desc=f"{dataset} {split}", unit="row", total=rows):
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise DataError(
+                f"dataset {dataset!r}, split {split!r} has no column {missing[0]!r}; its columns are {list(row)}"
+            )
+        taken.append({column: row[column] for column in columns})
+    if not taken:
+        raise DataError(f"dataset {dataset!r}, split {split!r} is empty: 0 rows, expected at least 1")
+    return datasets.Dataset.from_list(taken, features=features and datasets.Features(features))
 
 
 def _advice(error: BaseException, dataset: str) -> str:
@@ -110,4 +118,4 @@ def _advice(error: BaseException, dataset: str) -> str:
         )
     if "gated dataset" in str(error):  # everybody may look a gated one up, so that this comes late
         return f" Ask for access at {constants.ENDPOINT}/datasets/{dataset}, then log in with `hf auth login`"
-    return FOR_A_FILE
+    return FOR_A_FILE if isinstance(error, datasets.exceptions.DatasetNotFoundError | ConnectionError) else ""

@@ -1,7 +1,8 @@
 """Labels of any hashable type, as a classifier is given them, returns them and stores them."""
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from textmeta.errors import AdapterError, DataError
 
-__all__ = ["checked_labels", "label_array", "label_from_json", "label_to_json", "sorted_if_possible"]
+__all__ = ["checked_labels", "label_array", "label_to_json", "read_labels", "sorted_if_possible"]
+
+MAX_DEPTH = 20  # of tuples in tuples
 
 
 def checked_labels(labels: Iterable[Hashable]) -> list[Any]:
@@ -69,9 +72,9 @@ def label_to_json(label: Any) -> Any:
     """
     if isinstance(label, tuple):
         return {"tuple": [label_to_json(part) for part in label]}
-    if isinstance(label, float) and not math.isfinite(label):
+    if isinstance(label, float) and math.isinf(label):
         return {"float": str(label)}
-    if type(label) in (str, int, float, bool):
+    if type(label) in (str, int, float, bool) and not _is_missing(label):
         return label
     raise AdapterError(
         f"cannot save a classifier whose label {label!r:.60} is a {type(label).__name__}; labels that can be saved are "
@@ -79,16 +82,29 @@ def label_to_json(label: Any) -> Any:
     )
 
 
-def label_from_json(label: Any) -> Any:
-    """Return the label that :func:`label_to_json` was given.
+def read_labels(stored: Sequence[Any], path: Path) -> list[Any]:
+    """Return the labels that :func:`label_to_json` was given.
+
+    Args:
+        stored: as JSON holds them.
+        path: to name in errors.
 
     Raises:
-        AdapterError: if it is none that it returns.
+        AdapterError: if one is none that it returns, or two are equal.
     """
-    if isinstance(label, dict) and isinstance(label.get("tuple"), list):
-        return tuple(label_from_json(part) for part in label["tuple"])
-    if isinstance(label, dict) and label.get("float") in ("inf", "-inf"):
-        return float(label["float"])
-    if type(label) in (str, int, float, bool):
-        return label
-    raise AdapterError(f"classifier.json: unexpected label {label!r:.60}")
+    labels = [_label_from_json(label, path) for label in stored]
+    for number, label in enumerate(labels):
+        if label in labels[:number]:
+            raise AdapterError(f"{path}: the label {label!r:.60} is given twice")
+    return labels
+
+
+def _label_from_json(label: Any, path: Path, depth: int = 0) -> Any:
+    match label:
+        case {"tuple": list(parts)} if len(label) == 1 and depth < MAX_DEPTH:
+            return tuple(_label_from_json(part, path, depth + 1) for part in parts)
+        case {"float": "inf" | "-inf" as number} if len(label) == 1:
+            return float(number)
+        case str() | int() | float():  # and bool, which is an int
+            return label
+    raise AdapterError(f"{path}: unexpected label {str(label)[:60]}")

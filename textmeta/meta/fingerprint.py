@@ -19,13 +19,12 @@ def run_fingerprint(
     """Return, as JSON would give it back, everything that decides what a run ends in.
 
     Args:
-        encoder: its settings, weights, LoRA and precision count; its cache does not, being exact.
+        encoder: its weights, whatever they are called, pooling, length, LoRA and precision count.
         train_episodes: corpora, settings and seed count.
         valid_episodes: likewise.
         **settings: dataclasses, by name, that count but for what trades memory for time.
     """
-    encoder_settings = asdict(encoder.settings)
-    del encoder_settings["cache_mb"]
+    encoder_settings = {key: getattr(encoder.settings, key) for key in ("pooling", "max_length")}
     parts = {name: asdict(part) for name, part in settings.items()}
     for name in ("checkpointed", "texts_at_once"):  # memory's affair: they can change when a run goes on
         parts.get("training", {}).get("meta_gradient", {}).pop(name, None)

@@ -25,6 +25,9 @@ Part = Literal["lora_A", "lora_B", "offset"]
 HeadName = Literal["prototype", "ridge"]
 
 
+MAX_STEPS = 1000  # each has step sizes of its own
+
+
 @dataclass(frozen=True)
 class InnerLoopSettings:
     """What the task learner does with a support set.
@@ -60,8 +63,8 @@ class InnerLoopSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.steps < 0:
-            raise SettingsError(f"inner steps must not be negative, given {self.steps}")
+        if not 0 <= self.steps <= MAX_STEPS:
+            raise SettingsError(f"inner steps must be from 0 to {MAX_STEPS}, given {self.steps}")
         known = ("lora_A", "lora_B", "offset")
         unknown = [part for part in self.adapt if part not in known]
         if unknown or not self.adapt:

@@ -7,7 +7,8 @@ and cached. The rest, the adapted suffix, runs for any factors, of one task or o
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from textmeta.errors import SettingsError
+from textmeta.files import is_folder
 from textmeta.hub import HubAccess
 from textmeta.model.attention import is_twice_differentiable, twice_differentiable, use_switched_attention
 from textmeta.model.lora import LoraSettings, inject, lora_config, using_factors
@@ -108,7 +110,10 @@ class Encoder:
                 f"precision must be 'no' or 'bf16', given {precision!r}"
                 + (": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16"))
             )
-        self.settings = settings or EncoderSettings()
+        settings = settings or EncoderSettings()
+        if is_folder(settings.model):  # a relative path would look like an id on the Hub from elsewhere
+            settings = replace(settings, model=str(Path(settings.model).resolve()))
+        self.settings = settings
         self.lora = lora or LoraSettings()
         try:
             self.device = torch.device(device)
@@ -118,6 +123,7 @@ class Encoder:
         self.access = access
         pretrained = load_pretrained(self.settings.model, self.settings.revision, access)
         model, self.tokenizer, self.commit = pretrained.model, pretrained.tokenizer, pretrained.commit
+        self.source = (settings.model, self.commit or settings.revision)  # where another copy can be had
         use_switched_attention(model)
         _check_length(model, self.settings)
         self.weights_sha256 = weights_digest(model)

@@ -21,6 +21,8 @@ from textmeta.errors import EncoderError, SettingsError
 
 __all__ = ["LoraSettings", "inject", "lora_config", "using_factors", "zero_start"]
 
+MAX_ALPHA = 10**6
+
 # Names of the linear layers that carry LoRA, by model type: attention's query and value, as in the LoRA paper.
 TARGETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("query", "value")),
@@ -53,6 +55,8 @@ class LoraSettings:
         """Check the ranges."""
         if self.rank < 1:
             raise SettingsError(f"lora rank must be at least 1, given {self.rank}")
+        if not 1 <= self.alpha <= MAX_ALPHA:
+            raise SettingsError(f"lora alpha must be from 1 to {MAX_ALPHA}, given {self.alpha:.3g}")
         if self.layers is not None and self.layers < 1:
             raise SettingsError(f"lora layers must be at least 1, given {self.layers}")
 

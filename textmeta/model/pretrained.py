@@ -2,19 +2,19 @@
 
 import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from textmeta.errors import EncoderError, HubError, HubUnreachableError
+from textmeta.files import is_folder
 from textmeta.hub import HubAccess, fetch_snapshot
+from textmeta.model.untrusted import check_encoder_files
 
 __all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "tensors_digest", "weights_digest"]
 
@@ -58,14 +58,15 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
     names = {path.name for path in folder.iterdir()}
     if "adapter_config.json" in names:
         raise EncoderError(f"{name!r} is an adapter, not an encoder: name the encoder that it was trained on")
-    if "model.safetensors.index.json" in names:
-        _check_shards(folder / "model.safetensors.index.json")
+    check_encoder_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, report = AutoModel.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except BaseException as error:  # the libraries raise anything, a panic of their Rust parts too
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".ckpt")))
         raise EncoderError(
             f"cannot load the encoder {name!r} (revision {revision}): {error}. Expected a folder with a transformers "
@@ -96,7 +97,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple[Path, str | None]:
     """Return a local folder with the model, and its commit where it came from the Hub."""
-    if Path(name).is_dir():
+    if is_folder(name):
         return Path(name), None
     try:
         folder = fetch_snapshot(name, FILES, ignore=["*/*"], revision=revision, access=access)
@@ -115,17 +116,6 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
         CARRIED_PACKAGE,
     )
     return folder, None
-
-
-def _check_shards(index: Path) -> None:
-    """Check that a model in several files names none outside its folder."""
-    try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise EncoderError(f"{index} does not say which file holds which weight: {error}") from error
-    outside = sorted(str(name) for name in files if Path(str(name)).name != name)
-    if outside:
-        raise EncoderError(f"{index} names files outside its folder: {', '.join(outside[:5])}")
 
 
 def _carried_copy() -> Path:
