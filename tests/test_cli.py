@@ -11,7 +11,8 @@ import pytest
 from tests.artifact.test_card import record
 from tests.hub.server import TOKEN, HubServer
 from textmeta import FewShotClassifier
-from textmeta.artifact.store import save_adapter
+from textmeta.artifact.card import is_edited
+from textmeta.artifact.store import load_adapter, save_adapter
 from textmeta.cli import main, parse_settings
 from textmeta.data.class_splits import read_class_split
 from textmeta.data.corpus import CorpusSettings
@@ -51,7 +52,13 @@ def test_push_pull_and_info(
     assert capsys.readouterr().out.startswith(f"{hub.url}/tester/mine/commit/")
     main(["pull", "tester/mine", "--folder", str(tmp_path / "pulled")])
     assert capsys.readouterr().out == f"{tmp_path / 'pulled'}\n"
-    assert (tmp_path / "pulled" / "README.md").read_text(encoding="utf-8").count('"tester/mine"') == 2
+    card = (tmp_path / "pulled" / "README.md").read_text(encoding="utf-8")
+    assert (
+        card.count('"path/to/this/folder"')
+        == hub.files("tester/mine")["README.md"].decode().count('"tester/mine"')
+        == 2
+    )
+    assert not is_edited(card)
     loaded = FewShotClassifier.from_pretrained(tmp_path / "pulled")
     assert list(loaded.predict(["bal"])) == ["b"]
     for name in ("tester/mine", str(tmp_path / "pulled")):
@@ -88,6 +95,41 @@ def test_pull_into_a_place_that_cannot_be_replaced_is_refused_before_the_downloa
     with pytest.raises(SystemExit, match="working folder"):
         main(["pull", "tester/mine", "--folder", "."])
     assert not hub.requests
+
+
+def test_pull_asks_the_hub_whatever_is_called_so_here(
+    hub: HubServer, adapter: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for revision in ("main", "v2"):
+        main(
+            ["push", str(adapter), "tester/mine", "--token", TOKEN, "--base_model", "lab/tiny", "--revision", revision]
+        )
+    main(["pull", "tester/mine", "--folder", "tester/mine"])
+    (tmp_path / "tester" / "mine" / "adapter_config.json").write_text("damaged")
+    main(["pull", "tester/mine", "--folder", "tester/mine", "--revision", "v2"])
+    load_adapter(tmp_path / "tester" / "mine")
+
+
+def test_pull_of_an_adapter_that_names_a_folder_as_its_encoder_is_refused(
+    hub: HubServer, adapter: Path, tmp_path: Path
+) -> None:
+    hub.add_repo("lab/evil", {path.name: path.read_bytes() for path in adapter.iterdir()})
+    with pytest.raises(SystemExit, match="no folder of this machine is opened"):
+        main(["pull", "lab/evil", "--folder", str(tmp_path / "pulled")])
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_info_shows_nothing_that_a_terminal_acts_on(
+    encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = InnerLoopSettings(steps=2)
+    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner), inner)
+    classifier.fit(["bal bel", "dal del"], ["a\x1b[2Jb", "c\nwhole  no"]).save_pretrained(tmp_path / "adapter")
+    main(["info", str(tmp_path / "adapter")])
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\nwhole  no" not in printed
 
 
 def test_the_command_is_installed() -> None:

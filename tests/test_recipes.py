@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.hub.server import TOKEN, HubServer
 from textmeta import Corpus, FewShotClassifier
+from textmeta.artifact.publish import Destination, push_folder
 from textmeta.cli import parse_settings
 from textmeta.errors import AdapterError, DataError, SettingsError
 
@@ -96,7 +98,15 @@ def test_the_cards_recipe_makes_the_same_adapter_again(
     meta_train("--config", "remake.yaml", "--output", str(again), "--test_episodes=4")
     for name in ("adapter_model.safetensors", "textmeta.safetensors"):
         assert (first / name).read_bytes() == (again / name).read_bytes()
-    assert str(tmp_path) not in card.replace(tiny_model, "")
+
+
+def test_no_path_of_the_machine_is_pushed(hub: HubServer, tiny_model: str, data: list[str], tmp_path: Path) -> None:
+    meta_train(*data, "--output", str(tmp_path / "run"), "--encoder.model", tiny_model, *SHORT)
+    push_folder(tmp_path / "run", Destination("tester/run", token=TOKEN), base_model="lab/tiny")
+    pushed = hub.files("tester/run")
+    assert "adapter_model.safetensors" in pushed
+    for path in (tmp_path, Path(tiny_model).parent):
+        assert not [name for name, content in pushed.items() if str(path).encode() in content]
 
 
 def test_meta_train_starts_from_an_adapter(tiny_model: str, data: list[str], tmp_path: Path) -> None:
@@ -106,7 +116,7 @@ def test_meta_train_starts_from_an_adapter(tiny_model: str, data: list[str], tmp
     meta_train(*arguments, "--output", str(tmp_path / "second"), "--start", str(tmp_path / "first"))
     meta = json.loads((tmp_path / "second" / "textmeta.json").read_text())
     assert meta["lora"]["rank"] == 4, "of the start, not the default"
-    assert meta["record"]["start"] == "first"
+    assert meta["record"]["start"] == {"start": "first"}
     assert "started from the adapter `first`" in (tmp_path / "second" / "README.md").read_text()
 
 

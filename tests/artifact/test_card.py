@@ -165,6 +165,29 @@ def test_how_to_remake_it_names_every_setting_and_no_folder_of_the_machine() -> 
     ]
     assert config["training"] == {"algorithm": "fomaml", "steps": 300}
     assert config["precision"] == "no"
+    assert config["encoder"]["revision"] == meta()["encoder"]["commit"], "the encoder is pinned, too"
+    assert f'from_pretrained("lab/tiny", revision="{meta()["encoder"]["commit"]}")' in model_card(meta())
+
+
+def test_start_is_named_and_pinned() -> None:
+    start = {"start": "lab/first", "start_revision": "c0ffee"}
+    card = model_card(meta(record={**record(), "start": start}))
+    assert "started from the adapter `lab/first` at revision `c0ffee`" in card
+    block = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)
+    assert block is not None
+    assert yaml.safe_load(block[1]).items() >= start.items()
+
+
+def test_labels_cannot_write_the_card() -> None:
+    card = model_card(meta(), ["a`b", "# Heading\n# Another", "\ud800", ("x", 1), 10**5000])
+    assert "# Another" not in card.splitlines()
+    assert "`('x', 1)`" in card
+    card.encode("utf-8")
+
+
+@pytest.mark.parametrize("odd", [{"settings": 3}, {"results": {"x": 3}}, {"settings": {"training": {}, "train": {}}}])
+def test_record_that_training_did_not_write_is_left_out(odd: dict[str, Any]) -> None:
+    assert "Not meta-trained, or nothing is recorded of it" in model_card(meta(record=odd))
 
 
 def test_card_may_be_edited_or_removed(encoder: Encoder, tmp_path: Path) -> None:

@@ -231,14 +231,14 @@ def set_aside(tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
     write_folder(folder, OLD)
     (folder / "notes.txt").write_text("mine")
-    folder.rename(tmp_path / ".adapter.old")
-    (tmp_path / ".adapter.new").mkdir()
+    folder.rename(tmp_path / ".adapter.textmeta-old")
+    (tmp_path / ".adapter.textmeta-new").mkdir()
     return folder
 
 
 def test_folder_set_aside_by_a_crash_is_read_where_it_lies(set_aside: Path) -> None:
     assert read_folder(set_aside) == OLD
-    assert names(set_aside.parent) == {".adapter.old", ".adapter.new"}, "reading writes nothing"
+    assert names(set_aside.parent) == {".adapter.textmeta-old", ".adapter.textmeta-new"}, "reading writes nothing"
 
 
 def test_folder_set_aside_by_a_crash_is_mended_by_the_next_save(set_aside: Path) -> None:

@@ -25,6 +25,7 @@ from textmeta.artifact.folder import MANIFEST
 from textmeta.artifact.locate import load_from
 from textmeta.artifact.publish import Destination, push_folder
 from textmeta.errors import AdapterError, EncoderError, HubError, HubUnreachableError
+from textmeta.hub import HubAccess
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
@@ -325,7 +326,7 @@ def test_file_damaged_in_the_cache_is_downloaded_again(
     blob = (snapshot() / name).resolve()
     os.truncate(blob, blob.stat().st_size // 2)
     with pytest.raises(AdapterError, match=re.escape(name)):
-        load_from(ADAPTER, access=locating.HubAccess(local_files_only=True))
+        load_from(ADAPTER, access=HubAccess(local_files_only=True))
     assert np.array_equal(FewShotClassifier.from_pretrained(ADAPTER).predict_proba(QUERIES), expected)
     assert "downloading it again" in caplog.text
 
@@ -392,10 +393,95 @@ def test_name_that_is_no_folder_and_no_id_is_said_to_be_neither(hub: HubServer, 
     assert not hub.requests
 
 
-@pytest.mark.parametrize("subfolder", ["../other", "/etc", "a/../../b"])
-def test_subfolder_that_leads_out_is_refused(hub: HubServer, subfolder: str) -> None:
+@pytest.mark.parametrize("subfolder", ["../other", "/etc", "a/../../b", "./sub", "sub/", "/", "", "a[1]", "a//b", "*"])
+def test_subfolder_that_is_no_plain_path_below_is_refused(
+    hub: HubServer, classifier: FewShotClassifier, subfolder: str
+) -> None:
     with pytest.raises(AdapterError, match="subfolder must be a path below"):
         load_from(ADAPTER, subfolder=subfolder)
+    with pytest.raises(AdapterError, match="subfolder must be a path below"):
+        classifier.push_to_hub(ADAPTER, token=TOKEN, subfolder=subfolder)
+    assert ("model", ADAPTER) not in hub.repos
+
+
+def test_folder_that_a_killed_save_set_aside_is_found_by_its_name(
+    hub: HubServer, classifier: FewShotClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    classifier.save_pretrained("runs/mine")
+    (tmp_path / "runs" / "mine").rename(tmp_path / "runs" / ".mine.textmeta-old")
+    seen = len(hub.requests)
+    assert load_from("runs/mine")[1].kind == "folder"
+    assert len(hub.requests) == seen, "the Hub does not learn of it"
+
+
+def test_revision_means_the_hub_even_where_a_folder_has_the_name(
+    hub: HubServer, classifier: FewShotClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pushed = classifier.push_to_hub(ADAPTER, token=TOKEN)
+    classifier.fit(TEXTS, LABELS).save_pretrained(ADAPTER)
+    assert load_from(ADAPTER)[1].kind == "folder"
+    adapter, where = load_from(ADAPTER, revision=pushed.oid)
+    assert (where.kind, adapter.fitted) == ("hub", None)
+    with pytest.raises(AdapterError, match=r"nor is it the id .*which alone has revisions"):
+        load_from(str(tmp_path / ADAPTER), revision="main")
+
+
+@pytest.mark.parametrize("revision", ["../x", "/etc", "a..b", "", "x" * 300, "a\nb"])
+def test_revision_that_can_be_none_is_refused_before_anybody_is_asked(hub: HubServer, revision: str) -> None:
+    with pytest.raises(HubError, match="is no revision"):
+        load_from(ADAPTER, revision=revision)
+    assert not hub.requests
+
+
+def test_push_without_an_owner_goes_to_ones_own_and_the_card_says_so(
+    hub: HubServer, classifier: FewShotClassifier
+) -> None:
+    classifier.push_to_hub("parcels", token=TOKEN)
+    assert 'from_pretrained("tester/parcels")' in hub.files("tester/parcels")["README.md"].decode()
+
+
+def test_base_model_that_is_no_id_is_named(hub: HubServer, classifier: FewShotClassifier) -> None:
+    with pytest.raises(AdapterError, match=r"base_model must be an id on the Hub .*given 'not valid id!'"):
+        classifier.push_to_hub(ADAPTER, token=TOKEN, base_model="not valid id!")
+
+
+def test_private_encoder_is_loaded_with_the_token_given(hub: HubServer, classifier: FewShotClassifier) -> None:
+    classifier.push_to_hub(ADAPTER, token=TOKEN)
+    hub.repos["model", ENCODER].private = True
+    shutil.rmtree(Path(constants.HF_HUB_CACHE) / "models--lab--tiny")
+    with pytest.raises(EncoderError, match=rf"no model '{ENCODER}' on the Hub"):
+        FewShotClassifier.from_pretrained(ADAPTER)
+
+
+def test_loaded_from_the_hub_and_pushed_again_with_everything_that_it_had(
+    hub: HubServer, classifier: FewShotClassifier
+) -> None:
+    labels = [("card", 1), ("card", 1), float("inf"), float("inf")]
+    classifier.fit(TEXTS, labels).push_to_hub(ADAPTER, token=TOKEN, include_support=True)
+    before = hub.files(ADAPTER)
+    loaded = FewShotClassifier.from_pretrained(ADAPTER)
+    assert loaded.support_ == list(zip(TEXTS, labels, strict=True))
+    loaded.push_to_hub("tester/again", token=TOKEN, include_support=True)
+    again = hub.files("tester/again")
+    again["README.md"] = again["README.md"].replace(b"tester/again", b"tester/adapter")
+    assert again == before
+
+
+def test_encoder_whose_commit_is_gone_is_looked_for_with_a_warning(
+    hub: HubServer, classifier: FewShotClassifier, tiny_model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    classifier.push_to_hub(ADAPTER, token=TOKEN)
+    shutil.rmtree(Path(constants.HF_HUB_CACHE) / "models--lab--tiny")
+    files = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
+    hub.add_repo(ENCODER, {**files, "notes.txt": b"made anew"})
+    FewShotClassifier.from_pretrained(ADAPTER)
+    assert "looking for the encoder at revision main" in caplog.text
+
+
+def test_tokens_are_not_shown() -> None:
+    assert "secret" not in repr(HubAccess("secret")) + repr(Destination(ADAPTER, token="secret"))
 
 
 def test_xet_that_delivers_wrong_bytes_is_refused(

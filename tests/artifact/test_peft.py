@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertModel,
+)
 
 from tests.artifact.test_store import TEXTS, random_parameters
+from tests.conftest import save_tiny_model
 from tests.hub.server import TOKEN, HubServer
 from textmeta import Corpus, EpisodeSampler, EpisodeSettings, FewShotClassifier
 from textmeta.artifact.start import load_start
@@ -222,8 +230,9 @@ def test_factors_of_lower_layers_alone_are_refused(tiny_model: str, tmp_path: Pa
         ({"bias": "lora_only"}, "'bias' is 'lora_only'"),
         ({"rank_pattern": {"layer.3.attention.self.query": 2}}, "'rank_pattern'"),
         ({"alpha_pattern": {"query": 2}}, "'alpha_pattern'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the encoder itself"),
     ],
-    ids=["dora", "bias", "ranks", "alphas"],
+    ids=["dora", "bias", "ranks", "alphas", "pissa"],
 )
 def test_what_our_lora_does_not_know_is_refused(
     tiny_model: str, tmp_path: Path, options: dict[str, Any], reason: str
@@ -231,6 +240,54 @@ def test_what_our_lora_does_not_know_is_refused(
     foreign(tmp_path / "foreign", tiny_model, **options)
     with pytest.raises(AdapterError, match=rf"adapter_config\.json: {reason}"):
         load_start(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"target_modules": ["query", "word_embeddings"]}, "word_embeddings.lora_embedding_"),
+        ({"modules_to_save": ["LayerNorm"]}, "LayerNorm"),
+    ],
+    ids=["embeddings", "trained modules"],
+)
+def test_nothing_of_the_encoder_is_left_out_in_silence(
+    tiny_model: str, tmp_path: Path, options: dict[str, Any], name: str
+) -> None:
+    foreign(tmp_path / "foreign", tiny_model, **options)
+    with pytest.raises(AdapterError, match=rf"adapter_model\.safetensors: .*{name}.* is no LoRA factor of a layer"):
+        load_start(tmp_path / "foreign")
+
+
+def test_names_of_layers_may_have_digits(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = DistilBertConfig(vocab_size=160, dim=32, n_layers=3, n_heads=4, hidden_dim=64, initializer_range=0.2)
+        name = save_tiny_model(tmp_path / "distil", DistilBertModel(config))
+    model = foreign(tmp_path / "foreign", name, target_modules=["q_lin", "v_lin", "lin1", "lin2"])
+    start = load_start(tmp_path / "foreign")
+    encoder = Encoder(EncoderSettings(name), start.lora)
+    found = encoder.features(encoder.prepare(TEXTS), lora_factors(start.fitted_to(encoder)))
+    torch.testing.assert_close(found, mean_features(model, name), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"r": 0}, {"r": True}, {"lora_alpha": 10**400}, {"lora_alpha": 1e308}, {"r": 3}])
+def test_numbers_that_make_no_sense_are_refused(tiny_model: str, tmp_path: Path, change: dict[str, Any]) -> None:
+    foreign(tmp_path / "foreign", tiny_model, lambda config: config.update(change))
+    with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+        load_start(tmp_path / "foreign")
+
+
+def test_a_start_of_our_own_is_compared_by_the_encoders_weights(
+    classifier: FewShotClassifier, tiny_model: str, tmp_path: Path
+) -> None:
+    classifier.save_pretrained(tmp_path / "first")
+    start = load_start(tmp_path / "first")
+    copied = Path(shutil.copytree(tiny_model, tmp_path / "copied"))
+    start.fitted_to(Encoder(EncoderSettings(str(copied)), start.lora))
+    tensors = {name: value + 1 for name, value in load_file(copied / "model.safetensors").items()}
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=r"the weights differ"):
+        start.fitted_to(Encoder(EncoderSettings(str(copied)), start.lora))
 
 
 def test_other_kinds_of_adapters_are_refused(tiny_model: str, tmp_path: Path) -> None:

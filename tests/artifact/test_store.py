@@ -17,6 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
+from textmeta import FewShotClassifier
 from textmeta.artifact.adapter import FittedHead
 from textmeta.artifact.folder import MANIFEST
 from textmeta.artifact.migrations import FORMAT_VERSION
@@ -207,6 +208,105 @@ def test_peft_alone_makes_the_same_features(saved: tuple[Path, Encoder, Paramete
     assert not torch.allclose(pool(unadapted), expected, atol=1e-2)
 
 
+def test_card_of_somebodys_own_is_kept_beside_the_new_one(tiny_model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "README.md").write_text("my project")
+    save(folder, tiny_model)
+    assert (folder / "README.old.md").read_text() == "my project"
+    (folder / "README.old.md").unlink()
+    save(folder, tiny_model)
+    assert not (folder / "README.old.md").exists(), "textmeta's own is replaced"
+    written = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(written.replace("# Fitted", "# My own"))
+    save(folder, tiny_model)
+    assert "# My own" in (folder / "README.old.md").read_text()
+    assert (folder / "README.md").read_text() == written
+
+
+def test_folder_that_would_be_refused_afterwards_is_refused_before(tiny_model: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "run.py").write_text("print()")
+    with pytest.raises(AdapterError, match=r"run\.py is of a kind that can run code"):
+        save(tmp_path / "adapter", tiny_model)
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["run.py"]
+
+
+@pytest.mark.parametrize("name", ["textmeta.json", "classifier.json"])
+def test_unknown_member_is_refused(folder: Path, name: str) -> None:
+    rewrite_json(folder, name, lambda content: content.update(surprise=1))
+    assert "unexpected 'surprise'" in refused(folder, naming=name)
+
+
+def test_newer_format_with_other_files_is_called_newer_and_not_damaged(folder: Path) -> None:
+    rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=FORMAT_VERSION + 1))
+    with (folder / MANIFEST).open("a") as manifest:
+        manifest.write(f"{'0' * 64}  zbank.safetensors\n")
+    assert "a newer textmeta is needed" in refused(folder, naming="textmeta.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("commit", "../../models--lab--evil/blobs/abc"),
+        ("commit", "main"),
+        ("weights_sha256", "12"),
+        ("revision", "../x"),
+        ("revision", "/etc"),
+    ],
+)
+def test_names_of_the_encoders_version_cannot_be_paths(folder: Path, key: str, value: str) -> None:
+    rewrite_json(folder, "textmeta.json", lambda meta: meta["encoder"].update({key: value}))
+    assert key in refused(folder, naming="textmeta.json")
+
+
+def copy_of(tiny_model: str, to: Path, change: Callable[[Path], object]) -> str:
+    shutil.copytree(tiny_model, to)
+    change(to)
+    return str(to)
+
+
+def swap_words(folder: Path) -> None:
+    """Give two words of the tokenizer each other's number, as an attack or a careless update would."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    numbers = content["model"]["vocab"]
+    numbers["[CLS]"], numbers["[UNK]"] = numbers["[UNK]"], numbers["[CLS]"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def change_config(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "hidden_act": "relu"}))
+
+
+@pytest.mark.parametrize("change", [swap_words, change_config])
+def test_encoder_with_the_same_weights_and_other_features_is_refused(
+    folder: Path, tiny_model: str, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    other = copy_of(tiny_model, tmp_path / "other", change)
+    with pytest.raises(AdapterError, match=r"has the adapter's weights, but makes other features"):
+        load_adapter(folder).load_encoder(model=other)
+
+
+def test_loaded_and_saved_again_is_the_same_to_the_byte(folder: Path, tiny_model: str, tmp_path: Path) -> None:
+    elsewhere = copy_of(tiny_model, tmp_path / "elsewhere", lambda _: None)
+    for encoder in (None, elsewhere):
+        FewShotClassifier.from_pretrained(folder, encoder=encoder).save_pretrained(tmp_path / "again")
+        assert contents(tmp_path / "again") == contents(folder), "wherever its encoder was loaded from"
+
+
+def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_of(tiny_model, tmp_path / "models" / "tiny", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "adapter", "models/tiny")
+    monkeypatch.chdir("/")
+    adapter = load_adapter(tmp_path / "adapter")
+    assert adapter.encoder.model == str(tmp_path / "models" / "tiny")
+    adapter.load_encoder()
+
+
 def test_user_file_in_the_folder_is_fine(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     load_adapter(folder)
@@ -285,7 +385,7 @@ def test_wrong_shape_of_a_factor_is_found(folder: Path) -> None:
     rewrite_tensors(
         folder, "adapter_model.safetensors", lambda tensors: tensors.update({ONE_FACTOR: torch.ones(32, 3)})
     )
-    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: .*lora_B.*\(32, 3\), expected \(32, 4\)"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: .*lora_B.*\(32, 3\), expected .* rank 4"):
         load_adapter(folder).load_encoder()
 
 
@@ -407,7 +507,7 @@ def test_record_that_is_no_json_is_refused_before_anything_is_written(
     saved: tuple[Path, Encoder, Parameters], tmp_path: Path
 ) -> None:
     _, encoder, parameters = saved
-    with pytest.raises(TypeError):
+    with pytest.raises(AdapterError, match="stored as JSON cannot be: Object of type object"):
         save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"path": object()})
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,7 @@
 """Corpora of the Hub, through the real `datasets` and a local Hub."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -79,6 +80,58 @@ def test_stream_of_first_rows_stops_there(hub: HubServer) -> None:
     assert corpus.texts[99].startswith("text 99 ")
     with pytest.raises(SettingsError, match="rows must be at least 1, given 0"):
         CorpusSettings("lab/large", rows=0)
+
+
+def test_stream_of_first_rows_downloads_a_part_alone(hub: HubServer) -> None:
+    content = jsonl([("word " * 200 + str(number), str(number % 7)) for number in range(60_000)])
+    hub.add_repo("lab/large", {"train.jsonl": content}, repo_type="dataset")
+    load_corpus(CorpusSettings("lab/large", streaming=True, rows=100))
+    calls = [call for call in hub.requests if call.method == "GET" and "/storage/" in call.path]
+    ranges = [call.headers.get("range", "") for call in calls]
+    sizes = [int(end) - int(start) + 1 for start, end in re.findall(r"bytes=(\d+)-(\d+)", " ".join(ranges))]
+    assert 0 < sum(sizes) < 0.6 * len(content), "`datasets` reads the first block twice: for the columns, for the rows"
+    assert len(sizes) == len(ranges), "none without an end"
+
+
+def test_first_rows_of_a_sorted_dataset_have_few_classes_and_no_empty_one(
+    hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
+    rows = [{"text": f"text {number}", "label": number // 4} for number in range(12)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    hub.add_repo("lab/sorted", {"train.parquet": (tmp_path / "train.parquet").read_bytes()}, repo_type="dataset")
+    assert load_corpus(CorpusSettings("lab/sorted", rows=6)).class_names == ("a", "b")
+    assert "the first 6 rows have 2 of its 3 classes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [("mit", "mit"), ("[mit, apache-2.0]", "mit, apache-2.0"), ("1.0", "1.0"), ("[mit, null]", "mit"), ("null", None),
+     ("other\nlicense_name: house-rules", "house-rules")],
+)  # fmt: skip
+def test_licence_is_what_the_card_says(hub: HubServer, written: str, found: str | None) -> None:
+    files = {"README.md": f"---\nlicense: {written}\n---\n".encode(), "train.jsonl": jsonl(ROWS)}
+    hub.add_repo("lab/licensed", files, repo_type="dataset")
+    assert load_corpus(CorpusSettings("lab/licensed")).source.get("license") == found
+
+
+def test_folder_of_the_same_name_is_not_taken_for_the_dataset(
+    hub: HubServer, intents: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lab" / "intents").mkdir(parents=True)
+    (tmp_path / "lab" / "intents" / "train.jsonl").write_bytes(jsonl(ROWS))
+    monkeypatch.chdir(tmp_path)
+    refused(r"there is a file or folder 'lab/intents' here", dataset="lab/intents")
+
+
+def test_what_a_stream_cannot_do_is_said(hub: HubServer, intents: str) -> None:
+    refused(
+        r"whole splits alone, given 'train\[:4\]': set rows", dataset="lab/intents", split="train[:4]", streaming=True
+    )
+    with pytest.raises(SettingsError, match="text_column and label_column are the same: 'text'"):
+        CorpusSettings("lab/intents", label_column="text")
 
 
 def test_rows_limit_a_file_too(tmp_path: Path) -> None:
