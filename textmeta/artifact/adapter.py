@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from textmeta.artifact import peft_files
-from textmeta.errors import AdapterError, EncoderError, HubError
+from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
 from textmeta.hub import HubAccess
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
@@ -108,14 +108,26 @@ class Adapter:
             AdapterError: if its weights are not those that the adapter was trained on.
             EncoderError: if it cannot be loaded.
         """
-        encoder = self._any_encoder(device, model, access)
+        try:
+            encoder = self._any_encoder(device, model, access)
+            self._check(encoder)
+        except TextMetaError:
+            raise
+        except Exception as error:  # an encoder may be anybody's, and its configuration say anything
+            raise EncoderError(
+                f"the encoder {model or self.encoder.model!r} cannot be used: {type(error).__name__}: {error}"
+            ) from error
+        # it is the encoder that the adapter names, wherever this copy of it came from
+        encoder.settings, encoder.commit = self.encoder, self.commit
+        return encoder
+
+    def _check(self, encoder: Encoder) -> None:
+        """Check that this is the adapter's encoder, and that the adapter fits it."""
         if encoder.weights_sha256 != self.weights_sha256:
             raise AdapterError(
                 f"the adapter belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…, but the "
                 f"weights of {encoder.settings.model} are {encoder.weights_sha256[:12]}…"
             )
-        # it is the encoder that the adapter names, wherever this copy of it came from
-        encoder.settings, encoder.commit = self.encoder, self.commit
         shapes = encoder.factor_shapes
         given = {name: tuple(value.shape) for name, value in lora_factors(self.parameters).items()}
         if shapes != given:
@@ -130,7 +142,6 @@ class Adapter:
                 f"{encoder.settings.model} have {encoder.hidden_size}"
             )
         self._check_probe(encoder)
-        return encoder
 
     def _check_probe(self, encoder: Encoder) -> None:
         """Check that the encoder makes of some texts what it made when the adapter was written.

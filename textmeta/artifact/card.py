@@ -16,6 +16,7 @@ from textmeta.data.corpus import CorpusSettings
 __all__ = [
     "CARD",
     "PLACEHOLDER",
+    "algorithm_of",
     "corpora_of",
     "is_edited",
     "is_repo_id",
@@ -100,7 +101,7 @@ def plain(value: Any) -> str:
 
 def _metadata(meta: Mapping[str, Any]) -> ModelCardData:
     base, record = meta["encoder"]["model"], meta["record"]
-    algorithm = _algorithm(record)
+    algorithm = algorithm_of(record)
     results = [
         EvalResult(
             task_type="text-classification",
@@ -276,7 +277,8 @@ def _as_settings(source: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "revision": source["commit"]} if source.get("commit") else settings
 
 
-def _algorithm(record: Mapping[str, Any]) -> str | None:
+def algorithm_of(record: Mapping[str, Any]) -> str | None:
+    """Return the name of the algorithm that a record tells of."""
     name = record.get("settings", {}).get("training", {}).get("algorithm")
     return str(name) if name else None
 

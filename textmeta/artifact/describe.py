@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from textmeta.artifact.adapter import Adapter
-from textmeta.artifact.card import corpora_of, plain, understood
+from textmeta.artifact.card import algorithm_of, corpora_of, plain, understood
 from textmeta.artifact.locate import Location
 from textmeta.model.initialisation import head_scalars, lora_factors
 
@@ -43,10 +43,10 @@ def describe(adapter: Adapter, where: Location) -> str:
 
 
 def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    settings = record.get("settings", {})
-    if "training" not in settings:
+    algorithm = algorithm_of(record)
+    if algorithm is None:
         return [("trained", "not meta-trained, or nothing is recorded of it")]
-    rows = [("trained", f"{settings['training']['algorithm']}, {record.get('episodes')} episodes")]
+    rows = [("trained", f"{algorithm}, {record.get('episodes')} episodes")]
     for corpus in corpora_of(record):
         license_ = corpus["source"].get("license") or "licence not known"
         rows.append(("on", f"{corpus['name']}: {corpus['texts']} texts, {corpus['classes']} classes, {license_}"))

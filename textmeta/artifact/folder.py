@@ -30,7 +30,7 @@ __all__ = [
 
 MANIFEST = "SHA256SUMS"
 MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
-MAX_BYTES = 2**30  # of one file: what is larger is no adapter, and is not read
+MAX_BYTES, MAX_TEXT_BYTES = 2**30, 2**26  # of a file of tensors, and of another: what is larger is not read
 TRIES = 20  # to read a folder while others write it
 # What can run code when it is loaded or imported, by somebody if not by textmeta.
 CODE_ENDINGS = (
@@ -228,13 +228,14 @@ def read_file(folder: Path, name: str, *, stands_for: Path | None = None) -> byt
             raise AdapterError(f"{shown / name} is a link out of the folder, to {target}; it is not followed")
         if not stat.S_ISREG(status.st_mode):
             raise AdapterError(f"{shown / name} is no plain file")
-        if status.st_size > MAX_BYTES:
-            raise AdapterError(f"{shown / name} has {status.st_size} bytes, expected at most {MAX_BYTES}")
+        limit = MAX_BYTES if name.endswith(".safetensors") else MAX_TEXT_BYTES
+        if status.st_size > limit:
+            raise AdapterError(f"{shown / name} has {status.st_size} bytes, expected at most {limit}")
         return target.read_bytes()
     except FileNotFoundError as error:
         raise DamagedAdapterError(f"{shown} lacks the file {name}") from error
-    except OSError as error:
-        raise AdapterError(f"cannot read {shown / name}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # the latter for links that go round
+        raise AdapterError(f"cannot read {shown / name}: {error}") from error
 
 
 def _allowed_parents(source: Path, target: Path) -> Iterator[Path]:

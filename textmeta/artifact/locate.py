@@ -78,6 +78,8 @@ def locate(
     prefix = subfolder_prefix(subfolder)
     text = str(name)
     if revision is None and is_there(name):
+        if not (Path(name) / prefix).resolve().is_relative_to(Path(name).resolve()):
+            raise AdapterError(f"the subfolder {subfolder} of {name} is a link out of it; it is not followed")
         logger.info("%s is a folder", Path(name).absolute())
         return Location(Path(name) / prefix, "folder")
     shipped = SHIPPED / text.removeprefix(SHIPPED_PREFIX)

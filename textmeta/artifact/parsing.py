@@ -81,7 +81,7 @@ def read_tensors(content: bytes, path: Path, *, any_float: bool = False) -> dict
     """
     try:
         tensors = load_tensors(content)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
     for key, value in tensors.items():
         if value.dtype != torch.float32 and not (any_float and value.dtype in FLOATS):

@@ -216,13 +216,14 @@ def _read_fitted(files: Mapping[str, bytes], folder: Path, factors: Mapping[str,
     content = read_json(files[CLASSES], folder / CLASSES)
     check_members(content, ("classes", "support"), folder / CLASSES)
     classes = read_labels(member(content, "classes", list, folder / CLASSES), folder / CLASSES)
-    if weights.ndim != 2 or len(weights) != len(classes):
+    if weights.ndim != 2 or len(weights) != len(classes) or len(classes) < 2:
         raise AdapterError(
-            f"{folder / HEAD}: weights have shape {tuple(weights.shape)}, but {CLASSES} lists {len(classes)} classes"
+            f"{folder / HEAD}: weights have shape {tuple(weights.shape)}, but {CLASSES} lists {len(classes)} classes; "
+            "expected a row for each of at least 2"
         )
-    adapted = {name.removeprefix(LORA): value for name, value in tensors.items()}
-    if {n: v.shape for n, v in adapted.items()} != {n: v.shape for n, v in factors.items()}:
+    if {n: v.shape for n, v in tensors.items()} != {LORA + n: v.shape for n, v in factors.items()}:
         raise AdapterError(f"{folder / HEAD} does not hold the adapter's LoRA factors")
+    adapted = {name.removeprefix(LORA): value for name, value in tensors.items()}
     support = content.get("support")
     if support is None:
         return FittedHead(adapted, weights, classes)

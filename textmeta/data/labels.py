@@ -93,9 +93,11 @@ def read_labels(stored: Sequence[Any], path: Path) -> list[Any]:
         AdapterError: if one is none that it returns, or two are equal.
     """
     labels = [_label_from_json(label, path) for label in stored]
-    for number, label in enumerate(labels):
-        if label in labels[:number]:
+    seen = set()
+    for label in labels:
+        if label in seen:
             raise AdapterError(f"{path}: the label {label!r:.60} is given twice")
+        seen.add(label)
     return labels
 
 

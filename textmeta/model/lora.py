@@ -56,7 +56,7 @@ class LoraSettings:
         if self.rank < 1:
             raise SettingsError(f"lora rank must be at least 1, given {self.rank}")
         if not 1 <= self.alpha <= MAX_ALPHA:
-            raise SettingsError(f"lora alpha must be from 1 to {MAX_ALPHA}, given {self.alpha:.3g}")
+            raise SettingsError(f"lora alpha must be from 1 to {MAX_ALPHA}, given {self.alpha!r:.40}")
         if self.layers is not None and self.layers < 1:
             raise SettingsError(f"lora layers must be at least 1, given {self.layers}")
 

@@ -12,10 +12,18 @@ from textmeta.errors import EncoderError
 __all__ = ["check_encoder_files"]
 
 INDEX = "model.safetensors.index.json"
-# Keys that name a file to read or a package to import, with what is harmless there.
+# Keys that name a file to read, a package to import or code to download, with what is harmless there.
+ATTENTION = (None, "eager", "sdpa", "flash_attention_2")
 REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "config.json": {"transformers_weights": (None,), "quantization_config": (None,)},
-    "tokenizer_config.json": {"init_inputs": (None, []), "gguf_file": (None,), "vocab": (None,)},
+    "config.json": {
+        "transformers_weights": (None,),
+        "quantization_config": (None,),
+        "attn_implementation": ATTENTION,
+        "_attn_implementation": ATTENTION,
+        "_attn_implementation_internal": ATTENTION,
+    },
+    "tokenizer_config.json": {"init_inputs": (None, []), "gguf_file": (None,)},
+    "special_tokens_map.json": dict.fromkeys(("tokenizer_file", "vocab_file", "merges_file", "gguf_file"), (None,)),
 }
 
 
@@ -28,12 +36,15 @@ def check_encoder_files(folder: Path) -> None:
     for name, keys in REFUSED.items():
         content = _read(folder / name)
         for key, harmless in keys.items():
-            value = content.get(key)
-            if value not in harmless and not (key == "vocab" and not isinstance(value, str)):
-                raise EncoderError(f"{folder / name}: {key!r} is {value!r:.80}, which textmeta does not follow")
-        for file in content.get("fast_tokenizer_files") or []:
-            if Path(str(file)).name != file:
-                raise EncoderError(f"{folder / name}: 'fast_tokenizer_files' names {file!r:.80}, outside the folder")
+            if content.get(key) not in harmless:
+                raise EncoderError(f"{folder / name}: {key!r} is {content[key]!r:.80}, which textmeta does not follow")
+        if isinstance(content.get("vocab"), str):  # where others hold the words themselves
+            raise EncoderError(f"{folder / name}: 'vocab' names a file: {content['vocab']!r:.80}")
+        files = content.get("fast_tokenizer_files") or []
+        if not isinstance(files, list) or any(Path(str(file)).name != file for file in files):
+            raise EncoderError(
+                f"{folder / name}: 'fast_tokenizer_files' is {files!r:.80}, expected files of the folder"
+            )
     if (folder / INDEX).exists():
         weights = _read(folder / INDEX).get("weight_map")
         files = set(map(str, weights.values())) if isinstance(weights, dict) else {""}
