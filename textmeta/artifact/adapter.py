@@ -152,7 +152,7 @@ class Adapter:
             return
         found = probe(encoder, self.parameters)
         likeness = (found * self.probe).sum(1).min() if found.shape == self.probe.shape else torch.tensor(0.0)
-        if likeness < LIKENESS:
+        if not likeness >= LIKENESS:  # which NaN is not, either
             raise AdapterError(
                 f"{encoder.settings.model} has the adapter's weights, but makes other features of the same texts "
                 f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"

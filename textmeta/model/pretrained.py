@@ -64,8 +64,8 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
         model, report = AutoModel.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
-    except BaseException as error:  # the libraries raise anything, a panic of their Rust parts too
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+    except BaseException as error:  # the libraries raise anything, and a panic of their Rust parts is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".ckpt")))
         raise EncoderError(

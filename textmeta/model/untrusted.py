@@ -11,9 +11,10 @@ from textmeta.errors import EncoderError
 
 __all__ = ["check_encoder_files"]
 
+MAX_BYTES = 2**26
 INDEX = "model.safetensors.index.json"
 # Keys that name a file to read, a package to import or code to download, with what is harmless there.
-ATTENTION = (None, "eager", "sdpa", "flash_attention_2")
+ATTENTION = (None, "eager", "sdpa")  # for others transformers may ask the Hub for code
 REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     "config.json": {
         "transformers_weights": (None,),
@@ -23,8 +24,9 @@ REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
         "_attn_implementation_internal": ATTENTION,
     },
     "tokenizer_config.json": {"init_inputs": (None, []), "gguf_file": (None,)},
-    "special_tokens_map.json": dict.fromkeys(("tokenizer_file", "vocab_file", "merges_file", "gguf_file"), (None,)),
 }
+# Numbers for which something is built before the weights are looked at.
+LIMITS = {"num_hidden_layers": 1000, "n_layers": 1000, "num_layers": 1000, "num_labels": 10**6}
 
 
 def check_encoder_files(folder: Path) -> None:
@@ -35,9 +37,10 @@ def check_encoder_files(folder: Path) -> None:
     """
     for name, keys in REFUSED.items():
         content = _read(folder / name)
-        for key, harmless in keys.items():
-            if content.get(key) not in harmless:
-                raise EncoderError(f"{folder / name}: {key!r} is {content[key]!r:.80}, which textmeta does not follow")
+        for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+            for key, harmless in keys.items():
+                if part.get(key) not in harmless:
+                    raise EncoderError(f"{folder / name}: {key!r} is {part[key]!r:.80}, which textmeta does not follow")
         if isinstance(content.get("vocab"), str):  # where others hold the words themselves
             raise EncoderError(f"{folder / name}: 'vocab' names a file: {content['vocab']!r:.80}")
         files = content.get("fast_tokenizer_files") or []
@@ -45,6 +48,13 @@ def check_encoder_files(folder: Path) -> None:
             raise EncoderError(
                 f"{folder / name}: 'fast_tokenizer_files' is {files!r:.80}, expected files of the folder"
             )
+    for key in _read(folder / "special_tokens_map.json"):
+        if key.endswith(("_file", "_spm")):
+            raise EncoderError(f"{folder / 'special_tokens_map.json'}: {key!r} names a file, which is not followed")
+    config = _read(folder / "config.json")
+    for key, limit in LIMITS.items():
+        if isinstance(config.get(key), int) and config[key] > limit:
+            raise EncoderError(f"{folder / 'config.json'}: {key!r} is {config[key]!r:.40}, expected at most {limit}")
     if (folder / INDEX).exists():
         weights = _read(folder / INDEX).get("weight_map")
         files = set(map(str, weights.values())) if isinstance(weights, dict) else {""}
@@ -57,8 +67,8 @@ def _read(path: Path) -> dict[str, Any]:
     """Return a JSON object, an empty one where there is no such file."""
     if not path.exists():
         return {}
-    if not path.is_file():
-        raise EncoderError(f"{path} is no plain file")
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise EncoderError(f"{path} is no plain file of at most {MAX_BYTES} bytes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
