@@ -14,7 +14,7 @@ from typing import Literal
 
 from accelerate import Accelerator
 
-from textmeta.artifact.folder import check_destination
+from textmeta.artifact.saving import check_destination
 from textmeta.artifact.start import load_start
 from textmeta.artifact.store import save_adapter
 from textmeta.cli import run_recipe

@@ -14,9 +14,10 @@ from jsonargparse import ArgumentError, ArgumentParser, auto_cli
 
 from textmeta.artifact.card import CARD, PLACEHOLDER, usage_name
 from textmeta.artifact.describe import describe
-from textmeta.artifact.folder import check_destination, read_file, read_folder, write_folder
+from textmeta.artifact.folder import read_file, read_folder
 from textmeta.artifact.locate import load_from
 from textmeta.artifact.publish import Destination, push_folder
+from textmeta.artifact.saving import check_destination, write_folder
 from textmeta.errors import SettingsError, TextMetaError
 from textmeta.hub import HubAccess
 

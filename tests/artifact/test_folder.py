@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from textmeta.artifact.folder import MANIFEST, check_destination, read_folder, write_folder
+from textmeta.artifact.folder import MANIFEST, read_folder
+from textmeta.artifact.saving import check_destination, write_folder
 from textmeta.errors import AdapterError
 
 OLD = {"a.dat": b"old a", "b.json": b"old b"}

@@ -857,7 +857,7 @@ def settings() -> Iterator[Case]:
     yield Case(
         "another encoder",
         meta("encoder", model="other"),
-        rf"{CONFIG}: 'base_model_name_or_path' is .*encoder', expected",
+        rf"{CONFIG}: 'base_model_name_or_path' is .*, expected 'other'",
     )
     both = all_of(meta("lora", rank=64), config(r=64))
     yield Case("rank of no factor", both, r"(lora|rank|shape).*64", ENCODER)

@@ -169,7 +169,8 @@ def test_two_saves_are_equal_to_the_byte(folder: Path, tiny_model: str, tmp_path
 
 
 def test_save_in_another_process_is_equal_to_the_byte(folder: Path, tiny_model: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONHASHSEED": "1"}  # another than this process's: sets have another order
+    # another seed than this process's: sets have another order; as many threads: sums have the same
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(tmp_path / "again"), tiny_model]
     subprocess.run(command, env=environment, capture_output=True, check=True)
     assert contents(tmp_path / "again") == contents(folder)

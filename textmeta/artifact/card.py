@@ -2,29 +2,15 @@
 
 import hashlib
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from textmeta.data.corpus import CorpusSettings
+from textmeta.artifact.told import algorithm_of, corpora_of, dataset_id, is_hub, is_repo_id, names_of, plain
 
-__all__ = [
-    "CARD",
-    "PLACEHOLDER",
-    "algorithm_of",
-    "corpora_of",
-    "is_edited",
-    "is_repo_id",
-    "model_card",
-    "plain",
-    "understood",
-    "usage_name",
-]
+__all__ = ["CARD", "PLACEHOLDER", "is_edited", "model_card", "understood", "usage_name"]
 
 SIGNATURE = "\n<!-- The lines above are as textmeta wrote them if their sha256 is {} -->\n"
 
@@ -84,29 +70,14 @@ def understood(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return record
 
 
-def is_repo_id(name: str) -> bool:
-    """Whether a name can be a repository's id on the Hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def plain(value: Any) -> str:
-    """Return a value that may be anybody's as text of one line, without what terminals or Markdown act on."""
-    text = "a very large number" if isinstance(value, int) and abs(value) >= 2**63 else str(value)
-    return "".join(c if c.isprintable() and c not in "`|<>" else "\N{REPLACEMENT CHARACTER}" for c in text)[:500]
-
-
 def _metadata(meta: Mapping[str, Any]) -> ModelCardData:
     base, record = meta["encoder"]["model"], meta["record"]
     algorithm = algorithm_of(record)
     results = [
         EvalResult(
             task_type="text-classification",
-            dataset_type=_dataset_id(corpora),
-            dataset_name=f"{_names(corpora)}, classes never seen in training",
+            dataset_type=dataset_id(corpora),
+            dataset_name=f"{names_of(corpora)}, classes never seen in training",
             dataset_config=name,  # results that agree in this would share one entry
             metric_type="accuracy",
             metric_value=round(float(row["meta_trained"]["accuracy"]), 4),
@@ -120,7 +91,7 @@ def _metadata(meta: Mapping[str, Any]) -> ModelCardData:
         pipeline_tag="text-classification",
         base_model=base if is_repo_id(base) else None,
         base_model_relation="adapter" if is_repo_id(base) else None,
-        datasets=sorted({c["source"]["dataset"] for c in corpora_of(record) if _is_hub(c)}) or None,
+        datasets=sorted({c["source"]["dataset"] for c in corpora_of(record) if is_hub(c)}) or None,
         tags=["textmeta", "few-shot", "meta-learning", "lora", "peft", *([algorithm] if algorithm else [])],
         metrics=["accuracy"],
         model_name="textmeta adapter" if results else None,
@@ -213,7 +184,7 @@ def _results(record: Mapping[str, Any]) -> str:
         "## Results",
         "",
         "Accuracy in per cent on classes never seen in training"
-        + (f" ({_names(corpora)}, {sum(c['classes'] for c in corpora)} classes)" if corpora else "")
+        + (f" ({names_of(corpora)}, {sum(c['classes'] for c in corpora)} classes)" if corpora else "")
         + ", mean over episodes with its 95 % interval; the difference is paired by episode.",
         "",
         "| | episodes | frozen prototypes | this adapter | difference | ECE |",
@@ -277,27 +248,9 @@ def _as_settings(source: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "revision": source["commit"]} if source.get("commit") else settings
 
 
-def algorithm_of(record: Mapping[str, Any]) -> str | None:
-    """Return the name of the algorithm that a record tells of."""
-    name = record.get("settings", {}).get("training", {}).get("algorithm")
-    return str(name) if name else None
-
-
-def corpora_of(record: Mapping[str, Any], part: str = "train") -> list[dict[str, Any]]:
-    """Return the corpora of a part of the training, each with its source where that is known."""
-    corpora = record.get("settings", {}).get(part, {}).get("corpora", [])
-    sources = record.get("sources") or [{} for _ in corpora]
-    return [{**corpus, "source": source} for corpus, source in zip(corpora, sources, strict=False)]
-
-
-def _is_hub(corpus: Mapping[str, Any]) -> bool:
-    dataset = corpus["source"].get("dataset", "")
-    return is_repo_id(dataset) and not CorpusSettings(dataset).is_file
-
-
 def _title(corpus: Mapping[str, Any]) -> str:
     name, source = plain(corpus["name"]), corpus["source"]
-    if not _is_hub(corpus):
+    if not is_hub(corpus):
         return name
     at = f" at `{source['commit'][:12]}`" if source.get("commit") else ""
     return f"[{name}](https://huggingface.co/datasets/{source['dataset']}){at}"
@@ -305,16 +258,6 @@ def _title(corpus: Mapping[str, Any]) -> str:
 
 def _licence(corpus: Mapping[str, Any]) -> str:
     return plain(corpus["source"].get("license") or "not known")
-
-
-def _names(corpora: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(str(corpus["name"]) for corpus in corpora) or "unknown corpora"
-
-
-def _dataset_id(corpora: Sequence[Mapping[str, Any]]) -> str:
-    """Return what the metadata calls the data set of a result: letters, digits, dashes."""
-    ids = [corpus["source"]["dataset"] for corpus in corpora if corpus.get("source") and _is_hub(corpus)]
-    return ids[0] if len(ids) == 1 else re.sub(r"[^a-zA-Z0-9]+", "-", _names(corpora)).strip("-") or "unknown"
 
 
 def _range(value: Any) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from textmeta.artifact.adapter import Adapter
-from textmeta.artifact.card import algorithm_of, corpora_of, plain, understood
+from textmeta.artifact.card import understood
 from textmeta.artifact.locate import Location
+from textmeta.artifact.told import algorithm_of, corpora_of, plain
 from textmeta.model.initialisation import head_scalars, lora_factors
 
 __all__ = ["describe"]

@@ -10,9 +10,10 @@ from typing import Literal
 from huggingface_hub import HfApi
 
 from textmeta.artifact.adapter import Adapter
-from textmeta.artifact.card import CARD, is_repo_id
+from textmeta.artifact.card import CARD
 from textmeta.artifact.folder import MANIFEST, is_there, seems_to_be
 from textmeta.artifact.store import ADAPTER_FILES, load_adapter
+from textmeta.artifact.told import is_repo_id
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
 from textmeta.files import is_folder
 from textmeta.hub import HubAccess, clear_hub_errors, fetch_snapshot

@@ -10,10 +10,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
 from textmeta.artifact.adapter import Adapter
-from textmeta.artifact.card import CARD, PLACEHOLDER, is_repo_id, usage_name
+from textmeta.artifact.card import CARD, PLACEHOLDER, usage_name
 from textmeta.artifact.folder import MANIFEST, manifest_of, read_file, read_folder
 from textmeta.artifact.locate import subfolder_prefix
 from textmeta.artifact.store import ADAPTER_FILES, adapter_files, load_adapter
+from textmeta.artifact.told import is_repo_id
 from textmeta.errors import AdapterError, HubError
 from textmeta.files import is_folder
 from textmeta.hub import clear_hub_errors

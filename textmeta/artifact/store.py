@@ -19,9 +19,10 @@ from torch import Tensor
 from textmeta.artifact import peft_files
 from textmeta.artifact.adapter import HEAD, Adapter, FittedHead
 from textmeta.artifact.card import CARD, is_edited, model_card
-from textmeta.artifact.folder import read_file, read_folder, write_folder
+from textmeta.artifact.folder import read_file, read_folder
 from textmeta.artifact.migrations import FORMAT_VERSION, migrate
 from textmeta.artifact.parsing import check_members, member, read_json, read_settings, read_tensors, write_json
+from textmeta.artifact.saving import write_folder
 from textmeta.data.labels import label_to_json, read_labels
 from textmeta.errors import AdapterError, HubError
 from textmeta.hub import check_revision
@@ -64,7 +65,7 @@ def save_adapter(
 
     Raises:
         AdapterError: if a value is not finite, or the folder cannot be replaced
-            (:func:`~textmeta.artifact.folder.write_folder`).
+            (:func:`~textmeta.artifact.saving.write_folder`).
     """
     folder = Path(folder)
     files = adapter_files(Adapter.of(encoder, parameters, inner, record, fitted))

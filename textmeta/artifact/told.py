@@ -1,0 +1,57 @@
+"""What a training record says, for cards and terminals; a record may be anybody's."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from textmeta.data.corpus import CorpusSettings
+
+__all__ = ["algorithm_of", "corpora_of", "dataset_id", "is_hub", "is_repo_id", "names_of", "plain"]
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name can be a repository's id on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def plain(value: Any) -> str:
+    """Return a value that may be anybody's as text of one line, without what terminals or Markdown act on."""
+    text = "a very large number" if isinstance(value, int) and abs(value) >= 2**63 else str(value)
+    return "".join(c if c.isprintable() and c not in "`|<>" else "\N{REPLACEMENT CHARACTER}" for c in text)[:500]
+
+
+def algorithm_of(record: Mapping[str, Any]) -> str | None:
+    """Return the name of the algorithm that a record tells of."""
+    name = record.get("settings", {}).get("training", {}).get("algorithm")
+    return str(name) if name else None
+
+
+def corpora_of(record: Mapping[str, Any], part: str = "train") -> list[dict[str, Any]]:
+    """Return the corpora of a part of the training, each with its source where that is known."""
+    corpora = record.get("settings", {}).get(part, {}).get("corpora", [])
+    sources = record.get("sources") or [{} for _ in corpora]
+    return [{**corpus, "source": source} for corpus, source in zip(corpora, sources, strict=False)]
+
+
+def is_hub(corpus: Mapping[str, Any]) -> bool:
+    """Whether a corpus came from the Hub, and not from a file."""
+    dataset = corpus["source"].get("dataset", "")
+    return is_repo_id(dataset) and not CorpusSettings(dataset).is_file
+
+
+def names_of(corpora: Sequence[Mapping[str, Any]]) -> str:
+    """Return the names of corpora, for a sentence."""
+    return ", ".join(str(corpus["name"]) for corpus in corpora) or "unknown corpora"
+
+
+def dataset_id(corpora: Sequence[Mapping[str, Any]]) -> str:
+    """Return what the metadata calls the data set of a result: letters, digits, dashes."""
+    ids = [corpus["source"]["dataset"] for corpus in corpora if corpus.get("source") and is_hub(corpus)]
+    return ids[0] if len(ids) == 1 else re.sub(r"[^a-zA-Z0-9]+", "-", names_of(corpora)).strip("-") or "unknown"
