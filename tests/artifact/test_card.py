@@ -190,6 +190,11 @@ def test_record_that_training_did_not_write_is_left_out(odd: dict[str, Any]) -> 
     assert "Not meta-trained, or nothing is recorded of it" in model_card(meta(record=odd))
 
 
+def test_corpus_of_unknown_origin_has_no_recipe() -> None:
+    assert "How to remake it" in model_card(meta())
+    assert "How to remake it" not in model_card(meta(record={**record(), "sources": [HUB_SOURCE, {}]}))
+
+
 def test_card_may_be_edited_or_removed(encoder: Encoder, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {})
     (tmp_path / "adapter" / "README.md").write_text("my own words")

@@ -220,8 +220,8 @@ def _remake(meta: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in sorted(meta["versions"].items()) if number)
     text = f"## Versions\n\nWritten with {versions}."
     settings, sources = meta["record"].get("settings", {}), meta["record"].get("sources")
-    if not {"train", "training"} <= settings.keys() or not sources:
-        return text
+    if not {"train", "training"} <= settings.keys() or not sources or not all(s.get("dataset") for s in sources):
+        return text  # of a corpus in hand nobody can say where another would get it
     encoder = {key: meta["encoder"][key] for key in ("model", "pooling", "max_length")}
     if revision := meta["encoder"]["commit"] or meta["encoder"]["revision"]:
         encoder["revision"] = revision
