@@ -169,6 +169,9 @@ def test_demo(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "unseen domains, 5-way 5-shot" in printed
     assert "'flat tyre, halfway up the hill' →" in printed
     assert len(json.loads((tmp_path / "results.json").read_text())) == 2
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| everyday | training | 1408 | 64 | cc0-1.0 |" in card
+    assert "How to remake it" not in card, "meta_train cannot make it"
 
 
 @pytest.mark.slow

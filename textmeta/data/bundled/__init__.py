@@ -3,6 +3,7 @@
 120 classes of 22 utterances in 15 domains; training, validation and test classes come from different domains.
 """
 
+from dataclasses import replace
 from importlib.resources import as_file, files
 
 from textmeta.data.class_splits import ClassSplit, read_class_split
@@ -15,4 +16,6 @@ def load_bundled() -> tuple[Corpus, ClassSplit]:
     """Return the bundled corpus and its class split by domain."""
     folder = files(__name__)
     with as_file(folder / "everyday.jsonl") as corpus, as_file(folder / "everyday.splits.json") as splits:
-        return load_corpus(CorpusSettings(str(corpus))), read_class_split(splits)
+        # its origin is the package, which a recipe cannot name
+        loaded = replace(load_corpus(CorpusSettings(str(corpus))), source={"license": "cc0-1.0"})
+        return loaded, read_class_split(splits)
