@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,8 +18,6 @@ from textmeta.errors import AdapterError, SettingsError
 __all__ = ["check_members", "member", "read_json", "read_settings", "read_tensors", "write_json"]
 
 S = TypeVar("S")
-
-
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -48,8 +47,8 @@ def read_json(content: bytes, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+            counts = Counter(key for key, _ in pairs)
+            raise ValueError(f"the key {counts.most_common(1)[0][0]!r:.80} is given twice")
         return found
 
     def finite(number: str) -> float:
