@@ -21,10 +21,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from textmeta.errors import HubError, HubUnreachableError
 
-__all__ = ["HubAccess", "RepoKind", "check_revision", "clear_hub_errors", "fetch_snapshot"]
+__all__ = ["HubAccess", "RepoKind", "check_revision", "clear_hub_errors", "fetch_snapshot", "is_repo_id"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,15 @@ def fetch_snapshot(
                 logger.warning("%s; trying again in %s s", _first_line(error), wait)
                 time.sleep(wait)
         return Path(download())
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name can be a repository's id on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def check_revision(revision: str | None) -> None:

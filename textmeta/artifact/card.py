@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from textmeta.artifact.told import algorithm_of, corpora_of, dataset_id, is_hub, is_repo_id, names_of, plain
+from textmeta.artifact.told import algorithm_of, corpora_of, dataset_id, is_hub, names_of, plain
+from textmeta.hub import is_repo_id
 
 __all__ = ["CARD", "PLACEHOLDER", "is_edited", "model_card", "understood", "usage_name"]
 
@@ -99,9 +100,15 @@ def _metadata(meta: Mapping[str, Any]) -> ModelCardData:
     )
 
 
+def _revision(encoder: Mapping[str, Any]) -> str | None:
+    """Return the encoder's commit, or, if that is not known, the revision that was asked for."""
+    revision: str | None = encoder["commit"] or encoder["revision"]
+    return revision
+
+
 def _introduction(meta: Mapping[str, Any], classes: Sequence[Any] | None, support: int | None) -> str:
     encoder = meta["encoder"]
-    revision = encoder["commit"] or encoder["revision"]
+    revision = _revision(encoder)
     what = (
         "# Fitted few-shot text classifier\n\nA meta-trained LoRA initialisation, adapted to one task."
         if classes is not None
@@ -135,7 +142,7 @@ def _usage(meta: Mapping[str, Any], classes: Sequence[Any] | None) -> str:
         if classes is None
         else ""
     )
-    revision = meta["encoder"]["commit"] or meta["encoder"]["revision"]
+    revision = _revision(meta["encoder"])
     base = f'"{meta["encoder"]["model"]}"' + (f', revision="{revision}"' if revision else "")
     what = "start, not the fitted task (for that: `clf.merge`)" if classes is not None else "start"
     return (
@@ -165,9 +172,8 @@ def _training(record: Mapping[str, Any]) -> str:
     ]
     lines += [
         f"| {_title(corpus)} | {part} | {corpus['texts']} | {corpus['classes']} | {_licence(corpus)} |"
-        for part, name in (("train", "training"), ("valid", "validation"))
-        for corpus in corpora_of(record, part)
-        for part in [name]
+        for key, part in (("train", "training"), ("valid", "validation"))
+        for corpus in corpora_of(record, key)
     ]
     if start := record.get("start"):
         at = f" at revision `{start['start_revision']}`" if start.get("start_revision") else ""
@@ -223,7 +229,7 @@ def _remake(meta: Mapping[str, Any]) -> str:
     if not {"train", "training"} <= settings.keys() or not sources or not all(s.get("dataset") for s in sources):
         return text  # of a corpus in hand nobody can say where another would get it
     encoder = {key: meta["encoder"][key] for key in ("model", "pooling", "max_length")}
-    if revision := meta["encoder"]["commit"] or meta["encoder"]["revision"]:
+    if revision := _revision(meta["encoder"]):
         encoder["revision"] = revision
     config = {
         "corpora": [_as_settings(source) for source in sources],

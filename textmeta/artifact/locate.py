@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,10 +12,9 @@ from textmeta.artifact.adapter import Adapter
 from textmeta.artifact.card import CARD
 from textmeta.artifact.folder import MANIFEST, is_there, seems_to_be
 from textmeta.artifact.store import ADAPTER_FILES, load_adapter
-from textmeta.artifact.told import is_repo_id
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
 from textmeta.files import is_folder
-from textmeta.hub import HubAccess, clear_hub_errors, fetch_snapshot
+from textmeta.hub import HubAccess, clear_hub_errors, fetch_snapshot, is_repo_id
 
 __all__ = ["Location", "load_from", "locate", "subfolder_prefix"]
 
@@ -59,7 +57,6 @@ def locate(
     revision: str | None = None,
     subfolder: str | None = None,
     access: HubAccess | None = None,
-    files: Iterable[str] = (*sorted(ADAPTER_FILES), MANIFEST, CARD),
     force: bool = False,
 ) -> Location:
     """Find the folder of a name, downloading it if it is a repository's; the log says which it is.
@@ -69,7 +66,6 @@ def locate(
         revision: branch, tag or commit on the Hub; with one, a name can only mean the Hub.
         subfolder: of the folder or repository.
         access: how the Hub is reached.
-        files: which of the repository's files are wanted.
         force: download again what is in the cache.
 
     Raises:
@@ -93,9 +89,8 @@ def locate(
             + (f", which alone has revisions (given {revision!r:.80})" if revision is not None else "")
         )
     try:
-        snapshot = fetch_snapshot(
-            text, [prefix + file for file in files], revision=revision, access=access, force=force
-        )
+        wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD)]
+        snapshot = fetch_snapshot(text, wanted, revision=revision, access=access, force=force)
     except HubError as error:
         raise type(error)(f"{text!r} is no folder here, and {error}") from error
     logger.info("%s is on the Hub, at commit %s: %s", text, snapshot.name, snapshot)

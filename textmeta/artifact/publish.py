@@ -14,10 +14,9 @@ from textmeta.artifact.card import CARD, PLACEHOLDER, usage_name
 from textmeta.artifact.folder import MANIFEST, manifest_of, read_file, read_folder
 from textmeta.artifact.locate import subfolder_prefix
 from textmeta.artifact.store import ADAPTER_FILES, adapter_files, load_adapter
-from textmeta.artifact.told import is_repo_id
 from textmeta.errors import AdapterError, HubError
 from textmeta.files import is_folder
-from textmeta.hub import clear_hub_errors
+from textmeta.hub import clear_hub_errors, is_repo_id
 
 __all__ = ["Destination", "push_adapter", "push_folder"]
 

@@ -12,7 +12,7 @@ from textmeta.errors import AdapterError
 from textmeta.files import is_folder
 from textmeta.hub import HubAccess
 from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import LORA, Parameters
+from textmeta.model.initialisation import LORA, Parameters, lora_factors
 from textmeta.model.lora import LoraSettings
 
 __all__ = ["Start", "load_start"]
@@ -68,7 +68,7 @@ class Start:
         }
 
     def _factors(self, shapes: Mapping[str, tuple[int, ...]]) -> Parameters:
-        left = {name.removeprefix(LORA): v for name, v in self.parameters.items() if name.startswith(LORA)}
+        left = lora_factors(self.parameters)
         factors: Parameters = {}
         for name, shape in shapes.items():
             # a model with a head has its encoder one level down: bert.encoder.layer.3. …

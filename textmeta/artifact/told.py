@@ -4,21 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
 from textmeta.data.corpus import CorpusSettings
+from textmeta.hub import is_repo_id
 
-__all__ = ["algorithm_of", "corpora_of", "dataset_id", "is_hub", "is_repo_id", "names_of", "plain"]
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether a name can be a repository's id on the Hub."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+__all__ = ["algorithm_of", "corpora_of", "dataset_id", "is_hub", "names_of", "plain"]
 
 
 def plain(value: Any) -> str:

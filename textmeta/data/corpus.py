@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -13,16 +12,14 @@ from typing import Any
 import datasets
 import numpy as np
 
-from textmeta.data.hub_dataset import read_hub_dataset, root_cause
+from textmeta.data.hub_dataset import read_hub_dataset
+from textmeta.data.local_file import FILE_BUILDERS, read_local_file
 from textmeta.data.texts import checked_texts
 from textmeta.errors import DataError, SettingsError
 
 __all__ = ["Corpus", "CorpusSettings", "load_corpus"]
 
 logger = logging.getLogger(__name__)
-
-# File ending → builder of `datasets`.
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -227,7 +224,7 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
     """
     found: dict[str, Any] = {}
     if settings.is_file:
-        dataset = _read_file(settings)
+        dataset = read_local_file(Path(settings.dataset), settings.text_column, settings.label_column)
     else:
         dataset, found = read_hub_dataset(
             settings.dataset,
@@ -268,33 +265,6 @@ def _source(settings: CorpusSettings) -> dict[str, Any]:
         if path.is_absolute() or ".." in path.parts:
             source[key] = path.name
     return source
-
-
-def _read_file(settings: CorpusSettings) -> datasets.Dataset:
-    path = Path(settings.dataset)
-    if not path.is_file():
-        raise DataError(f"no such file: {path}")
-    if path.stat().st_size == 0:
-        raise DataError(f"file is empty: {path}")
-    builder = FILE_BUILDERS[path.suffix.lower()]
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        # CSV has no types: a cell stays the string that it is, "null", "01" and "True" too
-        options["keep_default_na"] = False
-        options["converters"] = {settings.text_column: str, settings.label_column: str}
-        if path.suffix.lower() == ".tsv":
-            options["sep"] = "\t"
-    try:
-        # not through the user's cache: it tells files apart by name, size and time, and would keep a copy
-        with tempfile.TemporaryDirectory() as cache:
-            return datasets.load_dataset(
-                builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-            )
-    except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
-        cause = root_cause(error)
-        raise DataError(
-            f"file has no rows: {path}" if "no data" in cause else f"cannot read {path} as {builder}: {cause}"
-        ) from error
 
 
 def _shorten(names: Sequence[str], limit: int = 8) -> str:

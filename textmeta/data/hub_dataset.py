@@ -10,14 +10,16 @@ import datasets
 from huggingface_hub import HfApi, constants
 from tqdm import tqdm
 
+from textmeta.data.local_file import FILE_BUILDERS, root_cause
 from textmeta.errors import DataError, HubError, HubUnreachableError
 from textmeta.hub import clear_hub_errors
 
-__all__ = ["read_hub_dataset", "root_cause"]
+__all__ = ["read_hub_dataset"]
 
 logger = logging.getLogger(__name__)
 
-FOR_A_FILE = ". For a local file, give a path that ends in .json, .jsonl, .csv, .tsv or .parquet"
+*OTHERS, LAST = FILE_BUILDERS
+FOR_A_FILE = f". For a local file, give a path that ends in {', '.join(OTHERS)} or {LAST}"
 
 
 def read_hub_dataset(
@@ -67,13 +69,6 @@ def read_hub_dataset(
         raise
     except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
         raise DataError(f"cannot load {where} from the Hub: {root_cause(error)}{_advice(error, dataset)}") from error
-
-
-def root_cause(error: BaseException) -> str:
-    """Return type and message of the deepest error."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
 
 
 def _look_up(dataset: str, revision: str | None) -> dict[str, Any]:

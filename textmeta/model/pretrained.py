@@ -104,11 +104,9 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
         if name == DEFAULT_ENCODER and not (folder / "model.safetensors").exists():
             raise HubUnreachableError(f"only a part of {name} is in the cache")
         return folder, folder.name
-    except HubUnreachableError as error:
-        if name != DEFAULT_ENCODER or revision is not None:
-            raise EncoderError(f"the encoder {name!r} is no folder, and {error}") from error
     except HubError as error:
-        raise EncoderError(f"the encoder {name!r} is no folder, and {error}") from error
+        if not isinstance(error, HubUnreachableError) or name != DEFAULT_ENCODER or revision is not None:
+            raise EncoderError(f"the encoder {name!r} is no folder, and {error}") from error
     folder = _carried_copy()
     logger.warning(
         "%s is not in the Hub cache and the Hub cannot be reached: using the copy carried by the package %s",

@@ -35,10 +35,10 @@ def check_encoder_files(folder: Path) -> None:
     Raises:
         EncoderError: naming the file, and the key.
     """
-    for name, keys in REFUSED.items():
-        content = _read(folder / name)
+    contents = {name: _read(folder / name) for name in REFUSED}
+    for name, content in contents.items():
         for part in (content, *(value for value in content.values() if isinstance(value, dict))):
-            for key, harmless in keys.items():
+            for key, harmless in REFUSED[name].items():
                 if part.get(key) not in harmless:
                     raise EncoderError(f"{folder / name}: {key!r} is {part[key]!r:.80}, which textmeta does not follow")
         if isinstance(content.get("vocab"), str):  # where others hold the words themselves
@@ -51,7 +51,7 @@ def check_encoder_files(folder: Path) -> None:
     for key in _read(folder / "special_tokens_map.json"):
         if key.endswith(("_file", "_spm")):
             raise EncoderError(f"{folder / 'special_tokens_map.json'}: {key!r} names a file, which is not followed")
-    config = _read(folder / "config.json")
+    config = contents["config.json"]
     for key, limit in LIMITS.items():
         if isinstance(config.get(key), int) and config[key] > limit:
             raise EncoderError(f"{folder / 'config.json'}: {key!r} is {config[key]!r:.40}, expected at most {limit}")
