@@ -99,7 +99,7 @@ def outer_steps(
     plans: dict[int, MetaGradientPlan],
 ) -> None:
     """Take the meta-gradients of some outer steps, by number, at the start of training."""
-    parameters = start_parameters(encoder.factor_shapes, inner)
+    parameters = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
     for step, plan in plans.items():
         episodes = [sampler[step * tasks + task] for task in range(tasks)]
         algorithm.gradient(encoder, parameters, episodes, inner, plan)

@@ -293,7 +293,7 @@ def moved_start(encoder: Encoder, inner: InnerLoopSettings) -> Parameters:
         name: (value + 0.02 * torch.randn(value.shape, generator=generator) if name.startswith(LORA) else value).to(
             encoder.device
         )
-        for name, value in start_parameters(encoder.factor_shapes, inner).items()
+        for name, value in start_parameters(encoder.factor_shapes, inner, encoder.hidden_size).items()
     }
 
 

@@ -54,7 +54,7 @@ def encoder(tiny_model: str) -> Encoder:
 @pytest.fixture(scope="module")
 def parameters(encoder: Encoder) -> Parameters:
     """An initialisation with B other than zero, as after meta-training."""
-    start = start_parameters(encoder.factor_shapes, INNER)
+    start = start_parameters(encoder.factor_shapes, INNER, encoder.hidden_size)
     generator = torch.Generator().manual_seed(0)
     return {
         name: value + 0.05 * torch.randn(value.shape, generator=generator) if ".lora_B." in name else value
@@ -474,9 +474,9 @@ def test_missing_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_predictions_do_not_fill_the_cache(fitted: FewShotClassifier, encoder: Encoder) -> None:
-    before = set(encoder._cache)
+    before = set(encoder._states_cache._tensors)
     fitted.predict(["bal never seen before", "another new text"])
-    assert set(encoder._cache) == before
+    assert set(encoder._states_cache._tensors) == before
 
 
 def test_threads_that_share_an_encoder_do_not_mix_their_tasks(
@@ -531,7 +531,7 @@ def test_labels_that_are_equal_but_of_other_types_are_refused(classifier: FewSho
 def test_every_inner_loop_classifies_and_comes_back(
     inner: InnerLoopSettings, encoder: Encoder, plain: Corpus, tmp_path: Path
 ) -> None:
-    start = start_parameters(encoder.factor_shapes, inner)
+    start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
     texts, labels, queries, true = task(plain, list(plain.class_names), 6)
     fitted = FewShotClassifier(encoder, start, inner).fit(texts, labels)
     assert fitted.score(queries, true) > 0.6  # of 5 classes

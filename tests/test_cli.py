@@ -39,7 +39,7 @@ def recipe() -> ModuleType:
 @pytest.fixture
 def adapter(encoder: Encoder, tmp_path: Path) -> Path:
     inner = InnerLoopSettings(steps=2)
-    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner), inner)
+    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner)
     classifier.fit(["bal bel", "dal del"], ["b", "d"]).save_pretrained(tmp_path / "adapter", include_support=True)
     return tmp_path / "adapter"
 
@@ -72,7 +72,7 @@ def test_info_tells_what_it_was_trained_on(
     encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inner = InnerLoopSettings(steps=2)
-    save_adapter(tmp_path / "adapter", encoder, start_parameters(encoder.factor_shapes, inner), inner, record())
+    save_adapter(tmp_path / "adapter", encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner, record())
     main(["info", str(tmp_path / "adapter")])
     printed = capsys.readouterr().out
     assert "fomaml, 1200 episodes" in printed
@@ -124,7 +124,7 @@ def test_info_shows_nothing_that_a_terminal_acts_on(
     encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inner = InnerLoopSettings(steps=2)
-    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner), inner)
+    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner)
     classifier.fit(["bal bel", "dal del"], ["a\x1b[2Jb", "c\nwhole  no"]).save_pretrained(tmp_path / "adapter")
     main(["info", str(tmp_path / "adapter")])
     printed = capsys.readouterr().out

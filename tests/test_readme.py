@@ -24,7 +24,7 @@ def test_python_of_the_readme_runs(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
     encoder, inner = Encoder(EncoderSettings("lab/tiny", max_length=32)), InnerLoopSettings()
-    save_adapter("demo-output", encoder, start_parameters(encoder.factor_shapes, inner), inner, {})
+    save_adapter("demo-output", encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner, {})
     with open("intents.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["utterance", "intent"])

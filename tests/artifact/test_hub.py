@@ -57,7 +57,7 @@ def classifier(encoder_on_hub: str) -> FewShotClassifier:
     encoder = Encoder(EncoderSettings(ENCODER, max_length=32), LoraSettings(rank=4))
     generator = torch.Generator().manual_seed(0)
     inner = InnerLoopSettings(steps=2)
-    start = start_parameters(encoder.factor_shapes, inner)
+    start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
     parameters = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
     return FewShotClassifier(encoder, parameters, inner, {"episodes": 1})
 
@@ -227,7 +227,7 @@ def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
     hub: HubServer, tiny_model: str, encoder: Encoder, tmp_path: Path, encoder_on_hub: str
 ) -> None:
     inner = InnerLoopSettings(steps=1)
-    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner), inner)
+    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner)
     with pytest.raises(AdapterError, match=r"not pushed: the adapter's encoder is '/.*a folder of this machine"):
         classifier.push_to_hub(ADAPTER, token=TOKEN)
     assert ("model", ADAPTER) not in hub.repos

@@ -29,7 +29,7 @@ Save = Callable[[str], None]
 @pytest.fixture
 def save(encoder: Encoder, tmp_path: Path) -> Save:
     """Saves one of two adapters into the folder ``adapter``."""
-    start = start_parameters(encoder.factor_shapes, INNER)
+    start = start_parameters(encoder.factor_shapes, INNER, encoder.hidden_size)
     shift = {"old": 1.0, "new": 2.0}
 
     def save(which: str) -> None:
@@ -44,7 +44,7 @@ def found(folder: Path, encoder: Encoder) -> str:
     adapter = load_adapter(folder)
     which = str(adapter.record["which"])
     shift = {"old": 1.0, "new": 2.0}[which]
-    for name, value in start_parameters(encoder.factor_shapes, INNER).items():
+    for name, value in start_parameters(encoder.factor_shapes, INNER, encoder.hidden_size).items():
         assert torch.equal(adapter.parameters[name], value + shift), name
     return which
 

@@ -44,7 +44,7 @@ def make_encoder(model: str) -> Encoder:
 def random_parameters(encoder: Encoder, seed: int = 0) -> Parameters:
     """Return parameters none of which is at its start: B is not zero, each step size is its own."""
     generator = torch.Generator().manual_seed(seed)
-    start = start_parameters(encoder.factor_shapes, INNER, seed)
+    start = start_parameters(encoder.factor_shapes, INNER, encoder.hidden_size, seed)
     return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
 
 

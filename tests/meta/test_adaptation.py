@@ -24,7 +24,7 @@ INNER = InnerLoopSettings(steps=2, lora_step_size=0.05, offset_step_size=0.02, l
 
 def moved_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
     """A start with B away from 0, so that A and B both count, and a step size of its own for each step."""
-    start = start_parameters(encoder.factor_shapes, inner)
+    start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
     generator = torch.Generator().manual_seed(1)
     for name, value in start.items():
         if name.startswith((LORA, LOG_STEP_SIZE)):

@@ -38,18 +38,18 @@ def test_frozen_states_are_the_same_bits_in_any_company_cached_or_not(encoder: E
     one = encoder._states(TEXTS, remember=True)
     two = fresh._states(TEXTS[::-1], remember=True)[::-1]
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    assert not fresh._cache
+    assert not fresh._states_cache._tensors
 
 
 def test_a_text_goes_through_the_frozen_layers_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder.prepare(TEXTS)
-    monkeypatch.setattr(encoder, "_run_prefix", lambda ids: pytest.fail("ran again"))
+    monkeypatch.setattr(encoder, "_in_equal_batches", lambda rows, run: pytest.fail("ran again"))
     encoder.prepare(TEXTS[::-1])
 
 
 def test_texts_that_will_not_come_again_are_not_kept(encoder: Encoder) -> None:
     encoder.prepare(TEXTS, remember=False)
-    assert not encoder._cache
+    assert not encoder._states_cache._tensors
 
 
 def test_the_cache_keeps_to_its_limit_and_forgets_the_oldest(tiny_model: str) -> None:
@@ -57,11 +57,11 @@ def test_the_cache_keeps_to_its_limit_and_forgets_the_oldest(tiny_model: str) ->
     long_text = " ".join(WORDS[:60])  # 62 tokens of 32 floats: 7,936 bytes
     texts = [f"{WORDS[i]} {WORDS[j]} {long_text}" for i in range(20) for j in range(20)]
     encoder.prepare(texts)
-    held = sum(state.nbytes for state in encoder._cache.values())
-    assert held == encoder._cache_bytes
+    held = sum(state.nbytes for state in encoder._states_cache._tensors.values())
+    assert held == encoder._states_cache._bytes
     assert 2**20 - 8000 < held <= 2**20
-    assert texts[-1] in encoder._cache
-    assert texts[0] not in encoder._cache
+    assert texts[-1] in encoder._states_cache._tensors
+    assert texts[0] not in encoder._states_cache._tensors
 
 
 def test_long_texts_are_cut(tiny_model: str) -> None:

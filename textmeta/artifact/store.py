@@ -27,10 +27,12 @@ from textmeta.data.labels import label_to_json, read_labels
 from textmeta.errors import AdapterError, HubError
 from textmeta.hub import check_revision
 from textmeta.meta.adaptation import start_parameters
-from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
+from textmeta.model.conditioning import conditioning_shapes
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import LORA, lora_factors
+from textmeta.model.initialisation import LORA, is_scalar, lora_factors
 from textmeta.model.lora import LoraSettings
+from textmeta.model.task_encoder import CENTRE
 
 __all__ = ["ADAPTER_FILES", "adapter_files", "load_adapter", "save_adapter"]
 
@@ -193,13 +195,17 @@ def _read_factors(files: Mapping[str, bytes], folder: Path, adapter: Adapter) ->
 def _check_scalars(
     scalars: Mapping[str, Tensor], factors: Mapping[str, Tensor], inner: InnerLoopSettings, path: Path
 ) -> None:
-    expected = start_parameters({name: tuple(value.shape) for name, value in factors.items()}, inner)
+    factor_shapes = {name: tuple(value.shape) for name, value in factors.items()}
+    expected = start_parameters(factor_shapes, without_conditioning(inner), hidden_size=0)
     shapes = {name: tuple(value.shape) for name, value in expected.items() if not name.startswith(LORA)}
+    if inner.conditioning is not None:  # shapes alone: a size that somebody made up must not take memory
+        hidden_size = scalars[CENTRE].numel() if CENTRE in scalars else 0
+        shapes |= conditioning_shapes(inner.conditioning, factor_shapes, hidden_size)
     given = {name: tuple(value.shape) for name, value in scalars.items()}
     if shapes != given:
         raise AdapterError(f"{path}: expected tensors {shapes}, found {given}")
-    for name, value in scalars.items():  # all are logarithms of positive numbers
-        if not (value.exp().isfinite() & (value.exp() > 0)).all():
+    for name, value in scalars.items():
+        if is_scalar(name) and not (value.exp().isfinite() & (value.exp() > 0)).all():
             raise AdapterError(f"{path}: {name}: the exponential of {value.tolist()} is no positive number")
 
 

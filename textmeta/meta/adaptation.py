@@ -11,6 +11,7 @@ from torch import Tensor
 
 from textmeta.meta.inner_loop import InnerLoopSettings, gradient_steps
 from textmeta.meta.tasks import TaskBatch
+from textmeta.model.conditioning import conditioned_factors, conditioned_temperature, conditioning_start
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, Head, class_mask, cross_entropy_per_task
 from textmeta.model.initialisation import (
@@ -22,10 +23,33 @@ from textmeta.model.initialisation import (
     step_size_groups,
     step_sizes,
 )
+from textmeta.model.task_encoder import task_embedding, task_statistics
 
-__all__ = ["AdaptedParameters", "adapt", "adaptation_path", "query_logits", "start_parameters", "task_weights"]
+__all__ = [
+    "AdaptedParameters",
+    "TaskConditions",
+    "adapt",
+    "adaptation_path",
+    "embed_tasks",
+    "query_logits",
+    "start_parameters",
+    "task_weights",
+]
 
 FEATURES = "features"
+
+
+@dataclass(frozen=True)
+class TaskConditions:
+    """What the start of T tasks depends on.
+
+    Args:
+        embedding: (T, e) task embeddings.
+        statistics: (T, 5) numbers of each task (:func:`~textmeta.model.task_encoder.task_statistics`).
+    """
+
+    embedding: Tensor
+    statistics: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,9 +57,9 @@ class AdaptedParameters:
     """What the task learner made of the initialisation, for T tasks.
 
     Args:
-        factors: every LoRA factor by name; adapted ones (T, out, in), shared ones (out, in).
+        factors: every LoRA factor by name; a task's own (T, out, in), shared ones (out, in).
         offset: (T, C, d), the head's.
-        scalars: the head's temperature, and ridge if it has one.
+        scalars: the head's temperature, for all tasks or (T,), and ridge if it has one.
         head: the head that they are for.
         support_features: (T, n, d), where no factor was adapted and they are known already.
     """
@@ -48,21 +72,36 @@ class AdaptedParameters:
 
 
 def start_parameters(
-    factor_shapes: Mapping[str, tuple[int, ...]], inner: InnerLoopSettings, seed: int = 0
+    factor_shapes: Mapping[str, tuple[int, ...]], inner: InnerLoopSettings, hidden_size: int, seed: int = 0
 ) -> Parameters:
     """Return the parameters of an inner loop before any learning.
 
     Args:
         factor_shapes: shape of each LoRA factor by name.
+        hidden_size: length of the features.
         inner: the inner loop; it says which step sizes there are and where they start.
-        seed: of LoRA's random A.
+        seed: of LoRA's random A, and of the task encoder.
     """
     groups = step_size_groups(_adapted_factors(factor_shapes, inner), inner.step_sizes)
     starts = dict.fromkeys(groups, inner.lora_step_size)
     if OFFSET in inner.adapt:
         starts[OFFSET] = inner.offset_step_size
     ridge = HEADS[inner.head].has_ridge
-    return initial_parameters(factor_shapes, starts, steps=inner.steps, ridge=ridge, seed=seed)
+    parameters = initial_parameters(factor_shapes, starts, steps=inner.steps, ridge=ridge, seed=seed)
+    if inner.conditioning is not None:
+        parameters |= conditioning_start(inner.conditioning, factor_shapes, hidden_size, seed)
+    return parameters
+
+
+def embed_tasks(
+    encoder: Encoder, parameters: Mapping[str, Tensor], support: TaskBatch, inner: InnerLoopSettings
+) -> TaskConditions | None:
+    """Return what the start of T tasks is conditioned on; None, where the inner loop has no task encoder."""
+    if inner.conditioning is None:
+        return None
+    features = support.pad(encoder.frozen_features(support.texts.texts))
+    tasks = (features, support.labels, support.ways)
+    return TaskConditions(task_embedding(parameters, inner.conditioning.task_encoder, *tasks), task_statistics(*tasks))
 
 
 def adapt(
@@ -70,9 +109,10 @@ def adapt(
     parameters: Mapping[str, Tensor],
     support: TaskBatch,
     inner: InnerLoopSettings,
+    conditions: TaskConditions | None = None,
 ) -> AdaptedParameters:
     """Take all inner steps; see :func:`adaptation_path`. The directions of the steps are constants (first order)."""
-    *_, adapted = adaptation_path(encoder, parameters, support, inner)
+    *_, adapted = adaptation_path(encoder, parameters, support, inner, conditions)
     return adapted
 
 
@@ -81,6 +121,7 @@ def adaptation_path(
     parameters: Mapping[str, Tensor],
     support: TaskBatch,
     inner: InnerLoopSettings,
+    conditions: TaskConditions | None = None,
     *,
     second_order_steps: int = 0,
     checkpointed: bool = True,
@@ -95,6 +136,7 @@ def adaptation_path(
         parameters: the initialisation.
         support: support sets of T tasks.
         inner: steps, and what they adapt.
+        conditions: task embeddings to start from; by default those of the support sets (:func:`embed_tasks`).
         second_order_steps: the last so many steps are differentiated through.
         checkpointed: whether these are computed again in the backward pass, to save memory.
 
@@ -103,13 +145,17 @@ def adaptation_path(
         ``parameters`` require a gradient they are differentiable in the start, the step sizes and the head's scalars.
     """
     factors, scalars = lora_factors(parameters), head_scalars(parameters)
+    conditions = conditions or embed_tasks(encoder, parameters, support, inner)
+    if conditions is not None:
+        factors |= conditioned_factors(parameters, conditions.embedding)
+        scalars["temperature"] = conditioned_temperature(parameters, conditions.embedding, conditions.statistics)
     tasks, ways = len(support.ways), int(support.ways.max())
     offset = torch.zeros(tasks, ways, encoder.hidden_size, device=encoder.device, dtype=scalars["temperature"].dtype)
     start = AdaptedParameters(factors, offset, scalars, HEADS[inner.head])
     if not inner.steps or not _can_learn(support):
         yield start
         return
-    fast = {name: factors[name].expand(tasks, *factors[name].shape) for name in _adapted_factors(factors, inner)}
+    fast = {name: factors[name].expand(tasks, *factors[name].shape[-2:]) for name in _adapted_factors(factors, inner)}
     shared = {name: value for name, value in factors.items() if name not in fast} | scalars
     if not fast:  # the head alone learns: all steps see the same features
         features = support.pad(encoder.features(support.texts, factors, support.row_task))

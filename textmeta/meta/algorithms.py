@@ -22,7 +22,7 @@ from textmeta.meta.meta_gradient import MetaGradientPlan
 from textmeta.meta.tasks import TaskBatch, query_batch, support_and_query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import cross_entropy_per_task
-from textmeta.model.initialisation import LORA, Parameters
+from textmeta.model.initialisation import Parameters
 
 __all__ = [
     "ALGORITHMS",
@@ -138,6 +138,7 @@ def anil(
     return _query_gradient(encoder, parameters, episodes, replace(inner, adapt=("offset",)), plan)
 
 
+@torch.enable_grad()
 def reptile(
     encoder: Encoder,
     parameters: Parameters,
@@ -147,24 +148,30 @@ def reptile(
 ) -> MetaGradient:
     """Pseudo-gradient Σ_i (θ - θ_i), with θ_i the LoRA factors adapted to support and query together.
 
-    A plain step of size ε against its mean is Reptile's update θ ← θ + ε mean_i(θ_i - θ). Step sizes and the head's
-    scalars get no gradient. The loss reported is that of the queries before the adaptation that then sees them.
+    A plain step of size ε against its mean is Reptile's update θ ← θ + ε mean_i(θ_i - θ). What a conditioned start θ(τ_i)
+    is made of gets the gradient of ⟨θ(τ_i), stopgrad(θ(τ_i) - θ_i)⟩. Step sizes and the head's scalars get none. The
+    loss reported is that of the queries before the adaptation that then sees them.
 
     Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", batched version of algorithm 1.
     """
+    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     losses, accuracies = [], []
-    with torch.no_grad():
-        for chunk in episode_chunks(episodes, plan.texts_at_once):
-            support, query = support_batch(encoder, chunk), query_batch(encoder, chunk)
+    for chunk in episode_chunks(episodes, plan.texts_at_once):
+        support, query = support_batch(encoder, chunk), query_batch(encoder, chunk)
+        both = support_and_query_batch(encoder, chunk)
+        with torch.no_grad():
             start = adapt(encoder, parameters, support, replace(inner, steps=0))
             loss, accuracy = _query_loss(encoder, start, support, query)
-            adapted = adapt(encoder, parameters, support_and_query_batch(encoder, chunk), inner)
-            for name, factor in adapted.factors.items():
-                if factor.ndim == 3:  # adapted, task by task
-                    total[LORA + name] += (parameters[LORA + name] - factor).sum(0)
-            losses.append(loss)
-            accuracies.append(accuracy)
+            adapted = adapt(encoder, parameters, both, inner)
+        # ⟨θ, θ - θ_i⟩ has the gradient θ - θ_i; where θ is made of other parameters, they get theirs through it
+        starts = adapt(encoder, leaves, both, replace(inner, steps=0)).factors
+        moved = [name for name, factor in adapted.factors.items() if factor.ndim == 3]  # adapted, task by task
+        if moved:
+            parts = [(starts[n] * (starts[n].detach() - adapted.factors[n])).sum() for n in moved]
+            _add_gradient(total, torch.stack(parts).sum(), leaves)
+        losses.append(loss)
+        accuracies.append(accuracy)
     return MetaGradient(total, torch.cat(losses), torch.cat(accuracies))
 
 
@@ -191,6 +198,14 @@ def _query_loss(
     counts = query.labels >= 0
     correct = (logits.argmax(-1) == query.labels) & counts
     return cross_entropy_per_task(logits, query.labels, counts), correct.sum(1) / counts.sum(1)
+
+
+def _add_gradient(total: Parameters, objective: Tensor, leaves: Parameters) -> None:
+    """Add the gradient of an objective, where it has one, in place."""
+    found = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
+    for name, part in zip(leaves, found, strict=True):
+        if part is not None:
+            total[name] += part
 
 
 @torch.enable_grad()
@@ -224,10 +239,7 @@ def _query_gradient(
             if weight:  # the last one always has some
                 loss, accuracy = _query_loss(encoder, adapted, support, query)
                 objective = objective + weight * loss.sum()
-        found = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
-        for name, part in zip(leaves, found, strict=True):
-            if part is not None:
-                total[name] += part
+        _add_gradient(total, objective, leaves)
         losses.append(loss.detach())
         accuracies.append(accuracy)
     return MetaGradient(total, torch.cat(losses), torch.cat(accuracies))

@@ -90,7 +90,8 @@ def score_episodes(
 def frozen_prototypes(encoder: Encoder, episodes: Sequence[Episode], progress: str | None = None) -> EpisodeScores:
     """Score the baseline: prototypes of the frozen encoder's features, nothing learned, nothing adapted."""
     inner = InnerLoopSettings(steps=0)
-    start = {name: value.to(encoder.device) for name, value in start_parameters(encoder.factor_shapes, inner).items()}
+    start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
+    start = {name: value.to(encoder.device) for name, value in start.items()}
     return score_episodes(encoder, start, episodes, inner, progress)
 
 
@@ -173,7 +174,10 @@ def _all_logits(
     encoder: Encoder, parameters: Mapping[str, Tensor], episodes: Sequence[Episode], inner: InnerLoopSettings
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield numbers of episodes and their padded logits."""
-    adapting = [i for i, e in enumerate(episodes) if inner.steps and np.bincount(e.support_labels).max() > 1]
+    own_start = inner.conditioning is not None
+    adapting = [
+        i for i, e in enumerate(episodes) if own_start or (inner.steps and np.bincount(e.support_labels).max() > 1)
+    ]
     yield from _unadapted_logits(
         encoder, parameters, episodes, inner, sorted(set(range(len(episodes))) - set(adapting))
     )

@@ -6,7 +6,7 @@ classifier's ``fit`` all come through there.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from textmeta.errors import SettingsError
 from textmeta.model.attention import twice_differentiable
+from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import OFFSET, StepSizesPer
 
-__all__ = ["InnerLoopSettings", "gradient_steps"]
+__all__ = ["InnerLoopSettings", "gradient_steps", "without_conditioning"]
 
 Part = Literal["lora_A", "lora_B", "offset"]
 HeadName = Literal["prototype", "ridge"]
@@ -48,6 +49,7 @@ class InnerLoopSettings:
         offset_epsilon: the same for the head's offset.
         max_gradient_norm: a task's longer gradients, all tensors together, are shortened to this norm before they are
             normalised; null leaves them.
+        conditioning: what the task embedding decides; null for no task encoder.
     """
 
     steps: int = 3
@@ -60,6 +62,7 @@ class InnerLoopSettings:
     lora_epsilon: float = 1e-3
     offset_epsilon: float = 1e-2
     max_gradient_norm: float | None = None
+    conditioning: ConditioningSettings | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -77,6 +80,11 @@ class InnerLoopSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise SettingsError(f"inner {name} must be positive and finite, given {value}")
+
+
+def without_conditioning(inner: InnerLoopSettings) -> InnerLoopSettings:
+    """Return the inner loop from the start that no task embedding has a say in."""
+    return replace(inner, conditioning=None)
 
 
 def gradient_steps(

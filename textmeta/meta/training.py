@@ -2,11 +2,12 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -19,12 +20,13 @@ from textmeta.meta.algorithms import ALGORITHMS, Algorithm
 from textmeta.meta.checkpoint import TrainingState, restore_state, save_state
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.fingerprint import run_fingerprint
-from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
 from textmeta.meta.interruption import stop_requests
 from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.record import Record
+from textmeta.meta.self_supervision import SelfSupervisionSettings, self_supervised_gradient
 from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import LORA, Parameters
+from textmeta.model.initialisation import LORA, Parameters, is_scalar
 from textmeta.model.pretrained import tensors_digest
 
 __all__ = ["TrainingResult", "TrainingSettings", "train"]
@@ -32,6 +34,8 @@ __all__ = ["TrainingResult", "TrainingSettings", "train"]
 logger = logging.getLogger(__name__)
 
 CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
+SELF_SUPERVISED = 10**9  # number of the first episode that only the task encoder sees
+UNCONDITIONED = 1  # a stream of random numbers of its own, beside those of the episodes
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class TrainingSettings:
         algorithm: name in :data:`~textmeta.meta.algorithms.ALGORITHMS`.
         steps: outer steps.
         tasks_per_step: episodes of an outer step, over all processes.
-        learning_rate: of the LoRA factors; for Reptile its ε. By default the algorithm's own.
+        learning_rate: of all that is no logarithm; for Reptile its ε. By default the algorithm's own.
         scalar_learning_rate: of the logarithms of temperature and step sizes (not for Reptile, which learns neither).
         warmup: steps over which the learning rate rises from 0, before a cosine takes it back to 0. Reptile's ε is
             constant.
@@ -51,6 +55,9 @@ class TrainingSettings:
         validation_episodes: episodes of a validation, the same each time.
         checkpoint_every: steps between checkpoints.
         meta_gradient: second order, multi-step loss, memory.
+        self_supervision: what else teaches the task encoder, where the inner loop has one.
+        unconditioned: share of the episodes that start from what no task embedding has a say in, so that this start
+            stays good.
         seed: of the start and of all episodes.
     """
 
@@ -65,6 +72,8 @@ class TrainingSettings:
     validation_episodes: int = 100
     checkpoint_every: int = 10
     meta_gradient: MetaGradientSettings = field(default_factory=MetaGradientSettings)
+    self_supervision: SelfSupervisionSettings = field(default_factory=SelfSupervisionSettings)
+    unconditioned: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +87,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise SettingsError(f"training {name} must be positive, given {value}")
+        if not 0 <= self.unconditioned <= 1:
+            raise SettingsError(f"training unconditioned must be a share from 0 to 1, given {self.unconditioned}")
         for name in ("warmup", "seed"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"training {name} must not be negative, given {getattr(self, name)}")
@@ -203,11 +214,17 @@ def _outer_step(
     mine = range(first + accelerator.process_index, first + settings.tasks_per_step, accelerator.num_processes)
     sums = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
     totals = torch.zeros(4, device=encoder.device)  # loss, accuracy, tasks, processes asked to stop
-    if mine:
-        plan = settings.meta_gradient.at(state.step)
-        result = algorithm.gradient(encoder, state.parameters, [sampler[index] for index in mine], inner, plan)
-        sums = result.gradient
-        totals[:3] = torch.stack([result.loss.sum(), result.accuracy.sum(), totals.new_tensor(len(mine))])
+    plan = settings.meta_gradient.at(state.step)
+    for loop, indices in _by_condition(inner, settings, mine):
+        result = algorithm.gradient(encoder, state.parameters, [sampler[index] for index in indices], loop, plan)
+        sums = {name: value + result.gradient[name] for name, value in sums.items()}
+        totals[:3] += torch.stack([result.loss.sum(), result.accuracy.sum(), totals.new_tensor(len(indices))])
+    if inner.conditioning is not None and settings.self_supervision.episodes and accelerator.is_main_process:
+        others = SELF_SUPERVISED + state.step * settings.self_supervision.episodes
+        further = sampler.take(settings.self_supervision.episodes, others)
+        found = self_supervised_gradient(encoder, state.parameters, further, inner, settings.self_supervision)
+        for name, part in found.items():  # times the tasks, by which the sum is divided
+            sums[name] = sums[name] + settings.tasks_per_step * part
     totals[3] = float(stop_requested)
 
     # one reduction for everything; the mean is over tasks, so that uneven shares weigh right
@@ -241,6 +258,19 @@ def _outer_step(
     return row, bool(totals[3] > 0)
 
 
+def _by_condition(
+    inner: InnerLoopSettings, settings: TrainingSettings, indices: Sequence[int]
+) -> Iterator[tuple[InnerLoopSettings, list[int]]]:
+    """Yield episodes that are conditioned on their embedding, and those that are not, with the inner loop of each."""
+    dropped = []
+    if inner.conditioning is not None:
+        rng = [np.random.default_rng((settings.seed, UNCONDITIONED, index)) for index in indices]
+        dropped = [i for i, draw in zip(indices, rng, strict=True) if draw.random() < settings.unconditioned]
+    for loop, part in ((inner, [i for i in indices if i not in dropped]), (without_conditioning(inner), dropped)):
+        if part:
+            yield loop, part
+
+
 def _validate(
     encoder: Encoder,
     state: TrainingState,
@@ -272,7 +302,7 @@ def _start(
     algorithm: Algorithm,
     given: Mapping[str, Tensor],
 ) -> TrainingState:
-    usual = start_parameters(encoder.factor_shapes, inner, settings.seed)
+    usual = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size, settings.seed)
     # of another inner loop, step sizes and scalars may have no place here; LoRA factors must fit
     fitting = {name for name, value in given.items() if name in usual and value.shape == usual[name].shape}
     wrong = sorted(name for name in given if name.startswith(LORA) and name not in fitting)
@@ -283,9 +313,10 @@ def _start(
         for name, value in usual.items()
     }
     rate = algorithm.learning_rate if settings.learning_rate is None else settings.learning_rate
+    scalars = {name for name in parameters if is_scalar(name)}
     groups = [
-        {"params": [v for n, v in parameters.items() if n.startswith(LORA)], "base": rate},
-        {"params": [v for n, v in parameters.items() if not n.startswith(LORA)], "base": settings.scalar_learning_rate},
+        {"params": [v for n, v in parameters.items() if n not in scalars], "base": rate},
+        {"params": [v for n, v in parameters.items() if n in scalars], "base": settings.scalar_learning_rate},
     ]
     optimiser: torch.optim.Optimizer
     optimiser = torch.optim.Adam(groups) if algorithm.optimiser == "adam" else torch.optim.SGD(groups)

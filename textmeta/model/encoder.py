@@ -4,9 +4,7 @@ The layers below the lowest LoRA do not depend on anything that is learned, so t
 and cached. The rest, the adapted suffix, runs for any factors, of one task or of many at once.
 """
 
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,6 +23,7 @@ from textmeta.model.lora import LoraSettings, inject, lora_config, using_factors
 from textmeta.model.padding import length_buckets
 from textmeta.model.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
 from textmeta.model.splitting import find_layers, split_model
+from textmeta.model.text_cache import TextCache
 
 __all__ = ["Encoder", "EncoderSettings", "PreparedTexts"]
 
@@ -73,8 +72,13 @@ class Bucket:
 class PreparedTexts:
     """Texts ready for the adapted suffix; prepared once, used in every inner step."""
 
+    texts: tuple[str, ...]
     buckets: tuple[Bucket, ...]
-    count: int
+
+    @property
+    def count(self) -> int:
+        """Number of texts."""
+        return len(self.texts)
 
 
 class Encoder:
@@ -139,9 +143,8 @@ class Encoder:
         # an uninterrupted one. Matrix products round differently in batches of different shapes, on a CPU even in
         # different rows: so there each text goes alone. A GPU is too slow at that: it gets batches of one fixed shape.
         self._group = 1 if self.device.type == "cpu" else 32
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self._cache_bytes = 0
-        self._cache_lock = threading.Lock()
+        self._states_cache = TextCache(self.settings.cache_mb)
+        self._frozen_cache = TextCache(self.settings.cache_mb)
 
     def prepare(self, texts: Sequence[str], *, remember: bool = True) -> PreparedTexts:
         """Run the frozen layers on texts (or take their states from the cache) and pad them into buckets.
@@ -159,7 +162,7 @@ class Encoder:
             lengths = torch.tensor([len(states[row]) for row in rows], device=self.device)
             mask = (torch.arange(inputs.shape[1], device=self.device) < lengths[:, None]).long()
             buckets.append(Bucket(torch.tensor(rows, device=self.device), inputs, mask))
-        return PreparedTexts(tuple(buckets), len(states))
+        return PreparedTexts(tuple(texts), tuple(buckets))
 
     def features(self, texts: PreparedTexts, factors: Mapping[str, Tensor], row_task: Tensor | None = None) -> Tensor:
         """Return the adapted features of texts: pooled, of length 1, at least float32.
@@ -193,6 +196,23 @@ class Encoder:
         features: Tensor = torch.cat(parts).index_select(0, torch.argsort(order))
         return features
 
+    def frozen_features(self, texts: Sequence[str], *, remember: bool = True) -> Tensor:
+        """Return the features (n, hidden) of texts without any LoRA; computed once per text, then cached.
+
+        Args:
+            texts: n texts.
+            remember: whether to cache them.
+        """
+
+        def run(batch: Tensor) -> Tensor:  # outside of using_factors LoRA's B is 0
+            mask = torch.ones(batch.shape[:2], dtype=torch.long, device=self.device)
+            return self._pool(self._run_suffix(batch, mask), mask)
+
+        def compute(missing: list[str]) -> list[Tensor]:
+            return self._in_equal_batches(self._states(missing, remember), run)
+
+        return torch.stack(self._frozen_cache.get(texts, compute, remember))
+
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self.settings.pooling == "cls":
@@ -213,49 +233,31 @@ class Encoder:
 
     def _states(self, texts: Sequence[str], remember: bool) -> list[Tensor]:
         """Return what the suffix takes for each text: states (length, hidden), or ids (length,) without a prefix."""
-        with self._cache_lock:
-            found = {text: self._cache[text] for text in texts if text in self._cache}
-            for text in found:
-                self._cache.move_to_end(text)
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
-        if missing:
+
+        def compute(missing: list[str]) -> list[Tensor]:
             ids = self.tokenizer(missing, truncation=True, max_length=self.settings.max_length)["input_ids"]
-            found |= zip(missing, self._run_prefix(ids), strict=True)
-            if remember:
-                with self._cache_lock:
-                    for text in missing:
-                        self._remember(text, found[text])
-        return [found[text] for text in texts]
+            rows = [torch.tensor(row, device=self.device) for row in ids]
+            if self._prefix is None:
+                return rows
+            return self._in_equal_batches(rows, lambda batch: self._prefix(input_ids=batch).last_hidden_state)  # type: ignore[misc]
 
-    def _run_prefix(self, ids: list[list[int]]) -> list[Tensor]:
-        if self._prefix is None:
-            return [torch.tensor(row, device=self.device) for row in ids]
-        states: list[Tensor | None] = [None] * len(ids)
+        return self._states_cache.get(texts, compute, remember)
+
+    @torch.no_grad()
+    def _in_equal_batches(self, rows: list[Tensor], run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Run rows of equal length together, in batches of one fixed number, so that no row's bits depend on others."""
+        results: list[Tensor | None] = [None] * len(rows)
         by_length: dict[int, list[int]] = {}
-        for row, tokens in enumerate(ids):
-            by_length.setdefault(len(tokens), []).append(row)
-        with torch.no_grad(), self._autocast():
-            for rows in by_length.values():
-                for start in range(0, len(rows), self._group):
-                    group = rows[start : start + self._group]
+        for number, row in enumerate(rows):
+            by_length.setdefault(len(row), []).append(number)
+        with self._autocast():
+            for numbers in by_length.values():
+                for start in range(0, len(numbers), self._group):
+                    group = numbers[start : start + self._group]
                     filled = group + group[:1] * (self._group - len(group))
-                    batch = torch.tensor([ids[row] for row in filled], device=self.device)
-                    hidden = self._prefix(input_ids=batch).last_hidden_state
-                    for row, state in zip(group, hidden, strict=False):
-                        states[row] = state.clone()  # a view would keep the whole group in memory
-        return states  # type: ignore[return-value]
-
-    def _remember(self, text: str, state: Tensor) -> None:
-        limit = self.settings.cache_mb * 2**20
-        if limit == 0:
-            return
-        if text in self._cache:  # another thread was faster
-            return
-        self._cache[text] = state
-        self._cache_bytes += state.nbytes
-        while self._cache_bytes > limit:
-            _, oldest = self._cache.popitem(last=False)
-            self._cache_bytes -= oldest.nbytes
+                    for number, result in zip(group, run(torch.stack([rows[n] for n in filled])), strict=False):
+                        results[number] = result.clone()  # a view would keep the whole group in memory
+        return results  # type: ignore[return-value]
 
 
 def _check_length(model: PreTrainedModel, settings: EncoderSettings) -> None:

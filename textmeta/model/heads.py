@@ -1,7 +1,7 @@
 """Heads: from features to logits, as pure functions over T tasks at once, and the table :data:`HEADS`.
 
 Shapes: T tasks, n examples (padded to the largest task, label -1), C classes (padded to the most ways), d features.
-``scalars`` are the learned numbers of the head: ``temperature``, and ``ridge`` where the head has one.
+``scalars`` are the learned numbers of the head: ``temperature``, one or (T,), and ``ridge`` where the head has one.
 """
 
 from collections.abc import Callable, Mapping
@@ -85,7 +85,7 @@ def cosine_logits(features: Tensor, weights: Tensor, scalars: Mapping[str, Tenso
         mask: (T, C), False for classes that only pad.
     """
     cosines = torch.einsum("tnd,tcd->tnc", features, _directions(weights))
-    return (scalars["temperature"] * cosines).masked_fill(~mask[:, None], -torch.inf)
+    return _warmed(cosines, scalars).masked_fill(~mask[:, None], -torch.inf)
 
 
 def leave_one_out_logits(
@@ -114,7 +114,7 @@ def leave_one_out_logits(
     others = torch.where(counts[..., None], others, torch.ones_like(others))
     own = torch.einsum("tnd,tnd->tn", features, _directions(_directions(others) + own_offset))
     logits = cosine_logits(features, _directions(sums) + offset, scalars, mask)
-    return torch.where(member.bool(), (scalars["temperature"] * own)[..., None], logits), counts
+    return torch.where(member.bool(), _warmed(own, scalars)[..., None], logits), counts
 
 
 def ridge_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
@@ -136,7 +136,7 @@ def ridge_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Map
 def linear_logits(features: Tensor, weights: Tensor, scalars: Mapping[str, Tensor], mask: Tensor) -> Tensor:
     """Return (T, n, C) logits ``temperature · f·W_c``; arguments as for :func:`cosine_logits`."""
     products = torch.einsum("tnd,tcd->tnc", features, weights)
-    return (scalars["temperature"] * products).masked_fill(~mask[:, None], -torch.inf)
+    return _warmed(products, scalars).masked_fill(~mask[:, None], -torch.inf)
 
 
 def leave_one_out_ridge_logits(
@@ -152,7 +152,7 @@ def leave_one_out_ridge_logits(
     coefficients, diagonal = _dual_ridge(features, targets, scalars["ridge"])
     left_out = targets - coefficients / diagonal[..., None]
     products = left_out + torch.einsum("tnd,tcd->tnc", features, offset)
-    logits = (scalars["temperature"] * products).masked_fill(~mask[:, None], -torch.inf)
+    logits = _warmed(products, scalars).masked_fill(~mask[:, None], -torch.inf)
     return logits, _has_company(member)
 
 
@@ -175,6 +175,11 @@ def _directions(vectors: Tensor) -> Tensor:
     """Return vectors scaled to length 1; a zero vector, of a class that only pads, stays 0, with finite derivatives."""
     zero = (vectors == 0).all(-1, keepdim=True)
     return normalize(torch.where(zero, torch.ones_like(vectors), vectors), dim=-1).masked_fill(zero, 0.0)
+
+
+def _warmed(values: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
+    """Return values (T, …) times the temperature, one for all tasks or (T,)."""
+    return scalars["temperature"].view(-1, *[1] * (values.ndim - 1)) * values
 
 
 def _has_company(member: Tensor) -> Tensor:

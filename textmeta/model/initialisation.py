@@ -23,6 +23,8 @@ __all__ = [
     "StepSizesPer",
     "head_scalars",
     "initial_parameters",
+    "is_scalar",
+    "layer_of",
     "lora_factors",
     "step_size_groups",
     "step_sizes",
@@ -75,6 +77,11 @@ def lora_factors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(LORA): value for name, value in parameters.items() if name.startswith(LORA)}
 
 
+def is_scalar(name: str) -> bool:
+    """Whether a parameter holds logarithms: of the temperature, the ridge or step sizes."""
+    return name in (LOG_TEMPERATURE, LOG_RIDGE) or name.startswith(LOG_STEP_SIZE)
+
+
 def head_scalars(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the head's positive scalars: the temperature, and the ridge where there is one."""
     scalars = {"temperature": parameters[LOG_TEMPERATURE].exp()}
@@ -97,6 +104,13 @@ def step_sizes(parameters: Mapping[str, Tensor], name: str) -> Tensor:
 def _group(factor: str, per: StepSizesPer) -> str:
     if per == "tensor":
         return factor
-    # up to the first number: "encoder.layer.3.attention.self.query.lora_B.weight" → "encoder.layer.3"
+    return layer_of(factor) if per == "layer" else ALL_FACTORS
+
+
+def layer_of(factor: str) -> str:
+    """Return the layer of a LoRA factor, up to the first number of its name.
+
+    ``encoder.layer.3.attention.self.query.lora_B.weight`` → ``encoder.layer.3``.
+    """
     layer = re.match(r".*?\.\d+(?=\.)", factor)
-    return layer.group() if per == "layer" and layer else ALL_FACTORS
+    return layer.group() if layer else ALL_FACTORS

@@ -1,0 +1,135 @@
+"""What teaches the task encoder beside the query loss: two disjoint draws of the same classes are one task.
+
+An episode's support and query set are two such draws. No label that training does not have anyway is used.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from textmeta.data.episodes import Episode
+from textmeta.errors import SettingsError
+from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.model.conditioning import KEYS, routing
+from textmeta.model.encoder import Encoder
+from textmeta.model.initialisation import Parameters
+from textmeta.model.task_encoder import class_embeddings, task_embedding
+
+__all__ = ["SelfSupervisionSettings", "balance_loss", "contrastive_loss", "self_supervised_gradient"]
+
+
+@dataclass(frozen=True)
+class SelfSupervisionSettings:
+    """Losses on task embeddings, of further episodes in each outer step; these go through no LoRA, so they are cheap.
+
+    Args:
+        episodes: further episodes of an outer step; 0 for none.
+        contrastive: weight of the contrastive losses: a draw of a task has to find the other one among those of other
+            tasks, and a draw of a class among those of other classes.
+        contrast: factor on the cosines in these (one over InfoNCE's temperature).
+        balance: weight of the loss that keeps all banks in use.
+    """
+
+    episodes: int = 32
+    contrastive: float = 0.1
+    contrast: float = 10.0
+    balance: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.episodes == 1 or self.episodes < 0:
+            raise SettingsError(f"self_supervision episodes must be 0, or at least 2 to tell apart: {self.episodes}")
+        for name in ("contrastive", "balance"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise SettingsError(f"self_supervision {name} must not be negative, given {getattr(self, name)}")
+        if not 0 < self.contrast < float("inf"):
+            raise SettingsError(f"self_supervision contrast must be positive, given {self.contrast}")
+
+
+def contrastive_loss(one: Tensor, two: Tensor, contrast: float, same: Tensor | None = None) -> Tensor:
+    """Return the mean cross entropy of finding row i of one set among the rows of the other, both ways.
+
+    Source: van den Oord et al. (2018), "Representation Learning with Contrastive Predictive Coding", eq. 4 (InfoNCE).
+
+    Args:
+        one: (N, e), of length 1.
+        two: (N, e), row i belongs to row i of ``one``.
+        contrast: factor on the cosines.
+        same: (N, N) bool, pairs off the diagonal that belong together too, and count neither for nor against.
+    """
+    scores = contrast * one @ two.T
+    if same is not None:
+        itself = torch.eye(len(one), dtype=torch.bool, device=one.device)
+        scores = scores.masked_fill(same & ~itself, -torch.inf)
+    target = torch.arange(len(one), device=one.device)
+    return (cross_entropy(scores, target) + cross_entropy(scores.T, target)) / 2
+
+
+def balance_loss(weights: Tensor) -> Tensor:
+    """Return log K minus the entropy of the mean routing, averaged over groups: 0 where all banks are used equally.
+
+    Args:
+        weights: (T, groups, K) routing of T tasks.
+    """
+    mean = weights.mean(0)
+    return (mean * (mean * mean.shape[-1]).clamp(min=1e-12).log()).sum(-1).mean()
+
+
+@torch.enable_grad()
+def self_supervised_gradient(
+    encoder: Encoder,
+    parameters: Parameters,
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    settings: SelfSupervisionSettings,
+) -> Parameters:
+    """Return the gradient of the weighted losses in every parameter that they depend on.
+
+    Args:
+        encoder: makes frozen features.
+        parameters: the initialisation.
+        episodes: at least two.
+        inner: whose conditioning says which task encoder.
+        settings: the weights.
+    """
+    assert inner.conditioning is not None, "no task encoder to teach"
+    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    draws = []
+    for part in ("support", "query"):
+        tasks = _frozen_tasks(encoder, episodes, part)
+        embedding = task_embedding(leaves, inner.conditioning.task_encoder, *tasks)
+        draws.append((embedding, class_embeddings(leaves, *tasks)))
+    (one, one_classes), (two, two_classes) = draws
+    names = [(episode.corpus, name) for episode in episodes for name in episode.class_names]
+    rows = torch.tensor([i for i, e in enumerate(episodes) for _ in e.class_names], device=encoder.device)
+    columns = torch.tensor([c for e in episodes for c in range(e.ways)], device=encoder.device)
+    number = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    which = torch.tensor([number[name] for name in names], device=encoder.device)
+    loss = settings.contrastive * (
+        contrastive_loss(one, two, settings.contrast)
+        + contrastive_loss(
+            one_classes[rows, columns],
+            two_classes[rows, columns],
+            settings.contrast,
+            which[:, None] == which[None],
+        )
+    )
+    if KEYS in leaves:
+        loss = loss + settings.balance * balance_loss(routing(leaves, one))
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {name: part for name, part in zip(leaves, found, strict=True) if part is not None}
+
+
+def _frozen_tasks(encoder: Encoder, episodes: Sequence[Episode], part: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return frozen features (T, n, d), labels (T, n) and ways (T,) of the support or query sets."""
+    texts = [getattr(episode, f"{part}_texts") for episode in episodes]
+    given = [torch.as_tensor(getattr(episode, f"{part}_labels"), device=encoder.device) for episode in episodes]
+    features = encoder.frozen_features([text for texts_of_one in texts for text in texts_of_one])
+    padded = torch.nn.utils.rnn.pad_sequence(
+        list(torch.split(features, [len(part) for part in texts])), batch_first=True
+    )
+    labels = torch.nn.utils.rnn.pad_sequence(given, batch_first=True, padding_value=-1)
+    return padded, labels, torch.tensor([episode.ways for episode in episodes], device=encoder.device)
