@@ -72,7 +72,13 @@ def test_info_tells_what_it_was_trained_on(
     encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inner = InnerLoopSettings(steps=2)
-    save_adapter(tmp_path / "adapter", encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner, record())
+    save_adapter(
+        tmp_path / "adapter",
+        encoder,
+        start_parameters(encoder.factor_shapes, inner, encoder.hidden_size),
+        inner,
+        record(),
+    )
     main(["info", str(tmp_path / "adapter")])
     printed = capsys.readouterr().out
     assert "fomaml, 1200 episodes" in printed

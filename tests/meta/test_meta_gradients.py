@@ -196,7 +196,10 @@ def test_the_check_tells_the_orders_apart(encoder64: Encoder, corpus: Corpus) ->
 def test_where_a_gradient_is_zero(clipped: float | None, encoder64: Encoder, corpus: Corpus) -> None:
     """At LoRA's own start, B = 0, the gradient in A is exactly 0, but not its derivative in B."""
     inner = replace(SMOOTH, adapt=("lora_A", "lora_B", "offset"), lora_epsilon=0.1, max_gradient_norm=clipped)
-    start = {key: value.double() for key, value in start_parameters(encoder64.factor_shapes, inner, encoder64.hidden_size).items()}
+    start = {
+        key: value.double()
+        for key, value in start_parameters(encoder64.factor_shapes, inner, encoder64.hidden_size).items()
+    }
     episodes, plan = tasks(corpus), MetaGradientPlan()
     found = ALGORITHMS["maml"].gradient(encoder64, start, episodes, inner, plan).gradient
     errors = relative_errors(lambda p: objective(encoder64, p, episodes, inner, plan), start, found, h=1e-5)

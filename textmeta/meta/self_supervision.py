@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
-from textmeta.data.episodes import Episode
+from textmeta.data.episodes import Episode, EpisodeSampler
 from textmeta.errors import SettingsError
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.conditioning import KEYS, routing
@@ -18,7 +19,13 @@ from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import Parameters
 from textmeta.model.task_encoder import class_embeddings, task_embedding
 
-__all__ = ["SelfSupervisionSettings", "balance_loss", "contrastive_loss", "self_supervised_gradient"]
+__all__ = [
+    "SelfSupervisionSettings",
+    "balance_loss",
+    "contrastive_loss",
+    "self_supervised_gradient",
+    "train_task_encoder",
+]
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,38 @@ def self_supervised_gradient(
         loss = loss + settings.balance * balance_loss(routing(leaves, one))
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {name: part for name, part in zip(leaves, found, strict=True) if part is not None}
+
+
+def train_task_encoder(
+    encoder: Encoder,
+    parameters: Parameters,
+    episodes: EpisodeSampler,
+    inner: InnerLoopSettings,
+    settings: SelfSupervisionSettings,
+    *,
+    steps: int,
+    learning_rate: float = 1e-3,
+) -> Parameters:
+    """Return the parameters after steps of Adam on these losses alone: a task encoder that no meta-learning needs.
+
+    Args:
+        encoder: makes frozen features.
+        parameters: to start from.
+        episodes: step s takes the next ``settings.episodes`` of them.
+        inner: whose conditioning says which task encoder.
+        settings: the weights, and how many episodes a step.
+        steps: of Adam; its step size falls evenly to 0.
+        learning_rate: of the first step.
+    """
+    learned = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    optimiser = torch.optim.Adam(learned.values(), lr=learning_rate)
+    for step in tqdm(range(steps), desc="task encoder", unit="step"):
+        batch = episodes.take(settings.episodes, step * settings.episodes)
+        for name, gradient in self_supervised_gradient(encoder, learned, batch, inner, settings).items():
+            learned[name].grad = gradient
+        optimiser.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
+        optimiser.step()
+    return {name: value.detach() for name, value in learned.items()}
 
 
 def _frozen_tasks(encoder: Encoder, episodes: Sequence[Episode], part: str) -> tuple[Tensor, Tensor, Tensor]:
