@@ -9,7 +9,7 @@ import textmeta
 
 PACKAGE = Path(textmeta.__file__).parent
 # Data flows down this list; a file imports only from its own place and from those above it.
-ORDER = ["errors", "files", "hub", "data", "model", "meta", "artifact", "classifier", "cli"]
+ORDER = ["errors", "files", "hub", "data", "model", "meta", "tasks", "artifact", "classifier", "cli"]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -1,4 +1,4 @@
-"""Tasks as things to compare: how alike two are, and which of those that an adapter was trained on a new one is like."""
+"""Tasks as things to compare: how alike two are, and which of those trained on a new one is most like."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass

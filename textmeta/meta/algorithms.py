@@ -149,8 +149,8 @@ def reptile(
     """Pseudo-gradient Σ_i (θ - θ_i), with θ_i the LoRA factors adapted to support and query together.
 
     A plain step of size ε against its mean is Reptile's update θ ← θ + ε mean_i(θ_i - θ). What a conditioned start
-    θ(τ_i) is made of gets the gradient of ⟨θ(τ_i), stopgrad(θ(τ_i) - θ_i)⟩. Step sizes and the head's scalars get none. The
-    loss reported is that of the queries before the adaptation that then sees them.
+    θ(τ_i) is made of gets the gradient of ⟨θ(τ_i), stopgrad(θ(τ_i) - θ_i)⟩. Step sizes and the head's scalars get none.
+    The loss reported is that of the queries before the adaptation that then sees them.
 
     Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", batched version of algorithm 1.
     """
