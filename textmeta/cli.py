@@ -42,13 +42,19 @@ def parse_settings(kind: type[T], arguments: Sequence[str] | None = None, descri
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(kind, as_group=False)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args([_with_underscores(argument) for argument in given])
         values = parser.instantiate(parsed).as_dict()
     except ArgumentError as error:
         raise SettingsError(f"{error}{_suggestion(str(error), _names(kind))}") from error
     values.pop("config", None)
     return kind(**values)
+
+
+def _with_underscores(argument: str) -> str:
+    """Return ``--data-dir=a-b`` as ``--data_dir=a-b``; what is no name of an option as it is."""
+    return re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument)
 
 
 def run_recipe(main: Callable[[T], None], kind: type[T], description: str | None) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from textmeta.data.episodes import Episode, EpisodeSampler
 from textmeta.errors import SettingsError
 from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.tasks import frozen_features
 from textmeta.model.conditioning import KEYS, routing
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import Parameters
@@ -106,7 +107,7 @@ def self_supervised_gradient(
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     draws = []
     for part in ("support", "query"):
-        tasks = _frozen_tasks(encoder, episodes, part)
+        tasks = frozen_features(encoder, episodes, part)
         embedding = task_embedding(leaves, inner.conditioning.task_encoder, *tasks)
         draws.append((embedding, class_embeddings(leaves, *tasks)))
     (one, one_classes), (two, two_classes) = draws
@@ -160,15 +161,3 @@ def train_task_encoder(
         optimiser.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         optimiser.step()
     return {name: value.detach() for name, value in learned.items()}
-
-
-def _frozen_tasks(encoder: Encoder, episodes: Sequence[Episode], part: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return frozen features (T, n, d), labels (T, n) and ways (T,) of the support or query sets."""
-    texts = [getattr(episode, f"{part}_texts") for episode in episodes]
-    given = [torch.as_tensor(getattr(episode, f"{part}_labels"), device=encoder.device) for episode in episodes]
-    features = encoder.frozen_features([text for texts_of_one in texts for text in texts_of_one])
-    padded = torch.nn.utils.rnn.pad_sequence(
-        list(torch.split(features, [len(part) for part in texts])), batch_first=True
-    )
-    labels = torch.nn.utils.rnn.pad_sequence(given, batch_first=True, padding_value=-1)
-    return padded, labels, torch.tensor([episode.ways for episode in episodes], device=encoder.device)

@@ -2,14 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from textmeta.data.episodes import Episode
 from textmeta.model.encoder import Encoder, PreparedTexts
 
-__all__ = ["TaskBatch", "query_batch", "support_and_query_batch", "support_batch", "task_batch"]
+__all__ = [
+    "TaskBatch",
+    "frozen_features",
+    "query_batch",
+    "support_and_query_batch",
+    "support_batch",
+    "task_batch",
+]
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,18 @@ def support_and_query_batch(encoder: Encoder, episodes: Sequence[Episode]) -> Ta
         [[*e.support_labels, *e.query_labels] for e in episodes],
         _ways(episodes),
     )
+
+
+def frozen_features(
+    encoder: Encoder, episodes: Sequence[Episode], part: Literal["support", "query"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return frozen features (T, n, d), labels (T, n) and ways (T,) of the support or query sets: no LoRA, no gradient."""
+    texts = [getattr(episode, f"{part}_texts") for episode in episodes]
+    given = [torch.as_tensor(getattr(episode, f"{part}_labels"), device=encoder.device) for episode in episodes]
+    features = encoder.frozen_features([text for own in texts for text in own])
+    padded = pad_sequence(list(torch.split(features, [len(own) for own in texts])), batch_first=True)
+    labels = pad_sequence(given, batch_first=True, padding_value=-1)
+    return padded, labels, torch.tensor(_ways(episodes), device=encoder.device)
 
 
 def _ways(episodes: Sequence[Episode]) -> list[int]:

@@ -60,10 +60,10 @@ class ConditioningSettings:
         task_encoder: that makes the embedding.
     """
 
-    start: Literal["none", "banks", "gates"] = "none"
+    start: Literal["none", "banks", "gates"] = "banks"
     banks: int = 4
     groups: int = 3
-    temperature: bool = True
+    temperature: bool = False
     task_encoder: TaskEncoderSettings = field(default_factory=TaskEncoderSettings)
 
     def __post_init__(self) -> None:

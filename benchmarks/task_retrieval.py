@@ -1,0 +1,2 @@
+def retrieval(*a): raise NotImplementedError
+def transfer(*a): raise NotImplementedError
