@@ -27,6 +27,7 @@ from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.training import TrainingSettings, train
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings
+from textmeta.tasks import index_tasks
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class MetaTrainSettings:
         start: adapter to start from: a folder, an adapter shipped with textmeta or an id on the Hub, of textmeta or of
             PEFT (plain LoRA); its LoRA settings are used.
         start_revision: branch, tag or commit of a start on the Hub.
+        index_rows: texts of each training class that go into the index of training tasks, which a task encoder has; the
+            names of the classes are stored with it. 0 for no index.
         precision: bf16 for bfloat16 matrix products; by default what `accelerate launch` says.
         encoder: the encoder.
         lora: the LoRA on its upper layers.
@@ -63,6 +66,7 @@ class MetaTrainSettings:
     test_episodes: int = 600
     start: str | None = None
     start_revision: str | None = None
+    index_rows: int = 20
     precision: Literal["no", "bf16"] | None = None
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -74,6 +78,8 @@ class MetaTrainSettings:
         """Check what would otherwise fail only after training."""
         if self.test_episodes < 2:
             raise SettingsError(f"test_episodes must be at least 2, given {self.test_episodes}")
+        if self.index_rows < 0:
+            raise SettingsError(f"index_rows must not be negative, given {self.index_rows}")
         check_destination(self.output)
 
     def sources(self) -> list[CorpusSettings]:
@@ -112,11 +118,16 @@ def main(settings: MetaTrainSettings) -> None:
         results: dict[str, dict] = {}
         tested_on = [{**corpus.summary, "source": dict(corpus.source)} for corpus in parts["test"]]
         record = {**result.record, "test": {"corpora": tested_on}, **({"start": start.told} if start else {})}
-        save_adapter(settings.output, encoder, result.parameters, result.inner, record)
+        known = None
+        if result.inner.conditioning is not None:
+            record["index_rows"] = rows = settings.index_rows
+            known = index_tasks(encoder, result.parameters, parts["train"], rows=rows) if rows else None
+        save_adapter(settings.output, encoder, result.parameters, result.inner, record, known_tasks=known)
         for name, sampler in test_episodes.items():
             episodes = sampler.take(settings.test_episodes)
             results[name] = compare_with_frozen(encoder, result.parameters, episodes, result.inner, name)
-        save_adapter(settings.output, encoder, result.parameters, result.inner, {**record, "results": results})
+        record["results"] = results
+        save_adapter(settings.output, encoder, result.parameters, result.inner, record, known_tasks=known)
         (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         print(format_table(results))
     accelerator.end_training()

@@ -24,6 +24,7 @@ from textmeta.meta.tasks import task_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, class_mask
 from textmeta.model.initialisation import head_scalars, lora_factors
+from textmeta.tasks import KnownTask, KnownTasks, TaskEmbedding, embed_task
 
 __all__ = ["FewShotClassifier"]
 
@@ -40,10 +41,14 @@ class FewShotClassifier:
         parameters: the meta-learned initialisation.
         inner: the inner loop that it was learned for.
         record: how it was trained; goes into what :meth:`save_pretrained` writes.
+        known_tasks: index of the tasks that it was trained on, for :meth:`nearest_tasks`.
 
     Attributes:
         classes_: after ``fit``, the labels, sorted where they can be; columns of ``predict_proba`` are in this order.
         support_: after ``fit``, its examples, (text, label) each; None before, and where they were not saved.
+        task_embedding_: after ``fit``, what the task encoder makes of its examples, to compare tasks by
+            (:func:`textmeta.tasks.similarity`); None before, and where the adapter has no task encoder.
+        known_tasks_: the index of training tasks; None where the adapter has none.
     """
 
     def __init__(
@@ -52,15 +57,19 @@ class FewShotClassifier:
         parameters: Mapping[str, Tensor],
         inner: InnerLoopSettings,
         record: Mapping[str, Any] | None = None,
+        known_tasks: KnownTasks | None = None,
     ) -> None:
         self._encoder = encoder
         self._parameters = {name: value.detach().to(encoder.device) for name, value in parameters.items()}
         self._inner = inner
         self._record = dict(record or {})
-        # after fit: LoRA factors (out, in) by name, and the head (C, d)
+        # after fit: LoRA factors (out, in) by name, the head (C, d) and its temperature ()
         self._factors: dict[str, Tensor] = {}
         self._weights: Tensor | None = None
+        self._temperature = head_scalars(self._parameters)["temperature"]
         self.support_: list[tuple[str, Any]] | None = None
+        self.task_embedding_: TaskEmbedding | None = None
+        self.known_tasks_ = known_tasks
 
     @classmethod
     def from_pretrained(
@@ -101,10 +110,13 @@ class FewShotClassifier:
         if encoder is None:
             where.check_encoder(adapter.encoder.model)
         loaded = adapter.load_encoder(device, encoder, access)
-        classifier = cls(loaded, adapter.parameters, adapter.inner, adapter.record)
+        classifier = cls(loaded, adapter.parameters, adapter.inner, adapter.record, adapter.known_tasks)
         if adapter.fitted is not None:
             classifier._factors = {name: value.to(device) for name, value in adapter.fitted.factors.items()}
             classifier._weights = adapter.fitted.weights.to(device)
+            if adapter.fitted.temperature is not None:
+                classifier._temperature = adapter.fitted.temperature.to(device)
+            classifier.task_embedding_ = adapter.fitted.task
             labels = adapter.fitted.classes
             classifier.classes_ = label_array(labels)
             if adapter.fitted.support is not None:
@@ -142,7 +154,10 @@ class FewShotClassifier:
         support = task_batch(self._encoder, [texts], [[index[label] for label in rows]], [len(classes)])
         with torch.no_grad():
             adapted = adapt(self._encoder, self._parameters, support, self._inner)
-            self._weights = task_weights(self._encoder, adapted, support)[0]
+            weights = task_weights(self._encoder, adapted, support)[0]
+        task = embed_task(self._encoder, self._parameters, self._inner, support, classes)
+        self._weights, self.task_embedding_ = weights, task
+        self._temperature = adapted.scalars["temperature"].view(-1)[0]  # one for all tasks, or one for each
         self._factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
         self.classes_ = label_array(classes)
         self.support_ = list(zip(texts, rows, strict=True))
@@ -160,7 +175,8 @@ class FewShotClassifier:
         if self._weights is None:
             raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
         texts = checked_texts(texts, "predict", allow_empty=True)
-        head, scalars = HEADS[self._inner.head], head_scalars(self._parameters)
+        head = HEADS[self._inner.head]
+        scalars = head_scalars(self._parameters) | {"temperature": self._temperature}
         mask = class_mask(torch.tensor([len(self._weights)], device=self._encoder.device))
         parts = [np.empty((0, len(self._weights)))]
         with torch.no_grad():
@@ -185,6 +201,30 @@ class FewShotClassifier:
             raise DataError(f"score: {len(predicted)} texts but {len(rows)} labels, expected as many, and at least 1")
         return float(np.mean([given == true for given, true in zip(predicted, rows, strict=True)]))
 
+    def nearest_tasks(self, count: int = 3) -> list[KnownTask]:
+        """Return which of the tasks that the adapter was trained on the fitted one looks most like, the nearest first.
+
+        Args:
+            count: how many corpora, of each of which one task is compared: its classes that are most like these.
+
+        Raises:
+            AdapterError: if the adapter has no task encoder, or no index of the tasks that it was trained on.
+            NotFittedError: before ``fit``.
+        """
+        if self._inner.conditioning is None:
+            raise AdapterError(
+                "this adapter has no task encoder, so tasks cannot be compared: use one that was meta-trained with "
+                "inner.conditioning"
+            )
+        if self.known_tasks_ is None:
+            raise AdapterError(
+                "this adapter has no index of the tasks that it was trained on: train with index_rows over 0, or give "
+                "known_tasks, made by textmeta.tasks.index_tasks from corpora of your own"
+            )
+        if self.task_embedding_ is None:
+            raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
+        return self.known_tasks_.nearest(self.task_embedding_, count)
+
     def save_pretrained(self, folder: str | Path, *, include_support: bool = False) -> None:
         """Write the adapter, and the fitted task if there is one, to a folder.
 
@@ -198,7 +238,8 @@ class FewShotClassifier:
                 or there are no support texts to include.
         """
         fitted = self._fitted(include_support)
-        save_adapter(folder, self._encoder, self._parameters, self._inner, self._record, fitted)
+        known = self.known_tasks_
+        save_adapter(folder, self._encoder, self._parameters, self._inner, self._record, fitted, known)
 
     def push_to_hub(
         self,
@@ -233,7 +274,8 @@ class FewShotClassifier:
             HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
         """
         fitted = self._fitted(include_support)
-        adapter = Adapter.of(self._encoder, self._parameters, self._inner, self._record, fitted)
+        known = self.known_tasks_
+        adapter = Adapter.of(self._encoder, self._parameters, self._inner, self._record, fitted, known)
         to = Destination(repo_id, revision, subfolder, token, private, commit_message)
         return push_adapter(adapter, to, base_model=base_model)
 
@@ -261,4 +303,5 @@ class FewShotClassifier:
         if include_support and self.support_ is not None:
             index = {label: number for number, label in enumerate(self.classes_.tolist())}
             support = [(text, index[label]) for text, label in self.support_]
-        return FittedHead(self._factors, self._weights, self.classes_.tolist(), support)
+        labels, task = self.classes_.tolist(), self.task_embedding_
+        return FittedHead(self._factors, self._weights, labels, support, self._temperature, task)

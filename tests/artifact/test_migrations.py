@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tests.artifact.test_store import random_parameters, rewrite
+from tests.artifact.test_store import random_parameters, rewrite, rewrite_tensors
+from textmeta import FewShotClassifier
 from textmeta.artifact import migrations
 from textmeta.artifact.migrations import FORMAT_VERSION, migrate
 from textmeta.artifact.store import load_adapter, save_adapter
@@ -23,6 +25,7 @@ def as_version_1(folder: Path, encoder: Encoder) -> None:
     """Rewrite a folder as textmeta wrote it in format 1: no commit, one version, PEFT's whole configuration."""
     meta = json.loads((folder / "textmeta.json").read_text())
     meta["format_version"] = 1
+    del meta["inner"]["conditioning"]
     meta["textmeta_version"] = meta.pop("versions")["textmeta"]
     del meta["encoder"]["commit"]
     rewrite(folder, "textmeta.json", json.dumps(meta).encode())
@@ -37,6 +40,16 @@ def as_version_1(folder: Path, encoder: Encoder) -> None:
     rewrite(folder, "adapter_config.json", json.dumps(config, default=str).encode())
 
 
+def as_version_2(folder: Path) -> None:
+    """Rewrite a folder as textmeta wrote it in format 2: no conditioning, and a fitted head without a temperature."""
+    meta = json.loads((folder / "textmeta.json").read_text())
+    meta["format_version"] = 2
+    del meta["inner"]["conditioning"]
+    rewrite(folder, "textmeta.json", json.dumps(meta).encode())
+    if (folder / "classifier.safetensors").exists():
+        rewrite_tensors(folder, "classifier.safetensors", lambda tensors: tensors.pop("temperature"))
+
+
 def test_version_1_loads(encoder: Encoder, tmp_path: Path) -> None:
     parameters = random_parameters(encoder)
     save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
@@ -46,6 +59,35 @@ def test_version_1_loads(encoder: Encoder, tmp_path: Path) -> None:
     assert (adapter.commit, adapter.record) == (None, {"episodes": 7})
     assert adapter.versions["textmeta"] is not None
     assert adapter.load_encoder().weights_sha256 == encoder.weights_sha256
+
+
+def test_version_2_loads(encoder: Encoder, tmp_path: Path) -> None:
+    parameters = random_parameters(encoder)
+    save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
+    as_version_2(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
+    assert adapter.inner == INNER
+    assert (adapter.known_tasks, adapter.record) == (None, {"episodes": 7})
+    assert adapter.load_encoder().weights_sha256 == encoder.weights_sha256
+
+
+def test_fitted_version_2_answers_as_it_did(encoder: Encoder, tmp_path: Path) -> None:
+    texts = ["bal bel bil", "fim fon", "kut kon"]
+    fitted = FewShotClassifier(encoder, random_parameters(encoder), INNER).fit(texts, ["b", "f", "k"])
+    fitted.save_pretrained(tmp_path / "adapter")
+    as_version_2(tmp_path / "adapter")
+    loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
+    np.testing.assert_array_equal(loaded.predict_proba(texts), fitted.predict_proba(texts))
+    assert loaded.task_embedding_ is None
+    loaded.save_pretrained(tmp_path / "again")  # in today's format
+    again = FewShotClassifier.from_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(again.predict_proba(texts), fitted.predict_proba(texts))
+
+
+def test_version_2_with_what_came_later_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"is not what format version 2 is: inner\.conditioning came with version 3"):
+        migrate({"format_version": 2, "inner": {"conditioning": None}}, PATH)
 
 
 def test_every_older_version_has_a_way_up() -> None:

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -25,14 +27,22 @@ from textmeta.artifact.store import load_adapter, save_adapter
 from textmeta.errors import AdapterError
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import Parameters, lora_factors
 from textmeta.model.lora import LoraSettings
+from textmeta.model.task_encoder import TaskEncoderSettings
+from textmeta.tasks import KnownTasks, TaskEmbedding
 
 INNER = InnerLoopSettings(steps=2, adapt=("lora_A", "offset"), lora_step_size=0.02)
+TASK_ENCODER = TaskEncoderSettings("graph", size=8, width=12)
+CONDITIONED = replace(
+    INNER, conditioning=ConditioningSettings("banks", banks=3, groups=2, temperature=True, task_encoder=TASK_ENCODER)
+)
 RECORD = {"episodes": 40, "settings": {"training": {"algorithm": "fomaml"}}, "größe": [1, 2.5, None, True]}
 LISTED = ["adapter_config.json", "adapter_model.safetensors", "textmeta.json", "textmeta.safetensors"]
 FITTED = ["classifier.json", "classifier.safetensors"]
+INDEX = ["tasks.json", "tasks.safetensors"]
 ONE_FACTOR = "base_model.model.encoder.layer.3.attention.self.value.lora_B.weight"
 TEXTS = ["bal bel", "fim fon gur dal kes", "bal", "kut kut dal fim bel bol bun bam ban"]
 
@@ -41,10 +51,10 @@ def make_encoder(model: str) -> Encoder:
     return Encoder(EncoderSettings(model, max_length=32), LoraSettings(rank=4))
 
 
-def random_parameters(encoder: Encoder, seed: int = 0) -> Parameters:
+def random_parameters(encoder: Encoder, seed: int = 0, inner: InnerLoopSettings = INNER) -> Parameters:
     """Return parameters none of which is at its start: B is not zero, each step size is its own."""
     generator = torch.Generator().manual_seed(seed)
-    start = start_parameters(encoder.factor_shapes, INNER, encoder.hidden_size, seed)
+    start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size, seed)
     return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
 
 
@@ -52,8 +62,30 @@ def save(folder: Path, model: str) -> tuple[Encoder, Parameters]:
     encoder = make_encoder(model)
     parameters = random_parameters(encoder)
     factors = {name: value + 1 for name, value in lora_factors(parameters).items()}
-    fitted = FittedHead(factors, torch.arange(64.0).view(2, 32), ["a", "b"])
+    fitted = FittedHead(factors, torch.arange(64.0).view(2, 32), ["a", "b"], temperature=torch.tensor(7.1))
     save_adapter(folder, encoder, parameters, INNER, RECORD, fitted)
+    return encoder, parameters
+
+
+def unit(rows: int, seed: int = 0, size: int = TASK_ENCODER.size) -> np.ndarray:
+    """Return random float32 rows of length 1."""
+    rows_ = np.random.default_rng(seed).normal(size=(rows, size)).astype(np.float32)
+    return rows_ / np.linalg.norm(rows_, axis=1, keepdims=True)
+
+
+def known_tasks() -> KnownTasks:
+    """Return an index of two corpora."""
+    return KnownTasks({"größe": ("klein", "groß"), "a/b": ("klein",)}, {"größe": unit(2), "a/b": unit(1, seed=1)})
+
+
+def save_conditioned(folder: Path, model: str) -> tuple[Encoder, Parameters]:
+    """Save a fitted classifier with a task encoder, a memory and an index."""
+    encoder = make_encoder(model)
+    parameters = random_parameters(encoder, inner=CONDITIONED)
+    task = TaskEmbedding(unit(1, seed=2)[0], unit(2, seed=3), ("a", "b"))
+    factors, weights = lora_factors(parameters), torch.arange(64.0).view(2, 32)
+    fitted = FittedHead(factors, weights, ["a", "b"], temperature=torch.tensor(7.1), task=task)
+    save_adapter(folder, encoder, parameters, CONDITIONED, RECORD, fitted, known_tasks())
     return encoder, parameters
 
 
@@ -67,6 +99,18 @@ def saved(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def folder(saved: tuple[Path, Encoder, Parameters], tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(saved[0], tmp_path / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def saved_conditioned(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Encoder, Parameters]:
+    folder = tmp_path_factory.mktemp("conditioned") / "adapter"
+    return folder, *save_conditioned(folder, tiny_model)
+
+
+@pytest.fixture
+def conditioned(saved_conditioned: tuple[Path, Encoder, Parameters], tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(saved_conditioned[0], tmp_path / "conditioned"))
 
 
 def rewrite(folder: Path, name: str, content: bytes) -> None:
@@ -133,9 +177,147 @@ def test_fitted_head_comes_back(saved: tuple[Path, Encoder, Parameters]) -> None
     assert fitted is not None
     assert fitted.classes == ["a", "b"]
     assert torch.equal(fitted.weights, torch.arange(64.0).view(2, 32))
+    assert fitted.temperature is not None
+    assert torch.equal(fitted.temperature, torch.tensor(7.1))
+    assert fitted.task is None
     assert fitted.factors.keys() == lora_factors(parameters).keys()
     for name, value in lora_factors(parameters).items():
         assert torch.equal(fitted.factors[name], value + 1)
+
+
+def test_conditioned_adapter_comes_back_to_the_bit(saved_conditioned: tuple[Path, Encoder, Parameters]) -> None:
+    folder, _, parameters = saved_conditioned
+    adapter = load_adapter(folder)
+    assert adapter.inner == CONDITIONED
+    assert adapter.parameters.keys() == parameters.keys()
+    assert {"task_encoder.centre", "memory.keys", "task_temperature"} <= parameters.keys()
+    assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
+    known, expected = adapter.known_tasks, known_tasks()
+    assert known is not None
+    assert list(known.classes.items()) == list(expected.classes.items()), "in the order of training"
+    assert all(np.array_equal(known.vectors[name], value) for name, value in expected.vectors.items())
+    fitted = adapter.fitted
+    assert fitted is not None
+    assert fitted.task is not None
+    assert fitted.task.labels == ("a", "b")
+    assert np.array_equal(fitted.task.vector, unit(1, seed=2)[0])
+    assert np.array_equal(fitted.task.classes, unit(2, seed=3))
+
+
+def test_conditioned_adapter_holds_the_documented_files_alone(conditioned: Path) -> None:
+    assert sorted(contents(conditioned)) == sorted([*LISTED, *FITTED, *INDEX, "README.md", MANIFEST])
+    assert set(json.loads((conditioned / "tasks.json").read_text())) == {"corpora"}
+
+
+@pytest.mark.parametrize("start", ["none", "gates", "banks"])
+@pytest.mark.parametrize("kind", ["statistics", "set_transformer", "graph"])
+@pytest.mark.parametrize("temperature", [True, False])
+def test_every_conditioning_comes_back(
+    saved: tuple[Path, Encoder, Parameters], tmp_path: Path, start: Any, kind: Any, temperature: bool
+) -> None:
+    encoder = saved[1]
+    settings = ConditioningSettings(start, 2, 3, temperature, TaskEncoderSettings(kind, size=8, width=8))
+    inner = replace(INNER, conditioning=settings)
+    parameters = random_parameters(encoder, inner=inner)
+    save_adapter(tmp_path / "adapter", encoder, parameters, inner, {})
+    adapter = load_adapter(tmp_path / "adapter")
+    assert adapter.inner == inner
+    assert adapter.known_tasks is None
+    assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
+
+
+def test_index_goes_when_it_is_saved_without(conditioned: Path, tiny_model: str) -> None:
+    encoder = make_encoder(tiny_model)
+    save_adapter(conditioned, encoder, random_parameters(encoder, inner=CONDITIONED), CONDITIONED, {})
+    assert not set(INDEX) & contents(conditioned).keys()
+    assert load_adapter(conditioned).known_tasks is None
+
+
+def changed(classes: Any = None, vectors: Any = None) -> KnownTasks:
+    return KnownTasks(
+        {"one": ("a", "b")} if classes is None else classes, {"one": unit(2) if vectors is None else vectors}
+    )
+
+
+@pytest.mark.parametrize(
+    ("inner", "known", "message"),
+    [
+        (INNER, known_tasks(), "no task encoder"),
+        (CONDITIONED, changed(classes={}), "no corpus"),
+        (CONDITIONED, changed(classes={"one": ("a", "a")}), "a class is given twice"),
+        (CONDITIONED, changed(classes={"one": ("a", "")}), "names of one character or more"),
+        (CONDITIONED, changed(classes={"one": ("a", 3)}), "names of one character or more"),
+        (CONDITIONED, changed(vectors=unit(3)), r"shape \(3, 8\), expected \(2, 8\)"),
+        (CONDITIONED, changed(vectors=unit(2, size=9)), r"shape \(2, 9\), expected \(2, 8\)"),
+        (CONDITIONED, changed(vectors=2 * unit(2)), "of length 1"),
+        (CONDITIONED, changed(vectors=np.nan * unit(2)), "of length 1"),
+    ],
+)
+def test_index_that_would_be_refused_afterwards_is_refused_before(
+    saved: tuple[Path, Encoder, Parameters], tmp_path: Path, inner: InnerLoopSettings, known: KnownTasks, message: str
+) -> None:
+    encoder = saved[1]
+    parameters = random_parameters(encoder, inner=inner)
+    with pytest.raises(AdapterError, match=f"not saved: the index of training tasks.*{message}"):
+        save_adapter(tmp_path / "adapter", encoder, parameters, inner, {}, known_tasks=known)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", INDEX)
+def test_half_an_index_is_refused(conditioned: Path, name: str) -> None:
+    (conditioned / name).unlink()
+    lines = (conditioned / MANIFEST).read_text().splitlines(keepends=True)
+    (conditioned / MANIFEST).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
+    refused(conditioned, naming=f"half an index of training tasks: it has no {name}")
+
+
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [
+        ({"banks": 0}, "inner.conditioning.banks"),
+        ({"banks": "3"}, "inner.conditioning.banks"),
+        ({"surprise": 1}, "inner.conditioning.surprise"),
+        ({"task_encoder": {"kind": "graph", "size": 8.0}}, "inner.conditioning.task_encoder.size"),
+        ({"task_encoder": {"size": 10**9}}, "inner.conditioning.task_encoder.size"),
+        ({"task_encoder": {"surprise": 1}}, "inner.conditioning.task_encoder.surprise"),
+        ({"task_encoder": None}, "inner.conditioning.task_encoder"),
+    ],
+)
+def test_nested_setting_is_named_in_full(conditioned: Path, change: dict[str, Any], setting: str) -> None:
+    rewrite_json(conditioned, "textmeta.json", lambda meta: meta["inner"]["conditioning"].update(change))
+    assert re.search(rf"{re.escape(setting)}\b", refused(conditioned, naming="textmeta.json"))
+
+
+def test_task_encoder_for_other_features_is_refused(conditioned: Path) -> None:
+    wide = {"task_encoder.centre": (31,), "task_encoder.class": (8, 31)}
+    wide |= {f"task_encoder.{name}": (12, 31) for name in ("prototype", "spread", "name")}
+    change = {name: torch.ones(shape) for name, shape in wide.items()}
+    rewrite_tensors(conditioned, "textmeta.safetensors", lambda tensors: tensors.update(change))
+    with pytest.raises(AdapterError, match=r"task encoder takes features of 31 numbers, but those of .* have 32"):
+        load_adapter(conditioned).load_encoder()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", torch.tensor(0.0)),
+        ("temperature", torch.tensor(-1.0)),
+        ("temperature", torch.ones(1)),
+        ("task_vector", torch.ones(8)),
+        ("task_vector", torch.from_numpy(unit(1))),
+        ("task_classes", torch.from_numpy(unit(3))),
+        ("task_classes", torch.zeros(2, 8)),
+    ],
+)
+def test_task_of_a_fitted_head_must_be_what_the_encoder_makes(conditioned: Path, name: str, value: Tensor) -> None:
+    rewrite_tensors(conditioned, "classifier.safetensors", lambda tensors: tensors.update({name: value}))
+    assert f"classifier.safetensors: {name} must" in refused(conditioned, naming="classifier.safetensors")
+
+
+def test_task_of_a_fitted_head_needs_a_task_encoder(folder: Path) -> None:
+    change = {"task_vector": torch.from_numpy(unit(1)[0])}
+    rewrite_tensors(folder, "classifier.safetensors", lambda tensors: tensors.update(change))
+    refused(folder, naming="classifier.safetensors")
 
 
 def test_no_fitted_head_where_none_was_saved(tiny_model: str, tmp_path: Path) -> None:
@@ -289,11 +471,14 @@ def test_encoder_with_the_same_weights_and_other_features_is_refused(
         load_adapter(folder).load_encoder(model=other)
 
 
-def test_loaded_and_saved_again_is_the_same_to_the_byte(folder: Path, tiny_model: str, tmp_path: Path) -> None:
+def test_loaded_and_saved_again_is_the_same_to_the_byte(
+    folder: Path, conditioned: Path, tiny_model: str, tmp_path: Path
+) -> None:
     elsewhere = copy_of(tiny_model, tmp_path / "elsewhere", lambda _: None)
-    for encoder in (None, elsewhere):
-        FewShotClassifier.from_pretrained(folder, encoder=encoder).save_pretrained(tmp_path / "again")
-        assert contents(tmp_path / "again") == contents(folder), "wherever its encoder was loaded from"
+    for given in (folder, conditioned):
+        for encoder in (None, elsewhere):
+            FewShotClassifier.from_pretrained(given, encoder=encoder).save_pretrained(tmp_path / "again")
+            assert contents(tmp_path / "again") == contents(given), "wherever its encoder was loaded from"
 
 
 def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
@@ -313,24 +498,24 @@ def test_user_file_in_the_folder_is_fine(folder: Path) -> None:
     load_adapter(folder)
 
 
-@pytest.mark.parametrize("name", [*LISTED, *FITTED])
-def test_flipped_byte_is_found(folder: Path, name: str) -> None:
-    content = bytearray((folder / name).read_bytes())
+@pytest.mark.parametrize("name", [*LISTED, *FITTED, *INDEX])
+def test_flipped_byte_is_found(conditioned: Path, name: str) -> None:
+    content = bytearray((conditioned / name).read_bytes())
     content[len(content) // 2] ^= 0xFF
-    (folder / name).write_bytes(content)
-    refused(folder, naming=f"{name} is damaged")
+    (conditioned / name).write_bytes(content)
+    refused(conditioned, naming=f"{name} is damaged")
 
 
-@pytest.mark.parametrize("name", [*LISTED, *FITTED])
-def test_missing_file_is_found(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    refused(folder, naming=f"lacks the file {name}")
+@pytest.mark.parametrize("name", [*LISTED, *FITTED, *INDEX])
+def test_missing_file_is_found(conditioned: Path, name: str) -> None:
+    (conditioned / name).unlink()
+    refused(conditioned, naming=f"lacks the file {name}")
 
 
-@pytest.mark.parametrize("name", [*LISTED, *FITTED])
-def test_truncated_file_is_found(folder: Path, name: str) -> None:
-    os.truncate(folder / name, (folder / name).stat().st_size // 2)
-    refused(folder, naming=f"{name} is damaged")
+@pytest.mark.parametrize("name", [*LISTED, *FITTED, *INDEX])
+def test_truncated_file_is_found(conditioned: Path, name: str) -> None:
+    os.truncate(conditioned / name, (conditioned / name).stat().st_size // 2)
+    refused(conditioned, naming=f"{name} is damaged")
 
 
 @pytest.mark.parametrize("name", [*LISTED[1:], "classifier.safetensors"])

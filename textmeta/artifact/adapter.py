@@ -16,6 +16,8 @@ from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import Parameters, lora_factors
 from textmeta.model.lora import LoraSettings
+from textmeta.model.task_encoder import CENTRE
+from textmeta.tasks import KnownTasks, TaskEmbedding
 
 __all__ = ["HEAD", "PROBES", "Adapter", "FittedHead", "probe"]
 
@@ -36,12 +38,16 @@ class FittedHead:
         weights: (C, d), the head.
         classes: labels in the order of the head's rows.
         support: text and class (index) of each example that it was fitted on; None where they are not kept.
+        temperature: (), the task's; None in formats 1 and 2, where it is the adapter's.
+        task: the task's embedding, where the adapter has a task encoder.
     """
 
     factors: dict[str, Tensor]
     weights: Tensor
     classes: list[Any]
     support: list[tuple[str, int]] | None = None
+    temperature: Tensor | None = None
+    task: TaskEmbedding | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Adapter:
         fitted: of a fitted classifier.
         versions: of the libraries that it was written with.
         probe: what the encoder made of some texts, to know it by (:func:`probe`); None in format 1.
+        known_tasks: index of the tasks that it was trained on, where it has one.
     """
 
     parameters: Parameters
@@ -71,6 +78,7 @@ class Adapter:
     fitted: FittedHead | None = None
     versions: dict[str, str | None] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
     probe: Tensor | None = None
+    known_tasks: KnownTasks | None = None
 
     @classmethod
     def of(
@@ -80,6 +88,7 @@ class Adapter:
         inner: InnerLoopSettings,
         record: Mapping[str, Any],
         fitted: FittedHead | None = None,
+        known_tasks: KnownTasks | None = None,
     ) -> "Adapter":
         """Make the adapter of an encoder in hand; see the class's arguments."""
         return cls(
@@ -92,6 +101,7 @@ class Adapter:
             record=dict(record),
             fitted=fitted,
             probe=probe(encoder, parameters),
+            known_tasks=known_tasks,
         )
 
     def load_encoder(
@@ -140,6 +150,11 @@ class Adapter:
             raise AdapterError(
                 f"{HEAD}: weights have {self.fitted.weights.shape[1]} columns, but features of "
                 f"{encoder.settings.model} have {encoder.hidden_size}"
+            )
+        if CENTRE in self.parameters and len(self.parameters[CENTRE]) != encoder.hidden_size:
+            raise AdapterError(
+                f"textmeta.safetensors: its task encoder takes features of {len(self.parameters[CENTRE])} numbers, but "
+                f"those of {encoder.settings.model} have {encoder.hidden_size}"
             )
         self._check_probe(encoder)
 

@@ -8,8 +8,18 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from textmeta.artifact.told import algorithm_of, corpora_of, dataset_id, is_hub, names_of, plain
+from textmeta.artifact.told import (
+    algorithm_of,
+    conditioning_of,
+    corpora_of,
+    dataset_id,
+    is_hub,
+    known_of,
+    names_of,
+    plain,
+)
 from textmeta.hub import is_repo_id
+from textmeta.tasks import KnownTasks
 
 __all__ = ["CARD", "PLACEHOLDER", "is_edited", "model_card", "understood", "usage_name"]
 
@@ -21,18 +31,24 @@ CARD = "README.md"
 PLACEHOLDER = '"path/to/this/folder"'  # stands in the card's code until it is pushed, and again once it is pulled
 
 
-def model_card(meta: Mapping[str, Any], classes: Sequence[Any] | None = None, support: int | None = None) -> str:
+def model_card(
+    meta: Mapping[str, Any],
+    classes: Sequence[Any] | None = None,
+    support: int | None = None,
+    known: KnownTasks | None = None,
+) -> str:
     """Return the model card (Markdown with the Hub's metadata block) of an adapter.
 
     Args:
         meta: the content of its ``textmeta.json``.
         classes: of a fitted classifier, its labels.
         support: of a fitted classifier that holds its support texts, how many.
+        known: the index of training tasks that the folder holds.
     """
     meta = {**meta, "record": understood(meta["record"])}
     parts = [
         f"---\n{_metadata(meta).to_yaml()}\n---",
-        _introduction(meta, classes, support),
+        _introduction(meta, classes, support, known),
         _usage(meta, classes),
         _training(meta["record"]),
         _results(meta["record"]),
@@ -106,7 +122,9 @@ def _revision(encoder: Mapping[str, Any]) -> str | None:
     return revision
 
 
-def _introduction(meta: Mapping[str, Any], classes: Sequence[Any] | None, support: int | None) -> str:
+def _introduction(
+    meta: Mapping[str, Any], classes: Sequence[Any] | None, support: int | None, known: KnownTasks | None
+) -> str:
     encoder = meta["encoder"]
     revision = _revision(encoder)
     what = (
@@ -124,6 +142,13 @@ def _introduction(meta: Mapping[str, Any], classes: Sequence[Any] | None, suppor
         f"* LoRA: rank {meta['lora']['rank']}, alpha {meta['lora']['alpha']}; {meta['inner']['steps']} inner steps on "
         f"{' and '.join(meta['inner']['adapt'])}, {meta['inner']['head']} head.",
     ]
+    if conditioning := meta["inner"].get("conditioning"):
+        lines += [f"* Task encoder: {conditioning_of(conditioning)}."]
+    if known is not None:
+        lines += [
+            f"* **The class names of the training corpora ({known_of(known)}) are stored in `tasks.json`**, with an "
+            "embedding of each class and no texts. Whoever has this folder can read them."
+        ]
     if classes is not None:
         shown = ", ".join(f"`{plain(label)}`" for label in classes[:50]) + (", …" if len(classes) > 50 else "")
         lines += [
@@ -240,6 +265,7 @@ def _remake(meta: Mapping[str, Any]) -> str:
         "training": settings["training"],
         "precision": settings["encoder"]["precision"],
         **(meta["record"].get("start") or {}),
+        **{key: meta["record"][key] for key in ("index_rows",) if key in meta["record"]},
     }
     written = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110)
     return (

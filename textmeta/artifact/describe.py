@@ -1,12 +1,13 @@
 """What an adapter is, in a few lines for a terminal."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from textmeta.artifact.adapter import Adapter
 from textmeta.artifact.card import understood
 from textmeta.artifact.locate import Location
-from textmeta.artifact.told import algorithm_of, corpora_of, plain
+from textmeta.artifact.told import algorithm_of, conditioning_of, corpora_of, known_of, plain
 from textmeta.model.initialisation import head_scalars, lora_factors
 
 __all__ = ["describe"]
@@ -31,6 +32,7 @@ def describe(adapter: Adapter, where: Location) -> str:
         ("LoRA", f"rank {adapter.lora.rank}, alpha {adapter.lora.alpha}, {numbers:,} numbers"),
         ("inner loop", f"{inner.steps} steps on {' and '.join(inner.adapt)}, {inner.head} head"),
         *((name, f"{float(value):.3g}") for name, value in head_scalars(adapter.parameters).items()),
+        *_tasks(adapter),
         *_training(record),
         *_results(record),
         ("written with", ", ".join(f"{name} {number}" for name, number in sorted(adapter.versions.items()) if number)),
@@ -41,6 +43,15 @@ def describe(adapter: Adapter, where: Location) -> str:
         rows += [("support texts", stored)]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{plain(name):<{width}}  {plain(text)}" for name, text in rows)
+
+
+def _tasks(adapter: Adapter) -> list[tuple[str, str]]:
+    if adapter.inner.conditioning is None:
+        return []
+    rows = [("task encoder", conditioning_of(asdict(adapter.inner.conditioning)))]
+    if (known := adapter.known_tasks) is None:
+        return [*rows, ("known tasks", "no index of them")]
+    return [*rows, ("known tasks", f"classes of the training corpora by name, readable by anybody: {known_of(known)}")]
 
 
 def _training(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from textmeta.errors import AdapterError
 
 __all__ = ["FORMAT_VERSION", "migrate"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def _from_1(meta: dict[str, Any]) -> dict[str, Any]:
@@ -26,7 +26,14 @@ def _from_1(meta: dict[str, Any]) -> dict[str, Any]:
     return {**meta, "encoder": {**meta["encoder"], "commit": None}, "record": record, "versions": versions}
 
 
-MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(meta: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 may have a task encoder, and what it conditions; before there was none."""
+    if "conditioning" in meta["inner"]:
+        raise ValueError("inner.conditioning came with version 3")
+    return {**meta, "inner": {**meta["inner"], "conditioning": None}}
+
+
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 
 
 def migrate(meta: dict[str, Any], path: Path) -> dict[str, Any]:

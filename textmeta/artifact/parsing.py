@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -93,19 +95,35 @@ def read_tensors(content: bytes, path: Path, *, any_float: bool = False) -> dict
 def read_settings(kind: Callable[..., S], fields: Mapping[str, Any], path: Path, part: str) -> S:
     """Make a dataclass of settings from a JSON object, each value of exactly the type that the dataclass declares.
 
+    A setting that is a dataclass itself, or may be one, is read from a JSON object in the same way.
+
+    Args:
+        kind: the dataclass.
+        fields: name to value.
+        path: to name in errors.
+        part: what the settings are of, to name in errors: ``inner`` or, nested, ``inner.conditioning``.
+
     Raises:
         AdapterError: for an unknown or missing name, a value of another type, or one out of range.
     """
     hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
     for name, value in fields.items():
         if name not in hints:
-            raise AdapterError(f"{path}: unknown setting {part}.{name}; known are {', '.join(sorted(hints))}")
-        if not _fits(value, hints[name]):
+            raise AdapterError(f"{path}: unknown setting {part}.{name:.60}; known are {', '.join(sorted(hints))}")
+        nested: list[Any] = [hint for hint in (hints[name], *get_args(hints[name])) if is_dataclass(hint)]
+        if nested and isinstance(value, dict):
+            values[name] = read_settings(nested[0], value, path, f"{part}.{name}")
+        elif _fits(value, hints[name]):
+            values[name] = tuple(value) if isinstance(value, list) else value
+        else:
             raise AdapterError(f"{path}: {part}.{name} is {value!r:.60}, expected {hints[name]}")
     try:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        return kind(**values)
     except (TypeError, SettingsError) as error:
-        raise AdapterError(f"{path}: {part}: {error}") from error
+        named = re.match(r"\w+ (\w+) must", str(error))  # as settings say which of them is out of range
+        where = f"{part}.{named[1]}" if named and named[1] in fields else part
+        raise AdapterError(f"{path}: {where}: {error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

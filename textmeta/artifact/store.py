@@ -1,9 +1,10 @@
 """The adapter folder: what meta-learning learned, as plain PEFT files plus textmeta's own; safetensors and JSON only.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's own format, so that
-``PeftModel.from_pretrained`` loads the start. ``textmeta.safetensors`` holds step sizes and temperature,
-``textmeta.json`` the encoder, the inner loop and the training record, ``SHA256SUMS`` the hashes of all of these.
-A fitted classifier adds ``classifier.safetensors`` and ``classifier.json``.
+``PeftModel.from_pretrained`` loads the start that no task embedding has a say in. ``textmeta.safetensors`` holds step
+sizes, temperature, task encoder and memory, ``textmeta.json`` the encoder, the inner loop and the training record,
+``SHA256SUMS`` the hashes of all of these. ``tasks.safetensors`` and ``tasks.json`` are the index of training tasks,
+where there is one. A fitted classifier adds ``classifier.safetensors`` and ``classifier.json``.
 """
 
 import re
@@ -20,6 +21,7 @@ from textmeta.artifact import peft_files
 from textmeta.artifact.adapter import HEAD, Adapter, FittedHead
 from textmeta.artifact.card import CARD, is_edited, model_card
 from textmeta.artifact.folder import read_file, read_folder
+from textmeta.artifact.index_files import INDEX_FILES, UNIT_TOLERANCE, index_files, read_index
 from textmeta.artifact.migrations import FORMAT_VERSION, migrate
 from textmeta.artifact.parsing import check_members, member, read_json, read_settings, read_tensors, write_json
 from textmeta.artifact.saving import write_folder
@@ -33,6 +35,7 @@ from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import LORA, is_scalar, lora_factors
 from textmeta.model.lora import LoraSettings
 from textmeta.model.task_encoder import CENTRE
+from textmeta.tasks import KnownTasks, TaskEmbedding
 
 __all__ = ["ADAPTER_FILES", "adapter_files", "load_adapter", "save_adapter"]
 
@@ -40,9 +43,11 @@ META, SCALARS = "textmeta.json", "textmeta.safetensors"
 CLASSES = "classifier.json"
 OLD_CARD = "README.old.md"
 PROBE = "probe"  # beside the scalars
+TEMPERATURE = "temperature"  # of a fitted head: ()
+TASK_VECTOR, TASK_CLASSES = "task_vector", "task_classes"  # of a fitted head: (e,) and (C, e), of length 1
 COMMIT, SHA256 = "[0-9a-f]{40}", "[0-9a-f]{64}"
 REQUIRED = frozenset({peft_files.CONFIG, peft_files.WEIGHTS, META, SCALARS})
-ADAPTER_FILES = REQUIRED | {HEAD, CLASSES}  # all that a manifest may list
+ADAPTER_FILES = REQUIRED | {HEAD, CLASSES} | INDEX_FILES  # all that a manifest may list
 
 
 def save_adapter(
@@ -52,6 +57,7 @@ def save_adapter(
     inner: InnerLoopSettings,
     record: Mapping[str, Any],
     fitted: FittedHead | None = None,
+    known_tasks: KnownTasks | None = None,
 ) -> None:
     """Write an adapter folder, replacing what was there; a crash leaves the old one or the new one, whole.
 
@@ -64,13 +70,15 @@ def save_adapter(
         inner: the inner loop that it was learned for.
         record: how it was trained; must be JSON-able.
         fitted: of a fitted classifier.
+        known_tasks: index of the tasks that it was trained on; the names of their classes are stored for everybody who
+            gets the folder to read.
 
     Raises:
-        AdapterError: if a value is not finite, or the folder cannot be replaced
-            (:func:`~textmeta.artifact.saving.write_folder`).
+        AdapterError: if a value is not finite, the index does not belong to the adapter, or the folder cannot be
+            replaced (:func:`~textmeta.artifact.saving.write_folder`).
     """
     folder = Path(folder)
-    files = adapter_files(Adapter.of(encoder, parameters, inner, record, fitted))
+    files = adapter_files(Adapter.of(encoder, parameters, inner, record, fitted, known_tasks))
     if (folder / CARD).is_file():
         old = (folder / CARD).read_bytes()
         if is_edited(old.decode("utf-8", "replace")):
@@ -82,7 +90,7 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     """Return the files of an adapter folder but the manifest: name to content.
 
     Raises:
-        AdapterError: if a value is not finite.
+        AdapterError: if a value is not finite, or the index does not belong to the adapter.
     """
     tensors = _checked_tensors(adapter.parameters)
     factors = lora_factors(tensors)
@@ -105,15 +113,26 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
         ),
         META: write_json(meta),
     }
-    if adapter.fitted is None:
-        return {**files, CARD: model_card(meta).encode("utf-8", "replace")}
-    fitted, classes, support = adapter.fitted, adapter.fitted.classes, adapter.fitted.support
+    known, fitted = adapter.known_tasks, adapter.fitted
+    if known is not None:
+        files |= index_files(known, adapter.inner)
+    if fitted is None:
+        return {**files, CARD: model_card(meta, known=known).encode("utf-8", "replace")}
+    classes, support = fitted.classes, fitted.support
     head = {**{LORA + name: value for name, value in fitted.factors.items()}, "weights": fitted.weights}
+    if fitted.temperature is not None:
+        head[TEMPERATURE] = fitted.temperature
+    if fitted.task is not None:
+        head |= {
+            TASK_VECTOR: torch.from_numpy(fitted.task.vector),
+            TASK_CLASSES: torch.from_numpy(fitted.task.classes),
+        }
+    count = None if support is None else len(support)
     return {
         **files,
         HEAD: save_tensors(_checked_tensors(head)),
         CLASSES: write_json({"classes": [label_to_json(label) for label in classes], "support": support}),
-        CARD: model_card(meta, classes, None if support is None else len(support)).encode("utf-8", "replace"),
+        CARD: model_card(meta, classes, count, known).encode("utf-8", "replace"),
     }
 
 
@@ -136,8 +155,8 @@ def load_adapter(folder: str | Path) -> Adapter:
     _check_scalars(scalars, factors, adapter.inner, folder / SCALARS)
     adapter = replace(adapter, parameters={**{LORA + name: value for name, value in factors.items()}, **scalars})
     if files.keys() & {HEAD, CLASSES}:
-        adapter = replace(adapter, fitted=_read_fitted(files, folder, lora_factors(adapter.parameters)))
-    return adapter
+        adapter = replace(adapter, fitted=_read_fitted(files, folder, adapter))
+    return replace(adapter, known_tasks=read_index(files, folder, adapter.inner))
 
 
 def _refuse_newer(folder: Path) -> None:
@@ -214,7 +233,7 @@ def _peft_config(adapter: Adapter, factors: Iterable[str]) -> bytes:
     return peft_files.config_file(adapter.encoder.model, revision, adapter.lora, factors)
 
 
-def _read_fitted(files: Mapping[str, bytes], folder: Path, factors: Mapping[str, Tensor]) -> FittedHead:
+def _read_fitted(files: Mapping[str, bytes], folder: Path, adapter: Adapter) -> FittedHead:
     for name in (HEAD, CLASSES):
         if name not in files:
             raise AdapterError(f"{folder} is no whole fitted classifier: it has no {name}")
@@ -228,18 +247,45 @@ def _read_fitted(files: Mapping[str, bytes], folder: Path, factors: Mapping[str,
             f"{folder / HEAD}: weights have shape {tuple(weights.shape)}, but {CLASSES} lists {len(classes)} classes; "
             "expected a row for each of at least 2"
         )
+    temperature, task = _pop_temperature(tensors, folder / HEAD), _pop_task(tensors, classes, adapter, folder / HEAD)
+    factors = lora_factors(adapter.parameters)
     if {n: v.shape for n, v in tensors.items()} != {LORA + n: v.shape for n, v in factors.items()}:
         raise AdapterError(f"{folder / HEAD} does not hold the adapter's LoRA factors")
-    adapted = {name.removeprefix(LORA): value for name, value in tensors.items()}
+    fitted = FittedHead(lora_factors(tensors), weights, classes, temperature=temperature, task=task)
     support = content.get("support")
     if support is None:
-        return FittedHead(adapted, weights, classes)
+        return fitted
     for row, example in enumerate(member(content, "support", list, folder / CLASSES)):
         match example:
             case [str(), int(label)] if type(label) is int and 0 <= label < len(classes):
                 continue
         raise AdapterError(f"{folder / CLASSES}, support {row}: expected a text and a class, found {example!r:.60}")
-    return FittedHead(adapted, weights, classes, [(text, label) for text, label in support])
+    return replace(fitted, support=[(text, label) for text, label in support])
+
+
+def _pop_temperature(tensors: dict[str, Tensor], path: Path) -> Tensor | None:
+    """Take a fitted head's temperature out of its tensors; None, where it is of an older format."""
+    value = tensors.pop(TEMPERATURE, None)
+    if value is not None and (value.shape != () or not value > 0):
+        raise AdapterError(f"{path}: {TEMPERATURE} must be one positive number, found {value!s:.60}")
+    return value
+
+
+def _pop_task(tensors: dict[str, Tensor], classes: list[Any], adapter: Adapter, path: Path) -> TaskEmbedding | None:
+    """Take a fitted task's embedding out of its tensors; None, where the adapter has no task encoder."""
+    if adapter.inner.conditioning is None:
+        return None  # what is there all the same is no LoRA factor, and refused as that
+    size = adapter.inner.conditioning.task_encoder.size
+    found = []
+    for name, shape in ((TASK_VECTOR, (size,)), (TASK_CLASSES, (len(classes), size))):
+        value = tensors.pop(name, torch.empty(0))
+        if value.shape != shape or not ((value.double().norm(dim=-1) - 1).abs() <= UNIT_TOLERANCE).all():
+            raise AdapterError(
+                f"{path}: {name} must have shape {shape} and length 1, as the adapter's task encoder makes it; found "
+                f"{value!s:.60} of shape {tuple(value.shape)}"
+            )
+        found.append(value.numpy())
+    return TaskEmbedding(found[0], found[1], tuple(classes))
 
 
 def _checked_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,8 +6,18 @@ from typing import Any
 
 from textmeta.data.corpus import CorpusSettings
 from textmeta.hub import is_repo_id
+from textmeta.tasks import KnownTasks
 
-__all__ = ["algorithm_of", "corpora_of", "dataset_id", "is_hub", "names_of", "plain"]
+__all__ = [
+    "algorithm_of",
+    "conditioning_of",
+    "corpora_of",
+    "dataset_id",
+    "is_hub",
+    "known_of",
+    "names_of",
+    "plain",
+]
 
 
 def plain(value: Any) -> str:
@@ -44,3 +54,21 @@ def dataset_id(corpora: Sequence[Mapping[str, Any]]) -> str:
     """Return what the metadata calls the data set of a result: letters, digits, dashes."""
     ids = [corpus["source"]["dataset"] for corpus in corpora if corpus.get("source") and is_hub(corpus)]
     return ids[0] if len(ids) == 1 else re.sub(r"[^a-zA-Z0-9]+", "-", names_of(corpora)).strip("-") or "unknown"
+
+
+def conditioning_of(conditioning: Mapping[str, Any]) -> str:
+    """Say what task encoder there is and what it decides, from the settings of the conditioning."""
+    encoder = conditioning["task_encoder"]
+    starts = {
+        "banks": f"LoRA starts from {conditioning['banks']} banks",
+        "gates": "a gate for each layer scales where LoRA starts",
+        "none": "LoRA starts the same for every task",
+    }
+    temperature = "each task has a temperature of its own" if conditioning["temperature"] else "one temperature for all"
+    return f"{encoder['kind']}, embeddings of {encoder['size']} numbers; {starts[conditioning['start']]}; {temperature}"
+
+
+def known_of(known: KnownTasks) -> str:
+    """Say how many classes of which corpora an index of training tasks has."""
+    corpora = [f"{plain(name)[:80]}: {len(classes)}" for name, classes in known.classes.items()]
+    return ", ".join(corpora[:10]) + (f", and {len(corpora) - 10} corpora more" if len(corpora) > 10 else "")
