@@ -33,7 +33,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from tests.artifact.test_store import INNER, make_encoder, random_parameters, rewrite, rewrite_json, rewrite_tensors
+from tests.artifact.test_store import (
+    CONDITIONED,
+    known_tasks,
+    make_encoder,
+    random_parameters,
+    rewrite,
+    rewrite_json,
+    rewrite_tensors,
+    unit,
+)
 from textmeta import FewShotClassifier
 from textmeta.artifact.adapter import FittedHead
 from textmeta.artifact.describe import describe
@@ -45,10 +54,12 @@ from textmeta.cli import info as show_info
 from textmeta.cli import main
 from textmeta.errors import TextMetaError
 from textmeta.model.initialisation import lora_factors
+from textmeta.tasks import TaskEmbedding
 
 META, SCALARS, CLASSES, HEAD = "textmeta.json", "textmeta.safetensors", "classifier.json", "classifier.safetensors"
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
-LISTED = (CONFIG, WEIGHTS, CLASSES, HEAD, META, SCALARS)
+NAMES, VECTORS = "tasks.json", "tasks.safetensors"
+LISTED = (CONFIG, WEIGHTS, CLASSES, HEAD, META, SCALARS, NAMES, VECTORS)
 ENCODER_CONFIG, TOKENIZER_CONFIG, TOKENIZER = "config.json", "tokenizer_config.json", "tokenizer.json"
 ENCODER_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LORA_A = "base_model.model.encoder.layer.3.attention.self.query.lora_A.weight"
@@ -68,7 +79,7 @@ class Scene:
 
     @property
     def adapter(self) -> Path:
-        """A fitted classifier that names ``encoder`` as its encoder."""
+        """A fitted classifier with task encoder, memory and index, that names ``encoder`` as its encoder."""
         return self.root / "adapter"
 
     @property
@@ -101,9 +112,12 @@ def world(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scene = Scene(tmp_path_factory.mktemp("world"))
     shutil.copytree(tiny_model, scene.encoder)
     encoder = make_encoder(str(scene.encoder))
-    parameters = random_parameters(encoder)
-    fitted = FittedHead(lora_factors(parameters), torch.ones(2, 32), ["a", "b"], [("bal bel", 0), ("fim", 1)])
-    save_adapter(scene.adapter, encoder, parameters, INNER, RECORD, fitted)
+    parameters = random_parameters(encoder, inner=CONDITIONED)
+    support, task = [("bal bel", 0), ("fim", 1)], TaskEmbedding(unit(1)[0], unit(2), ("a", "b"))
+    fitted = FittedHead(
+        lora_factors(parameters), torch.ones(2, 32), ["a", "b"], support, temperature=torch.tensor(7.0), task=task
+    )
+    save_adapter(scene.adapter, encoder, parameters, CONDITIONED, RECORD, fitted, known_tasks())
     scene.peft.mkdir()
     for name in (CONFIG, WEIGHTS):
         shutil.copy(scene.adapter / name, scene.peft)
@@ -321,6 +335,22 @@ def classes(**change: object) -> Damage:
     return lambda scene: rewrite_json(scene.adapter, CLASSES, lambda found: found.update(change))
 
 
+def index(*corpora: object, **change: object) -> Damage:
+    """Change the names of the index: its corpora, or its top level."""
+    found = {"corpora": list(corpora)} if corpora else change
+    return lambda scene: rewrite_json(scene.adapter, NAMES, lambda content: content.update(found))
+
+
+def conditioning(**change: object) -> Damage:
+    return lambda scene: rewrite_json(scene.adapter, META, lambda found: found["inner"]["conditioning"].update(change))
+
+
+def task_encoder(**change: object) -> Damage:
+    return lambda scene: rewrite_json(
+        scene.adapter, META, lambda found: found["inner"]["conditioning"]["task_encoder"].update(change)
+    )
+
+
 def config(**change: object) -> Damage:
     return lambda scene: rewrite_json(scene.adapter, CONFIG, lambda found: found.update(change))
 
@@ -477,9 +507,9 @@ def pickles() -> Iterator[Case]:
         yield Case(f"{name} beside the files", raw("adapter", name, content), message)
         sha256 = hashlib.sha256(content).hexdigest()
         yield Case(f"{name} in the manifest", all_of(raw("adapter", name, content), listed(name, sha256)), message)
-    for name in (WEIGHTS, SCALARS, HEAD):
+    for name in (WEIGHTS, SCALARS, HEAD, VECTORS):
         yield Case(f"pickle named {name}", put(name, pickled(name)), rf"{name} cannot be read as safetensors")
-    for name in (META, CONFIG, CLASSES):
+    for name in (META, CONFIG, CLASSES, NAMES):
         yield Case(f"pickle named {name}", put(name, pickled(name)), rf"{name} is no JSON")
     yield Case(
         "pickle named SHA256SUMS", raw("adapter", MANIFEST, pickled("")), "SHA256SUMS, line 1: expected a sha256"
@@ -607,7 +637,7 @@ def names_and_links() -> Iterator[Case]:
         "größe",
         "~root",
     ):
-        yield Case(f"manifest names {name!r}", listed(name), r"SHA256SUMS, line 7: expected a sha256.*plain file name")
+        yield Case(f"manifest names {name!r}", listed(name), r"SHA256SUMS, line 9: expected a sha256.*plain file name")
     for name in (MANIFEST, CARD, "notes.txt", "config.json"):
         damage = all_of(
             raw("adapter", name, b"") if name == "notes.txt" or name == "config.json" else lambda scene: None
@@ -620,7 +650,7 @@ def names_and_links() -> Iterator[Case]:
     yield Case("manifest lists what is not there", listed("none.json"), "none.json")
     yield Case("manifest name too long", listed("a" * 5000), "a{50}")
     yield Case(
-        "manifest twice", manifest(lambda text: text + text.splitlines()[0] + "\n"), "SHA256SUMS, line 7: .*not given"
+        "manifest twice", manifest(lambda text: text + text.splitlines()[0] + "\n"), "SHA256SUMS, line 9: .*not given"
     )
     yield Case("manifest CRLF", manifest(lambda text: text.replace("\n", "\r\n")), "SHA256SUMS, line 1: expected")
     yield Case(
@@ -663,7 +693,7 @@ def sizes() -> Iterator[Case]:
         yield Case(f"1 GiB {name}", damage, rf"{name} ")
     damage = all_of(replaced("adapter", "surplus.json", partial(sparse, size=2**30)), listed("surplus.json"))
     yield Case("1 GiB of a file that is none", damage, r"surplus\.json does not belong")
-    for name in (WEIGHTS, SCALARS, HEAD):
+    for name in (WEIGHTS, SCALARS, HEAD, VECTORS):
         unreadable = rf"{name} cannot be read as safetensors"
         for label, content in {
             "empty": b"",
@@ -705,7 +735,7 @@ def sizes() -> Iterator[Case]:
 
 
 def wrong_tensors() -> Iterator[Case]:
-    for name in (WEIGHTS, SCALARS, HEAD):
+    for name in (WEIGHTS, SCALARS, HEAD, VECTORS):
         for value in ("nan", "inf", "-inf"):
             message = rf"{name}: tensor .* has values that are not finite"
             yield Case(f"{name} {value}", tensors(name, first_set_to(float(value))), message)
@@ -771,7 +801,7 @@ def misshapen(found: dict[str, Tensor]) -> None:
 
 
 def json_texts() -> Iterator[Case]:
-    for name in (META, CONFIG, CLASSES):
+    for name in (META, CONFIG, CLASSES, NAMES):
         no_json = rf"{name} is no JSON: "
         for label, content in {
             "empty": b"",
@@ -795,15 +825,19 @@ def json_texts() -> Iterator[Case]:
         for content in (b"[]", b"3", b'"x"', b"null", b"true"):
             yield Case(f"{name} {content!r}", put(name, content), rf"{name}: expected a JSON object")
         yield Case(f"{name} {{}}", put(name, b"{}"), rf"{name}|{HEAD}")
-    for version in (0, -1, 1.5, True, "2", None, [2], {}, 3, 10**30, 2.0):
+    for version in (0, -1, 1.5, True, "2", None, [2], {}, 4, 10**30, 3.0):
         yield Case(
-            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 2"
+            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 3"
         )
     yield Case(
-        "version 1e999", replaced_text(META, '"format_version": 2', '"format_version": 1e999'), f"{META} is no JSON"
+        "version 1e999", replaced_text(META, '"format_version": 3', '"format_version": 1e999'), f"{META} is no JSON"
     )
     older = meta("", format_version=1, encoder=[["model", "encoder"]])
     yield Case("version 1 of another kind", older, rf"{META} is not what format version 1 is")
+    # what it learned came later: without it, it would be an adapter of another kind
+    yield Case("version 2 with a task encoder", meta("", format_version=2), rf"{META} is not what format version 2 is")
+    none = all_of(meta("", format_version=2), without_setting("inner", "conditioning"))
+    yield Case("version 2 with a task encoder's weights", none, rf"{SCALARS}: expected tensors")
 
 
 def settings() -> Iterator[Case]:
@@ -816,6 +850,7 @@ def settings() -> Iterator[Case]:
             "step_sizes": ["all", 1],
             "normalise": [1, "true", None],
             "max_gradient_norm": [0, -1, "x", False],
+            "conditioning": [3, "banks", [], True, [{}], {"unknown": 1}, {"task_encoder": {"unknown": 1}}],
             "unknown": [1],
         },
         "lora": {
@@ -844,6 +879,56 @@ def settings() -> Iterator[Case]:
                 yield Case(f"{part}.{name} {value!r:.30}", meta(part, **{name: value}), rf"{META}: .*({part}|{name})")
         for value in ([], None, "x", 3):
             yield Case(f"{part} {value!r}", meta("", **{part: value}), rf"{META}.*{part}")
+    nested: list[tuple[str, Callable[..., Damage], dict[str, list[object]]]] = [
+        (
+            "inner.conditioning",
+            conditioning,
+            {
+                "start": ["evil", None, 3, ["banks"]],
+                "banks": [0, -1, True, 3.0, "3", None, 257, 10**9, 10**30],
+                "groups": [0, -1, True, 2.0, "2", None, 257, 10**30],
+                "temperature": [1, "true", None],
+                "task_encoder": [None, 3, "graph", [], [{}]],
+                "unknown": [1],
+                "trust_remote_code": [True],
+            },
+        ),
+        (
+            "inner.conditioning.task_encoder",
+            task_encoder,
+            {
+                "kind": ["evil", None, 3, ["graph"]],
+                "size": [0, -1, True, 8.0, "8", None, 4097, 10**9, 10**30],
+                "width": [0, -1, True, 8.0, "8", None, 4097, 10**9, 10**30],
+                "unknown": [1],
+            },
+        ),
+    ]
+    for part, damage, names in nested:
+        for name, values in names.items():
+            for value in values:
+                yield Case(f"{part}.{name} {value!r:.30}", damage(**{name: value}), rf"{META}: .*{part}\.{name}\b")
+    deep: object = 1
+    for _ in range(400):
+        deep = {"task_encoder": deep}
+    yield Case("nested settings", meta("inner", conditioning=deep), rf"{META}: .*inner\.conditioning\.task_encoder")
+    # of these sizes the file's tensors are not, and nothing may be made of these sizes before that is found
+    for damage, name, value in (
+        (conditioning, "start", "gates"),
+        (conditioning, "start", "none"),
+        (conditioning, "banks", 256),
+        (conditioning, "groups", 1),
+        (conditioning, "temperature", False),
+        (task_encoder, "kind", "statistics"),
+        (task_encoder, "kind", "set_transformer"),
+        (task_encoder, "size", 4096),
+        (task_encoder, "width", 4096),
+    ):
+        yield Case(f"{name} {value} that is not there", damage(**{name: value}), rf"{SCALARS}: expected tensors")
+    largest = all_of(conditioning(banks=256, groups=256), task_encoder(size=4096, width=4096))
+    yield Case("the largest sizes", largest, rf"{SCALARS}: expected tensors")
+    yield Case("conditioning of defaults", meta("inner", conditioning={}), rf"{SCALARS}: expected tensors")
+    yield Case("no conditioning", meta("inner", conditioning=None), rf"{SCALARS}: expected tensors")
     unknown = {"trust_remote_code": True, "auto_map": {"AutoModel": f"{PLANTED}.M"}}
     yield Case("unknown members", meta("", **unknown), rf"{META}: unexpected 'auto_map'")
     yield Case("unknown members of the classifier", classes(**unknown), rf"{CLASSES}: unexpected 'auto_map'")
@@ -899,6 +984,103 @@ def labels_and_support() -> Iterator[Case]:
     for value in ("x", 3, {"x": 0}, True):
         yield Case(f"support is {value!r}", classes(support=value), rf"{CLASSES}: 'support' is .*, expected")
     yield Case("half a fitted classifier", unlist(CLASSES), f"no whole fitted classifier: it has no {CLASSES}")
+
+
+def task_encoders() -> Iterator[Case]:
+    """Tensors of task encoder, memory and fitted task that are not what the settings say."""
+    for name in ("task_encoder.centre", "task_encoder.class", "memory.keys", MEMORY_BANK, "task_temperature"):
+        message = rf"{SCALARS}: expected tensors"
+        yield Case(f"{name} gone", tensors(SCALARS, popped(name)), message)
+        yield Case(f"{name} one-dimensional", tensors(SCALARS, having(name, torch.zeros(3))), message)
+        yield Case(f"{name} empty", tensors(SCALARS, having(name, torch.zeros(0))), message)
+    yield Case("gates beside a memory", tensors(SCALARS, having("gates", torch.zeros(2, 8))), SCALARS)
+    yield Case(
+        "bank of no factor", tensors(SCALARS, having("memory.bank.x", torch.zeros(3, 32, 4))), rf"{SCALARS}: expected"
+    )
+    others = {"task_encoder.centre": (31,), "task_encoder.class": (8, 31)}
+    others |= {f"task_encoder.{name}": (12, 31) for name in ("prototype", "spread", "name")}
+    change = all_of(*(tensors(SCALARS, having(name, torch.zeros(shape))) for name, shape in others.items()))
+    yield Case("task encoder of other features", change, rf"{SCALARS}: its task encoder takes features of 31", ENCODER)
+    for value in (torch.tensor(0.0), torch.tensor(-1.0), torch.ones(1), torch.zeros(0), torch.ones(2, 2)):
+        change = tensors(HEAD, having("temperature", value))
+        yield Case(f"fitted temperature {value!r:.40}", change, rf"{HEAD}: temperature must be one positive number")
+    for name in ("task_vector", "task_classes"):
+        yield Case(f"{name} gone", tensors(HEAD, popped(name)), rf"{HEAD}: {name} must have shape")
+        for shape in ((), (0,), (8,), (7,), (2, 8), (3, 8), (2, 7), (0, 8), (2, 8, 1)):
+            change = tensors(HEAD, having(name, torch.ones(shape)))  # some of a right shape, none of length 1
+            yield Case(f"{name} of shape {shape}", change, rf"{HEAD}: {name} must have shape .* and length 1")
+        for number in (0.0, 3e38):
+            change = tensors(HEAD, lambda found, name=name, number=number: found[name].fill_(number))
+            yield Case(f"{name} of {number}", change, rf"{HEAD}: {name} must have shape .* and length 1")
+
+
+MEMORY_BANK = "memory.bank.encoder.layer.3.attention.self.value.lora_B.weight"
+
+
+def having(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], object]:
+    return lambda found: found.update({name: value})
+
+
+def popped(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda found: found.pop(name)
+
+
+def without_setting(part: str, name: str) -> Damage:
+    return lambda scene: rewrite_json(scene.adapter, META, lambda found: found[part].pop(name))
+
+
+def no_task_encoder(scene: Scene) -> None:
+    """Make the adapter one without a task encoder, whose index is left."""
+    meta("inner", conditioning=None)(scene)
+    task = ("task_vector", "task_classes")
+    for file, names in ((SCALARS, ("task_encoder.", "memory.", "task_temperature")), (HEAD, task)):
+        rewrite_tensors(
+            scene.adapter, file, lambda found, names=names: [found.pop(n) for n in [*found] if n.startswith(names)]
+        )
+
+
+def indexes() -> Iterator[Case]:
+    """Indexes of training tasks; the good one has two corpora, of two classes and of one."""
+    two, one = {"name": "two", "classes": ["a", "b"]}, {"name": "one", "classes": ["a"]}
+    for value in (None, 3, "x", {}, True):
+        yield Case(f"corpora {value!r}", index(corpora=value), rf"{NAMES}: 'corpora' is .*, expected")
+    row = rf"{NAMES}, corpus 1: expected a name not given before, and the names of its classes"
+    for value in (
+        *(None, 3, "one", [], {}, {"name": "one"}, {"classes": ["a"]}, {**one, "texts": ["secret"]}),
+        *({**one, "name": name} for name in (None, 3, ["one"], {"a": 1}, "two")),
+        *({**one, "classes": names} for names in (None, 3, "a", {}, {"a": 1}, [], [3], [None], [["a"]])),
+    ):
+        yield Case(f"corpus {value!r}", index(two, value), row)
+    short = rf"{NAMES}.*expected names of one character or more"
+    for names in (["a", 3], ["a", None], ["a", ["b"]], ["a", {}], ["a", ""]):
+        yield Case(f"known classes {names!r}", index({**two, "classes": names}, one), short)
+    yield Case("corpus without a name", index({**two, "name": ""}, one), short)
+    yield Case("known class twice", index({**two, "classes": ["a", "a"]}, one), rf"{NAMES}.*a class is given twice")
+    yield Case("no corpora", index(corpora=[]), rf"{VECTORS}: expected a tensor for each of 0 corpora")
+    nothing = all_of(index(corpora=[]), put(VECTORS, safetensors({})))
+    yield Case("no corpora and no tensors", nothing, rf"{NAMES}.*no corpus is in it")
+    counts = rf"{VECTORS}: expected a tensor for each of \d+ corpora"
+    yield Case("a corpus too many", index(two, one, {**one, "name": "three"}), counts)
+    yield Case("a corpus too few", index(two), counts)
+    yield Case("100,000 corpora", index(*({**one, "name": str(i)} for i in range(100_000))), counts)
+    yield Case("known class too many", index({**two, "classes": ["a", "b", "c"]}, one), rf"{NAMES}.*shape \(2, 8\)")
+    many = index({**two, "classes": [str(i) for i in range(300_000)]}, one)
+    yield Case("300,000 known classes", many, rf"{NAMES}.*shape \(2, 8\), expected \(300000, 8\)")
+    for name in ("2", "00", "-0", "../0", "one", "0\n"):
+        change = tensors(VECTORS, lambda found, name=name: found.update({name: found.pop("0")}))
+        yield Case(f"corpus of tensor {name!r}", change, counts)
+    for shape in ((), (8,), (2, 7), (2, 9), (3, 8), (0, 8), (2, 0), (2**40, 0), (2, 8, 1)):
+        message = rf"{VECTORS}.*shape \(.*\), expected \(2, 8\)"
+        yield Case(f"class embeddings of shape {shape}", tensors(VECTORS, having("0", torch.ones(shape))), message)
+    for number in (0.0, 1.0, -1.0, 1e-30, 3e38):
+        change = tensors(VECTORS, lambda found, number=number: found["1"].fill_(number))
+        yield Case(f"class embeddings of {number}", change, rf"{VECTORS}.*class embeddings of length 1")
+    for name in (NAMES, VECTORS):
+        half = rf"half an index of training tasks: it has no {name}"
+        yield Case(f"half an index, without {name}", unlist(name), half)
+    yield Case("index without a task encoder", no_task_encoder, rf"{NAMES}.*the adapter has no task encoder")
+    unknown = index(corpora=[two, one], trust_remote_code=True)
+    yield Case("unknown members of the index", unknown, rf"{NAMES}: unexpected 'trust_remote_code'")
 
 
 def encoders() -> Iterator[Case]:
@@ -1062,6 +1244,8 @@ TABLE = [
     *json_texts(),
     *settings(),
     *labels_and_support(),
+    *task_encoders(),
+    *indexes(),
     *encoders(),
     *revisions(),
 ]
@@ -1205,6 +1389,7 @@ def test_command_ends_with_the_message(scene: Scene, monkeypatch: pytest.MonkeyP
 
 def test_info_prints_no_control_characters(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     classes(classes=["a\x1b[2J", "b\rwhole"])(scene)
+    index({"name": "two\x1b[2J\r", "classes": ["a\x1b[2J", "b"]}, {"name": "one", "classes": ["a"]})(scene)
     assert info(scene) == ""
     shown = capsys.readouterr().out
     assert "whole" in shown
@@ -1296,7 +1481,7 @@ def fuzz(scene: Scene, seed: int, cases: int, names: Sequence[str], use: Callabl
     return faults
 
 
-@pytest.mark.parametrize("name", [META, CONFIG, CLASSES, WEIGHTS, SCALARS, HEAD])
+@pytest.mark.parametrize("name", LISTED)
 def test_file_changed_at_random_is_refused_or_loads(scene: Scene, name: str) -> None:
     assert not fuzz(scene, 0, 40, [name], load_adapter)
 
@@ -1305,4 +1490,4 @@ def test_adapter_changed_at_random_is_refused_or_shown(scene: Scene) -> None:
     def show(folder: Path) -> None:
         describe(load_adapter(folder), Location(folder, "folder"))
 
-    assert not fuzz(scene, 0, 60, [META, CLASSES], show)
+    assert not fuzz(scene, 0, 60, [META, CLASSES, NAMES], show)
