@@ -1,4 +1,4 @@
-"""Training with a task embedding, and scoring with the true one, another task's, or none: the arms of the experiment."""
+"""Training with a task embedding, and scoring with the true one, another task's, or none: the experiment's arms."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence

@@ -2,9 +2,9 @@
 
 python benchmarks/task_embedding.py --data-dir DIR
 
-DIR holds NAME.jsonl (text, label) and NAME.splits.json of the corpora in task_corpora.py. Every finished run is a line of
-the results file, and is not repeated: the same command goes on where it was interrupted, and prints the tables.
---quick is a small version of everything (its own results file), --tables true prints what there is and runs nothing.
+DIR holds NAME.jsonl (text, label) and NAME.splits.json of the corpora in task_corpora.py. Every finished run is a line
+of the results file, and is not repeated: the same command goes on where it was interrupted, and prints the tables.
+--quick is a small version of everything (its own results file), --tables prints what there is and runs nothing.
 """
 
 import json

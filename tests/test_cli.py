@@ -2,6 +2,7 @@ import importlib.util
 import os
 import re
 import sys
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -298,3 +299,17 @@ def test_shipped_config_parses_and_its_split_exists(recipe: ModuleType, path: Pa
     assert settings.corpora[0].dataset
     if settings.splits is not None:
         assert read_class_split(ROOT / settings.splits, settings.fold).train
+
+
+def test_names_may_have_hyphens_and_truth_may_go_unsaid() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        data_dir: str = ""
+        quick: bool = False
+        steps: int = 3
+
+    assert parse_settings(Settings, ["--data-dir", "a-b", "--quick"]) == Settings("a-b", quick=True)
+    assert parse_settings(Settings, ["--quick", "--data-dir=a-b=c"]) == Settings("a-b=c", quick=True)
+    assert parse_settings(Settings, ["--quick", "false"]) == Settings()
+    with pytest.raises(SettingsError, match="steps"):
+        parse_settings(Settings, ["--steps"])

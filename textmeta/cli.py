@@ -29,7 +29,8 @@ T = TypeVar("T")
 def parse_settings(kind: type[T], arguments: Sequence[str] | None = None, description: str | None = None) -> T:
     """Make settings of a dataclass from ``--config FILE`` (YAML) and ``--name value``, later ones overriding.
 
-    Nested settings have dotted names: ``--training.steps 100``.
+    Nested settings have dotted names: ``--training.steps 100``. A hyphen in a name is as good as an underscore, and a
+    truth value can be left out where it is true.
 
     Args:
         kind: the dataclass; its fields' types and docstring make the options.
@@ -42,9 +43,8 @@ def parse_settings(kind: type[T], arguments: Sequence[str] | None = None, descri
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     parser.add_class_arguments(kind, as_group=False)
-    given = sys.argv[1:] if arguments is None else arguments
     try:
-        parsed = parser.parse_args([_with_underscores(argument) for argument in given])
+        parsed = parser.parse_args(_spelled_out(kind, sys.argv[1:] if arguments is None else arguments))
         values = parser.instantiate(parsed).as_dict()
     except ArgumentError as error:
         raise SettingsError(f"{error}{_suggestion(str(error), _names(kind))}") from error
@@ -52,9 +52,18 @@ def parse_settings(kind: type[T], arguments: Sequence[str] | None = None, descri
     return kind(**values)
 
 
-def _with_underscores(argument: str) -> str:
-    """Return ``--data-dir=a-b`` as ``--data_dir=a-b``; what is no name of an option as it is."""
-    return re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument)
+def _spelled_out(kind: type, arguments: Sequence[str]) -> list[str]:
+    """Return ``--data-dir=a-b --quick`` as ``--data_dir=a-b --quick=true``."""
+    hints = get_type_hints(kind)
+    spelled = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if argument.startswith("--"):
+            name, sign, value = argument.partition("=")
+            name = "--" + name[2:].replace("-", "_")
+            is_switch = not sign and hints.get(name[2:]) is bool and following.startswith("--")
+            argument = f"{name}=true" if is_switch else f"{name}{sign}{value}"
+        spelled.append(argument)
+    return spelled
 
 
 def run_recipe(main: Callable[[T], None], kind: type[T], description: str | None) -> None:
