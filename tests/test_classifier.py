@@ -13,16 +13,25 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.hub.server import TOKEN, HubServer
 from textmeta import FewShotClassifier
 from textmeta.data.corpus import Corpus
 from textmeta.errors import AdapterError, DataError, NotFittedError
-from textmeta.meta.adaptation import start_parameters
+from textmeta.meta.adaptation import adapt, query_logits, start_parameters, task_weights
 from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.tasks import task_batch
+from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import Parameters
+from textmeta.model.initialisation import Parameters, head_scalars
 from textmeta.model.lora import LoraSettings
+from textmeta.model.task_encoder import TaskEncoderSettings
+from textmeta.tasks import index_tasks, similarity
 
 INNER = InnerLoopSettings(steps=3)
+TASK_ENCODER = TaskEncoderSettings("set_transformer", size=8, width=16)
+CONDITIONED = replace(
+    INNER, conditioning=ConditioningSettings("banks", banks=2, groups=2, temperature=True, task_encoder=TASK_ENCODER)
+)
 TEXTS = ["bal bel", "fim fon gur dal kes", "bal", "kut kut dal fim bel bol bun bam ban"]
 SUPPORT = ["bal bel bil", "bam ben", "fim fon", "fal fel fil fol", "kut kon", "kel kas kim"]
 
@@ -509,10 +518,6 @@ def test_threads_that_share_an_encoder_can_fit(encoder: Encoder, parameters: Par
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-if __name__ == "__main__":
-    print(json.dumps(FewShotClassifier.from_pretrained(sys.argv[1]).predict_proba(TEXTS).tolist()))
-
-
 def test_labels_that_are_equal_but_of_other_types_are_refused(classifier: FewShotClassifier) -> None:
     with pytest.raises(DataError, match="row 1: label 1 equals True"):
         classifier.fit(["bal", "bel", "dil"], [True, 1, 2])
@@ -540,3 +545,133 @@ def test_every_inner_loop_classifies_and_comes_back(
     assert np.array_equal(loaded.predict_proba(queries), fitted.predict_proba(queries))
     again = FewShotClassifier.from_pretrained(tmp_path).fit(texts, labels)
     np.testing.assert_array_equal(again.predict_proba(queries), fitted.predict_proba(queries))
+
+
+# Task encoders
+
+
+@pytest.fixture(scope="module")
+def task_parameters(encoder: Encoder) -> Parameters:
+    """An initialisation in which task encoder, memory and temperature have a say."""
+    start = start_parameters(encoder.factor_shapes, CONDITIONED, encoder.hidden_size)
+    generator = torch.Generator().manual_seed(0)
+    learned = (".lora_B.", "task_temperature", "task_encoder.task")
+    return {
+        name: value + 0.2 * torch.randn(value.shape, generator=generator) if any(p in name for p in learned) else value
+        for name, value in start.items()
+    }
+
+
+@pytest.fixture
+def conditioned(encoder: Encoder, task_parameters: Parameters, plain: Corpus, corpus: Corpus) -> FewShotClassifier:
+    known = index_tasks(encoder, task_parameters, [corpus, plain])
+    return FewShotClassifier(encoder, task_parameters, CONDITIONED, {}, known)
+
+
+def test_task_embedding_is_of_the_fitted_task(conditioned: FewShotClassifier, fitted: FewShotClassifier) -> None:
+    assert fitted.task_embedding_ is None, "of an adapter without a task encoder"
+    assert conditioned.task_embedding_ is None, "before fit"
+    found = conditioned.fit(SUPPORT, list("kkffbb")).task_embedding_
+    assert found is not None
+    assert found.labels == ("b", "f", "k") == tuple(conditioned.classes_)
+    assert (found.vector.shape, found.classes.shape) == ((8,), (3, 8))
+    np.testing.assert_allclose(np.linalg.norm(found.classes, axis=1), 1, atol=1e-5)
+    assert similarity(found, found) == pytest.approx(1, abs=1e-5)
+
+
+def test_order_of_examples_and_classes_does_not_matter_to_the_task(
+    conditioned: FewShotClassifier, corpus: Corpus
+) -> None:
+    texts, labels, queries, _ = task(corpus, ["class1", "class5", "class8"], 4)
+    one, expected = conditioned.fit(texts, labels).task_embedding_, conditioned.predict_proba(queries)
+    order = np.random.default_rng(0).permutation(len(texts))
+    renamed = {"class1": "z", "class5": "y", "class8": "x"}  # the other way round
+    conditioned.fit([texts[row] for row in order], [renamed[labels[row]] for row in order])
+    two = conditioned.task_embedding_
+    assert one is not None
+    assert two is not None
+    np.testing.assert_allclose(two.vector, one.vector, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(two.classes[::-1], one.classes, rtol=0, atol=1e-5)
+    assert similarity(one, two) == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(conditioned.predict_proba(queries)[:, ::-1], expected, rtol=0, atol=1e-4)
+
+
+def test_conditioned_classifier_does_what_training_and_evaluation_do(
+    conditioned: FewShotClassifier, encoder: Encoder, task_parameters: Parameters, corpus: Corpus
+) -> None:
+    for names, shots in ((["class1", "class5"], 1), (["class0", "class2", "class9"], 5)):
+        texts, labels, queries, true = task(corpus, names, shots)
+        support, query = (
+            task_batch(encoder, [part], [[names.index(name) for name in given]], [len(names)])
+            for part, given in ((texts, labels), (queries, true))
+        )
+        with torch.no_grad():
+            adapted = adapt(encoder, task_parameters, support, CONDITIONED)
+            logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)[0]
+        usual = head_scalars(task_parameters)["temperature"]
+        assert not torch.allclose(adapted.scalars["temperature"], usual, rtol=1e-2), "the task has its own"
+        expected = logits.double().softmax(-1).numpy()
+        found = conditioned.fit(texts, labels).predict_proba(queries)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["folder", "hub"])
+def test_conditioned_classifier_comes_back_to_the_bit(
+    conditioned: FewShotClassifier, hub: HubServer, tiny_model: str, corpus: Corpus, tmp_path: Path, way: str
+) -> None:
+    conditioned.fit(SUPPORT, list("bbffkk"))
+    if way == "hub":
+        hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
+        conditioned.push_to_hub("tester/mine", token=TOKEN, base_model="lab/tiny")
+        assert {"tasks.json", "tasks.safetensors"} <= hub.files("tester/mine").keys()
+        loaded = FewShotClassifier.from_pretrained("tester/mine")
+    else:
+        conditioned.save_pretrained(tmp_path / "adapter")
+        loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
+    queries = [*TEXTS, *corpus.texts[::9]]
+    np.testing.assert_array_equal(loaded.predict_proba(queries), conditioned.predict_proba(queries))
+    ours, theirs = conditioned.task_embedding_, loaded.task_embedding_
+    assert ours is not None
+    assert theirs is not None
+    np.testing.assert_array_equal(theirs.vector, ours.vector)
+    np.testing.assert_array_equal(theirs.classes, ours.classes)
+    assert theirs.labels == ours.labels
+    assert loaded.nearest_tasks() == conditioned.nearest_tasks()
+    loaded.fit(SUPPORT[:4], list("bbff"))
+    conditioned.fit(SUPPORT[:4], list("bbff"))
+    np.testing.assert_array_equal(loaded.predict_proba(queries), conditioned.predict_proba(queries))
+
+
+def test_index_without_a_fitted_task_is_kept(conditioned: FewShotClassifier, tmp_path: Path) -> None:
+    conditioned.save_pretrained(tmp_path / "adapter")
+    loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
+    assert loaded.known_tasks_ is not None
+    assert dict(loaded.known_tasks_.classes).keys() == {"toy", "plain"}
+    with pytest.raises(NotFittedError, match="not been fitted"):
+        loaded.nearest_tasks()
+
+
+def test_nearest_task_is_of_the_corpus_that_the_examples_are_from(
+    conditioned: FewShotClassifier, plain: Corpus, corpus: Corpus
+) -> None:
+    for known, names in ((plain, ["b", "f", "k"]), (corpus, ["class1", "class5", "class8"])):
+        texts, labels, _, _ = task(known, names, 12)
+        nearest, other = conditioned.fit(texts, labels).nearest_tasks()
+        assert nearest.corpus == known.name
+        assert other.similarity < nearest.similarity <= 1 + 1e-5
+        assert {match.label for match in nearest.matches} == set(names)
+        assert len(conditioned.nearest_tasks(1)) == 1
+    assert {match.known: match.label for match in nearest.matches} == {name: name for name in names}
+
+
+def test_nearest_tasks_need_a_task_encoder_and_an_index(
+    fitted: FewShotClassifier, encoder: Encoder, task_parameters: Parameters
+) -> None:
+    with pytest.raises(AdapterError, match=r"no task encoder.*meta-trained with inner\.conditioning"):
+        fitted.nearest_tasks()
+    with pytest.raises(AdapterError, match=r"no index of the tasks.*index_rows over 0, or give known_tasks"):
+        FewShotClassifier(encoder, task_parameters, CONDITIONED).fit(SUPPORT, list("bbffkk")).nearest_tasks()
+
+
+if __name__ == "__main__":
+    print(json.dumps(FewShotClassifier.from_pretrained(sys.argv[1]).predict_proba(TEXTS).tolist()))

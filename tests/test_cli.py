@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from tests.artifact.test_card import record
+from tests.artifact.test_store import CONDITIONED, save_conditioned
 from tests.hub.server import TOKEN, HubServer
 from textmeta import FewShotClassifier
 from textmeta.artifact.card import is_edited
@@ -43,6 +44,23 @@ def adapter(encoder: Encoder, tmp_path: Path) -> Path:
     classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner)
     classifier.fit(["bal bel", "dal del"], ["b", "d"]).save_pretrained(tmp_path / "adapter", include_support=True)
     return tmp_path / "adapter"
+
+
+def test_info_tells_of_task_encoder_and_index(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: Path
+) -> None:
+    encoder, parameters = save_conditioned(tmp_path / "conditioned", tiny_model)
+    main(["info", str(tmp_path / "conditioned")])
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"^task encoder +graph, embeddings of 8 numbers; LoRA starts from 3 banks; each task has", shown, re.M
+    )
+    assert re.search(r"^known tasks +.*by name, readable by anybody: größe: 2, a/b: 1$", shown, re.M)
+    save_adapter(tmp_path / "conditioned", encoder, parameters, CONDITIONED, {})
+    main(["info", str(tmp_path / "conditioned")])
+    assert re.search(r"^known tasks +no index of them$", capsys.readouterr().out, re.M)
+    main(["info", str(adapter)])
+    assert "task" not in capsys.readouterr().out.replace(str(adapter), "")
 
 
 def test_push_pull_and_info(

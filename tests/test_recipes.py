@@ -100,6 +100,43 @@ def test_the_cards_recipe_makes_the_same_adapter_again(
         assert (first / name).read_bytes() == (again / name).read_bytes()
 
 
+CONDITIONED = [
+    *("--inner.conditioning.start=banks", "--inner.conditioning.banks=2", "--inner.conditioning.task_encoder.size=8"),
+    *("--inner.conditioning.temperature=true", "--training.self_supervision.episodes=4"),
+]
+
+
+def test_meta_train_with_a_task_encoder(
+    tiny_model: str, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*data, "--encoder.model", tiny_model, *SHORT, *CONDITIONED, "--test_shots=[2]"]
+    meta_train(*arguments, "--output", "run", "--index_rows=6")
+    classifier = FewShotClassifier.from_pretrained("run")
+    known = classifier.known_tasks_
+    assert known is not None
+    split = json.loads((tmp_path / "toy.splits.json").read_text())["01"]
+    assert dict(known.classes) == {"toy": tuple(split["train"])}, "of training, and of nothing else"
+    (nearest,) = classifier.fit(["bal bel", "dil dol"], ["x", "y"]).nearest_tasks()
+    assert nearest.corpus == "toy"
+
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+    (tmp_path / "remake.yaml").write_text(block)
+    meta_train("--config", "remake.yaml", "--output", "again", "--test_episodes=4")
+    for name in ("adapter_model.safetensors", "textmeta.safetensors", "tasks.json", "tasks.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+    meta_train(*arguments, "--output", "run", "--index_rows=0")  # from the checkpoint, to be given away
+    assert FewShotClassifier.from_pretrained("run").known_tasks_ is None
+    assert not any("class0" in path.read_text("utf-8", "replace") for path in (tmp_path / "run").glob("tasks*"))
+
+
+def test_meta_train_refuses_an_index_of_fewer_than_no_texts(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="index_rows must not be negative, given -1"):
+        meta_train("--output", str(tmp_path), "--data", "x.jsonl", "--index_rows=-1")
+
+
 def test_no_path_of_the_machine_is_pushed(hub: HubServer, tiny_model: str, data: list[str], tmp_path: Path) -> None:
     meta_train(*data, "--output", str(tmp_path / "run"), "--encoder.model", tiny_model, *SHORT)
     push_folder(tmp_path / "run", Destination("tester/run", token=TOKEN), base_model="lab/tiny")

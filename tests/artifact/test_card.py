@@ -1,6 +1,8 @@
 """The model card: valid for the Hub, true to the record, and enough to make the adapter again."""
 
+import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from tests.artifact.test_store import random_parameters
+from tests.artifact.test_store import CONDITIONED, known_tasks, random_parameters, save_conditioned
 from tests.hub.server import HubServer
 from textmeta import FewShotClassifier
 from textmeta.artifact.card import model_card
 from textmeta.artifact.store import load_adapter, save_adapter
 from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.training import TrainingSettings
 from textmeta.model.encoder import Encoder
+from textmeta.tasks import KnownTasks
 
 INNER = InnerLoopSettings(steps=2)
 HUB_SOURCE = {"dataset": "lab/intents", "split": "train", "commit": "c0ffee" * 6 + "cafe", "license": "cc-by-4.0"}
@@ -201,3 +205,34 @@ def test_card_may_be_edited_or_removed(encoder: Encoder, tmp_path: Path) -> None
     load_adapter(tmp_path / "adapter")
     (tmp_path / "adapter" / "README.md").unlink()
     load_adapter(tmp_path / "adapter")
+
+
+def test_index_of_training_tasks_is_told_of(tiny_model: str, tmp_path: Path) -> None:
+    save_conditioned(tmp_path / "adapter", tiny_model)
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "**The class names of the training corpora (größe: 2, a/b: 1) are stored in `tasks.json`**" in card
+    assert "Task encoder: graph, embeddings of 8 numbers; LoRA starts from 3 banks; each task has a temperature" in card
+    without = model_card(meta())
+    assert "tasks.json" not in without
+    assert "Task encoder" not in without
+
+
+def test_names_of_an_index_cannot_write_the_card() -> None:
+    name = "x`\n# Free money <script>|"
+    known = KnownTasks({name: ("a",)}, {name: known_tasks().vectors["a/b"]})
+    inner = asdict(CONDITIONED)
+    card = model_card(meta(inner=inner), known=known)
+    assert "\n# Free" not in card
+    assert "<script>" not in card
+
+
+def test_recipe_has_nested_settings(tmp_path: Path) -> None:
+    inner, training = asdict(CONDITIONED), asdict(TrainingSettings(unconditioned=0.25))
+    given = record()
+    given["settings"] |= {"inner": json.loads(json.dumps(inner)), "training": json.loads(json.dumps(training))}
+    card = model_card(meta(record={**given, "index_rows": 7}))
+    (block,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+    config = yaml.safe_load(block)
+    assert config["inner"]["conditioning"]["task_encoder"] == {"kind": "graph", "size": 8, "width": 12}
+    assert config["training"]["self_supervision"] == training["self_supervision"]
+    assert (config["training"]["unconditioned"], config["index_rows"]) == (0.25, 7)

@@ -22,7 +22,7 @@ from transformers import (
     DistilBertModel,
 )
 
-from tests.artifact.test_store import TEXTS, random_parameters
+from tests.artifact.test_store import CONDITIONED, TEXTS, random_parameters
 from tests.conftest import save_tiny_model
 from tests.hub.server import TOKEN, HubServer
 from textmeta import Corpus, EpisodeSampler, EpisodeSettings, FewShotClassifier
@@ -40,6 +40,11 @@ INNER = InnerLoopSettings(steps=2, adapt=("lora_A", "offset"), lora_step_size=0.
 @pytest.fixture
 def classifier(encoder: Encoder) -> FewShotClassifier:
     return FewShotClassifier(encoder, random_parameters(encoder), INNER)
+
+
+@pytest.fixture
+def conditioned(encoder: Encoder) -> FewShotClassifier:
+    return FewShotClassifier(encoder, random_parameters(encoder, inner=CONDITIONED), CONDITIONED)
 
 
 def mean_features(model: torch.nn.Module, name: str) -> Tensor:
@@ -67,6 +72,22 @@ def test_peft_and_transformers_make_the_features_of_the_start(
     torch.testing.assert_close(mean_features(by_transformers, tiny_model), expected, rtol=0, atol=1e-5)
     plain = mean_features(AutoModel.from_pretrained(tiny_model), tiny_model)
     assert not torch.allclose(plain, expected, atol=1e-2), "the factors matter"
+
+
+@pytest.mark.parametrize("fit", [False, True], ids=["start", "fitted"])
+def test_peft_start_is_the_one_that_no_task_has_a_say_in(
+    conditioned: FewShotClassifier, tiny_model: str, tmp_path: Path, fit: bool
+) -> None:
+    if fit:
+        conditioned.fit(["bal bel", "fim fon"], ["b", "f"])
+        ours = start_features(conditioned)
+        encoder = conditioned._encoder
+        theirs = encoder.features(encoder.prepare(TEXTS), conditioned._factors)
+        assert not torch.allclose(theirs, ours, atol=1e-2), "the task's own start is another"
+    conditioned.save_pretrained(tmp_path / "adapter")
+    by_peft = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), tmp_path / "adapter")
+    expected = start_features(conditioned)
+    torch.testing.assert_close(mean_features(by_peft, tiny_model), expected, rtol=0, atol=1e-5)
 
 
 def test_peft_and_transformers_load_it_from_the_hub(
