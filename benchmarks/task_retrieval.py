@@ -1,6 +1,5 @@
 """Do two draws of the same classes find each other, and does nearness of two tasks say what one does for the other?"""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.labels import readable_name
 from textmeta.meta.adaptation import adapt, query_logits, start_parameters, task_weights
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.self_supervision import SelfSupervisionSettings, train_task_encoder
@@ -113,7 +113,7 @@ def _scores(
     vectors = [np.stack([task.vector for task in tasks]) for tasks in (one, two)]
     means = [_directions([draw]) for draw in draws]
     ordered = [_sorted_prototypes(draw, axis) for draw in draws]
-    names = {name: encoder.frozen_features([_readable(name)])[0] for e in episodes for name in e.class_names}
+    names = {name: encoder.frozen_features([readable_name(name)])[0] for e in episodes for name in e.class_names}
     labels = normalize(torch.stack([torch.stack([names[n] for n in e.class_names]).mean(0) for e in episodes]), dim=-1)
     return {
         "similarity": np.array([[similarity(a, b) for b in two] for a in one]),
@@ -162,11 +162,6 @@ def _main_axis(encoder: Encoder, corpora: Corpora) -> Tensor:
     texts = [text for corpus in corpora.train.values() for text in corpus.texts[::10]]
     features = encoder.frozen_features(texts)
     return torch.linalg.svd(features - features.mean(0), full_matrices=False)[2][0]
-
-
-def _readable(name: str) -> str:
-    """Return a class name as words: ``PlayMusic`` and ``play_music`` become ``play music``."""
-    return re.sub(r"[_.\-/]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)).lower()
 
 
 @torch.no_grad()

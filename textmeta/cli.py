@@ -61,8 +61,9 @@ def _spelled_out(kind: type, arguments: Sequence[str]) -> list[str]:
             name, sign, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
             is_switch = not sign and hints.get(name[2:]) is bool and following.startswith("--")
-            argument = f"{name}=true" if is_switch else f"{name}{sign}{value}"
-        spelled.append(argument)
+            spelled.append(f"{name}=true" if is_switch else f"{name}{sign}{value}")
+        else:
+            spelled.append(argument)
     return spelled
 
 

@@ -1,6 +1,7 @@
 """Labels of any hashable type, as a classifier is given them, returns them and stores them."""
 
 import math
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from textmeta.errors import AdapterError, DataError
 
-__all__ = ["checked_labels", "label_array", "label_to_json", "read_labels", "sorted_if_possible"]
+__all__ = ["checked_labels", "label_array", "label_to_json", "read_labels", "readable_name", "sorted_if_possible"]
 
 MAX_DEPTH = 20  # of tuples in tuples
 
@@ -49,6 +50,11 @@ def sorted_if_possible(labels: Iterable[Any]) -> list[Any]:
         return sorted(labels)
     except TypeError:
         return labels
+
+
+def readable_name(label: str) -> str:
+    """Return the name of a class as words: ``PlayMusic``, ``play_music`` and ``play.music`` become ``play music``."""
+    return re.sub(r"[\W_]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)).strip().lower() or label
 
 
 def label_array(labels: list[Any]) -> np.ndarray:

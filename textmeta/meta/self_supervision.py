@@ -14,7 +14,7 @@ from tqdm import tqdm
 from textmeta.data.episodes import Episode, EpisodeSampler
 from textmeta.errors import SettingsError
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.tasks import frozen_features
+from textmeta.meta.tasks import frozen_features, frozen_names
 from textmeta.model.conditioning import KEYS, routing
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import Parameters
@@ -105,17 +105,22 @@ def self_supervised_gradient(
     """
     assert inner.conditioning is not None, "no task encoder to teach"
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    task_encoder = inner.conditioning.task_encoder
     draws = []
     for part in ("support", "query"):
         tasks = frozen_features(encoder, episodes, part)
-        embedding = task_embedding(leaves, inner.conditioning.task_encoder, *tasks)
+        names = None
+        if task_encoder.label_names and part == "support":  # a draw with names has to find one without, and every other
+            names = frozen_names(encoder, episodes)  # draw here has none: they are optional
+            names[1::2] = 0
+        embedding = task_embedding(leaves, task_encoder, *tasks, names)
         draws.append((embedding, class_embeddings(leaves, *tasks)))
     (one, one_classes), (two, two_classes) = draws
-    names = [(episode.corpus, name) for episode in episodes for name in episode.class_names]
+    known = [(episode.corpus, name) for episode in episodes for name in episode.class_names]
     rows = torch.tensor([i for i, e in enumerate(episodes) for _ in e.class_names], device=encoder.device)
     columns = torch.tensor([c for e in episodes for c in range(e.ways)], device=encoder.device)
-    number = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    which = torch.tensor([number[name] for name in names], device=encoder.device)
+    number = {name: index for index, name in enumerate(dict.fromkeys(known))}
+    which = torch.tensor([number[name] for name in known], device=encoder.device)
     loss = settings.contrastive * (
         contrastive_loss(one, two, settings.contrast)
         + contrastive_loss(

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from textmeta.data.episodes import Episode
+from textmeta.data.labels import readable_name
 from textmeta.model.encoder import Encoder, PreparedTexts
 
 __all__ = [
     "TaskBatch",
     "frozen_features",
+    "frozen_names",
     "query_batch",
     "support_and_query_batch",
     "support_batch",
@@ -101,13 +103,19 @@ def support_and_query_batch(encoder: Encoder, episodes: Sequence[Episode]) -> Ta
 def frozen_features(
     encoder: Encoder, episodes: Sequence[Episode], part: Literal["support", "query"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return frozen features (T, n, d), labels (T, n) and ways (T,) of the support or query sets: no LoRA, no gradient."""
+    """Return frozen features (T, n, d), labels (T, n) and ways (T,) of support or query sets, without LoRA."""
     texts = [getattr(episode, f"{part}_texts") for episode in episodes]
     given = [torch.as_tensor(getattr(episode, f"{part}_labels"), device=encoder.device) for episode in episodes]
     features = encoder.frozen_features([text for own in texts for text in own])
     padded = pad_sequence(list(torch.split(features, [len(own) for own in texts])), batch_first=True)
     labels = pad_sequence(given, batch_first=True, padding_value=-1)
     return padded, labels, torch.tensor(_ways(episodes), device=encoder.device)
+
+
+def frozen_names(encoder: Encoder, episodes: Sequence[Episode]) -> Tensor:
+    """Return frozen features (T, C, d) of the class names, zeros for padding."""
+    features = encoder.frozen_features([readable_name(name) for e in episodes for name in e.class_names])
+    return pad_sequence(list(torch.split(features, _ways(episodes))), batch_first=True)
 
 
 def _ways(episodes: Sequence[Episode]) -> list[int]:

@@ -54,11 +54,13 @@ class TaskEncoderSettings:
             set_transformer (attention among classes), or a graph (each class hears from those with similar prototypes).
         size: of the task embedding.
         width: of the layers in between; a multiple of 4 for the set transformer.
+        label_names: whether it can see the names of classes, where they are given.
     """
 
     kind: Kind = "statistics"
     size: int = 128
     width: int = 256
+    label_names: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -86,11 +88,12 @@ def task_encoder_shapes(settings: TaskEncoderSettings, hidden_size: int) -> dict
         "class": (size, hidden_size),
         "prototype": (width, hidden_size),
         "spread": (width, hidden_size),
-        "name": (width, hidden_size),
         "hidden": (width, 2 * width),
         "statistics": (width, N_STATISTICS),
         "task": (size, width),
     }
+    if settings.label_names:
+        shapes["name"] = (width, hidden_size)
     if settings.kind == "set_transformer":
         shapes |= dict.fromkeys(("query", "key", "value", "attended"), (width, width))
     if settings.kind == "graph":
@@ -102,7 +105,7 @@ def task_encoder_start(settings: TaskEncoderSettings, hidden_size: int, generato
     """Return the weights before any learning: those of a map are normal with variance 1 / in, but for the last."""
     weights = {}
     for name, shape in task_encoder_shapes(settings, hidden_size).items():
-        if name in (CENTRE, TASK_ENCODER + "name"):
+        if name == CENTRE:
             weights[name] = torch.zeros(shape)
         else:
             weights[name] = torch.randn(shape, generator=generator) / math.sqrt(shape[1])
@@ -143,7 +146,8 @@ def task_embedding(
         features: (T, n, d) frozen features of the support sets, of length 1.
         labels: (T, n) int64, -1 for padding.
         ways: (T,) int64.
-        names: (T, C, d) features of the class names, zeros for a class whose name is not given; None for no names.
+        names: (T, C, d) features of the class names, zeros for a class whose name is not given; None for no names. Only
+            for a task encoder that can see them.
     """
     weight = {name.removeprefix(TASK_ENCODER): w for name, w in weights.items() if name.startswith(TASK_ENCODER)}
     mask = class_mask(ways).to(features.dtype)[..., None]
