@@ -40,7 +40,9 @@ VARIANTS = {
     "banks, graph": replace(BANKS, task_encoder=TaskEncoderSettings("graph")),
     "banks, own temperature": replace(BANKS, temperature=True),
     "gates": ConditioningSettings("gates"),
+    "own temperature": ConditioningSettings("none", temperature=True),
 }
+REPORTED = ("banks", "banks, swapped in training", "one bank of the same size", "own temperature")
 RANK = 8
 # B of rank 8 and four banks of it, with one A, are as many numbers as A and B of rank 24
 SAME_SIZE_RANK = 24
@@ -88,7 +90,7 @@ class BenchmarkSettings:
         results = self.results or Path(__file__).parent / "results" / name
         if not self.quick:
             return replace(self, results=results)
-        return replace(self, results=results, seeds=[0], steps=20, choosing_steps=8, episodes=20, rows=30)
+        return replace(self, results=results, seeds=[0], steps=10, choosing_steps=5, episodes=10, rows=20)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Bench:
         settings = self.settings
         common = {"episodes": settings.episodes, "rows": settings.rows, "max_length": settings.encoder.max_length}
         if "choose" in settings.parts:
-            for left_out in TRAINED:
+            for left_out in TRAINED[-1:] if settings.quick else TRAINED:
                 for variant in VARIANTS:
                     key = {"part": "choose", "left_out": left_out, "variant": variant, "seed": 0}
                     yield Run(key | common | {"steps": settings.choosing_steps}, lambda k=key: self.choose(k))
@@ -134,7 +136,7 @@ class Bench:
             key = {"part": "report", "variant": "not trained", "seed": None, "steps": 0}
             yield Run(key | common, lambda: self.report("not trained", 0))
             for seed in settings.seeds:
-                for variant in ("banks", "banks, swapped in training", "one bank of the same size"):
+                for variant in REPORTED:
                     key = {"part": "report", "variant": variant, "seed": seed, "steps": settings.steps}
                     yield Run(key | common, lambda v=variant, s=seed: self.report(v, s))
         if "retrieval" in settings.parts:
@@ -162,12 +164,12 @@ class Bench:
             trained = train_model(
                 encoder,
                 list(self.corpora.train.values()),
-                None if "one bank" in variant else BANKS,
+                None if "one bank" in variant else VARIANTS[variant.partition(", swapped")[0]],
                 steps=self.settings.steps,
                 seed=seed,
                 swapped="swapped" in variant,
             )
-        arms = {"banks": ARMS, "banks, swapped in training": ("true",)}.get(variant, ("mean",))
+        arms = ARMS if variant in VARIANTS else ("true",) if "swapped" in variant else ("mean",)
         return self.scores(encoder, *trained, "test", list(self.corpora.test), arms)
 
     def scores(

@@ -27,22 +27,24 @@ def print_tables(lines: Sequence[Line]) -> None:
 
 def _choosing(lines: Sequence[Line]) -> None:
     """Each variant on the corpora left out: true embedding against another corpus's, and against none."""
-    variants = list(dict.fromkeys(line["key"]["variant"] for line in lines))
     rows = []
-    for variant in variants:
+    for variant in dict.fromkeys(line["key"]["variant"] for line in lines):
         own = [line for line in lines if line["key"]["variant"] == variant]
         for stage, shots, when in STAGES:
             cells = [line["result"][f"{line['key']['left_out']} {shots}"] for line in own]
-            rows.append([
-                variant,
-                stage,
-                _mean([_accuracy(cell, "true", when) for cell in cells]),
-                _difference([_accuracy(cell, "true", when) - _accuracy(cell, "between", when) for cell in cells]),
-                _difference([_accuracy(cell, "true", when) - _accuracy(cell, "mean", when) for cell in cells]),
-                _difference([_nll(cell, "true", when) - _nll(cell, "mean", when) for cell in cells], 1, 3),
-            ])  # fmt: skip
-    head = ("variant", "", "accuracy", "over another corpus's embedding", "over no embedding", "NLL over no embedding")
-    _print(head, rows)
+            row = [f"{variant} ({len(own)})", stage, f"{100 * _of(cells, _accuracy, 'true', when).mean():.2f}"]
+            for score, scale, digits in ((_accuracy, 100, 2), (_nll, 1, 3)):
+                true = _of(cells, score, "true", when)
+                row += [
+                    _difference([true - _of(cells, score, arm, when)], scale, digits) for arm in ("between", "mean")
+                ]
+            rows.append(row)
+    over = ("over another corpus's embedding", "over none")
+    _print(("variant (corpora)", "", "accuracy", *over, *(f"NLL {title}" for title in over)), rows)
+
+
+def _of(cells: Sequence[Mapping[str, Any]], score: Callable[..., np.ndarray], arm: str, when: str) -> np.ndarray:
+    return np.concatenate([score(cell, arm, when) for cell in cells])
 
 
 def _report(lines: Sequence[Line]) -> None:
@@ -58,6 +60,10 @@ def _report(lines: Sequence[Line]) -> None:
         ("swapped in training", "banks, swapped in training", "true"),
         ("one bank of the same size", "one bank of the same size", "mean"),
         ("no meta-training", "not trained", "mean"),
+        ("own temperature: true embedding", "own temperature", "true"),
+        ("… swapped within the corpus", "own temperature", "within"),
+        ("… swapped between corpora", "own temperature", "between"),
+        ("… one temperature for all", "own temperature", "mean"),
     ]
     for group, corpora in GROUPS:
         rows = []
@@ -79,7 +85,25 @@ def _report(lines: Sequence[Line]) -> None:
         for stage, _, _ in STAGES:
             head += [f"{stage}: accuracy, NLL", "true embedding over it"]
         _print(head, rows)
+        _temperature(by_variant, corpora)
     _per_corpus(by_variant)
+
+
+def _temperature(by_variant: Mapping[str, Sequence[Line]], corpora: Sequence[str]) -> None:
+    """What a temperature of the task's own does to the NLL, paired by episode."""
+    lines = by_variant.get("own temperature")
+    if not lines:
+        return
+    rows = []
+    for title, arm in (("swapped within", "within"), ("swapped between", "between"), ("one temperature", "mean")):
+        row = [title]
+        for _, shots, when in STAGES:
+            cells = [f"{name} {shots}" for name in corpora]
+            true, other = (_over_seeds(lines, cells, one, when, _nll) for one in ("true", arm))
+            row.append(_difference([true - other], 1, 3))
+        rows.append(row)
+    print("\nNLL with a temperature of the task's own, over\n")
+    _print(["", *(stage for stage, _, _ in STAGES)], rows)
 
 
 def _per_corpus(by_variant: Mapping[str, Sequence[Line]]) -> None:
@@ -132,21 +156,30 @@ def _retrieval(lines: Sequence[Line]) -> None:
 
 
 def _transfer(lines: Sequence[Line]) -> None:
-    """Spearman's rank correlation of nearness and gain over the sources of each target, mean over targets."""
+    """Does nearness say what one task's adapter does for another? Means over the targets, with 95 % intervals.
+
+    Spearman's rank correlation of nearness and gain over the sources of each target; and the gain from the nearest
+    source's adapter, less the mean gain from all of them.
+    """
     for line in lines:
-        corpora, columns = line["result"]["corpora"], line["result"]["columns"]
+        corpora, columns = np.array(line["result"]["corpora"]), line["result"]["columns"]
         pairs = np.array(line["result"]["pairs"])
+        source, target, gain = pairs[:, 0].astype(int), pairs[:, 1].astype(int), pairs[:, 2]
         rows = []
-        for title, same in (("all other tasks", None), ("tasks of other corpora", False)):
+        for title, others in (
+            ("all other tasks", source != target),
+            ("other corpora", corpora[source] != corpora[target]),
+        ):
             for number, column in enumerate(columns):
-                found = []
-                for target in range(len(corpora)):
-                    kept = (pairs[:, 1] == target) & (pairs[:, 0] != target)
-                    if same is False:
-                        kept &= np.array([corpora[int(source)] != corpora[target] for source in pairs[:, 0]])
-                    found.append(spearmanr(pairs[kept, 3 + number], pairs[kept, 2]).statistic)
-                rows.append([title, column, _difference([np.array(found)], 1, 3)])
-        _print(("sources", "nearness", "rank correlation with the gain"), rows)
+                correlations, gains = [], []
+                for one in range(len(corpora)):
+                    kept = others & (target == one)
+                    near = pairs[kept, 3 + number]
+                    correlations.append(spearmanr(near, gain[kept]).statistic)
+                    gains.append(gain[kept][near.argmax()] - gain[kept].mean())
+                intervals = [_difference([np.array(values)], 1, 3) for values in (correlations, gains)]
+                rows.append([title, column, *intervals])
+        _print(("sources", "nearness", "rank correlation with the gain", "NLL gained by choosing the nearest"), rows)
 
 
 def _accuracy(cell: Mapping[str, Any], arm: str, when: str) -> np.ndarray:
@@ -167,10 +200,6 @@ def _over_seeds(
 
 def _hits(ranks: Sequence[int]) -> np.ndarray:
     return np.array(ranks) == 1
-
-
-def _mean(parts: Sequence[np.ndarray]) -> str:
-    return f"{100 * np.concatenate(parts).mean():.2f}"
 
 
 def _difference(parts: Sequence[np.ndarray], scale: float = 100, digits: int = 2) -> str:
