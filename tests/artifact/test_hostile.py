@@ -900,6 +900,7 @@ def settings() -> Iterator[Case]:
                 "kind": ["evil", None, 3, ["graph"]],
                 "size": [0, -1, True, 8.0, "8", None, 4097, 10**9, 10**30],
                 "width": [0, -1, True, 8.0, "8", None, 4097, 10**9, 10**30],
+                "label_names": [1, "true", None],
                 "unknown": [1],
             },
         ),
@@ -923,6 +924,7 @@ def settings() -> Iterator[Case]:
         (task_encoder, "kind", "set_transformer"),
         (task_encoder, "size", 4096),
         (task_encoder, "width", 4096),
+        (task_encoder, "label_names", False),
     ):
         yield Case(f"{name} {value} that is not there", damage(**{name: value}), rf"{SCALARS}: expected tensors")
     largest = all_of(conditioning(banks=256, groups=256), task_encoder(size=4096, width=4096))

@@ -35,7 +35,7 @@ from textmeta.model.task_encoder import TaskEncoderSettings
 from textmeta.tasks import KnownTasks, TaskEmbedding
 
 INNER = InnerLoopSettings(steps=2, adapt=("lora_A", "offset"), lora_step_size=0.02)
-TASK_ENCODER = TaskEncoderSettings("graph", size=8, width=12)
+TASK_ENCODER = TaskEncoderSettings("graph", size=8, width=12, label_names=True)
 CONDITIONED = replace(
     INNER, conditioning=ConditioningSettings("banks", banks=3, groups=2, temperature=True, task_encoder=TASK_ENCODER)
 )
