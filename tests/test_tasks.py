@@ -9,15 +9,15 @@ import torch
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
-from textmeta.errors import DataError
+from textmeta.errors import AdapterError, DataError
 from textmeta.meta.adaptation import embed_tasks, start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import support_batch
 from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import Parameters
-from textmeta.model.task_encoder import TaskEncoderSettings
-from textmeta.tasks import KnownTasks, TaskEmbedding, embed_task, index_tasks, similarity
+from textmeta.model.task_encoder import TASK_ENCODER, TaskEncoderSettings
+from textmeta.tasks import ClassMatch, KnownTask, KnownTasks, TaskEmbedding, embed_task, index_tasks, similarity
 
 SIZE = 8
 INNER = InnerLoopSettings(conditioning=ConditioningSettings(task_encoder=TaskEncoderSettings(size=SIZE, width=16)))
@@ -152,3 +152,15 @@ def test_texts_of_an_index_do_not_fill_the_cache(encoder: Encoder, parameters: P
     with torch.no_grad():
         encoder.frozen_features(["bal"])
     assert len(encoder._frozen_cache)
+
+
+def test_weights_that_are_too_large_are_an_error_of_ours(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    parameters = start_parameters(encoder.factor_shapes, INNER, encoder.hidden_size)
+    wild = {name: value * 3e38 if name.startswith(TASK_ENCODER) else value for name, value in parameters.items()}
+    with pytest.raises(AdapterError, match="not finite"):
+        embed_task(encoder, wild, INNER, support_batch(encoder, sampler.take(1)), range(3))
+
+
+def test_names_in_a_known_task_cannot_move_a_terminals_cursor() -> None:
+    known = KnownTask("bank\x1b[2J", 0.5, (ClassMatch("card", "lost\ncard", 0.9),))
+    assert str(known).isprintable()

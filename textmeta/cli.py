@@ -56,7 +56,7 @@ def _spelled_out(kind: type, arguments: Sequence[str]) -> list[str]:
     """Return ``--data-dir=a-b --quick`` as ``--data_dir=a-b --quick=true``."""
     hints = get_type_hints(kind)
     spelled = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         if argument.startswith("--"):
             name, sign, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")

@@ -9,7 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from textmeta.data.corpus import Corpus
-from textmeta.errors import DataError
+from textmeta.data.texts import plain
+from textmeta.errors import AdapterError, DataError
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.encoder import Encoder
@@ -63,9 +64,9 @@ class KnownTask:
     matches: tuple[ClassMatch, ...]
 
     def __str__(self) -> str:
-        """Say it in a line."""
-        pairs = ", ".join(f"{match.label} ~ {match.known}" for match in self.matches[:3])
-        return f"{self.corpus} ({self.similarity:.2f}): {pairs}{', …' if len(self.matches) > 3 else ''}"
+        """Say it in a line; names are whoever's made the adapter."""
+        pairs = ", ".join(f"{plain(match.label)} ~ {plain(match.known)}" for match in self.matches[:3])
+        return f"{plain(self.corpus)} ({self.similarity:.2f}): {pairs}{', …' if len(self.matches) > 3 else ''}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +131,9 @@ def embed_task(
         inner: whose conditioning says which task encoder.
         support: the support set of one task.
         labels: its classes, in the order of their numbers.
+
+    Raises:
+        AdapterError: if the embedding is not finite.
     """
     if inner.conditioning is None:
         return None
@@ -138,6 +142,8 @@ def embed_task(
     with torch.no_grad():
         vector = task_embedding(parameters, inner.conditioning.task_encoder, *task)[0]
         classes = class_embeddings(parameters, *task)[0]
+    if not (vector.isfinite().all() and classes.isfinite().all()):
+        raise AdapterError("the task encoder makes numbers that are not finite of this task: its weights are too large")
     return TaskEmbedding(vector.float().cpu().numpy(), classes.float().cpu().numpy(), tuple(labels))
 
 

@@ -14,16 +14,24 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler
 from textmeta.errors import SettingsError
 from textmeta.meta import training
-from textmeta.meta.adaptation import TaskConditions, adapt, embed_tasks, start_parameters
+from textmeta.meta.adaptation import (
+    TaskConditions,
+    adapt,
+    embed_tasks,
+    query_logits,
+    start_parameters,
+    task_weights,
+)
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
 from textmeta.meta.meta_gradient import MetaGradientPlan
-from textmeta.meta.self_supervision import SelfSupervisionSettings
-from textmeta.meta.tasks import support_and_query_batch, support_batch
+from textmeta.meta.self_supervision import SelfSupervisionSettings, by_condition
+from textmeta.meta.tasks import query_batch, support_and_query_batch, support_batch
 from textmeta.meta.training import TrainingResult, TrainingSettings, train
 from textmeta.model.conditioning import BANK, GATES, KEYS, TASK_TEMPERATURE, ConditioningSettings, routing
 from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.model.heads import cross_entropy_per_task
 from textmeta.model.initialisation import LORA, Parameters
 from textmeta.model.lora import LoraSettings
 from textmeta.model.task_encoder import TASK_ENCODER, TaskEncoderSettings
@@ -118,13 +126,23 @@ def test_conditions_can_be_given(encoder64: Encoder, sampler: EpisodeSampler) ->
         assert "lora_A" in name or not torch.allclose(factor, swapped.factors[name], atol=1e-4)
 
 
-def test_scores_of_conditioned_episodes_do_not_depend_on_each_other(encoder: Encoder, sampler: EpisodeSampler) -> None:
-    inner = replace(INNER, conditioning=CONDITIONED["banks and temperature"])
+@pytest.mark.parametrize("title", ["banks and temperature", "temperature"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_scores_of_conditioned_episodes_do_not_depend_on_each_other(
+    title: str, steps: int, encoder: Encoder, sampler: EpisodeSampler
+) -> None:
+    inner = replace(INNER, conditioning=CONDITIONED[title], steps=steps)
     parameters = {key: value.float() for key, value in moved(encoder, inner, 0.3).items()}
     episodes = sampler.take(5)
     together = score_episodes(encoder, parameters, episodes, inner)
     alone = [score_episodes(encoder, parameters, [episode], inner).nll[0] for episode in episodes]
     np.testing.assert_allclose(together.nll, alone, rtol=1e-4)
+    support, query = support_batch(encoder, episodes), query_batch(encoder, episodes)
+    with torch.no_grad():
+        adapted = adapt(encoder, parameters, support, inner)
+        logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)
+    expected = cross_entropy_per_task(logits, query.labels, query.labels >= 0)
+    np.testing.assert_allclose(together.nll, expected, rtol=1e-4)
     plain = score_episodes(encoder, parameters, episodes, without_conditioning(inner))
     assert not np.allclose(plain.nll, together.nll, rtol=1e-3)
 
@@ -177,10 +195,8 @@ def test_self_supervision_and_dropped_conditions_change_a_run(tiny_model: str, c
 
 
 def test_the_share_of_unconditioned_episodes_depends_on_their_numbers_alone() -> None:
-    settings = TrainingSettings(unconditioned=0.25)
-
     def dropped(indices: range) -> set[int]:
-        found = training._by_condition(INNER, settings, indices)
+        found = by_condition(INNER, 0.25, 0, indices)
         loops = {loop.conditioning is None: part for loop, part in found}
         assert sorted(index for part in loops.values() for index in part) == list(indices)
         return set(loops.get(True, []))
@@ -188,7 +204,7 @@ def test_the_share_of_unconditioned_episodes_depends_on_their_numbers_alone() ->
     everything = dropped(range(2000))
     assert 420 < len(everything) < 580
     assert everything == dropped(range(0, 2000, 2)) | dropped(range(1, 2000, 2))  # two processes drop the same
-    assert [found for _, found in training._by_condition(PLAIN, settings, range(5))] == [list(range(5))]
+    assert [found for _, found in by_condition(PLAIN, 0.25, 0, range(5))] == [list(range(5))]
 
 
 def test_settings_out_of_range() -> None:

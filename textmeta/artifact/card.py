@@ -16,8 +16,8 @@ from textmeta.artifact.told import (
     is_hub,
     known_of,
     names_of,
-    plain,
 )
+from textmeta.data.texts import plain
 from textmeta.hub import is_repo_id
 from textmeta.tasks import KnownTasks
 

@@ -7,7 +7,8 @@ from typing import Any
 from textmeta.artifact.adapter import Adapter
 from textmeta.artifact.card import understood
 from textmeta.artifact.locate import Location
-from textmeta.artifact.told import algorithm_of, conditioning_of, corpora_of, known_of, plain
+from textmeta.artifact.told import algorithm_of, conditioning_of, corpora_of, known_of
+from textmeta.data.texts import plain
 from textmeta.model.initialisation import head_scalars, lora_factors
 
 __all__ = ["describe"]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from textmeta.data.corpus import CorpusSettings
+from textmeta.data.texts import plain
 from textmeta.hub import is_repo_id
 from textmeta.tasks import KnownTasks
 
@@ -16,14 +17,7 @@ __all__ = [
     "is_hub",
     "known_of",
     "names_of",
-    "plain",
 ]
-
-
-def plain(value: Any) -> str:
-    """Return a value that may be anybody's as text of one line, without what terminals or Markdown act on."""
-    text = "a very large number" if isinstance(value, int) and abs(value) >= 2**63 else str(value)
-    return "".join(c if c.isprintable() and c not in "`|<>" else "\N{REPLACEMENT CHARACTER}" for c in text)[:500]
 
 
 def algorithm_of(record: Mapping[str, Any]) -> str | None:

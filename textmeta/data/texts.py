@@ -1,10 +1,11 @@
-"""What every list of texts must be, wherever it comes from."""
+"""What every list of texts must be, wherever it comes from; and what may be shown of text that is anybody's."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from textmeta.errors import DataError
 
-__all__ = ["checked_texts"]
+__all__ = ["checked_texts", "plain"]
 
 
 def checked_texts(texts: Iterable[object], where: str, *, allow_empty: bool = False) -> list[str]:
@@ -33,3 +34,9 @@ def checked_texts(texts: Iterable[object], where: str, *, allow_empty: bool = Fa
             raise DataError(f"{where}, row {row}: text {text!r:.60} is not valid Unicode: {error.reason}") from error
         checked.append(text)
     return checked
+
+
+def plain(value: Any) -> str:
+    """Return a value that may be anybody's as text of one line, without what terminals or Markdown act on."""
+    text = "a very large number" if isinstance(value, int) and abs(value) >= 2**63 else str(value)
+    return "".join(c if c.isprintable() and c not in "`|<>" else "\N{REPLACEMENT CHARACTER}" for c in text)[:500]

@@ -33,6 +33,7 @@ __all__ = [
     "embed_tasks",
     "query_logits",
     "start_parameters",
+    "task_scalars",
     "task_weights",
 ]
 
@@ -96,12 +97,20 @@ def start_parameters(
 def embed_tasks(
     encoder: Encoder, parameters: Mapping[str, Tensor], support: TaskBatch, inner: InnerLoopSettings
 ) -> TaskConditions | None:
-    """Return what the start of T tasks is conditioned on; None, where the inner loop has no task encoder."""
-    if inner.conditioning is None:
+    """Return what T tasks are conditioned on; None, where their embeddings decide nothing."""
+    if inner.conditioning is None or not inner.conditioning.decides:
         return None
     features = support.pad(encoder.frozen_features(support.texts.texts))
     tasks = (features, support.labels, support.ways)
     return TaskConditions(task_embedding(parameters, inner.conditioning.task_encoder, *tasks), task_statistics(*tasks))
+
+
+def task_scalars(parameters: Mapping[str, Tensor], conditions: TaskConditions | None) -> dict[str, Tensor]:
+    """Return the head's positive scalars, its temperature for each task (T,) where that is conditioned."""
+    scalars = head_scalars(parameters)
+    if conditions is not None:
+        scalars["temperature"] = conditioned_temperature(parameters, conditions.embedding, conditions.statistics)
+    return scalars
 
 
 def adapt(
@@ -144,11 +153,10 @@ def adaptation_path(
         The adapted parameters after 0, 1, … steps (the start alone, if no task has anything to learn from). Where
         ``parameters`` require a gradient they are differentiable in the start, the step sizes and the head's scalars.
     """
-    factors, scalars = lora_factors(parameters), head_scalars(parameters)
     conditions = conditions or embed_tasks(encoder, parameters, support, inner)
+    factors, scalars = lora_factors(parameters), task_scalars(parameters, conditions)
     if conditions is not None:
         factors |= conditioned_factors(parameters, conditions.embedding)
-        scalars["temperature"] = conditioned_temperature(parameters, conditions.embedding, conditions.statistics)
     tasks, ways = len(support.ways), int(support.ways.max())
     offset = torch.zeros(tasks, ways, encoder.hidden_size, device=encoder.device, dtype=scalars["temperature"].dtype)
     start = AdaptedParameters(factors, offset, scalars, HEADS[inner.head])

@@ -12,12 +12,19 @@ from tqdm import tqdm
 
 from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
-from textmeta.meta.adaptation import adapt, query_logits, start_parameters, task_weights
+from textmeta.meta.adaptation import (
+    adapt,
+    embed_tasks,
+    query_logits,
+    start_parameters,
+    task_scalars,
+    task_weights,
+)
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, class_mask
-from textmeta.model.initialisation import head_scalars, lora_factors
+from textmeta.model.initialisation import lora_factors
 
 __all__ = [
     "EpisodeScores",
@@ -174,7 +181,7 @@ def _all_logits(
     encoder: Encoder, parameters: Mapping[str, Tensor], episodes: Sequence[Episode], inner: InnerLoopSettings
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield numbers of episodes and their padded logits."""
-    own_start = inner.conditioning is not None
+    own_start = inner.conditioning is not None and inner.conditioning.start != "none"
     adapting = [
         i for i, e in enumerate(episodes) if own_start or (inner.steps and np.bincount(e.support_labels).max() > 1)
     ]
@@ -200,7 +207,7 @@ def _unadapted_logits(
     """Do the same where no step is taken: all tasks share the factors, so a text needs one forward, not one a task."""
     texts = list(dict.fromkeys(t for i in indices for t in (*episodes[i].support_texts, *episodes[i].query_texts)))
     row_of = {text: row for row, text in enumerate(texts)}
-    factors, head, scalars = lora_factors(parameters), HEADS[inner.head], head_scalars(parameters)
+    factors, head = lora_factors(parameters), HEADS[inner.head]
     chunks = [encoder.features(encoder.prepare(texts[s : s + 1024]), factors) for s in range(0, len(texts), 1024)]
     features = torch.cat(chunks) if chunks else None
     for index in indices:
@@ -211,6 +218,10 @@ def _unadapted_logits(
         labels = torch.as_tensor(episode.support_labels, device=encoder.device)[None]
         offset = support.new_zeros(1, episode.ways, encoder.hidden_size)
         mask = class_mask(torch.tensor([episode.ways], device=encoder.device))
+        conditions = None
+        if inner.conditioning is not None:  # whose temperature may be the task's own
+            conditions = embed_tasks(encoder, parameters, support_batch(encoder, [episode]), inner)
+        scalars = task_scalars(parameters, conditions)
         weights = head.weights(support[None], labels, offset, scalars)
         yield [index], head.logits(query[None], weights, scalars, mask)
 

@@ -3,9 +3,10 @@
 An episode's support and query set are two such draws. No label that training does not have anyway is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from textmeta.data.episodes import Episode, EpisodeSampler
 from textmeta.errors import SettingsError
-from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
 from textmeta.meta.tasks import frozen_features, frozen_names
 from textmeta.model.conditioning import KEYS, routing
 from textmeta.model.encoder import Encoder
@@ -23,10 +24,14 @@ from textmeta.model.task_encoder import class_embeddings, task_embedding
 __all__ = [
     "SelfSupervisionSettings",
     "balance_loss",
+    "by_condition",
     "contrastive_loss",
     "self_supervised_gradient",
     "train_task_encoder",
 ]
+
+
+UNCONDITIONED = 1  # a stream of random numbers of its own, beside those of the episodes
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,27 @@ def self_supervised_gradient(
         loss = loss + settings.balance * balance_loss(routing(leaves, one))
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {name: part for name, part in zip(leaves, found, strict=True) if part is not None}
+
+
+def by_condition(
+    inner: InnerLoopSettings, unconditioned: float, seed: int, indices: Sequence[int]
+) -> Iterator[tuple[InnerLoopSettings, list[int]]]:
+    """Yield episodes that are conditioned on their embedding, and those that are not, with the inner loop of each.
+
+    Args:
+        inner: the inner loop.
+        unconditioned: share of the episodes that are not, so that the start without a say of the embedding stays good.
+        seed: of the draw.
+        indices: numbers of the episodes; each is drawn by its number alone.
+    """
+    dropped: list[int] = []
+    if inner.conditioning is not None and inner.conditioning.decides:
+        draws = [np.random.default_rng((seed, UNCONDITIONED, index)).random() for index in indices]
+        dropped = [index for index, draw in zip(indices, draws, strict=True) if draw < unconditioned]
+    kept = [index for index in indices if index not in dropped]
+    for loop, part in ((inner, kept), (without_conditioning(inner), dropped)):
+        if part:
+            yield loop, part
 
 
 def train_task_encoder(

@@ -2,12 +2,11 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -20,11 +19,11 @@ from textmeta.meta.algorithms import ALGORITHMS, Algorithm
 from textmeta.meta.checkpoint import TrainingState, restore_state, save_state
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.fingerprint import run_fingerprint
-from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
+from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.interruption import stop_requests
 from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.record import Record
-from textmeta.meta.self_supervision import SelfSupervisionSettings, self_supervised_gradient
+from textmeta.meta.self_supervision import SelfSupervisionSettings, by_condition, self_supervised_gradient
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import LORA, Parameters, is_scalar
 from textmeta.model.pretrained import tensors_digest
@@ -35,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
 SELF_SUPERVISED = 10**9  # number of the first episode that only the task encoder sees
-UNCONDITIONED = 1  # a stream of random numbers of its own, beside those of the episodes
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ def _outer_step(
     sums = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
     totals = torch.zeros(4, device=encoder.device)  # loss, accuracy, tasks, processes asked to stop
     plan = settings.meta_gradient.at(state.step)
-    for loop, indices in _by_condition(inner, settings, mine):
+    for loop, indices in by_condition(inner, settings.unconditioned, settings.seed, mine):
         result = algorithm.gradient(encoder, state.parameters, [sampler[index] for index in indices], loop, plan)
         sums = {name: value + result.gradient[name] for name, value in sums.items()}
         totals[:3] += torch.stack([result.loss.sum(), result.accuracy.sum(), totals.new_tensor(len(indices))])
@@ -256,19 +254,6 @@ def _outer_step(
         "learning_rate": state.optimiser.param_groups[0]["lr"],
     }
     return row, bool(totals[3] > 0)
-
-
-def _by_condition(
-    inner: InnerLoopSettings, settings: TrainingSettings, indices: Sequence[int]
-) -> Iterator[tuple[InnerLoopSettings, list[int]]]:
-    """Yield episodes that are conditioned on their embedding, and those that are not, with the inner loop of each."""
-    dropped = []
-    if inner.conditioning is not None:
-        rng = [np.random.default_rng((settings.seed, UNCONDITIONED, index)) for index in indices]
-        dropped = [i for i, draw in zip(indices, rng, strict=True) if draw.random() < settings.unconditioned]
-    for loop, part in ((inner, [i for i in indices if i not in dropped]), (without_conditioning(inner), dropped)):
-        if part:
-            yield loop, part
 
 
 def _validate(

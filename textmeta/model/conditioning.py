@@ -52,8 +52,8 @@ class ConditioningSettings:
     """What the task embedding decides.
 
     Args:
-        start: what a task's LoRA starts from: banks (a memory with keys), gates (one number a layer on a single LoRA),
-            or none (the same for all tasks).
+        start: what a task's LoRA starts from: none (the same for all tasks), banks (a memory with keys), or gates (one
+            number a layer on a single LoRA).
         banks: K.
         groups: groups of layers, each with a routing of its own; at most one a layer.
         temperature: whether the head's temperature is the task's own.
@@ -65,6 +65,11 @@ class ConditioningSettings:
     groups: int = 3
     temperature: bool = False
     task_encoder: TaskEncoderSettings = field(default_factory=TaskEncoderSettings)
+
+    @property
+    def decides(self) -> bool:
+        """Whether the embedding has a say in anything; otherwise it is there to compare tasks by."""
+        return self.start != "none" or self.temperature
 
     def __post_init__(self) -> None:
         """Check the ranges."""
