@@ -42,7 +42,7 @@ VARIANTS = {
     "gates": ConditioningSettings("gates"),
     "own temperature": ConditioningSettings("none", temperature=True),
 }
-REPORTED = ("banks", "banks, swapped in training", "one bank of the same size", "own temperature")
+REPORTED = ("banks", "banks, swapped in training", "one bank of the same size")
 RANK = 8
 # B of rank 8 and four banks of it, with one A, are as many numbers as A and B of rank 24
 SAME_SIZE_RANK = 24
