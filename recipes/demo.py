@@ -18,7 +18,9 @@ from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.evaluation import compare_with_frozen, format_table
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.training import CHECKPOINT, TrainingSettings, train
+from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.tasks import index_tasks
 
 SUPPORT = {  # a new task: messages to a bicycle rental
     "rent a bike": ["two city bikes for Saturday, please", "Do you have a tandem free next weekend?"],
@@ -45,7 +47,7 @@ class DemoSettings:
     test_episodes: int = 600
     encoder: EncoderSettings = field(default_factory=lambda: EncoderSettings(max_length=64))
     episodes: EpisodeSettings = field(default_factory=lambda: EpisodeSettings(ways=10, shots=(1, 5), queries=4))
-    inner: InnerLoopSettings = field(default_factory=InnerLoopSettings)
+    inner: InnerLoopSettings = field(default_factory=lambda: InnerLoopSettings(conditioning=ConditioningSettings()))
     training: TrainingSettings = field(
         default_factory=lambda: TrainingSettings(
             algorithm="protonet", steps=100, tasks_per_step=2, learning_rate=2e-3, validate_every=50
@@ -72,7 +74,9 @@ def main(settings: DemoSettings) -> None:
         name = f"unseen domains, 5-way {shots}-shot"
         episodes = test.take(settings.test_episodes)
         results[name] = compare_with_frozen(encoder, result.parameters, episodes, result.inner, name)
-    save_adapter(settings.output, encoder, result.parameters, result.inner, {**result.record, "results": results})
+    known = index_tasks(encoder, result.parameters, train_episodes.corpora)
+    record = {**result.record, "results": results}
+    save_adapter(settings.output, encoder, result.parameters, result.inner, record, known_tasks=known)
     (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\n{format_table(results)}\n\nAdapter and results.json are in {settings.output}/\n")
 
@@ -83,6 +87,7 @@ def main(settings: DemoSettings) -> None:
     for query, label, row in zip(QUERIES, classifier.predict(QUERIES), classifier.predict_proba(QUERIES), strict=True):
         shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(classifier.classes_, row, strict=True))
         print(f"  {query!r} → {label}   ({shares})")
+    print(f"Of what the adapter was trained on, it looks most like {classifier.nearest_tasks()[0]}")
 
 
 if __name__ == "__main__":

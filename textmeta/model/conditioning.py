@@ -60,7 +60,7 @@ class ConditioningSettings:
         task_encoder: that makes the embedding.
     """
 
-    start: Literal["none", "banks", "gates"] = "banks"
+    start: Literal["none", "banks", "gates"] = "none"
     banks: int = 4
     groups: int = 3
     temperature: bool = False
