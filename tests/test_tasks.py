@@ -20,7 +20,9 @@ from textmeta.model.task_encoder import TASK_ENCODER, TaskEncoderSettings
 from textmeta.tasks import ClassMatch, KnownTask, KnownTasks, TaskEmbedding, embed_task, index_tasks, similarity
 
 SIZE = 8
-INNER = InnerLoopSettings(conditioning=ConditioningSettings(task_encoder=TaskEncoderSettings(size=SIZE, width=16)))
+INNER = InnerLoopSettings(
+    conditioning=ConditioningSettings("banks", task_encoder=TaskEncoderSettings(size=SIZE, width=16))
+)
 
 
 @pytest.fixture
