@@ -8,9 +8,12 @@ import pytest
 
 from tests.hub.server import TOKEN, USER, HubServer
 from textmeta.artifact.store import save_adapter
+from textmeta.data.corpus import Corpus
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.tasks import index_tasks
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -18,13 +21,16 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_of_the_readme_runs(
-    block: str, hub: HubServer, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: str, hub: HubServer, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
-    encoder, inner = Encoder(EncoderSettings("lab/tiny", max_length=32)), InnerLoopSettings()
-    save_adapter("demo-output", encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner, {})
+    encoder = Encoder(EncoderSettings("lab/tiny", max_length=32))
+    inner = InnerLoopSettings(conditioning=ConditioningSettings())
+    start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
+    known = index_tasks(encoder, start, [corpus], rows=3)
+    save_adapter("demo-output", encoder, start, inner, {}, known_tasks=known)
     with open("intents.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["utterance", "intent"])
@@ -33,7 +39,7 @@ def test_python_of_the_readme_runs(
 
 
 def test_the_readme_has_python() -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_every_recipe_and_config_named_in_the_readme_exists() -> None:
