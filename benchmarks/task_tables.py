@@ -81,7 +81,25 @@ def _report(lines: Sequence[Line]) -> None:
         for stage, _, _ in STAGES:
             head += [f"{stage}: accuracy, NLL", "true embedding over it"]
         _print(head, rows)
+        _temperature(by_variant, corpora)
     _per_corpus(by_variant)
+
+
+def _temperature(by_variant: Mapping[str, Sequence[Line]], corpora: Sequence[str]) -> None:
+    """What a temperature of the task's own does to the NLL, paired by episode."""
+    lines = by_variant.get("own temperature")
+    if not lines:
+        return
+    rows = []
+    for title, arm in (("swapped between corpora", "between"), ("one temperature for all", "mean")):
+        row = [title]
+        for _, shots, when in STAGES:
+            cells = [f"{name} {shots}" for name in corpora]
+            true, other = (_over_seeds(lines, cells, one, when, _nll) for one in ("true", arm))
+            row.append(_difference([true - other], 1, 3))
+        rows.append(row)
+    print("\nNLL with a temperature of the task's own, over\n")
+    _print(["", *(stage for stage, _, _ in STAGES)], rows)
 
 
 def _per_corpus(by_variant: Mapping[str, Sequence[Line]]) -> None:
