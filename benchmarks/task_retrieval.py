@@ -22,7 +22,7 @@ from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import cross_entropy_per_task
 from textmeta.model.initialisation import Parameters
-from textmeta.model.task_encoder import class_embeddings, class_moments, task_embedding
+from textmeta.model.task_encoder import class_moments, class_vectors, task_embedding
 from textmeta.tasks import TaskEmbedding, similarity
 
 __all__ = ["retrieval", "transfer"]
@@ -108,21 +108,24 @@ def _scores(
     encoder: Encoder, parameters: Parameters, episodes: Sequence[Episode], draws: Sequence[Drawn], axis: Tensor
 ) -> dict[str, np.ndarray]:
     """Return (200, 200), how near each first draw is to each second draw, for every way of looking."""
+    names = torch.stack([_names(encoder, episode) for episode in episodes])
     one, two = (_embedded(parameters, draw) for draw in draws)
-    raw = [_matched(draw) for draw in draws]
+    named = [TaskEmbedding(part[0], part, ()) for part in class_vectors(*draws[1], names).numpy()]
     vectors = [np.stack([task.vector for task in tasks]) for tasks in (one, two)]
     means = [_directions([draw]) for draw in draws]
     ordered = [_sorted_prototypes(draw, axis) for draw in draws]
-    names = {name: encoder.frozen_features([readable_name(name)])[0] for e in episodes for name in e.class_names}
-    labels = normalize(torch.stack([torch.stack([names[n] for n in e.class_names]).mean(0) for e in episodes]), dim=-1)
     return {
         "similarity": np.array([[similarity(a, b) for b in two] for a in one]),
+        "similarity, candidates' names known": np.array([[similarity(a, b) for b in named] for a in one]),
         "task embedding": vectors[0] @ vectors[1].T,
-        "similarity of frozen prototypes": np.array([[similarity(a, b) for b in raw[1]] for a in raw[0]]),
         "mean feature": (means[0] @ means[1].T).numpy(),
         "sorted prototypes": (ordered[0] @ ordered[1].T).numpy(),
-        "label-name features": (means[0] @ labels.T).numpy(),
+        "label-name features": (means[0] @ normalize(names.mean(1), dim=-1).T).numpy(),
     }
+
+
+def _names(encoder: Encoder, episode: Episode) -> Tensor:
+    return encoder.frozen_features([readable_name(name) for name in episode.class_names])
 
 
 def _ranks(scores: np.ndarray) -> list[int]:
@@ -135,13 +138,8 @@ def _ranks(scores: np.ndarray) -> list[int]:
 def _embedded(parameters: Parameters, drawn: Drawn) -> list[TaskEmbedding]:
     assert INNER.conditioning is not None
     vectors = task_embedding(parameters, INNER.conditioning.task_encoder, *drawn).numpy()
-    classes = class_embeddings(parameters, *drawn).numpy()
+    classes = class_vectors(*drawn).numpy()
     return [TaskEmbedding(v, c[:ways], ()) for v, c, ways in zip(vectors, classes, drawn[2].tolist(), strict=True)]
-
-
-def _matched(drawn: Drawn) -> list[TaskEmbedding]:
-    prototypes = normalize(class_moments(drawn[0], drawn[1], int(drawn[2].max()))[0], dim=-1).numpy()
-    return [TaskEmbedding(part[0], part, ()) for part in prototypes]
 
 
 def _directions(draws: Sequence[Drawn]) -> Tensor:

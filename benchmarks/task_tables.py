@@ -145,10 +145,10 @@ def _retrieval(lines: Sequence[Line]) -> None:
                 ranks = np.array([line["result"][cell][way] for line in lines])
                 row.append(f"{100 * (ranks == 1).mean():.1f}, {(1 / ranks).mean():.3f}")
             row.append(f"{100 * found[way].mean():.1f}")
-            row.append("" if way == ways[0] else _difference([found[ways[0]] - found[way]]))
+            row += ["" if way == best else _difference([found[best] - found[way]]) for best in ways[:2]]
             rows.append(row)
         print(f"\n{shots} shots: top-1 in per cent, mean reciprocal rank\n")
-        _print(["", *(cell.split()[0] for cell in own), "top-1, all", f"{ways[0]} over it"], rows)
+        _print(["", *(cell.split()[0] for cell in own), "top-1, all", *(f"{way} over it" for way in ways[:2])], rows)
 
 
 def _transfer(lines: Sequence[Line]) -> None:

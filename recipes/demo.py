@@ -74,7 +74,7 @@ def main(settings: DemoSettings) -> None:
         name = f"unseen domains, 5-way {shots}-shot"
         episodes = test.take(settings.test_episodes)
         results[name] = compare_with_frozen(encoder, result.parameters, episodes, result.inner, name)
-    known = index_tasks(encoder, result.parameters, train_episodes.corpora)
+    known = index_tasks(encoder, train_episodes.corpora)
     record = {**result.record, "results": results}
     save_adapter(settings.output, encoder, result.parameters, result.inner, record, known_tasks=known)
     (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -121,7 +121,7 @@ def main(settings: MetaTrainSettings) -> None:
         known = None
         if result.inner.conditioning is not None:
             record["index_rows"] = rows = settings.index_rows
-            known = index_tasks(encoder, result.parameters, parts["train"], rows=rows) if rows else None
+            known = index_tasks(encoder, parts["train"], rows=rows) if rows else None
         save_adapter(settings.output, encoder, result.parameters, result.inner, record, known_tasks=known)
         for name, sampler in test_episodes.items():
             episodes = sampler.take(settings.test_episodes)

@@ -564,7 +564,7 @@ def task_parameters(encoder: Encoder) -> Parameters:
 
 @pytest.fixture
 def conditioned(encoder: Encoder, task_parameters: Parameters, plain: Corpus, corpus: Corpus) -> FewShotClassifier:
-    known = index_tasks(encoder, task_parameters, [corpus, plain])
+    known = index_tasks(encoder, [corpus, plain])
     return FewShotClassifier(encoder, task_parameters, CONDITIONED, {}, known)
 
 

@@ -29,7 +29,7 @@ def test_python_of_the_readme_runs(
     encoder = Encoder(EncoderSettings("lab/tiny", max_length=32))
     inner = InnerLoopSettings(conditioning=ConditioningSettings())
     start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
-    known = index_tasks(encoder, start, [corpus], rows=3)
+    known = index_tasks(encoder, [corpus], rows=3)
     save_adapter("demo-output", encoder, start, inner, {}, known_tasks=known)
     with open("intents.csv", "w", newline="") as file:
         writer = csv.writer(file)

@@ -75,7 +75,7 @@ def test_part_of_a_task_is_like_it_by_its_share() -> None:
 
 
 def test_tasks_of_different_encoders_are_not_compared() -> None:
-    with pytest.raises(DataError, match="class embeddings have 8 and 9 numbers: they are of different task encoders"):
+    with pytest.raises(DataError, match="class vectors have 8 and 9 numbers: they are of different encoders"):
         similarity(task(3, 0), task(3, 0, size=9))
     with pytest.raises(DataError, match="8 and 9 numbers"):
         KnownTasks({"x": ("a",)}, {"x": unit(1, 0, size=9)}).nearest(task(3, 0))
@@ -116,31 +116,33 @@ def test_embedding_of_a_task_is_what_adaptation_starts_from(
     assert found is not None
     assert conditions is not None
     np.testing.assert_allclose(found.vector, conditions.embedding[0].numpy(), rtol=0, atol=1e-6)
-    assert found.classes.shape == (3, SIZE)
+    assert found.classes.shape == (3, encoder.hidden_size)
     np.testing.assert_allclose(np.linalg.norm(found.classes, axis=1), 1, atol=1e-5)
     assert found.labels == ("a", "b", "c")
     without = replace(INNER, conditioning=None)
     assert embed_task(encoder, parameters, without, support, ("a", "b", "c")) is None
 
 
-def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(
-    encoder: Encoder, parameters: Parameters, corpus: Corpus
-) -> None:
+def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(encoder: Encoder, corpus: Corpus) -> None:
     corpora = [corpus.restrict(corpus.class_names[:4]), corpus.restrict(corpus.class_names[4:9])]
-    one, two, other = (index_tasks(encoder, parameters, corpora, rows=5, seed=seed) for seed in (0, 0, 1))
+    one, two, other = (index_tasks(encoder, corpora, rows=5, seed=seed) for seed in (0, 0, 1))
     assert dict(one.classes) == {"toy": corpora[0].class_names, "toy'": corpora[1].class_names}
     for name, vectors in one.vectors.items():
-        assert vectors.shape == (len(one.classes[name]), SIZE)
+        assert vectors.shape == (len(one.classes[name]), encoder.hidden_size)
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         assert np.array_equal(two.vectors[name], vectors)
         assert not np.allclose(other.vectors[name], vectors, atol=1e-3)
+    named = index_tasks(encoder, corpora, rows=5, label_names=True).vectors["toy"]
+    names = encoder.frozen_features(list(corpora[0].class_names)).numpy()
+    expected = one.vectors["toy"] + names
+    np.testing.assert_allclose(named, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
 
 
 def test_a_task_of_a_corpus_is_nearest_to_it(encoder: Encoder, parameters: Parameters, corpus: Corpus) -> None:
     parts = {"first": corpus.restrict(corpus.class_names[:6]), "second": corpus.restrict(corpus.class_names[6:])}
     corpora = [replace(part, name=name) for name, part in parts.items()]
-    known = index_tasks(encoder, parameters, corpora, rows=16)
+    known = index_tasks(encoder, corpora, rows=16)
     for name, part in parts.items():
         episode = EpisodeSampler(part, EpisodeSettings(3, 12, 4), seed=0)[0]
         found = embed_task(encoder, parameters, INNER, support_batch(encoder, [episode]), tuple("abc"))
@@ -148,8 +150,8 @@ def test_a_task_of_a_corpus_is_nearest_to_it(encoder: Encoder, parameters: Param
         assert known.nearest(found)[0].corpus == name
 
 
-def test_texts_of_an_index_do_not_fill_the_cache(encoder: Encoder, parameters: Parameters, corpus: Corpus) -> None:
-    index_tasks(encoder, parameters, [corpus])
+def test_texts_of_an_index_do_not_fill_the_cache(encoder: Encoder, corpus: Corpus) -> None:
+    index_tasks(encoder, [corpus])
     assert not len(encoder._frozen_cache)
     with torch.no_grad():
         encoder.frozen_features(["bal"])

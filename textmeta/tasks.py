@@ -9,12 +9,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from textmeta.data.corpus import Corpus
+from textmeta.data.labels import readable_name
 from textmeta.data.texts import plain
 from textmeta.errors import AdapterError, DataError
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.encoder import Encoder
-from textmeta.model.task_encoder import class_embeddings, task_embedding
+from textmeta.model.task_encoder import class_vectors, task_embedding
 
 __all__ = ["ClassMatch", "KnownTask", "KnownTasks", "TaskEmbedding", "embed_task", "index_tasks", "similarity"]
 
@@ -25,7 +26,7 @@ class TaskEmbedding:
 
     Args:
         vector: (e,) float32, the task embedding, of length 1.
-        classes: (C, e) float32, an embedding of each class, of length 1.
+        classes: (C, d) float32, a vector of each class, of length 1, from the frozen features alone.
         labels: the C classes, in the order of the rows.
     """
 
@@ -41,7 +42,7 @@ class ClassMatch:
     Args:
         label: of the new task.
         known: name of the class of the corpus.
-        cosine: of their embeddings.
+        cosine: of their vectors.
     """
 
     label: Hashable
@@ -71,13 +72,13 @@ class KnownTask:
 
 @dataclass(frozen=True, eq=False)
 class KnownTasks:
-    """An index of what an adapter was trained on: an embedding of every training class, no text.
+    """An index of what an adapter was trained on: a vector of every training class, no text.
 
     Any task that training may have drawn is some of the classes of one corpus, so this is an index of all of them.
 
     Args:
         classes: corpus → names of its classes.
-        vectors: corpus → (classes, e) float32, their embeddings, of length 1.
+        vectors: corpus → (classes, d) float32, their vectors, of length 1.
     """
 
     classes: Mapping[str, tuple[str, ...]]
@@ -87,7 +88,7 @@ class KnownTasks:
         """Return, for each corpus, its task that is most like the one given; at most ``count``, the nearest first.
 
         Args:
-            task: with embeddings from the same task encoder.
+            task: of the same encoder.
             count: how many corpora.
         """
         found = []
@@ -103,14 +104,14 @@ def similarity(one: TaskEmbedding, two: TaskEmbedding) -> float:
     """Return how alike two tasks are: 1 for the same classes, about 0 for tasks that have nothing in common.
 
     Each class of one is paired with a class of the other, no class twice, so that the sum of the cosines of their
-    embeddings is largest (the assignment problem; Kuhn, 1955); the sum is divided by the larger number of classes.
+    vectors is largest (the assignment problem; Kuhn, 1955); the sum is divided by the larger number of classes.
 
     Args:
         one: a task.
-        two: another, of the same task encoder; it may have another number of classes.
+        two: another, of the same encoder; it may have another number of classes.
 
     Raises:
-        DataError: if their embeddings differ in size.
+        DataError: if their vectors differ in size.
     """
     cosines = _assignment(one.classes, two.classes)[2]
     return float(cosines.sum()) / max(len(one.classes), len(two.classes))
@@ -141,7 +142,7 @@ def embed_task(
     task = (features, support.labels, support.ways)
     with torch.no_grad():
         vector = task_embedding(parameters, inner.conditioning.task_encoder, *task)[0]
-        classes = class_embeddings(parameters, *task)[0]
+        classes = class_vectors(*task)[0]
     if not (vector.isfinite().all() and classes.isfinite().all()):
         raise AdapterError("the task encoder makes numbers that are not finite of this task: its weights are too large")
     return TaskEmbedding(vector.float().cpu().numpy(), classes.float().cpu().numpy(), tuple(labels))
@@ -149,19 +150,19 @@ def embed_task(
 
 def index_tasks(
     encoder: Encoder,
-    parameters: Mapping[str, Tensor],
     corpora: Sequence[Corpus],
     *,
     rows: int = 20,
+    label_names: bool = False,
     seed: int = 0,
 ) -> KnownTasks:
     """Return the index of all tasks that the classes of some corpora make up.
 
     Args:
         encoder: makes frozen features.
-        parameters: with the task encoder's weights.
         corpora: restricted to the classes that were trained on.
-        rows: texts of each class that its embedding is made from, drawn at random.
+        rows: texts of each class that its vector is made from, drawn at random.
+        label_names: whether the name of each class goes into its vector, too: of use where names say what classes are.
         seed: of the draw.
     """
     classes, vectors = {}, {}
@@ -172,8 +173,10 @@ def index_tasks(
             chosen = rng.permutation(corpus.rows_of(index))[:rows]
             features = encoder.frozen_features([corpus.texts[row] for row in chosen], remember=False)[None]
             labels = torch.zeros(1, len(chosen), dtype=torch.long, device=encoder.device)
-            with torch.no_grad():
-                one = class_embeddings(parameters, features, labels, torch.tensor([1], device=encoder.device))
+            names = None
+            if label_names:
+                names = encoder.frozen_features([readable_name(corpus.class_names[index])], remember=False)[None]
+            one = class_vectors(features, labels, torch.tensor([1], device=encoder.device), names)
             found.append(one[0, 0].float().cpu().numpy())
         name = corpus.name
         while name in classes:  # two parts of one dataset may share its name
@@ -185,9 +188,7 @@ def index_tasks(
 def _assignment(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return rows of one, rows of the other, and the cosines of the best pairs."""
     if one.shape[1] != two.shape[1]:
-        raise DataError(
-            f"class embeddings have {one.shape[1]} and {two.shape[1]} numbers: they are of different task encoders"
-        )
+        raise DataError(f"class vectors have {one.shape[1]} and {two.shape[1]} numbers: they are of different encoders")
     cosines = one @ two.T
     rows, columns = linear_sum_assignment(-cosines)
     return rows, columns, cosines[rows, columns]

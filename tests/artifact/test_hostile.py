@@ -113,7 +113,7 @@ def world(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny_model, scene.encoder)
     encoder = make_encoder(str(scene.encoder))
     parameters = random_parameters(encoder, inner=CONDITIONED)
-    support, task = [("bal bel", 0), ("fim", 1)], TaskEmbedding(unit(1)[0], unit(2), ("a", "b"))
+    support, task = [("bal bel", 0), ("fim", 1)], TaskEmbedding(unit(1, size=8)[0], unit(2), ("a", "b"))
     fitted = FittedHead(
         lora_factors(parameters), torch.ones(2, 32), ["a", "b"], support, temperature=torch.tensor(7.0), task=task
     )

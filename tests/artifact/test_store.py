@@ -67,7 +67,7 @@ def save(folder: Path, model: str) -> tuple[Encoder, Parameters]:
     return encoder, parameters
 
 
-def unit(rows: int, seed: int = 0, size: int = TASK_ENCODER.size) -> np.ndarray:
+def unit(rows: int, seed: int = 0, size: int = 32) -> np.ndarray:
     """Return random float32 rows of length 1."""
     rows_ = np.random.default_rng(seed).normal(size=(rows, size)).astype(np.float32)
     return rows_ / np.linalg.norm(rows_, axis=1, keepdims=True)
@@ -82,7 +82,7 @@ def save_conditioned(folder: Path, model: str) -> tuple[Encoder, Parameters]:
     """Save a fitted classifier with a task encoder, a memory and an index."""
     encoder = make_encoder(model)
     parameters = random_parameters(encoder, inner=CONDITIONED)
-    task = TaskEmbedding(unit(1, seed=2)[0], unit(2, seed=3), ("a", "b"))
+    task = TaskEmbedding(unit(1, seed=2, size=8)[0], unit(2, seed=3), ("a", "b"))
     factors, weights = lora_factors(parameters), torch.arange(64.0).view(2, 32)
     fitted = FittedHead(factors, weights, ["a", "b"], temperature=torch.tensor(7.1), task=task)
     save_adapter(folder, encoder, parameters, CONDITIONED, RECORD, fitted, known_tasks())
@@ -200,7 +200,7 @@ def test_conditioned_adapter_comes_back_to_the_bit(saved_conditioned: tuple[Path
     assert fitted is not None
     assert fitted.task is not None
     assert fitted.task.labels == ("a", "b")
-    assert np.array_equal(fitted.task.vector, unit(1, seed=2)[0])
+    assert np.array_equal(fitted.task.vector, unit(1, seed=2, size=8)[0])
     assert np.array_equal(fitted.task.classes, unit(2, seed=3))
 
 
@@ -247,8 +247,8 @@ def changed(classes: Any = None, vectors: Any = None) -> KnownTasks:
         (CONDITIONED, changed(classes={"one": ("a", "a")}), "a class is given twice"),
         (CONDITIONED, changed(classes={"one": ("a", "")}), "names of one character or more"),
         (CONDITIONED, changed(classes={"one": ("a", 3)}), "names of one character or more"),
-        (CONDITIONED, changed(vectors=unit(3)), r"shape \(3, 8\), expected \(2, 8\)"),
-        (CONDITIONED, changed(vectors=unit(2, size=9)), r"shape \(2, 9\), expected \(2, 8\)"),
+        (CONDITIONED, changed(vectors=unit(3)), r"shape \(3, 32\), expected \(2, 32\)"),
+        (CONDITIONED, changed(vectors=unit(2, size=9)), r"shape \(2, 9\), expected \(2, 32\)"),
         (CONDITIONED, changed(vectors=2 * unit(2)), "of length 1"),
         (CONDITIONED, changed(vectors=np.nan * unit(2)), "of length 1"),
     ],
@@ -304,7 +304,7 @@ def test_task_encoder_for_other_features_is_refused(conditioned: Path) -> None:
         ("temperature", torch.tensor(-1.0)),
         ("temperature", torch.ones(1)),
         ("task_vector", torch.ones(8)),
-        ("task_vector", torch.from_numpy(unit(1))),
+        ("task_vector", torch.from_numpy(unit(1, size=8))),
         ("task_classes", torch.from_numpy(unit(3))),
         ("task_classes", torch.zeros(2, 8)),
     ],
@@ -315,7 +315,7 @@ def test_task_of_a_fitted_head_must_be_what_the_encoder_makes(conditioned: Path,
 
 
 def test_task_of_a_fitted_head_needs_a_task_encoder(folder: Path) -> None:
-    change = {"task_vector": torch.from_numpy(unit(1)[0])}
+    change = {"task_vector": torch.from_numpy(unit(1, size=8)[0])}
     rewrite_tensors(folder, "classifier.safetensors", lambda tensors: tensors.update(change))
     refused(folder, naming="classifier.safetensors")
 

@@ -44,7 +44,7 @@ CLASSES = "classifier.json"
 OLD_CARD = "README.old.md"
 PROBE = "probe"  # beside the scalars
 TEMPERATURE = "temperature"  # of a fitted head: ()
-TASK_VECTOR, TASK_CLASSES = "task_vector", "task_classes"  # of a fitted head: (e,) and (C, e), of length 1
+TASK_VECTOR, TASK_CLASSES = "task_vector", "task_classes"  # of a fitted head: (e,) and (C, d), of length 1
 COMMIT, SHA256 = "[0-9a-f]{40}", "[0-9a-f]{64}"
 REQUIRED = frozenset({peft_files.CONFIG, peft_files.WEIGHTS, META, SCALARS})
 ADAPTER_FILES = REQUIRED | {HEAD, CLASSES} | INDEX_FILES  # all that a manifest may list
@@ -115,7 +115,7 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     }
     known, fitted = adapter.known_tasks, adapter.fitted
     if known is not None:
-        files |= index_files(known, adapter.inner)
+        files |= index_files(known, _hidden_size(adapter))
     if fitted is None:
         return {**files, CARD: model_card(meta, known=known).encode("utf-8", "replace")}
     classes, support = fitted.classes, fitted.support
@@ -156,7 +156,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     adapter = replace(adapter, parameters={**{LORA + name: value for name, value in factors.items()}, **scalars})
     if files.keys() & {HEAD, CLASSES}:
         adapter = replace(adapter, fitted=_read_fitted(files, folder, adapter))
-    return replace(adapter, known_tasks=read_index(files, folder, adapter.inner))
+    return replace(adapter, known_tasks=read_index(files, folder, _hidden_size(adapter)))
 
 
 def _refuse_newer(folder: Path) -> None:
@@ -263,6 +263,11 @@ def _read_fitted(files: Mapping[str, bytes], folder: Path, adapter: Adapter) -> 
     return replace(fitted, support=[(text, label) for text, label in support])
 
 
+def _hidden_size(adapter: Adapter) -> int | None:
+    """Return the length of the features that an adapter's task encoder is for; None, where it has none."""
+    return None if adapter.inner.conditioning is None else adapter.parameters[CENTRE].numel()
+
+
 def _pop_temperature(tensors: dict[str, Tensor], path: Path) -> Tensor | None:
     """Take a fitted head's temperature out of its tensors; None, where it is of an older format."""
     value = tensors.pop(TEMPERATURE, None)
@@ -275,9 +280,12 @@ def _pop_task(tensors: dict[str, Tensor], classes: list[Any], adapter: Adapter, 
     """Take a fitted task's embedding out of its tensors; None, where the adapter has no task encoder."""
     if adapter.inner.conditioning is None:
         return None  # what is there all the same is no LoRA factor, and refused as that
-    size = adapter.inner.conditioning.task_encoder.size
+    shapes = {
+        TASK_VECTOR: (adapter.inner.conditioning.task_encoder.size,),
+        TASK_CLASSES: (len(classes), _hidden_size(adapter)),
+    }
     found = []
-    for name, shape in ((TASK_VECTOR, (size,)), (TASK_CLASSES, (len(classes), size))):
+    for name, shape in shapes.items():
         value = tensors.pop(name, torch.empty(0))
         if value.shape != shape or not ((value.double().norm(dim=-1) - 1).abs() <= UNIT_TOLERANCE).all():
             raise AdapterError(

@@ -28,6 +28,7 @@ __all__ = [
     "TASK_ENCODER",
     "TaskEncoderSettings",
     "class_embeddings",
+    "class_vectors",
     "task_embedding",
     "task_encoder_shapes",
     "task_encoder_start",
@@ -125,6 +126,21 @@ def class_embeddings(weights: Mapping[str, Tensor], features: Tensor, labels: Te
     prototypes, _ = class_moments(features, labels, int(ways.max()))
     centred = prototypes - weights[CENTRE]
     return normalize(centred @ weights[TASK_ENCODER + "class"].T, dim=-1)
+
+
+def class_vectors(features: Tensor, labels: Tensor, ways: Tensor, names: Tensor | None = None) -> Tensor:
+    """Return (T, C, d), the direction of each class's prototype, or of prototype plus name: what tasks are compared by.
+
+    Nothing in it is learned: a learned map makes classes that training did not see harder to know again.
+
+    Args:
+        features: (T, n, d) frozen features, of length 1.
+        labels: (T, n) int64, -1 for padding.
+        ways: (T,) int64.
+        names: (T, C, d) features of the class names, of length 1, zeros where not given.
+    """
+    prototypes = normalize(class_moments(features, labels, int(ways.max()))[0], dim=-1)
+    return prototypes if names is None else normalize(prototypes + names, dim=-1)
 
 
 def task_embedding(
