@@ -574,7 +574,7 @@ def test_task_embedding_is_of_the_fitted_task(conditioned: FewShotClassifier, fi
     found = conditioned.fit(SUPPORT, list("kkffbb")).task_embedding_
     assert found is not None
     assert found.labels == ("b", "f", "k") == tuple(conditioned.classes_)
-    assert (found.vector.shape, found.classes.shape) == ((8,), (3, 8))
+    assert (found.vector.shape, found.classes.shape) == ((8,), (3, 32))
     np.testing.assert_allclose(np.linalg.norm(found.classes, axis=1), 1, atol=1e-5)
     assert similarity(found, found) == pytest.approx(1, abs=1e-5)
 

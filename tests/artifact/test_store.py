@@ -288,13 +288,15 @@ def test_nested_setting_is_named_in_full(conditioned: Path, change: dict[str, An
     assert re.search(rf"{re.escape(setting)}\b", refused(conditioned, naming="textmeta.json"))
 
 
-def test_task_encoder_for_other_features_is_refused(conditioned: Path) -> None:
+def test_task_encoder_for_other_features_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    encoder, folder = make_encoder(tiny_model), tmp_path / "adapter"  # no index, which would be found out first
+    save_adapter(folder, encoder, random_parameters(encoder, inner=CONDITIONED), CONDITIONED, RECORD)
     wide = {"task_encoder.centre": (31,), "task_encoder.class": (8, 31)}
     wide |= {f"task_encoder.{name}": (12, 31) for name in ("prototype", "spread", "name")}
     change = {name: torch.ones(shape) for name, shape in wide.items()}
-    rewrite_tensors(conditioned, "textmeta.safetensors", lambda tensors: tensors.update(change))
+    rewrite_tensors(folder, "textmeta.safetensors", lambda tensors: tensors.update(change))
     with pytest.raises(AdapterError, match=r"task encoder takes features of 31 numbers, but those of .* have 32"):
-        load_adapter(conditioned).load_encoder()
+        load_adapter(folder).load_encoder()
 
 
 @pytest.mark.parametrize(
