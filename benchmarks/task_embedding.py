@@ -8,9 +8,11 @@ of the results file, and is not repeated: the same command goes on where it was 
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from textmeta.cli import run_recipe
 from textmeta.errors import SettingsError
+from textmeta.files import write_atomically
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import without_conditioning
 from textmeta.model.conditioning import ConditioningSettings
@@ -117,8 +120,12 @@ class Bench:
 
     def __init__(self, settings: BenchmarkSettings) -> None:
         self.settings = settings
-        self.corpora: Corpora = load_corpora(settings.data_dir, settings.rows)
         self._encoders: dict[int, Encoder] = {}
+
+    @cached_property
+    def corpora(self) -> Corpora:
+        """The corpora, loaded when the first run needs them."""
+        return load_corpora(self.settings.data_dir, self.settings.rows)
 
     def encoder(self, rank: int = RANK) -> Encoder:
         """Return an encoder with LoRA of some rank; all have the frozen layers' states in common."""
@@ -132,7 +139,8 @@ class Bench:
     def runs(self) -> Iterator[Run]:
         """Yield all runs that the settings ask for."""
         settings = self.settings
-        common = {"episodes": settings.episodes, "rows": settings.rows, "max_length": settings.encoder.max_length}
+        encoder = {"encoder": settings.encoder.model, "max_length": settings.encoder.max_length, "rows": settings.rows}
+        common = {"episodes": settings.episodes, **encoder}
         if "choose" in settings.parts:
             for left_out in TRAINED[-1:] if settings.quick else TRAINED:
                 for variant in VARIANTS:
@@ -147,10 +155,10 @@ class Bench:
                     yield Run(key | common, lambda v=variant, s=seed: self.report(v, s))
         if "retrieval" in settings.parts:
             for seed in settings.seeds:
-                key = {"part": "retrieval", "seed": seed, "rows": settings.rows, "quick": settings.quick}
+                key = {"part": "retrieval", "seed": seed, "quick": settings.quick, **encoder}
                 yield Run(key, lambda s=seed: retrieval(self.encoder(), self.corpora, s, settings.quick))
         if "transfer" in settings.parts:
-            key = {"part": "transfer", "rows": settings.rows, "quick": settings.quick}
+            key = {"part": "transfer", "quick": settings.quick, **encoder}
             yield Run(key, lambda: transfer(self.encoder(), self.corpora, settings.quick))
 
     def choose(self, key: dict[str, Any]) -> dict[str, Any]:
@@ -206,12 +214,12 @@ def main(settings: BenchmarkSettings) -> None:
     settings = settings.scaled()
     path = settings.results
     assert path is not None
-    path.parent.mkdir(exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = read_lines(path)
+    runs = list(Bench(settings).runs())
     if not settings.tables:
-        bench = Bench(settings)
         done = [line["key"] for line in lines]
-        missing = [run for run in bench.runs() if run.key not in done]
+        missing = [run for run in runs if run.key not in done]
         for run in tqdm(missing, desc="runs", unit="run"):
             tqdm.write(" ".join(f"{value}" for value in run.key.values()))
             start = time.monotonic()
@@ -220,8 +228,21 @@ def main(settings: BenchmarkSettings) -> None:
             line = {"key": run.key, "seconds": round(time.monotonic() - start), "result": result}
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, separators=(",", ":")) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             lines.append(line)
-    print_tables(lines)
+    wanted = [run.key for run in runs]  # of other settings, a file may hold lines too
+    print_tables([line for line in lines if line["key"] in wanted])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a results file, without a last one that a crash cut short, which is taken off the file."""
+    if not path.exists():
+        return []
+    whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
+    if torn:
+        write_atomically(path, (whole + "\n" * bool(whole)).encode())
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 if __name__ == "__main__":

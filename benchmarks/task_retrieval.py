@@ -60,23 +60,27 @@ def transfer(encoder: Encoder, corpora: Corpora, quick: bool) -> dict[str, Any]:
     the target's prototypes and queries then go through it, and through the encoder as it is.
     """
     parameters = trained_task_encoder(encoder, corpora, 0, quick)
-    by_corpus = episodes_of(corpora.test, 5, 2 if quick else 4, seed=12)
-    episodes = [episode for part in by_corpus.values() for episode in part]
-    embedded = _embedded(parameters, frozen_features(encoder, episodes, "support"))
-    means = _directions([frozen_features(encoder, [episode], "support") for episode in episodes])
+    count = 2 if quick else 4
+    # sources and targets share no text, or an adapter would have been fitted to what it is then judged by
+    sources, episodes = (
+        [e for part in episodes_of(half, 5, count, seed=12).values() for e in part] for half in _halves(corpora.test)
+    )
+    drawn = [[frozen_features(encoder, [episode], "support") for episode in half] for half in (sources, episodes)]
+    embedded = [[_embedded(parameters, one)[0] for one in half] for half in drawn]
+    means = [_directions(half) for half in drawn]
     start = start_parameters(encoder.factor_shapes, FITTED, encoder.hidden_size)
     before = _nll(encoder, start, episodes)
     rows = []
     for source in tqdm(range(len(episodes)), desc="sources", unit="task", leave=False):
         with torch.no_grad():
-            adapted = adapt(encoder, start, support_and_query_batch(encoder, [episodes[source]]), FITTED)
+            adapted = adapt(encoder, start, support_and_query_batch(encoder, [sources[source]]), FITTED)
         moved = {f"lora.{name}": value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
         after = _nll(encoder, {**start, **moved}, episodes)
         for target in range(len(episodes)):
             near = {
-                "similarity": similarity(embedded[source], embedded[target]),
-                "task embedding": float(embedded[source].vector @ embedded[target].vector),
-                "mean feature": float(means[source] @ means[target]),
+                "similarity": similarity(embedded[0][source], embedded[1][target]),
+                "task embedding": float(embedded[0][source].vector @ embedded[1][target].vector),
+                "mean feature": float(means[0][source] @ means[1][target]),
             }
             gain = round(float(before[target] - after[target]), 4)
             rows.append([source, target, gain, *(round(value, 4) for value in near.values())])
@@ -90,6 +94,19 @@ def trained_task_encoder(encoder: Encoder, corpora: Corpora, seed: int, quick: b
     start = start_parameters(encoder.factor_shapes, INNER, encoder.hidden_size, seed)
     steps = 50 if quick else 500
     return train_task_encoder(encoder, start, episodes, INNER, SelfSupervisionSettings(), steps=steps)
+
+
+def _halves(corpora: dict[str, Corpus]) -> list[dict[str, Corpus]]:
+    """Return the corpora twice, each with every other text of each class."""
+    halves: list[dict[str, Corpus]] = []
+    for first in (0, 1):
+        half = {}
+        for name, corpus in corpora.items():
+            rows = np.concatenate([corpus.rows_of(index)[first::2] for index in range(len(corpus.class_names))])
+            texts = [corpus.texts[row] for row in rows]
+            half[name] = Corpus(name, texts, corpus.labels[rows], corpus.class_names)
+        halves.append(half)
+    return halves
 
 
 def _distinct_tasks(corpus: Corpus, shots: int) -> list[Episode]:
@@ -130,7 +147,8 @@ def _names(encoder: Encoder, episode: Episode) -> Tensor:
 
 def _ranks(scores: np.ndarray) -> list[int]:
     """Return the rank of the diagonal in each row, from 1."""
-    ranks: list[int] = ((scores > np.diag(scores)[:, None]).sum(1) + 1).tolist()
+    assert np.isfinite(scores).all()
+    ranks: list[int] = (scores >= np.diag(scores)[:, None]).sum(1).tolist()  # a tie is no find
     return ranks
 
 

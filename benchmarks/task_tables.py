@@ -104,11 +104,13 @@ def _temperature(by_variant: Mapping[str, Sequence[Line]], corpora: Sequence[str
 
 def _per_corpus(by_variant: Mapping[str, Sequence[Line]]) -> None:
     """What the true embedding has over its main controls in each corpus, from the start."""
+    if "banks" not in by_variant:
+        return
     rows = []
     for name in (*TRAINED, *UNSEEN):
         row = [name]
         for shots in (1, 5):
-            true = _over_seeds(by_variant.get("banks", []), [f"{name} {shots}"], "true", "start", _accuracy)
+            true = _over_seeds(by_variant["banks"], [f"{name} {shots}"], "true", "start", _accuracy)
             row.append(f"{100 * true.mean():.2f}")
             for variant, arm in (
                 ("banks", "between"),
@@ -117,6 +119,9 @@ def _per_corpus(by_variant: Mapping[str, Sequence[Line]]) -> None:
                 ("not trained", "mean"),
             ):
                 own = by_variant.get(variant, [])
+                if not own:
+                    row.append("")
+                    continue
                 other = _over_seeds(own, [f"{name} {shots}"], arm, "start", _accuracy)
                 row.append(_difference([true - other]))
         rows.append(row)

@@ -675,3 +675,13 @@ def test_nearest_tasks_need_a_task_encoder_and_an_index(
 
 if __name__ == "__main__":
     print(json.dumps(FewShotClassifier.from_pretrained(sys.argv[1]).predict_proba(TEXTS).tolist()))
+
+
+@pytest.mark.parametrize("value", [300.0, -300.0])
+def test_a_head_that_is_not_finite_is_an_error(value: float, encoder: Encoder, task_parameters: Parameters) -> None:
+    broken = {**task_parameters, "task_temperature": torch.full_like(task_parameters["task_temperature"], value)}
+    classifier = FewShotClassifier(encoder, broken, CONDITIONED)
+    with pytest.raises(AdapterError, match="not finite, or a temperature of"):
+        classifier.fit(SUPPORT, list("kkffbb"))
+    with pytest.raises(NotFittedError):
+        classifier.predict(["bal"])

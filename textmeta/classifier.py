@@ -136,6 +136,7 @@ class FewShotClassifier:
         Raises:
             DataError: naming the row, if a text is no string or empty, a label is missing or not hashable, or there
                 are fewer than two classes.
+            AdapterError: if the adapter makes a head of this task that is not finite.
         """
         texts = checked_texts(texts, "fit")
         rows = checked_labels(labels)
@@ -155,9 +156,14 @@ class FewShotClassifier:
         with torch.no_grad():
             adapted = adapt(self._encoder, self._parameters, support, self._inner)
             weights = task_weights(self._encoder, adapted, support)[0]
+        temperature = adapted.scalars["temperature"].view(-1)[0]  # one for all tasks, or one for each
+        if not (weights.isfinite().all() and temperature.isfinite() and temperature > 0):
+            raise AdapterError(
+                f"fit: the adapter makes a head of this task that is not finite, or a temperature of {temperature:.3g}: "
+                "it was not meant for tasks like this, or is broken"
+            )
         task = embed_task(self._encoder, self._parameters, self._inner, support, classes)
-        self._weights, self.task_embedding_ = weights, task
-        self._temperature = adapted.scalars["temperature"].view(-1)[0]  # one for all tasks, or one for each
+        self._weights, self.task_embedding_, self._temperature = weights, task, temperature
         self._factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
         self.classes_ = label_array(classes)
         self.support_ = list(zip(texts, rows, strict=True))

@@ -29,8 +29,8 @@ T = TypeVar("T")
 def parse_settings(kind: type[T], arguments: Sequence[str] | None = None, description: str | None = None) -> T:
     """Make settings of a dataclass from ``--config FILE`` (YAML) and ``--name value``, later ones overriding.
 
-    Nested settings have dotted names: ``--training.steps 100``. A hyphen in a name is as good as an underscore, and a
-    truth value can be left out where it is true.
+    Nested settings have dotted names: ``--training.steps 100``. A hyphen in a name is as good as an underscore; of a
+    switch that is not nested, ``true`` can be left out.
 
     Args:
         kind: the dataclass; its fields' types and docstring make the options.

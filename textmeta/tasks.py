@@ -11,7 +11,7 @@ from torch import Tensor
 from textmeta.data.corpus import Corpus
 from textmeta.data.labels import readable_name
 from textmeta.data.texts import plain
-from textmeta.errors import AdapterError, DataError
+from textmeta.errors import AdapterError, DataError, SettingsError
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.encoder import Encoder
@@ -131,7 +131,7 @@ def embed_task(
         parameters: the initialisation, with the task encoder's weights.
         inner: whose conditioning says which task encoder.
         support: the support set of one task.
-        labels: its classes, in the order of their numbers.
+        labels: its classes, in the order of their numbers; a task encoder that can see names sees them.
 
     Raises:
         AdapterError: if the embedding is not finite.
@@ -140,8 +140,11 @@ def embed_task(
         return None
     features = support.pad(encoder.frozen_features(support.texts.texts, remember=False))
     task = (features, support.labels, support.ways)
+    names = None
+    if inner.conditioning.task_encoder.label_names:
+        names = encoder.frozen_features([readable_name(str(label)) for label in labels], remember=False)[None]
     with torch.no_grad():
-        vector = task_embedding(parameters, inner.conditioning.task_encoder, *task)[0]
+        vector = task_embedding(parameters, inner.conditioning.task_encoder, *task, names)[0]
         classes = class_vectors(*task)[0]
     if not (vector.isfinite().all() and classes.isfinite().all()):
         raise AdapterError("the task encoder makes numbers that are not finite of this task: its weights are too large")
@@ -164,7 +167,12 @@ def index_tasks(
         rows: texts of each class that its vector is made from, drawn at random.
         label_names: whether the name of each class goes into its vector, too: of use where names say what classes are.
         seed: of the draw.
+
+    Raises:
+        SettingsError: if rows is not positive.
     """
+    if rows < 1:
+        raise SettingsError(f"an index needs at least 1 text of a class, given rows {rows}")
     classes, vectors = {}, {}
     for number, corpus in enumerate(corpora):
         rng = np.random.default_rng((seed, number))

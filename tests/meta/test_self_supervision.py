@@ -73,6 +73,18 @@ def test_what_has_a_gradient(encoder: Encoder, sampler: EpisodeSampler) -> None:
     assert not self_supervised_gradient(encoder, parameters, sampler.take(6), INNER, unbalanced)[KEYS].any()
 
 
+def test_a_task_drawn_twice_is_no_stranger_to_itself(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    """The gradient with a task twice has no part that pushes its two pairs of draws apart."""
+    parameters = start_parameters(encoder.factor_shapes, INNER, encoder.hidden_size)
+    one, other = sampler.take(2)
+    supervision = SelfSupervisionSettings(balance=0.0)
+    alone = self_supervised_gradient(encoder, parameters, [one, one], INNER, supervision)
+    assert alone[TASK_ENCODER + "class"].any()  # its classes are strangers to each other
+    task = TASK_ENCODER + "task"  # which only the task's own loss reaches
+    assert not alone[task].any()
+    assert self_supervised_gradient(encoder, parameters, [one, other], INNER, supervision)[task].any()
+
+
 def test_names_teach_those_that_can_see_them(encoder: Encoder, sampler: EpisodeSampler) -> None:
     assert INNER.conditioning is not None
     task_encoder = replace(INNER.conditioning.task_encoder, label_names=True)

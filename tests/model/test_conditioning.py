@@ -115,3 +115,10 @@ def test_nothing_that_must_learn_starts_without_a_gradient() -> None:
 def test_settings_out_of_range(given: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         ConditioningSettings(**given)
+
+
+@pytest.mark.parametrize("layer", ["encoder.\u00b2.3", "encoder.layer." + "9" * 5000])
+def test_names_of_layers_may_be_anybodys(layer: str) -> None:
+    shapes = {f"{layer}.{part}.lora_B.weight": (5, 2) for part in ("query", "value")}
+    settings = ConditioningSettings("gates", task_encoder=SMALL)
+    assert conditioning_shapes(settings, shapes, 12)[GATES][1] == 6

@@ -219,7 +219,7 @@ def _unadapted_logits(
         offset = support.new_zeros(1, episode.ways, encoder.hidden_size)
         mask = class_mask(torch.tensor([episode.ways], device=encoder.device))
         conditions = None
-        if inner.conditioning is not None:  # whose temperature may be the task's own
+        if inner.conditioning is not None and inner.conditioning.decides:  # the temperature may be the task's own
             conditions = embed_tasks(encoder, parameters, support_batch(encoder, [episode]), inner)
         scalars = task_scalars(parameters, conditions)
         weights = head.weights(support[None], labels, offset, scalars)

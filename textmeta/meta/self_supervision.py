@@ -3,7 +3,7 @@
 An episode's support and query set are two such draws. No label that training does not have anyway is used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,24 +121,25 @@ def self_supervised_gradient(
         embedding = task_embedding(leaves, task_encoder, *tasks, names)
         draws.append((embedding, class_embeddings(leaves, *tasks)))
     (one, one_classes), (two, two_classes) = draws
-    known = [(episode.corpus, name) for episode in episodes for name in episode.class_names]
+    tasks_same = _same([(e.corpus, frozenset(e.class_names)) for e in episodes], encoder.device)
+    classes_same = _same([(e.corpus, name) for e in episodes for name in e.class_names], encoder.device)
     rows = torch.tensor([i for i, e in enumerate(episodes) for _ in e.class_names], device=encoder.device)
     columns = torch.tensor([c for e in episodes for c in range(e.ways)], device=encoder.device)
-    number = {name: index for index, name in enumerate(dict.fromkeys(known))}
-    which = torch.tensor([number[name] for name in known], device=encoder.device)
     loss = settings.contrastive * (
-        contrastive_loss(one, two, settings.contrast)
-        + contrastive_loss(
-            one_classes[rows, columns],
-            two_classes[rows, columns],
-            settings.contrast,
-            which[:, None] == which[None],
-        )
+        contrastive_loss(one, two, settings.contrast, tasks_same)
+        + contrastive_loss(one_classes[rows, columns], two_classes[rows, columns], settings.contrast, classes_same)
     )
     if KEYS in leaves:
         loss = loss + settings.balance * balance_loss(routing(leaves, one))
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {name: part for name, part in zip(leaves, found, strict=True) if part is not None}
+
+
+def _same(things: Sequence[Hashable], device: torch.device) -> Tensor:
+    """Return (N, N) bool, which of N things are equal."""
+    number = {thing: index for index, thing in enumerate(dict.fromkeys(things))}
+    numbers = torch.tensor([number[thing] for thing in things], device=device)
+    return numbers[:, None] == numbers[None]
 
 
 def by_condition(
@@ -182,8 +183,13 @@ def train_task_encoder(
         settings: the weights, and how many episodes a step.
         steps: of Adam; its step size falls evenly to 0.
         learning_rate: of the first step.
+
+    Raises:
+        SettingsError: if there are fewer than two episodes a step.
     """
-    learned = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    if settings.episodes < 2:
+        raise SettingsError(f"a task encoder needs at least 2 episodes a step to learn, given {settings.episodes}")
+    learned = {name: value.to(encoder.device, copy=True).requires_grad_() for name, value in parameters.items()}
     optimiser = torch.optim.Adam(learned.values(), lr=learning_rate)
     for step in tqdm(range(steps), desc="task encoder", unit="step"):
         batch = episodes.take(settings.episodes, step * settings.episodes)

@@ -9,6 +9,7 @@ So B̄, plain LoRA, is the start at even routing: the mean of the banks. Gates a
 B⁰(τ) = (1 + tanh(z(τ) · w_l)) B̄.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -178,4 +179,5 @@ def _is_conditioned(factor: str) -> bool:
 def _layers(factors: Iterable[str]) -> list[str]:
     """Return the layers that carry LoRA, from the lowest to the highest."""
     names = {layer_of(name) for name in factors}
-    return sorted(names, key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
+    # names may be anybody's: only what can be a layer's number counts as one
+    return sorted(names, key=lambda name: ([int(n) for n in name.split(".") if re.fullmatch("[0-9]{1,6}", n)], name))

@@ -143,8 +143,9 @@ class Encoder:
         # an uninterrupted one. Matrix products round differently in batches of different shapes, on a CPU even in
         # different rows: so there each text goes alone. A GPU is too slow at that: it gets batches of one fixed shape.
         self._group = 1 if self.device.type == "cpu" else 32
-        self._states_cache = TextCache(self.settings.cache_mb)
-        self._frozen_cache = TextCache(self.settings.cache_mb)
+        features_mb = self.settings.cache_mb // 16  # a vector a text, where the states have one for each token
+        self._states_cache = TextCache(self.settings.cache_mb - features_mb)
+        self._frozen_cache = TextCache(features_mb)
 
     def prepare(self, texts: Sequence[str], *, remember: bool = True) -> PreparedTexts:
         """Run the frozen layers on texts (or take their states from the cache) and pad them into buckets.
@@ -204,12 +205,10 @@ class Encoder:
             remember: whether to cache them.
         """
 
-        def run(batch: Tensor) -> Tensor:  # outside of using_factors LoRA's B is 0
-            mask = torch.ones(batch.shape[:2], dtype=torch.long, device=self.device)
-            return self._pool(self._run_suffix(batch, mask), mask)
-
         def compute(missing: list[str]) -> list[Tensor]:
-            return self._in_equal_batches(self._states(missing, remember), run)
+            # outside of using_factors LoRA's B is 0
+            hidden = self._in_equal_batches(self._states(missing, remember), self._run_whole)
+            return [self._pool(row[None], torch.ones_like(row[None, :, 0]))[0] for row in hidden]
 
         return torch.stack(self._frozen_cache.get(texts, compute, remember))
 
@@ -221,6 +220,10 @@ class Encoder:
             weights = mask.to(hidden.dtype)
             pooled = torch.einsum("nld,nl->nd", hidden, weights) / weights.sum(1, keepdim=True)
         return nn.functional.normalize(pooled, dim=1)
+
+    def _run_whole(self, inputs: Tensor) -> Tensor:
+        """Run the suffix on rows without padding."""
+        return self._run_suffix(inputs, torch.ones(inputs.shape[:2], dtype=torch.long, device=self.device))
 
     def _run_suffix(self, inputs: Tensor, mask: Tensor) -> Tensor:
         key = "input_ids" if self._prefix is None else "inputs_embeds"

@@ -43,6 +43,7 @@ N_STATISTICS = 5  # of task_statistics
 ATTENTION_HEADS = 4
 NEIGHBOUR_TEMPERATURE = 10.0  # of the cosines between prototypes that weigh a class's neighbours
 RESIDUAL_START = 0.02  # of what is learned on top of the mean of the class embeddings, at the start
+SMALLEST = 1e-6  # scatter
 MAX_WIDTH = 4096
 
 
@@ -203,8 +204,8 @@ def task_statistics(features: Tensor, labels: Tensor, ways: Tensor) -> Tensor:
     within = (spread.square().sum(-1) * several).sum(1) / several.sum(1).clamp(min=1)
     centre = _mean(prototypes, mask[..., None])
     between = ((prototypes - centre[:, None]).square().sum(-1) * mask).sum(1) / (ways - 1).clamp(min=1)
-    known = (within > 0) & (between > 0)
-    ratio = torch.where(known, (between / within.clamp(min=1e-6)).clamp(min=1e-6).log(), torch.zeros_like(within))
+    known = (within > SMALLEST) & (between > SMALLEST)  # not 0: of equal texts rounding leaves a little
+    ratio = torch.where(known, (between / within.clamp(min=SMALLEST)).clamp(min=SMALLEST).log(), 0.0)
     log_shots = (shots.clamp(min=1).log() * mask).sum(1) / ways
     return torch.stack([ways.to(features.dtype).log(), log_shots, within, between, ratio], 1)
 
@@ -241,7 +242,7 @@ def _neighbours(classes: Tensor, prototypes: Tensor, mask: Tensor) -> Tensor:
     itself = torch.eye(classes.shape[1], dtype=torch.bool, device=classes.device)
     left_out = itself | ~mask[..., 0].bool()[:, None]
     weights = torch.where(left_out, torch.full_like(cosines, -1e9), cosines).softmax(-1)
-    return weights @ _scaled(classes)
+    return (weights * ~left_out) @ _scaled(classes)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
