@@ -159,8 +159,8 @@ class FewShotClassifier:
         temperature = adapted.scalars["temperature"].view(-1)[0]  # one for all tasks, or one for each
         if not (weights.isfinite().all() and temperature.isfinite() and temperature > 0):
             raise AdapterError(
-                f"fit: the adapter makes a head that is not finite, or a temperature of {temperature:.3g}, of this task; "
-                "it is broken, or was not meant for such tasks"
+                "fit: the adapter makes of this task a head that is not finite, or a temperature of "
+                f"{temperature:.3g}; it is broken, or was not meant for such tasks"
             )
         task = embed_task(self._encoder, self._parameters, self._inner, support, classes)
         self._weights, self.task_embedding_, self._temperature = weights, task, temperature
