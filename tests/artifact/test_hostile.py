@@ -1002,7 +1002,7 @@ def task_encoders() -> Iterator[Case]:
     others = {"task_encoder.centre": (31,), "task_encoder.class": (8, 31)}
     others |= {f"task_encoder.{name}": (12, 31) for name in ("prototype", "spread", "name")}
     change = all_of(*(tensors(SCALARS, having(name, torch.zeros(shape))) for name, shape in others.items()))
-    yield Case("task encoder of other features", change, rf"{SCALARS}: its task encoder takes features of 31", ENCODER)
+    yield Case("task encoder of other features", change, rf"{HEAD}: task_classes must have shape \(2, 31\)")
     for value in (torch.tensor(0.0), torch.tensor(-1.0), torch.ones(1), torch.zeros(0), torch.ones(2, 2)):
         change = tensors(HEAD, having("temperature", value))
         yield Case(f"fitted temperature {value!r:.40}", change, rf"{HEAD}: temperature must be one positive number")
@@ -1065,18 +1065,18 @@ def indexes() -> Iterator[Case]:
     yield Case("a corpus too many", index(two, one, {**one, "name": "three"}), counts)
     yield Case("a corpus too few", index(two), counts)
     yield Case("100,000 corpora", index(*({**one, "name": str(i)} for i in range(100_000))), counts)
-    yield Case("known class too many", index({**two, "classes": ["a", "b", "c"]}, one), rf"{NAMES}.*shape \(2, 8\)")
+    yield Case("known class too many", index({**two, "classes": ["a", "b", "c"]}, one), rf"{NAMES}.*shape \(2, 32\)")
     many = index({**two, "classes": [str(i) for i in range(300_000)]}, one)
-    yield Case("300,000 known classes", many, rf"{NAMES}.*shape \(2, 8\), expected \(300000, 8\)")
+    yield Case("300,000 known classes", many, rf"{NAMES}.*shape \(2, 32\), expected \(300000, 32\)")
     for name in ("2", "00", "-0", "../0", "one", "0\n"):
         change = tensors(VECTORS, lambda found, name=name: found.update({name: found.pop("0")}))
         yield Case(f"corpus of tensor {name!r}", change, counts)
-    for shape in ((), (8,), (2, 7), (2, 9), (3, 8), (0, 8), (2, 0), (2**40, 0), (2, 8, 1)):
-        message = rf"{VECTORS}.*shape \(.*\), expected \(2, 8\)"
-        yield Case(f"class embeddings of shape {shape}", tensors(VECTORS, having("0", torch.ones(shape))), message)
+    for shape in ((), (32,), (2, 8), (2, 33), (3, 32), (0, 32), (2, 0), (2**40, 0), (2, 32, 1)):
+        message = rf"{VECTORS}.*shape \(.*\), expected \(2, 32\)"
+        yield Case(f"class vectors of shape {shape}", tensors(VECTORS, having("0", torch.ones(shape))), message)
     for number in (0.0, 1.0, -1.0, 1e-30, 3e38):
         change = tensors(VECTORS, lambda found, number=number: found["1"].fill_(number))
-        yield Case(f"class embeddings of {number}", change, rf"{VECTORS}.*class embeddings of length 1")
+        yield Case(f"class vectors of {number}", change, rf"{VECTORS}.*class vectors of length 1")
     for name in (NAMES, VECTORS):
         half = rf"half an index of training tasks: it has no {name}"
         yield Case(f"half an index, without {name}", unlist(name), half)

@@ -39,4 +39,4 @@ def checked_texts(texts: Iterable[object], where: str, *, allow_empty: bool = Fa
 def plain(value: Any) -> str:
     """Return a value that may be anybody's as text of one line, without what terminals or Markdown act on."""
     text = "a very large number" if isinstance(value, int) and abs(value) >= 2**63 else str(value)
-    return "".join(c if c.isprintable() and c not in "`|<>[]" else "\N{REPLACEMENT CHARACTER}" for c in text)[:500]
+    return "".join(c if c.isprintable() and c not in "`|<>" else "\N{REPLACEMENT CHARACTER}" for c in text)[:500]
