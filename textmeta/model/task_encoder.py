@@ -124,9 +124,7 @@ def class_embeddings(weights: Mapping[str, Tensor], features: Tensor, labels: Te
         labels: (T, n) int64, -1 for padding.
         ways: (T,) int64.
     """
-    prototypes, _ = class_moments(features, labels, int(ways.max()))
-    centred = prototypes - weights[CENTRE]
-    return normalize(centred @ weights[TASK_ENCODER + "class"].T, dim=-1)
+    return _projected(weights, class_moments(features, labels, int(ways.max()))[0])
 
 
 def class_vectors(features: Tensor, labels: Tensor, ways: Tensor, names: Tensor | None = None) -> Tensor:
@@ -181,7 +179,7 @@ def task_embedding(
     pooled = torch.cat([_mean(classes, mask), _spread(classes, mask)], -1)
     statistics = task_statistics(features, labels, ways)
     hidden = gelu(_scaled(pooled) @ weight["hidden"].T + statistics @ weight["statistics"].T)
-    means = _mean(class_embeddings(weights, features, labels, ways), mask)
+    means = _mean(_projected(weights, prototypes), mask)
     return normalize(normalize(means, dim=-1) + hidden @ weight["task"].T, dim=-1)
 
 
@@ -219,6 +217,11 @@ def class_moments(features: Tensor, labels: Tensor, ways: int) -> tuple[Tensor, 
     deviations = (features - torch.einsum("tcd,tnc->tnd", means, member)).square()
     squares = torch.einsum("tnd,tnc->tcd", deviations, member)
     return means, (squares / (shots - 1).clamp(min=1)).sqrt()
+
+
+def _projected(weights: Mapping[str, Tensor], prototypes: Tensor) -> Tensor:
+    """Return (T, C, e), the direction of each class's prototype (T, C, d) in the space of task embeddings."""
+    return normalize((prototypes - weights[CENTRE]) @ weights[TASK_ENCODER + "class"].T, dim=-1)
 
 
 def _attend(classes: Tensor, weight: Mapping[str, Tensor], mask: Tensor) -> Tensor:
