@@ -7,16 +7,13 @@ of the results file, and is not repeated: the same command goes on where it was 
 --quick is a small version of everything (its own results file), --tables prints what there is and runs nothing.
 """
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+from runs import Run, do_missing, read_lines
 from task_arms import ARMS, INNER, score_arm, swap, task_conditions, train_model
 from task_corpora import TRAINED, Corpora, episodes_of, load_corpora
 from task_retrieval import retrieval, transfer
@@ -25,7 +22,6 @@ from tqdm import tqdm
 
 from textmeta.cli import run_recipe
 from textmeta.errors import SettingsError
-from textmeta.files import write_atomically
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import without_conditioning
 from textmeta.model.conditioning import ConditioningSettings
@@ -100,19 +96,6 @@ class BenchmarkSettings:
         if not self.quick:
             return replace(self, results=results)
         return replace(self, results=results, seeds=[0], steps=10, choosing_steps=5, episodes=10, rows=20)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that is worth a line in the results.
-
-    Args:
-        key: what it is known by.
-        work: does it, and returns what came out.
-    """
-
-    key: dict[str, Any]
-    work: Callable[[], dict[str, Any]]
 
 
 class Bench:
@@ -214,35 +197,12 @@ def main(settings: BenchmarkSettings) -> None:
     settings = settings.scaled()
     path = settings.results
     assert path is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = read_lines(path)
     runs = list(Bench(settings).runs())
     if not settings.tables:
-        done = [line["key"] for line in lines]
-        missing = [run for run in runs if run.key not in done]
-        for run in tqdm(missing, desc="runs", unit="run"):
-            tqdm.write(" ".join(f"{value}" for value in run.key.values()))
-            start = time.monotonic()
-            with torch.random.fork_rng(devices=[]):
-                result = run.work()
-            line = {"key": run.key, "seconds": round(time.monotonic() - start), "result": result}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, separators=(",", ":")) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            lines.append(line)
+        do_missing(runs, lines, path)
     wanted = [run.key for run in runs]  # of other settings, a file may hold lines too
     print_tables([line for line in lines if line["key"] in wanted])
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a results file, without a last one that a crash cut short, which is taken off the file."""
-    if not path.exists():
-        return []
-    whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
-    if torn:
-        write_atomically(path, (whole + "\n" * bool(whole)).encode())
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 if __name__ == "__main__":

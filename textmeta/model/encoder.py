@@ -212,6 +212,15 @@ class Encoder:
 
         return torch.stack(self._frozen_cache.get(texts, compute, remember))
 
+    def states(self, texts: Sequence[str]) -> list[Tensor]:
+        """Return what the frozen layers make of texts, to be kept elsewhere and given back to :meth:`keep_states`."""
+        return self._states(texts, remember=False)
+
+    def keep_states(self, texts: Sequence[str], states: Sequence[Tensor]) -> None:
+        """Put into the cache what :meth:`states` returned, here or in another process with the same settings."""
+        given = dict(zip(texts, states, strict=True))
+        self._states_cache.get(texts, lambda missing: [given[text] for text in missing])
+
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self.settings.pooling == "cls":

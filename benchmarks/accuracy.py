@@ -1,0 +1,213 @@
+"""Accuracy on unseen classes and unseen corpora, beside every baseline, on the same encoder and the same episodes.
+
+python benchmarks/accuracy.py --data-dir DIR
+
+DIR holds NAME.jsonl (text, label), and NAME.splits.json of the corpora with folds. Every finished run is a line of the
+results file, and is not repeated: the same command goes on where it was interrupted, and prints the tables. --quick is
+a small version of everything, whose figures are of no worth; --tables prints what there is and runs nothing.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from accuracy_cache import DiskCache
+from accuracy_episodes import EPISODE_SEED, PARTS, QUERIES, Cell, Corpora
+from accuracy_methods import METHODS, Bench
+from accuracy_scores import to_result
+from accuracy_tables import print_tables
+from accuracy_training import Trainer, digest, read_recipe
+from runs import Line, Run, do_missing, read_lines
+
+from textmeta.cli import run_recipe
+from textmeta.data.class_splits import read_class_split
+from textmeta.errors import DataError, SettingsError
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parent / "recipes" / "configs"
+UNSEEN = ("huffpost", "20news", "trec6", "tweeteval_emotion")
+VERSIONS = ("textmeta", "torch", "transformers", "setfit")
+QUICK_TEXTS = 30  # --quick runs SetFit on no larger support sets
+QUICK_SETFIT = 3
+
+
+@dataclass(frozen=True)
+class AccuracySettings:
+    """Settings of this benchmark.
+
+    Args:
+        data_dir: folder with the corpora.
+        quick: a small version of everything.
+        tables: print the tables of what there is, and run nothing.
+        parts: which parts to run: classes, all_way, corpora, curve.
+        corpora: names of the corpora that are used; by default all of the folder.
+        folds: that are used.
+        methods: that are run; by default all.
+        unseen: corpora that are for reporting alone, as wholes.
+        seeds: of meta-training; figures are means over them, episode by episode.
+        adapters: for unseen corpora: folders, or names of adapters in the package; figures are means over them.
+        protonet_adapters: the same for the ProtoNet baseline.
+        episodes: of each cell, instead of the protocol's numbers.
+        rows: texts of a class that are used, instead of all.
+        steps: outer steps, instead of the recipe's.
+        recipe: YAML with the sections encoder, lora, episodes, inner, training.
+        protonet: the same, of the ProtoNet baseline; its number of steps follows from the time that ours takes.
+        runs: folder of meta-training runs.
+        cache: folder of frozen features and states.
+        states_mb: states of a corpus that take more than so many MiB are not kept on the disk.
+        results: file of results; by default benchmarks/results/accuracy.jsonl, with --quick runs/accuracy-quick.jsonl.
+    """
+
+    data_dir: Path
+    quick: bool = False
+    tables: bool = False
+    parts: list[str] = field(default_factory=lambda: list(PARTS))
+    corpora: list[str] | None = None
+    folds: list[str] = field(default_factory=lambda: ["01", "02", "03", "04", "05"])
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    unseen: list[str] = field(default_factory=lambda: list(UNSEEN))
+    seeds: list[int] = field(default_factory=lambda: [0])
+    adapters: list[str] = field(default_factory=lambda: ["textmeta/minilm-general"])
+    protonet_adapters: list[str] = field(default_factory=list)
+    episodes: int | None = None
+    rows: int | None = None
+    steps: int | None = None
+    recipe: Path = CONFIGS / "accuracy.yaml"
+    protonet: Path = CONFIGS / "banking77_protonet.yaml"
+    runs: Path = Path("runs/accuracy")
+    cache: Path = Path("runs/cache")
+    states_mb: int = 2048
+    results: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what would otherwise fail only later."""
+        for kind, given, known in (("parts", self.parts, PARTS), ("methods", self.methods, METHODS)):
+            unknown = [name for name in given if name not in known]
+            if unknown:
+                raise SettingsError(f"{kind} must be some of {list(known)}, given {unknown[0]!r}")
+
+    def scaled(self) -> "AccuracySettings":
+        """Return what --quick means, and where results go."""
+        if not self.quick:
+            return replace(self, results=self.results or HERE / "results" / "accuracy.jsonl")
+        corpora = Corpora(self.data_dir)
+        used = self.corpora or corpora.names
+        few = [[name for name in used if name in part][:2] for part in (corpora.folded, self.unseen)]
+        return replace(
+            self,
+            corpora=sorted({*few[0], *few[1]}),
+            unseen=few[1],
+            folds=self.folds[:1],
+            seeds=self.seeds[:1],
+            episodes=self.episodes or 20,
+            rows=self.rows or 25,
+            steps=self.steps or 10,
+            results=self.results or Path("runs/accuracy-quick.jsonl"),
+        )
+
+
+class Runs:
+    """All runs that the settings ask for."""
+
+    def __init__(self, settings: AccuracySettings, lines: list[Line]) -> None:
+        self.settings = settings
+        self.lines = lines
+        cache = DiskCache(settings.cache, settings.states_mb)
+        recipe = read_recipe(settings.recipe)
+        if settings.steps:
+            recipe = recipe.with_steps(settings.steps, 0)
+        self.bench = Bench(
+            corpora=Corpora(settings.data_dir, settings.rows),
+            cache=cache,
+            trainer=Trainer(settings.runs, cache),
+            recipe=recipe,
+            protonet=replace(read_recipe(settings.protonet), encoder=recipe.encoder),
+            seeds=settings.seeds,
+            adapters={"textmeta": settings.adapters, "protonet": settings.protonet_adapters},
+        )
+
+    def __iter__(self) -> Iterator[Run]:
+        """Yield them, those of a corpus and fold together."""
+        for cell in self._cells():
+            ways = min(cell.ways or 10**9, len(self.bench.corpora.reported(cell).class_names))
+            for name in self.settings.methods:
+                method = METHODS[name]
+                if (method.parts and cell.part not in method.parts) or not (cell.shots or method.has_names):
+                    continue
+                count = method.count(ways * cell.shots, cell.episodes)
+                if self.settings.quick and name == "setfit":
+                    count = min(count, QUICK_SETFIT * (ways * cell.shots <= QUICK_TEXTS))
+                for variant in method.variants(self.bench, cell) if count else []:
+                    own = replace(cell, episodes=count)
+                    key = self._key(own, name, variant)
+                    yield Run(key, lambda k=key, c=own, n=name, v=variant: self._work(k, c, n, v))
+
+    def _cells(self) -> Iterator[Cell]:
+        settings, corpora = self.settings, self.bench.corpora
+        used = [name for name in corpora.names if settings.corpora is None or name in settings.corpora]
+        for part in settings.parts:
+            for cell in corpora.cells(part, used, settings.folds, settings.unseen, settings.episodes):
+                try:
+                    corpora.episodes(replace(cell, episodes=1))
+                except DataError as error:
+                    print(f"left out: {part}, {cell.corpus}, {cell.shots} shots: {error}")
+                else:
+                    yield cell
+
+    def _key(self, cell: Cell, method: str, variant: dict[str, Any]) -> dict[str, Any]:
+        bench, corpus = self.bench, self.bench.corpora.corpus(cell.corpus)
+        encoder = bench.encoder(bench.recipe.lora)
+        key = {**asdict(cell), "method": method, "queries": QUERIES, "episode_seed": EPISODE_SEED}
+        if cell.fold is not None:
+            split = read_class_split(self.settings.data_dir / f"{cell.corpus}.splits.json", cell.fold)
+            key["classes"] = digest(asdict(split))
+        key |= {"data": corpus.sha256[:12], "encoder": encoder.weights_sha256[:12]}
+        return key | {"pooling": encoder.settings.pooling, "max_length": encoder.settings.max_length, **variant}
+
+    def _work(self, key: dict[str, Any], cell: Cell, method: str, variant: dict[str, Any]) -> dict[str, Any]:
+        for line in self.lines:  # the same episodes may be in two parts
+            if {**line["key"], "part": None} == {**key, "part": None}:
+                return line["result"]
+        episodes = self.bench.corpora.episodes(cell)
+        outcome = METHODS[method].run(self.bench, cell, episodes, variant)
+        return {**to_result(outcome.scores), **outcome.told}
+
+
+def main(settings: AccuracySettings) -> None:
+    """Do the runs that are not done yet, then print the tables."""
+    settings = settings.scaled()
+    path = settings.results
+    assert path is not None
+    lines = read_lines(path)
+    if not settings.tables:
+        told = {"versions": _versions(), "date": datetime.now(UTC).date().isoformat()}
+        try:
+            do_missing(Runs(settings, lines), lines, path, told)
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command goes on from here")
+    wanted = {
+        "part": settings.parts,
+        "corpus": settings.corpora,
+        "fold": [None, *settings.folds],
+        "method": settings.methods,
+    }
+    chosen = [line for line in lines if all(v is None or line["key"][k] in v for k, v in wanted.items())]
+    print_tables(chosen, quick=settings.quick, pictures=None if settings.quick else path.parent)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    run_recipe(main, AccuracySettings, __doc__)

@@ -1,0 +1,52 @@
+"""A picture of accuracy by the number of shots."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from accuracy_scores import Series
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+__all__ = ["draw_curves"]
+
+Rows = Mapping[tuple[str, int], Mapping[str, Mapping[str | None, Series]]]
+
+
+def draw_curves(rows: Rows, titles: Mapping[str, str], path: Path) -> None:
+    """Draw, for each corpus, a line for each method with its 95 % interval.
+
+    Args:
+        rows: corpus and shots → method → fold → scores.
+        titles: of the methods, in their order.
+        path: of the PNG file.
+    """
+    corpora = sorted({corpus for corpus, _ in rows})
+    figure = Figure(figsize=(4.2 * len(corpora), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    methods = [name for name in titles if any(name in cell for cell in rows.values())]
+    for number, corpus in enumerate(corpora):
+        axes = figure.add_subplot(1, len(corpora), number + 1)
+        for colour, method in enumerate(methods):
+            shots = sorted(n for name, n in rows if name == corpus and method in rows[name, n])
+            if not shots:
+                continue
+            values = [100 * Series.joined(rows[corpus, n][method].values()).accuracy for n in shots]
+            means = np.array([part.mean() for part in values])
+            halves = [1.96 * part.std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else 0.0 for part in values]
+            style = "--" if method.endswith("-names") else "-"
+            axes.errorbar(
+                shots, means, halves, fmt=style, marker="o", markersize=3, color=f"C{colour}", label=titles[method]
+            )
+        axes.set_xscale("symlog", linthresh=1)
+        ticks = sorted({n for name, n in rows if name == corpus})
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.set_xlabel("examples a class")
+        axes.set_title(corpus)
+    figure.axes[0].set_ylabel("accuracy, per cent")
+    handles = {}  # not every method is in every corpus
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,276 @@
+"""The tables of the accuracy benchmark, from the lines of its results file alone."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accuracy_scores import Series, mean_series
+from measure import print_table
+
+__all__ = ["paired", "print_tables", "read_rows"]
+
+Z95 = 1.96
+# columns, in their order; what uses label names stands apart, at the end
+COLUMNS = {
+    "frozen": "frozen prototypes",
+    "logistic": "logistic regression",
+    "sentence-transformers": "sentence-transformers + logistic regression",
+    "lora": "plain LoRA",
+    "setfit": "SetFit",
+    "protonet": "ProtoNet with LoRA",
+    "textmeta": "textmeta",
+    "frozen-names": "with label names: frozen prototypes",
+    "textmeta-names": "with label names: textmeta",
+}
+OURS = {"textmeta": "frozen", "textmeta-names": "frozen-names"}  # ours, and the frozen prototypes beside it
+TITLES = {
+    "classes": "Unseen classes, 5-way: trained on a fold's training classes",
+    "all_way": "Unseen classes, all test classes at once",
+    "corpora": "Unseen corpora: one adapter, trained on others",
+    "curve": "Unseen corpora, by number of shots",
+}
+# mean of 5 folds, 1-shot and 5-shot: (frozen MiniLM as measured before, others as quoted second-hand)
+FROZEN = {"banking77": (86.8, 95.9), "clinc150": (94.7, 98.8)}
+PUBLISHED = {
+    "ProtAugment (unigram)": {"banking77": "89.6 / 94.7", "clinc150": "96.5 / 98.7"},
+    "ContrastNet": {"banking77": "91.2 / 96.4", "clinc150": "96.6 / 98.5"},
+    "LAQDA (label names, transductive)": {"banking77": "89.2 / 94.8", "clinc150": "97.0 / 98.6"},
+}
+TOLERANCE = 0.3
+
+Row = tuple[str, int]  # corpus, shots
+Folds = Mapping[str | None, Series]
+Rows = Mapping[Row, Mapping[str, Folds]]
+
+
+def print_tables(lines: Sequence[Mapping[str, Any]], *, quick: bool = False, pictures: Path | None = None) -> None:
+    """Print a Markdown table of everything that has lines.
+
+    Args:
+        lines: of the results file. Of those that differ in their settings alone, the one with the most episodes counts,
+            and of these the newest.
+        quick: whether they are of a small version.
+        pictures: folder for the picture of the curve; None for none.
+    """
+    if not lines:
+        print("no results yet")
+        return
+    dates = sorted({line["date"] for line in lines})
+    versions = ", ".join(f"{name} {number}" for name, number in lines[-1]["versions"].items())
+    key = lines[-1]["key"]
+    print(f"\n`python benchmarks/accuracy.py --data-dir DIR`, {dates[0]} to {dates[-1]}; {versions}; texts cut at")
+    print(f"{key['max_length']} tokens, {key['queries']} queries a class, no unlabelled queries.")
+    if quick:
+        print("\n**A small version of everything, to see that it runs: these figures are of no worth.**")
+    for part in dict.fromkeys(line["key"]["part"] for line in lines):
+        own = [line for line in lines if line["key"]["part"] == part]
+        rows = read_rows(own)
+        hours = sum(line["seconds"] for line in own) / 3600
+        print(f"\n## {TITLES.get(part, part)} ({len(own)} runs, {hours:.1f} hours)")
+        _accuracy(rows)
+        _differences(rows)
+        _others(rows)
+        _seconds(own)
+        if part == "classes":
+            _references(rows)
+        if part == "curve" and pictures is not None:
+            _picture(rows, pictures / "accuracy_curve.png")
+    _short(lines)
+
+
+def read_rows(lines: Iterable[Mapping[str, Any]]) -> Rows:
+    """Return corpus and shots → method → fold → scores, means over training seeds."""
+    chosen: dict[tuple, Mapping[str, Any]] = {}
+    for line in lines:
+        key = line["key"]
+        place = *(key[name] for name in ("corpus", "shots", "method", "fold")), key.get("seed"), key.get("adapter")
+        if place not in chosen or key["episodes"] >= chosen[place]["key"]["episodes"]:
+            chosen[place] = line
+    found: dict[Row, dict[str, dict[str | None, list[Series]]]] = {}
+    for (corpus, shots, method, fold, *_), line in chosen.items():
+        seeds = found.setdefault((corpus, shots), {}).setdefault(method, {}).setdefault(fold, [])
+        seeds.append(Series.of(line["result"]))
+    return {
+        row: {method: {fold: mean_series(seeds) for fold, seeds in sorted(folds.items(), key=str)} for method, folds in
+              methods.items()} for row, methods in sorted(found.items())
+    }  # fmt: skip
+
+
+def paired(ours: Folds, other: Folds) -> tuple[np.ndarray, np.ndarray]:
+    """Return the accuracies of both on the episodes that both were scored on: of each common fold the first ones."""
+    folds = [fold for fold in ours if fold in other]
+    counts = {fold: min(len(ours[fold].accuracy), len(other[fold].accuracy)) for fold in folds}
+    one, two = (
+        np.concatenate([part[fold].accuracy[: counts[fold]] for fold in folds] or [np.empty(0)])
+        for part in (ours, other)
+    )
+    return one, two
+
+
+def _accuracy(rows: Rows) -> None:
+    columns = _columns(rows)
+    table = [("corpus, shots", *(COLUMNS.get(name, name) for name in columns))]
+    for row, methods in rows.items():
+        usual = max(sum(len(part.accuracy) for part in folds.values()) for folds in methods.values())
+        table.append((_name(row), *(_mean(methods.get(name), usual) for name in columns)))
+    print(
+        "\nAccuracy in per cent ± 95 % over the episodes of all folds, in brackets the standard deviation of the folds'"
+    )
+    print("means; n where there are fewer episodes than in the row's other cells.\n")
+    print_table(table)
+
+
+def _mean(folds: Folds | None, usual: int) -> str:
+    if not folds:
+        return "–"
+    accuracy = 100 * Series.joined(folds.values()).accuracy
+    text = _with_interval(accuracy)
+    if len(folds) > 1:
+        text += f" ({np.std([100 * part.accuracy.mean() for part in folds.values()], ddof=1):.2f})"
+    return text + (f", n = {len(accuracy)}" if len(accuracy) < usual else "")
+
+
+def _differences(rows: Rows) -> None:
+    for ours, frozen in OURS.items():
+        others = [
+            name for name in _columns(rows) if name not in OURS and name.endswith("-names") == (ours != "textmeta")
+        ]
+        table = [("corpus, shots", *(f"over {COLUMNS[name].split(': ')[-1]}" for name in others), "error cut, %")]
+        for row, methods in rows.items():
+            if ours in methods:
+                cells = [_difference(methods[ours], methods.get(name)) for name in others]
+                table.append((_name(row), *cells, _error_cut(methods[ours], methods.get(frozen))))
+        if len(table) > 1:
+            names = "" if ours == "textmeta" else " Label names on both sides."
+            print(
+                f"\n{COLUMNS[ours]}: points over the others [95 %], paired by episode, on the episodes that both have;"
+            )
+            print(f"and the share of the errors of frozen prototypes that is gone.{names}\n")
+            print_table(table)
+
+
+def _difference(ours: Folds, other: Folds | None) -> str:
+    if not other:
+        return "–"
+    one, two = paired(ours, other)
+    difference = 100 * (one - two)
+    if not len(difference):
+        return "–"
+    mean, half = difference.mean(), _half(difference)
+    interval = "" if half is None else f" [{mean - half:+.2f}, {mean + half:+.2f}]"
+    return f"{mean:+.2f}{interval}"
+
+
+def _error_cut(ours: Folds, frozen: Folds | None) -> str:
+    one, two = paired(ours, frozen or {})
+    return f"{100 * (one.mean() - two.mean()) / (1 - two.mean()):.0f}" if len(two) and two.mean() < 1 else "–"
+
+
+def _others(rows: Rows) -> None:
+    columns = _columns(rows)
+    table = [("corpus, shots", *(COLUMNS.get(name, name) for name in columns))]
+    for row, methods in rows.items():
+        cells = []
+        for name in columns:
+            if name not in methods:
+                cells.append("–")
+                continue
+            all_folds = Series.joined(methods[name].values())
+            cells.append(
+                f"{100 * all_folds.macro_f1.mean():.2f}, {all_folds.nll.mean():.3f}, {100 * all_folds.ece:.1f}"
+            )
+        table.append((_name(row), *cells))
+    print("\nMacro-F1 in per cent, NLL in nats, ECE in per cent (15 bins)\n")
+    print_table(table)
+
+
+def _seconds(lines: Sequence[Mapping[str, Any]]) -> None:
+    table = [("", "meta-training: steps", "seconds", "of all processors", "seconds an episode, 1 / 5 / 10 shots")]
+    for name in [name for name in COLUMNS if any(line["key"]["method"] == name for line in lines)]:
+        own = [line for line in lines if line["key"]["method"] == name]
+        told = [_median(line["result"].get(f"training_{part}") for line in own) for part in _TRAINING]
+        by_shots = [
+            [line["result"].get("episode_seconds") for line in own if line["key"]["shots"] == n] for n in (1, 5, 10)
+        ]
+        table.append((COLUMNS[name], *told, " / ".join(_median(part) for part in by_shots)))
+    print("\nTime, medians over corpora and folds, on a machine that does other things too\n")
+    print_table(table)
+
+
+_TRAINING = ("steps", "seconds", "processor_seconds")
+
+
+def _median(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.median(known):.3g}" if known else "–"
+
+
+def _references(rows: Rows) -> None:
+    """Compare with the frozen baseline as measured before, and set published figures beside."""
+    print()
+    for corpus, expected in FROZEN.items():
+        for shots, value in zip((1, 5), expected, strict=True):
+            folds = rows.get((corpus, shots), {}).get("frozen", {})
+            if len(folds) == 5 and all(len(part.accuracy) >= 600 for part in folds.values()):
+                found = 100 * Series.joined(folds.values()).accuracy.mean()
+                verdict = "as it should be" if abs(found - value) <= TOLERANCE else "WRONG BASELINE"
+                print(f"* Frozen prototypes, {corpus}, {shots} shots: {found:.2f}, before {value}: {verdict}")
+    table = [("1-shot / 5-shot, mean of 5 folds, BERT-base, quoted second-hand", *FROZEN)]
+    table += [(name, *(figures.get(corpus, "–") for corpus in FROZEN)) for name, figures in PUBLISHED.items()]
+    for method in ("frozen", *OURS):
+        cells = []
+        for corpus in FROZEN:
+            pair = [rows.get((corpus, shots), {}).get(method) for shots in (1, 5)]
+            means = [
+                f"{100 * Series.joined(f.values()).accuracy.mean():.1f}" if f and len(f) == 5 else "–" for f in pair
+            ]
+            cells.append(" / ".join(means))
+        table.append((f"*measured here, MiniLM: {COLUMNS[method]}*", *cells))
+    print("\nPublished figures, of other episodes and an encoder five times as large: approximate\n")
+    print_table(table)
+
+
+def _short(lines: Sequence[Mapping[str, Any]]) -> None:
+    table = [("", "frozen prototypes", "textmeta", "difference", "NLL")]
+    for part in ("classes", "corpora"):
+        for row, methods in read_rows(line for line in lines if line["key"]["part"] == part).items():
+            if {"frozen", "textmeta"} <= methods.keys():
+                one, two = (Series.joined(methods[name].values()) for name in ("frozen", "textmeta"))
+                where = "unseen classes" if part == "classes" else "unseen corpus"
+                cells = (_with_interval(100 * one.accuracy), _with_interval(100 * two.accuracy))
+                nll = f"{one.nll.mean():.2f} → {two.nll.mean():.2f}"
+                table.append(
+                    (f"{_name(row)}, {where}", *cells, _difference(methods["textmeta"], methods["frozen"]), nll)
+                )
+    if len(table) > 1:
+        print("\n## In short\n")
+        print_table(table)
+
+
+def _picture(rows: Rows, path: Path) -> None:
+    try:
+        from accuracy_picture import draw_curves  # noqa: PLC0415 - matplotlib is an extra
+    except ImportError:
+        print("\nno picture: matplotlib is not installed (extra `plot`)")
+        return
+    draw_curves(rows, COLUMNS, path)
+    print(f"\nThe same as a picture: {path.name}")
+
+
+def _columns(rows: Rows) -> list[str]:
+    known = {name for methods in rows.values() for name in methods}
+    return [name for name in COLUMNS if name in known] + sorted(known - COLUMNS.keys())
+
+
+def _name(row: Row) -> str:
+    return f"{row[0]}, {row[1]}"
+
+
+def _with_interval(values: np.ndarray) -> str:
+    half = _half(values)
+    return f"{values.mean():.2f}" + ("" if half is None else f" ± {half:.2f}")
+
+
+def _half(values: np.ndarray) -> float | None:
+    return float(Z95 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
