@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from accuracy_bench import Bench
 from accuracy_cache import DiskCache
 from accuracy_episodes import EPISODE_SEED, PARTS, QUERIES, Cell, Corpora
-from accuracy_methods import METHODS, Bench
+from accuracy_methods import METHODS
 from accuracy_scores import to_result
 from accuracy_tables import print_tables
 from accuracy_training import Trainer, digest, read_recipe
@@ -131,7 +132,7 @@ class Runs:
         )
 
     def __iter__(self) -> Iterator[Run]:
-        """Yield them, those of a corpus and fold together."""
+        """Yield them, those of a corpus and fold together; those of a part of another kind would follow here."""
         for cell in self._cells():
             ways = min(cell.ways or 10**9, len(self.bench.corpora.reported(cell).class_names))
             for name in self.settings.methods:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from textmeta.data.corpus import Corpus
 from textmeta.meta.adaptation import start_parameters
@@ -16,7 +17,7 @@ from textmeta.model.initialisation import lora_factors
 
 __all__ = ["DiskCache"]
 
-AT_ONCE = 1024  # texts whose features are computed together
+AT_ONCE = 1024  # texts
 
 
 class DiskCache:
@@ -54,7 +55,9 @@ class DiskCache:
             content = load_file(path)
             states = list(torch.split(content["states"], content["lengths"].tolist()))
         else:
-            states = encoder.states(texts)
+            chunks = [texts[first : first + AT_ONCE] for first in range(0, len(texts), AT_ONCE)]
+            bar = tqdm(chunks, desc=f"frozen layers, {corpus.name}", unit=f"{AT_ONCE} texts", leave=False)
+            states = [state for chunk in bar for state in encoder.states(chunk)]
             if sum(state.nbytes for state in states) <= self.states_mb * 2**20:
                 lengths = torch.tensor([len(state) for state in states])
                 _write(path, {"states": torch.cat(states), "lengths": lengths})

@@ -18,7 +18,7 @@ __all__ = ["PARTS", "Cell", "Corpora", "with_names"]
 EPISODE_SEED = 2
 QUERIES = 5  # of a class
 DEAR = {"20news": 200}  # episodes of corpora whose texts are long; all others have 600
-PARTS = ("classes", "all_way", "corpora", "curve")  # a further part: its name here, its cells in Corpora.cells
+PARTS = ("classes", "all_way", "corpora", "curve")  # their cells: Corpora.cells
 # of the parts with folds: ways (0 for all), shots, episodes
 FOLDED = {"classes": (5, (1, 5), 600), "all_way": (0, (1, 5, 10), 50)}
 CORPORA_SHOTS, CURVE_SHOTS = (1, 5, 10), (0, 1, 2, 5, 10, 20, 50)

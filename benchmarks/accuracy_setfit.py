@@ -5,6 +5,7 @@ import logging
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -37,7 +38,8 @@ def has_setfit() -> bool:
 @cache
 def sentence_encoder(settings: EncoderSettings) -> Any:
     """Return textmeta's encoder as a SentenceTransformer: mean over the tokens, length 1, texts cut as everywhere."""
-    from sentence_transformers import SentenceTransformer, models  # noqa: PLC0415 - an extra
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - an extra
+    from sentence_transformers.sentence_transformer import modules  # noqa: PLC0415
 
     if settings.pooling != "mean":
         raise TextMetaError(f"only mean pooling is written here, given {settings.pooling!r}")
@@ -45,9 +47,9 @@ def sentence_encoder(settings: EncoderSettings) -> Any:
     with _quiet(seed=0), tempfile.TemporaryDirectory() as folder:
         pretrained.model.save_pretrained(folder)
         pretrained.tokenizer.save_pretrained(folder)
-        words = models.Transformer(folder, max_seq_length=settings.max_length)
-        pooling = models.Pooling(pretrained.model.config.hidden_size, "mean")
-        return SentenceTransformer(modules=[words, pooling, models.Normalize()], device="cpu")
+        words = modules.Transformer(folder, max_seq_length=settings.max_length)
+        pooling = modules.Pooling(pretrained.model.config.hidden_size, "mean")
+        return SentenceTransformer(modules=[words, pooling, modules.Normalize()], device="cpu")
 
 
 def sentence_probabilities(settings: EncoderSettings, episodes: Sequence[Episode]) -> list[np.ndarray]:
@@ -102,7 +104,8 @@ def _quiet(seed: int) -> Iterator[None]:
     bars, verbosity = datasets.are_progress_bars_disabled(), transformers.logging.get_verbosity()
     loggers = [logging.getLogger(name) for name in ("setfit", "sentence_transformers")]
     levels = [logger.level for logger in loggers]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'pin_memory'", UserWarning)
         torch.manual_seed(seed)
         datasets.disable_progress_bars()
         transformers.logging.set_verbosity_error()

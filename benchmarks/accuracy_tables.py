@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accuracy_reference import print_references
 from accuracy_scores import Series, mean_series
 from measure import print_table
 
@@ -30,14 +31,6 @@ TITLES = {
     "corpora": "Unseen corpora: one adapter, trained on others",
     "curve": "Unseen corpora, by number of shots",
 }
-# mean of 5 folds, 1-shot and 5-shot: (frozen MiniLM as measured before, others as quoted second-hand)
-FROZEN = {"banking77": (86.8, 95.9), "clinc150": (94.7, 98.8)}
-PUBLISHED = {
-    "ProtAugment (unigram)": {"banking77": "89.6 / 94.7", "clinc150": "96.5 / 98.7"},
-    "ContrastNet": {"banking77": "91.2 / 96.4", "clinc150": "96.6 / 98.5"},
-    "LAQDA (label names, transductive)": {"banking77": "89.2 / 94.8", "clinc150": "97.0 / 98.6"},
-}
-TOLERANCE = 0.3
 
 Row = tuple[str, int]  # corpus, shots
 Folds = Mapping[str | None, Series]
@@ -57,23 +50,25 @@ def print_tables(lines: Sequence[Mapping[str, Any]], *, quick: bool = False, pic
         print("no results yet")
         return
     dates = sorted({line["date"] for line in lines})
-    versions = ", ".join(f"{name} {number}" for name, number in lines[-1]["versions"].items())
+    versions = ", ".join(sorted({f"{name} {number}" for line in lines for name, number in line["versions"].items()}))
     key = lines[-1]["key"]
     print(f"\n`python benchmarks/accuracy.py --data-dir DIR`, {dates[0]} to {dates[-1]}; {versions}; texts cut at")
     print(f"{key['max_length']} tokens, {key['queries']} queries a class, no unlabelled queries.")
     if quick:
         print("\n**A small version of everything, to see that it runs: these figures are of no worth.**")
-    for part in dict.fromkeys(line["key"]["part"] for line in lines):
+    for part, title in TITLES.items():  # a part of another kind has tables of its own, to be printed after these
         own = [line for line in lines if line["key"]["part"] == part]
+        if not own:
+            continue
         rows = read_rows(own)
         hours = sum(line["seconds"] for line in own) / 3600
-        print(f"\n## {TITLES.get(part, part)} ({len(own)} runs, {hours:.1f} hours)")
+        print(f"\n## {title} ({len(own)} runs, {hours:.1f} hours)")
         _accuracy(rows)
         _differences(rows)
         _others(rows)
         _seconds(own)
         if part == "classes":
-            _references(rows)
+            print_references(rows, COLUMNS, OURS)
         if part == "curve" and pictures is not None:
             _picture(rows, pictures / "accuracy_curve.png")
     _short(lines)
@@ -204,31 +199,6 @@ _TRAINING = ("steps", "seconds", "processor_seconds")
 def _median(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{np.median(known):.3g}" if known else "–"
-
-
-def _references(rows: Rows) -> None:
-    """Compare with the frozen baseline as measured before, and set published figures beside."""
-    print()
-    for corpus, expected in FROZEN.items():
-        for shots, value in zip((1, 5), expected, strict=True):
-            folds = rows.get((corpus, shots), {}).get("frozen", {})
-            if len(folds) == 5 and all(len(part.accuracy) >= 600 for part in folds.values()):
-                found = 100 * Series.joined(folds.values()).accuracy.mean()
-                verdict = "as it should be" if abs(found - value) <= TOLERANCE else "WRONG BASELINE"
-                print(f"* Frozen prototypes, {corpus}, {shots} shots: {found:.2f}, before {value}: {verdict}")
-    table = [("1-shot / 5-shot, mean of 5 folds, BERT-base, quoted second-hand", *FROZEN)]
-    table += [(name, *(figures.get(corpus, "–") for corpus in FROZEN)) for name, figures in PUBLISHED.items()]
-    for method in ("frozen", *OURS):
-        cells = []
-        for corpus in FROZEN:
-            pair = [rows.get((corpus, shots), {}).get(method) for shots in (1, 5)]
-            means = [
-                f"{100 * Series.joined(f.values()).accuracy.mean():.1f}" if f and len(f) == 5 else "–" for f in pair
-            ]
-            cells.append(" / ".join(means))
-        table.append((f"*measured here, MiniLM: {COLUMNS[method]}*", *cells))
-    print("\nPublished figures, of other episodes and an encoder five times as large: approximate\n")
-    print_table(table)
 
 
 def _short(lines: Sequence[Mapping[str, Any]]) -> None:

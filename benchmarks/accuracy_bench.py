@@ -1,0 +1,92 @@
+"""What the methods of the accuracy benchmark share: corpora, encoders, cached features, models, adapters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from accuracy_cache import DiskCache, plain_features
+from accuracy_episodes import Cell, Corpora
+from accuracy_training import RecipeSettings, Trained, Trainer
+from torch import Tensor
+
+from textmeta.artifact.adapter import Adapter
+from textmeta.artifact.folder import MANIFEST
+from textmeta.artifact.locate import load_from
+from textmeta.data.episodes import Episode
+from textmeta.errors import AdapterError, TextMetaError
+from textmeta.hub import HubAccess
+from textmeta.model.encoder import Encoder
+from textmeta.model.lora import LoraSettings
+
+__all__ = ["Bench"]
+
+
+@dataclass
+class Bench:
+    """What all methods share.
+
+    Args:
+        corpora: of the folder.
+        cache: of frozen features and states.
+        trainer: meta-trains on folds.
+        recipe: ours; its encoder is everybody's.
+        protonet: the recipe of the ProtoNet baseline.
+        seeds: of meta-training.
+        adapters: names of adapters for unseen corpora, by method.
+    """
+
+    corpora: Corpora
+    cache: DiskCache
+    trainer: Trainer
+    recipe: RecipeSettings
+    protonet: RecipeSettings
+    seeds: Sequence[int]
+    adapters: dict[str, Sequence[str]]
+
+    def __post_init__(self) -> None:
+        """Let encoders and adapters be loaded once."""
+        self.encoder = cache(self._encoder)
+        self.adapters_of = cache(self._adapters)
+
+    def _encoder(self, lora: LoraSettings) -> Encoder:
+        return Encoder(self.recipe.encoder, lora)
+
+    def _adapters(self, method: str) -> dict[str, tuple[str, Adapter]]:
+        """Return hash of the folder, and adapter, by name; those that are not there are left out with a word."""
+        found = {}
+        for name in self.adapters.get(method, ()):
+            try:
+                adapter, where = load_from(name, access=HubAccess(local_files_only=True))
+            except TextMetaError as error:
+                print(f"no adapter {Path(name).name}: {method} is left out on unseen corpora ({type(error).__name__})")
+                continue
+            if adapter.weights_sha256 != self.encoder(adapter.lora).weights_sha256:
+                raise AdapterError(f"the adapter {Path(name).name} belongs to another encoder than the recipe's")
+            found[Path(name).name] = sha256((where.folder / MANIFEST).read_bytes()).hexdigest()[:12], adapter
+        return found
+
+    def trained(self, method: str, cell: Cell, seed: int) -> Trained:
+        """Return what was trained on a fold."""
+        assert cell.fold is not None
+        parts = [self.corpora.part(cell.corpus, cell.fold, part) for part in ("train", "valid")]
+        name = f"{cell.corpus}-{cell.fold}/{{}}-{seed}"
+        recipe = self.recipe.with_steps(self.recipe.training.steps, seed)
+        ours = self.trainer.train(name.format("textmeta"), self.encoder(recipe.lora), recipe, *parts)
+        if method == "textmeta":
+            return ours
+        recipe, seconds = self.protonet.with_steps(self.protonet.training.steps, seed), ours.processor_seconds
+        return self.trainer.train_as_long(
+            name.format("protonet"), self.encoder(recipe.lora), recipe, *parts, seconds=seconds
+        )
+
+    def features(self, cell: Cell, episodes: Sequence[Episode]) -> tuple[dict[str, int], Tensor]:
+        """Return the row of each text, and the frozen features; names of classes after the corpus's texts."""
+        encoder = self.encoder(self.recipe.lora)
+        texts, features = self.cache.features(encoder, self.corpora.corpus(cell.corpus))
+        names = sorted({name for episode in episodes for name in episode.label_names or ()} - set(texts))
+        if names:
+            texts, features = [*texts, *names], torch.cat([features, plain_features(encoder, names)])
+        return {text: row for row, text in enumerate(texts)}, features

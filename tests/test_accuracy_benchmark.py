@@ -1,0 +1,324 @@
+"""The accuracy benchmark, on the tiny encoder and toy corpora."""
+
+import importlib
+import importlib.util
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from textmeta import Corpus
+from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta.meta.evaluation import (
+    EpisodeScores,
+    expected_calibration_error,
+    frozen_prototypes,
+    paired_difference,
+    score_episodes,
+)
+from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.model.encoder import Encoder
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RECIPE = """
+encoder: {{model: {model}, max_length: 32}}
+lora: {{rank: 4}}
+episodes: {{ways: 3, shots: [1, 2], queries: 2}}
+inner: {{steps: {steps}}}
+training: {{algorithm: {algorithm}, steps: 4, tasks_per_step: 1, validate_every: 2, validation_episodes: 2, warmup: 0}}
+"""
+SERIES = {"queries": 2, "nll": [100, 300], "f1": [1000, 500]}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def folder(corpus: Corpus, tmp_path: Path) -> Path:
+    """Two corpora, one with a fold."""
+    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("known", "new"):
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    names = corpus.class_names
+    split = {"train": names[:4], "valid": names[4:7], "test": names[7:]}
+    (tmp_path / "known.splits.json").write_text(json.dumps({"01": split}))
+    return tmp_path
+
+
+@pytest.fixture
+def settings(folder: Path, tiny_model: str) -> Any:
+    """Of a small benchmark, without SetFit."""
+    (folder / "recipe.yaml").write_text(RECIPE.format(model=tiny_model, steps=1, algorithm="anil"))
+    (folder / "protonet.yaml").write_text(RECIPE.format(model=tiny_model, steps=0, algorithm="protonet"))
+    accuracy = module("accuracy")
+    return accuracy.AccuracySettings(
+        folder,
+        parts=["classes"],
+        methods=[name for name in accuracy.METHODS if name not in ("setfit", "sentence-transformers")],
+        unseen=["new"],
+        adapters=[],
+        episodes=3,
+        recipe=folder / "recipe.yaml",
+        protonet=folder / "protonet.yaml",
+        runs=folder / "runs",
+        cache=folder / "cache",
+        results=folder / "results.jsonl",
+    )
+
+
+def lines_of(settings: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in settings.results.read_text().splitlines()]
+
+
+def test_runs_are_lines_and_are_not_repeated(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy = module("accuracy")
+    accuracy.main(settings)
+    lines = lines_of(settings)
+    assert len(lines) == 2 * 7  # 1 and 5 shots, each method
+    for line in lines:
+        assert {"key", "seconds", "date", "versions", "result"} == line.keys()
+        result = line["result"]
+        assert result["queries"] == 25
+        assert [len(result[name]) for name in ("right", "nll", "f1")] == [3, 3, 3]
+        assert all(isinstance(value, int) for name in ("right", "nll", "f1") for value in result[name])
+        assert sum(result["bins"]["count"]) == 75
+        assert sum(result["bins"]["correct"]) == sum(result["right"])
+    trained = {line["key"]["method"]: line["result"] for line in lines if line["key"].get("seed") is not None}
+    assert trained["textmeta"]["training_steps"] == 4
+    assert trained["protonet"]["training_steps"] >= 1
+    first = capsys.readouterr().out
+    rows = [line for line in first.splitlines() if line.startswith("| known, 5 |")]
+    frozen = next(line["result"] for line in lines if line["key"]["method"] == "frozen" and line["key"]["shots"] == 5)
+    assert rows[0].split("|")[2].strip().startswith(f"{sum(frozen['right']) / 0.75:.2f} ±")
+
+    before = settings.results.read_bytes()
+    accuracy.main(settings)
+    assert settings.results.read_bytes() == before
+    capsys.readouterr()
+    accuracy.main(replace(settings, tables=True, data_dir=Path("nowhere")))  # from the lines alone
+    assert capsys.readouterr().out.strip() in first
+
+    # what is lost of the file is done again, to the same numbers; what the trainers and caches keep is used
+    whole = before.splitlines(keepends=True)
+    settings.results.write_bytes(b"".join(whole[:-1]) + whole[-1][:40])
+    accuracy.main(settings)
+    again = lines_of(settings)
+    assert again[:-1] == lines[:-1]
+    assert {**again[-1]["result"], "episode_seconds": 0} == {**lines[-1]["result"], "episode_seconds": 0}
+
+
+def test_unseen_corpora(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy = module("accuracy")
+    accuracy.main(replace(settings, methods=["textmeta"], episodes=2))
+    (adapter,) = (settings.runs / "known-01").glob("textmeta-0-*")
+    own = replace(settings, parts=["all_way", "corpora", "curve"], adapters=[str(adapter), "nobody/nothing"])
+    capsys.readouterr()
+    accuracy.main(own)
+    out = capsys.readouterr().out
+    assert "no adapter nothing" in out
+    assert "left out: curve, new, 20 shots" in out  # of 16 texts
+    lines = [line["key"] for line in lines_of(settings)]
+    assert {line["ways"] for line in lines if line["part"] == "all_way"} == {0}
+    curve = [line for line in lines if line["part"] == "curve"]
+    assert {line["shots"] for line in curve} == {0, 1, 2, 5, 10}
+    assert {line["method"] for line in curve if line["shots"] == 0} == {"frozen-names", "textmeta-names"}
+    assert {line["corpus"] for line in curve} == {"new"}
+    assert not [line for line in lines if line["part"] == "corpora" and line["method"] == "protonet"]  # no adapter
+    assert str(settings.runs) not in settings.results.read_text()
+    if importlib.util.find_spec("matplotlib"):
+        assert (settings.results.parent / "accuracy_curve.png").stat().st_size > 10_000
+
+
+def test_the_key_holds_what_the_result_depends_on(settings: Any) -> None:
+    accuracy = module("accuracy")
+
+    def keys(**changes: Any) -> list[str]:
+        return [json.dumps(run.key, sort_keys=True) for run in accuracy.Runs(replace(settings, **changes), [])]
+
+    usual = keys()
+    assert len(set(usual)) == len(usual) == 14
+    for change in ({"episodes": 4}, {"rows": 12}):
+        assert not set(usual) & set(keys(**change))
+    trained = {key for key in usual if '"model"' in key}
+    assert len(trained) == 6
+    assert set(usual) - set(keys(steps=3)) == set(usual) - set(keys(seeds=[1])) == trained
+    assert set(usual) < set(keys(seeds=[0, 1]))
+
+
+def test_equal_time(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy, training = module("accuracy"), module("accuracy_training")
+    bench = accuracy.Runs(settings, []).bench
+    monkeypatch.setattr(training.Trainer, "_calibrate", lambda *_: (0.5, 1.0))
+    parts = [bench.corpora.part("known", "01", part) for part in ("train", "valid")]
+    encoder = bench.encoder(bench.protonet.lora)
+    trained = bench.trainer.train_as_long("p", encoder, bench.protonet, *parts, seconds=5.2)
+    assert trained.steps == 6  # (5.2 - 2 validations) / 0.5
+    assert trained.result.record["settings"]["training"]["validate_every"] == 3
+    monkeypatch.setattr(training.Trainer, "_calibrate", lambda *_: (0.1, 0.0))
+    again = bench.trainer.train_as_long("p", encoder, bench.protonet, *parts, seconds=9)
+    assert again is trained  # chosen once
+
+
+def test_time_of_a_run_that_was_killed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = module("accuracy_training")
+    steps: Iterator[int] = iter([0, 10, 15, 20])  # 5 steps of the second run are nowhere: it was killed after them
+    monkeypatch.setattr(training, "_step", lambda _: next(steps))
+    for _ in range(2):
+        with training._timed(tmp_path):
+            pass
+    assert json.loads((tmp_path / "times.json").read_text())["steps"] == 15
+
+
+def test_torn_lines(tmp_path: Path) -> None:
+    runs = module("runs")
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"key":1}\n{"key":2}\n{"key":')
+    assert runs.read_lines(path) == [{"key": 1}, {"key": 2}]
+    assert path.read_text() == '{"key":1}\n{"key":2}\n'
+    path.write_text('{"ke')
+    assert runs.read_lines(path) == []
+    assert path.read_text() == ""
+    assert runs.read_lines(tmp_path / "none") == []
+
+
+def test_paired_differences(capsys: pytest.CaptureFixture[str]) -> None:
+    tables, scores = module("accuracy_tables"), module("accuracy_scores")
+
+    def series(*accuracy: float) -> Any:
+        count = len(accuracy)
+        return scores.Series(np.array(accuracy), np.zeros(count), np.zeros(count), np.zeros((3, 15)))
+
+    ours = {"01": series(0.8, 0.6, 1.0), "02": series(0.4, 0.6)}
+    other = {"01": series(0.6, 0.6), "02": series(0.6, 0.2, 1.0), "03": series(0.0)}
+    one, two = tables.paired(ours, other)
+    assert (one - two).round(6).tolist() == [0.2, 0.0, -0.2, 0.4]
+    # mean 10, standard deviation 25.82, half-width 1.96 · 25.82 / 2
+    assert tables._difference(ours, other) == "+10.00 [-15.30, +35.30]"
+    assert tables._error_cut(ours, other) == "20"  # mean errors: 50 % before, 40 % after
+    assert tables._difference({"04": series(1.0)}, other) == "–"
+
+    as_scores = [EpisodeScores(a, a, a, a, a) for a in (one, two)]
+    expected = paired_difference(*as_scores)
+    assert f"[{100 * expected['low']:+.2f}, {100 * expected['high']:+.2f}]" == "[-15.30, +35.30]"
+
+
+def test_lines_with_more_episodes_count_and_seeds_are_averaged() -> None:
+    tables = module("accuracy_tables")
+    bins = {"count": [0] * 14 + [4], "confidence": [0] * 14 + [3.9], "correct": [0] * 14 + [3]}
+
+    def line(right: list[int], seed: int, episodes: int = 2, recipe: str = "a") -> dict[str, Any]:
+        key = {"corpus": "c", "shots": 1, "method": "textmeta", "fold": "01", "seed": seed, "recipe": recipe}
+        return {"key": key | {"episodes": episodes}, "result": SERIES | {"right": right, "bins": bins}}
+
+    rows = tables.read_rows([line([0, 0], 0), line([2, 1], 0, recipe="b"), line([1, 0], 1), line([9], 1, episodes=1)])
+    found = rows["c", 1]["textmeta"]["01"]
+    assert found.accuracy.tolist() == [0.75, 0.25]
+    assert found.nll.tolist() == [0.1, 0.3]
+    assert found.ece == pytest.approx(0.9 / 4)
+
+
+def test_scores_are_those_of_the_evaluation(encoder: Encoder, corpus: Corpus) -> None:
+    scores, methods, cache = module("accuracy_scores"), module("accuracy_methods"), module("accuracy_cache")
+    episodes = EpisodeSampler(corpus, EpisodeSettings(4, 3, 4), seed=5).take(40)  # more than one chunk
+    texts = cache.unique(corpus.texts)
+    features = cache.plain_features(encoder, texts)
+    row_of = {text: row for row, text in enumerate(texts)}
+    found = scores.score(methods.frozen_probabilities(row_of, features, episodes), episodes)
+    expected = frozen_prototypes(encoder, episodes)
+    for name in ("accuracy", "macro_f1", "nll", "confidence", "correct"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-5)
+    series = scores.Series.of(json.loads(json.dumps(scores.to_result(expected))))
+    np.testing.assert_allclose(series.accuracy, expected.accuracy)
+    np.testing.assert_allclose(series.nll, expected.nll, atol=5.01e-4)
+    assert series.ece == pytest.approx(expected_calibration_error(expected.confidence, expected.correct), abs=1e-5)
+    halves = [
+        scores.Series.of(scores.to_result(frozen_prototypes(encoder, part))) for part in (episodes[:9], episodes[9:])
+    ]
+    assert scores.Series.joined(halves).ece == pytest.approx(series.ece, abs=1e-5)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_frozen_prototypes_with_label_names(
+    settings: Any, shots: int, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy, methods, adaptation = module("accuracy"), module("accuracy_methods"), module("accuracy_episodes")
+    bench = accuracy.Runs(settings, []).bench
+    cell = adaptation.Cell("curve", "new", None, 5, shots, 6)
+    episodes = adaptation.with_names(bench.corpora.episodes(cell))
+    assert all(len(episode.support_texts) == 5 * shots for episode in episodes)
+    found = methods.METHODS["frozen-names"].run(bench, cell, episodes, {}).scores
+    start = methods.start_parameters(encoder.factor_shapes, InnerLoopSettings(steps=0), encoder.hidden_size)
+    expected = score_episodes(encoder, start, episodes, InnerLoopSettings(steps=0))
+    np.testing.assert_allclose(found.nll, expected.nll, atol=1e-5)
+
+
+def test_states_from_the_disk_are_the_same_bits(encoder: Encoder, corpus: Corpus, tmp_path: Path) -> None:
+    cache = module("accuracy_cache")
+    disk = cache.DiskCache(tmp_path, states_mb=100)
+    disk.warm(encoder, corpus)
+    (file,) = tmp_path.iterdir()
+    other = Encoder(encoder.settings, encoder.lora)
+    cache.DiskCache(tmp_path, states_mb=100).warm(other, corpus)
+
+    def refuse(**_: Any) -> None:
+        raise AssertionError("the frozen layers ran again")
+
+    other._prefix = refuse  # type: ignore[assignment]
+    texts = list(corpus.texts[:20])
+    ours, theirs = (one.prepare(texts).buckets for one in (Encoder(encoder.settings, encoder.lora), other))
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(ours, theirs, strict=True))
+    file.unlink()
+    cache.DiskCache(tmp_path, states_mb=0).warm(Encoder(encoder.settings, encoder.lora), corpus)
+    assert not list(tmp_path.iterdir())  # too large to keep
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("setfit") is None, reason="needs the extra `bench`")
+def test_setfit(
+    settings: Any, encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    accuracy, own = module("accuracy"), module("accuracy_setfit")
+    monkeypatch.chdir(settings.data_dir)
+    texts = [*corpus.texts[:30], " ".join(corpus.texts[:10])]  # the last one is cut
+    found = own.sentence_encoder(encoder.settings).encode(texts, show_progress_bar=False)
+    np.testing.assert_allclose(found, encoder.frozen_features(texts).numpy(), atol=1e-5)
+
+    def around() -> tuple[Any, ...]:
+        legacy = np.random.get_state()[1].tolist()  # noqa: NPY002 - SetFit draws from it
+        return legacy, torch.get_rng_state().tolist(), random.getstate(), sorted(os.listdir())
+
+    before = around()
+    capfd.readouterr()
+    episodes = EpisodeSampler(corpus, EpisodeSettings(3, 2, 2), seed=1).take(2)
+    first, seconds = own.setfit_probabilities(encoder.settings, episodes, seed=0)
+    again, _ = own.setfit_probabilities(encoder.settings, episodes, seed=0)
+    np.testing.assert_array_equal(first, again)
+    assert np.shape(first) == (2, 6, 3)
+    assert seconds > 0
+    assert around() == before
+    shown = capfd.readouterr()
+    assert not shown.out
+    assert not [line for line in shown.err.split("\r") if line.strip() and not line.strip().startswith("setfit:")]
+
+    accuracy.main(replace(settings, methods=["logistic", "sentence-transformers", "setfit"], episodes=2))
+    result = {(line["key"]["method"], line["key"]["shots"]): line["result"] for line in lines_of(settings)}
+    assert result["setfit", 1]["fit_seconds"] > 0
+    for shots in (1, 5):
+        np.testing.assert_allclose(
+            result["logistic", shots]["nll"], result["sentence-transformers", shots]["nll"], atol=2
+        )
