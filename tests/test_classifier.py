@@ -22,7 +22,7 @@ from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import task_batch
 from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import Parameters, head_scalars
+from textmeta.model.initialisation import Parameters, head_scalars, lora_factors
 from textmeta.model.lora import LoraSettings
 from textmeta.model.task_encoder import TaskEncoderSettings
 from textmeta.tasks import index_tasks, similarity
@@ -254,6 +254,139 @@ def test_text_is_cut_at_the_longest_length(fitted: FewShotClassifier) -> None:
     np.testing.assert_array_equal(
         fitted.predict_proba([" ".join(words)]), fitted.predict_proba([" ".join([*words, "kut", "kon"])])
     )
+
+
+NAMES = {"b": "bum", "f": "fon", "k": "kel"}
+
+
+def test_names_alone_make_a_classifier(classifier: FewShotClassifier, encoder: Encoder, parameters: Parameters) -> None:
+    assert classifier.fit(label_names={"k": "kel", "b": "bum", "f": "fon"}) is classifier
+    assert classifier.classes_.tolist() == ["b", "f", "k"]
+    assert classifier.support_ == []
+    assert classifier.predict(list(NAMES.values())).tolist() == ["b", "f", "k"]
+    with torch.no_grad():
+        names, texts = (
+            encoder.features(encoder.prepare(part), lora_factors(parameters)) for part in (list(NAMES.values()), TEXTS)
+        )
+    expected = (10 * texts @ names.T).softmax(1)  # the start's temperature
+    np.testing.assert_allclose(classifier.predict_proba(TEXTS), expected, rtol=0, atol=1e-5)
+
+
+def test_names_and_examples_together(classifier: FewShotClassifier, encoder: Encoder, parameters: Parameters) -> None:
+    """Some classes have both, one a name alone, one examples alone: as evaluation has it."""
+    texts, labels = [*SUPPORT[:2], SUPPORT[2], SUPPORT[4]], [2, 2, 0, 3]
+    found = classifier.fit(texts, labels, label_names={2: "bum", 0: "fon", 1: "kel"}).predict_proba(TEXTS)
+    assert classifier.classes_.tolist() == [0, 1, 2, 3]
+    assert classifier.support_ == list(zip(texts, labels, strict=True))
+    support = task_batch(encoder, [texts], [labels], [4], [["fon", "kel", "bum", None]])
+    query = task_batch(encoder, [TEXTS], [[0] * 4], [4])
+    with torch.no_grad():
+        adapted = adapt(encoder, parameters, support, INNER)
+        logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)[0]
+    assert adapted.offset.any(), "it has taken steps"
+    np.testing.assert_allclose(found, logits.double().softmax(-1).numpy(), rtol=0, atol=1e-5)
+
+
+def test_labels_are_names_as_words(classifier: FewShotClassifier) -> None:
+    texts = ["bal bel bil", "fim fon", "kut kon"]
+    labels = ["balBel", "fim_fon", 7]
+    found = classifier.fit(texts, labels, label_names="labels").predict_proba(TEXTS)
+    named = classifier.fit(texts, labels, label_names={"balBel": "bal bel", "fim_fon": "fim fon", 7: "7"})
+    np.testing.assert_array_equal(found, named.predict_proba(TEXTS))
+    assert not np.allclose(found, classifier.fit(texts, labels).predict_proba(TEXTS), atol=1e-4)
+
+
+@pytest.mark.parametrize("label_names", [None, {}])
+def test_without_names_nothing_changes(classifier: FewShotClassifier, label_names: Any) -> None:
+    expected = classifier.fit(SUPPORT, list("bbffkk")).predict_proba(TEXTS)
+    found = classifier.fit(SUPPORT, list("bbffkk"), label_names=label_names).predict_proba(TEXTS)
+    np.testing.assert_array_equal(found, expected)
+    named = classifier.fit(SUPPORT, list("bbffkk"), label_names=NAMES).predict_proba(TEXTS)
+    assert not np.allclose(named, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["prototype", "ridge"])
+def test_names_weigh_as_much_as_was_learned(encoder: Encoder, parameters: Parameters, head: Any) -> None:
+    """Almost none is as if they were not there; a very large one as if there were nothing else."""
+    inner = replace(INNER, steps=0, head=head)
+    start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size) | lora_of(parameters)
+    found = {
+        weight: FewShotClassifier(encoder, {**start, "log_name_weight": torch.tensor(weight)}, inner)
+        .fit(SUPPORT, list("bbffkk"), label_names=NAMES)
+        .predict_proba(TEXTS)
+        for weight in (-14.0, 0.0, 14.0)
+    }
+    none = FewShotClassifier(encoder, start, inner).fit(SUPPORT, list("bbffkk")).predict_proba(TEXTS)
+    np.testing.assert_allclose(found[-14.0], none, rtol=0, atol=1e-4)
+    assert not np.allclose(found[0.0], none, atol=1e-3)
+    if head == "prototype":
+        alone = FewShotClassifier(encoder, start, inner).fit(label_names=NAMES).predict_proba(TEXTS)
+        np.testing.assert_allclose(found[14.0], alone, rtol=0, atol=1e-4)
+
+
+def lora_of(parameters: Parameters) -> Parameters:
+    return {name: value for name, value in parameters.items() if name.startswith("lora.")}
+
+
+@pytest.mark.parametrize("labels", [[3, 1], [("b", 1), ("f", 2)], [frozenset("b"), frozenset("f")], [True, False]])
+def test_names_of_labels_of_any_type(classifier: FewShotClassifier, labels: list) -> None:
+    classifier.fit(label_names=dict(zip(labels, ["bum", "fon"], strict=True)))
+    assert set(classifier.classes_.tolist()) == set(labels)
+    assert classifier.predict(["bum", "fon"]).tolist() == labels
+    numbers = {np.int64(3): "bum", np.int64(1): "fon"}
+    assert classifier.fit(["bal"], np.array([3]), label_names=numbers).classes_.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "label_names", "message"),
+    [
+        ([], [], "labels", r"at least 2 classes, found 0: \[\] \(label_names 'labels' names no further ones"),
+        (["bal"], ["b"], "labels", r"at least 2 classes, found 1: \['b'\] \(label_names"),
+        ([], [], None, r"at least 2 classes, found 0: \[\]$"),
+        ([], [], {}, r"at least 2 classes, found 0: \[\]$"),
+        (["bal"], ["b"], {"b": "bum"}, r"at least 2 classes, found 1: \['b'\]$"),
+        (["bal", "fim"], ["b", "f"], {"b": ""}, r"^fit, label_names of 'b': text is empty"),
+        (["bal", "fim"], ["b", "f"], {"b": " \n"}, r"^fit, label_names of 'b': text is empty"),
+        ([], [], {"b": "bum", "f": None}, r"^fit, label_names of 'f': text is null, expected a string"),
+        ([], [], {"b": "bum", "f": 3}, r"^fit, label_names of 'f': text is int 3, expected a string"),
+        ([], [], {"b": "bum", "f": "fon \ud83d"}, r"^fit, label_names of 'f': text .* is not valid Unicode"),
+        (["bal", "fim"], ["", "f"], "labels", r"^fit, label_names of '': text is empty"),
+        (
+            ["bal", "fim"],
+            [1, 2],
+            {True: "bum"},
+            r"^fit, label_names, key 0: label True equals 1 but is of another type",
+        ),
+        ([], [], {"b": "bum", None: "fon"}, r"^fit, label_names, key 1: the label is missing"),
+        (["bal", "fim"], ["b", "f"], "label", r"label_names must be None, 'labels', or a mapping .* given str 'label'"),
+        (["bal", "fim"], ["b", "f"], ["bum", "fon"], r"label_names must be .* given list \['bum', 'fon'\]"),
+        (["bal", "fim"], ["b", "f"], np.array(["bum", "fon"]), r"label_names must be .* given ndarray"),
+        (["bal", "fim"], ["b", "f"], True, r"label_names must be .* given bool True"),
+        (["bal"], [], NAMES, "1 texts but 0 labels"),
+    ],
+)
+def test_unusable_names_are_named(
+    fitted: FewShotClassifier, texts: Any, labels: Any, label_names: Any, message: str
+) -> None:
+    expected = fitted.predict_proba(TEXTS)
+    with pytest.raises(DataError, match=message):
+        fitted.fit(texts, labels, label_names=label_names)
+    np.testing.assert_array_equal(fitted.predict_proba(TEXTS), expected)
+
+
+@pytest.mark.parametrize("include_support", [False, True])
+@pytest.mark.parametrize("examples", [0, 3])
+def test_classes_without_examples_can_be_saved(
+    classifier: FewShotClassifier, tmp_path: Path, examples: int, include_support: bool
+) -> None:
+    classifier.fit(SUPPORT[:examples], list("bbf")[:examples], label_names=NAMES)
+    classifier.save_pretrained(tmp_path / "adapter", include_support=include_support)
+    loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
+    assert loaded.classes_.tolist() == ["b", "f", "k"]
+    assert loaded.support_ == (classifier.support_ if include_support else None)
+    np.testing.assert_array_equal(loaded.predict_proba(TEXTS), classifier.predict_proba(TEXTS))
+    texts = [path.read_text() for path in (tmp_path / "adapter").iterdir() if path.suffix in (".json", ".md")]
+    assert not any("bum" in text or "kel" in text for text in texts), "a name is no label: it stays here"
 
 
 def test_no_texts_give_empty_arrays(fitted: FewShotClassifier) -> None:
@@ -577,6 +710,29 @@ def test_task_embedding_is_of_the_fitted_task(conditioned: FewShotClassifier, fi
     assert (found.vector.shape, found.classes.shape) == ((8,), (3, 32))
     np.testing.assert_allclose(np.linalg.norm(found.classes, axis=1), 1, atol=1e-5)
     assert similarity(found, found) == pytest.approx(1, abs=1e-5)
+
+
+def test_classes_without_examples_have_a_place_in_the_task(
+    conditioned: FewShotClassifier, encoder: Encoder, tmp_path: Path
+) -> None:
+    whole = conditioned.fit(SUPPORT, list("bbffkk")).task_embedding_
+    named = conditioned.fit(SUPPORT, list("bbffkk"), label_names=NAMES).task_embedding_
+    mixed = conditioned.fit(SUPPORT[:4], list("bbff"), label_names=NAMES).task_embedding_
+    zero = conditioned.fit(label_names=NAMES).task_embedding_
+    assert whole is not None
+    assert named is not None
+    assert mixed is not None
+    assert zero is not None
+    np.testing.assert_allclose(named.vector, whole.vector, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(mixed.classes[:2], whole.classes[:2], rtol=0, atol=1e-6)
+    names = encoder.frozen_features(list(NAMES.values())).numpy()
+    np.testing.assert_allclose(mixed.classes[2], names[2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(zero.classes, names, rtol=0, atol=1e-6)
+    assert {match.label for match in conditioned.nearest_tasks()[0].matches} == {"b", "f", "k"}
+    conditioned.save_pretrained(tmp_path / "adapter")
+    loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter").task_embedding_
+    assert loaded is not None
+    np.testing.assert_array_equal(loaded.classes, zero.classes)
 
 
 def test_order_of_examples_and_classes_does_not_matter_to_the_task(

@@ -39,7 +39,7 @@ def test_python_of_the_readme_runs(
 
 
 def test_the_readme_has_python() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def test_every_recipe_and_config_named_in_the_readme_exists() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.meta.test_adaptation import named
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.errors import AdapterError, DataError
@@ -121,6 +122,26 @@ def test_embedding_of_a_task_is_what_adaptation_starts_from(
     assert found.labels == ("a", "b", "c")
     without = replace(INNER, conditioning=None)
     assert embed_task(encoder, parameters, without, support, ("a", "b", "c")) is None
+
+
+def test_embedding_of_a_task_is_the_same_with_names(
+    encoder: Encoder, parameters: Parameters, sampler: EpisodeSampler
+) -> None:
+    """But of a class without examples, of which its name is all there is."""
+    e = sampler[0]
+    one, two = (embed_task(encoder, parameters, INNER, support_batch(encoder, [part]), "abc") for part in (e, named(e)))
+    assert one is not None
+    assert two is not None
+    np.testing.assert_allclose(two.vector, one.vector, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(two.classes, one.classes, rtol=0, atol=1e-6)
+    kept = e.support_labels > 0
+    texts = tuple(text for text, keep in zip(e.support_texts, kept, strict=True) if keep)
+    zero = named(replace(e, support_texts=texts, support_labels=e.support_labels[kept]))
+    found = embed_task(encoder, parameters, INNER, support_batch(encoder, [zero]), "abc")
+    assert found is not None
+    assert zero.label_names is not None
+    np.testing.assert_allclose(found.classes[0], encoder.frozen_features(zero.label_names[:1])[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.classes[1:], one.classes[1:], rtol=0, atol=1e-6)
 
 
 def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(encoder: Encoder, corpus: Corpus) -> None:

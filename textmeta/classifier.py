@@ -14,7 +14,7 @@ from textmeta.artifact.locate import load_from
 from textmeta.artifact.merged import write_merged
 from textmeta.artifact.publish import Destination, push_adapter
 from textmeta.artifact.store import save_adapter
-from textmeta.data.labels import checked_labels, label_array, sorted_if_possible
+from textmeta.data.labels import LabelNames, checked_labels, label_array, task_classes
 from textmeta.data.texts import checked_texts
 from textmeta.errors import AdapterError, DataError, NotFittedError
 from textmeta.hub import HubAccess
@@ -32,7 +32,7 @@ CHUNK = 512  # texts of one pass of predict
 
 
 class FewShotClassifier:
-    """Classifies texts after a few gradient steps on a few labelled examples.
+    """Classifies texts after a few gradient steps on a few labelled examples, or names of classes.
 
     Made by :meth:`from_pretrained`, or directly from the result of meta-training.
 
@@ -45,7 +45,8 @@ class FewShotClassifier:
 
     Attributes:
         classes_: after ``fit``, the labels, sorted where they can be; columns of ``predict_proba`` are in this order.
-        support_: after ``fit``, its examples, (text, label) each; None before, and where they were not saved.
+        support_: after ``fit``, its examples, (text, label) each, without names of classes; None before, and where they
+            were not saved.
         task_embedding_: after ``fit``, what the task encoder makes of its examples, to compare tasks by
             (:func:`textmeta.tasks.similarity`); None before, and where the adapter has no task encoder.
         known_tasks_: the index of training tasks; None where the adapter has none.
@@ -123,36 +124,33 @@ class FewShotClassifier:
                 classifier.support_ = [(text, labels[index]) for text, index in adapter.fitted.support]
         return classifier
 
-    def fit(self, texts: Sequence[str], labels: Iterable[Hashable]) -> "FewShotClassifier":
-        """Adapt to a task: at least two classes, with one text each or more.
+    def fit(
+        self, texts: Sequence[str] = (), labels: Iterable[Hashable] = (), *, label_names: LabelNames = None
+    ) -> "FewShotClassifier":
+        """Adapt to a task: at least two classes, each with a text or more, a name, or both.
 
         Args:
             texts: the support examples.
             labels: label of each, of any hashable type.
+            label_names: what classes are called, as further support: a mapping from label to name, of any of the
+                classes, and of classes without examples (zero shots); ``"labels"`` for the labels themselves, as words;
+                None for no names. A name weighs as much as the adapter has learned.
 
         Returns:
             The classifier itself.
 
         Raises:
-            DataError: naming the row, if a text is no string or empty, a label is missing or not hashable, or there
-                are fewer than two classes.
+            DataError: naming the place, if a text or a name is no string or empty, a label is missing, not hashable, or
+                equal to one of another type, ``label_names`` is something else, or there are fewer than two classes.
             AdapterError: if the adapter makes a head of this task that is not finite.
         """
         texts = checked_texts(texts, "fit")
         rows = checked_labels(labels)
         if len(texts) != len(rows):
             raise DataError(f"fit: {len(texts)} texts but {len(rows)} labels")
-        classes = sorted_if_possible(dict.fromkeys(rows))
-        if len(classes) < 2:
-            raise DataError(f"fit needs examples of at least 2 classes, found {len(classes)}: {classes}")
+        classes, names = task_classes(rows, label_names)
         index = {label: i for i, label in enumerate(classes)}
-        for row, label in enumerate(rows):
-            if type(classes[index[label]]) is not type(label):
-                raise DataError(
-                    f"fit, row {row}: label {label!r} equals {classes[index[label]]!r} but is of another type; a class "
-                    "needs one label"
-                )
-        support = task_batch(self._encoder, [texts], [[index[label] for label in rows]], [len(classes)])
+        support = task_batch(self._encoder, [texts], [[index[label] for label in rows]], [len(classes)], [names])
         with torch.no_grad():
             adapted = adapt(self._encoder, self._parameters, support, self._inner)
             weights = task_weights(self._encoder, adapted, support)[0]

@@ -139,7 +139,7 @@ def embed_task(
     if inner.conditioning is None:
         return None
     features = support.pad(encoder.frozen_features(support.texts.texts, remember=False))
-    task = (features, support.labels, support.ways)
+    task = (features, support.class_labels, support.ways)
     names = None
     if inner.conditioning.task_encoder.label_names:
         names = encoder.frozen_features([readable_name(str(label)) for label in labels], remember=False)[None]

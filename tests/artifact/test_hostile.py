@@ -785,6 +785,8 @@ def wrong_tensors() -> Iterator[Case]:
         yield Case(f"probe of shape {shape}", change, r"probe|makes other features", ENCODER)
     huge = tensors(SCALARS, lambda found: found.update(log_temperature=torch.tensor(1e30)))
     yield Case("temperature that is infinite", huge, rf"{SCALARS}: log_temperature: .*no positive number")
+    tiny = tensors(SCALARS, lambda found: found.update(log_name_weight=torch.tensor(-200.0)))
+    yield Case("name weight that is 0", tiny, rf"{SCALARS}: log_name_weight: .*no positive number")
 
 
 def with_factor(value: Tensor) -> Callable[[dict[str, Tensor]], object]:
@@ -825,19 +827,22 @@ def json_texts() -> Iterator[Case]:
         for content in (b"[]", b"3", b'"x"', b"null", b"true"):
             yield Case(f"{name} {content!r}", put(name, content), rf"{name}: expected a JSON object")
         yield Case(f"{name} {{}}", put(name, b"{}"), rf"{name}|{HEAD}")
-    for version in (0, -1, 1.5, True, "2", None, [2], {}, 4, 10**30, 3.0):
+    for version in (0, -1, 1.5, True, "2", None, [2], {}, 5, 10**30, 4.0):
         yield Case(
-            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 3"
+            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 4"
         )
     yield Case(
-        "version 1e999", replaced_text(META, '"format_version": 3', '"format_version": 1e999'), f"{META} is no JSON"
+        "version 1e999", replaced_text(META, '"format_version": 4', '"format_version": 1e999'), f"{META} is no JSON"
     )
     older = meta("", format_version=1, encoder=[["model", "encoder"]])
     yield Case("version 1 of another kind", older, rf"{META} is not what format version 1 is")
     # what it learned came later: without it, it would be an adapter of another kind
     yield Case("version 2 with a task encoder", meta("", format_version=2), rf"{META} is not what format version 2 is")
-    none = all_of(meta("", format_version=2), without_setting("inner", "conditioning"))
+    nameless = tensors(SCALARS, lambda found: found.pop("log_name_weight"))
+    none = all_of(meta("", format_version=2), without_setting("inner", "conditioning"), nameless)
     yield Case("version 2 with a task encoder's weights", none, rf"{SCALARS}: expected tensors")
+    yield Case("version 3 with what came later", meta("", format_version=3), rf"{SCALARS} is not what format version 3")
+    yield Case("version 4 without what it has", nameless, rf"{SCALARS}: expected tensors")
 
 
 def settings() -> Iterator[Case]:

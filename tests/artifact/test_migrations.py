@@ -1,6 +1,7 @@
 """Adapters of older formats load; those of newer ones are refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,29 @@ import numpy as np
 import pytest
 import torch
 
-from tests.artifact.test_store import random_parameters, rewrite, rewrite_tensors
+from tests.artifact.test_store import CONDITIONED, random_parameters, rewrite, rewrite_json, rewrite_tensors
 from textmeta import FewShotClassifier
 from textmeta.artifact import migrations
-from textmeta.artifact.migrations import FORMAT_VERSION, migrate
+from textmeta.artifact.migrations import FORMAT_VERSION, migrate, migrate_tensors
 from textmeta.artifact.store import load_adapter, save_adapter
 from textmeta.errors import AdapterError
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder
+from textmeta.model.initialisation import Parameters
 
 INNER = InnerLoopSettings(steps=2)
 PATH = Path("textmeta.json")
 
 
+def as_version_3(folder: Path) -> None:
+    """Rewrite a folder as textmeta wrote it in format 3: no weight of names."""
+    rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=3))
+    rewrite_tensors(folder, "textmeta.safetensors", lambda tensors: tensors.pop("log_name_weight"))
+
+
 def as_version_1(folder: Path, encoder: Encoder) -> None:
     """Rewrite a folder as textmeta wrote it in format 1: no commit, one version, PEFT's whole configuration."""
+    as_version_3(folder)
     meta = json.loads((folder / "textmeta.json").read_text())
     meta["format_version"] = 1
     del meta["inner"]["conditioning"]
@@ -42,6 +51,7 @@ def as_version_1(folder: Path, encoder: Encoder) -> None:
 
 def as_version_2(folder: Path) -> None:
     """Rewrite a folder as textmeta wrote it in format 2: no conditioning, and a fitted head without a temperature."""
+    as_version_3(folder)
     meta = json.loads((folder / "textmeta.json").read_text())
     meta["format_version"] = 2
     del meta["inner"]["conditioning"]
@@ -50,8 +60,13 @@ def as_version_2(folder: Path) -> None:
         rewrite_tensors(folder, "classifier.safetensors", lambda tensors: tensors.pop("temperature"))
 
 
+def old_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
+    """What an adapter of format 1 to 3 is loaded as: names weigh as much as examples."""
+    return {**random_parameters(encoder, inner=inner), "log_name_weight": torch.tensor(0.0)}
+
+
 def test_version_1_loads(encoder: Encoder, tmp_path: Path) -> None:
-    parameters = random_parameters(encoder)
+    parameters = old_parameters(encoder)
     save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
     as_version_1(tmp_path / "adapter", encoder)
     adapter = load_adapter(tmp_path / "adapter")
@@ -62,10 +77,11 @@ def test_version_1_loads(encoder: Encoder, tmp_path: Path) -> None:
 
 
 def test_version_2_loads(encoder: Encoder, tmp_path: Path) -> None:
-    parameters = random_parameters(encoder)
+    parameters = old_parameters(encoder)
     save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
     as_version_2(tmp_path / "adapter")
     adapter = load_adapter(tmp_path / "adapter")
+    assert adapter.parameters.keys() == parameters.keys()
     assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
     assert adapter.inner == INNER
     assert (adapter.known_tasks, adapter.record) == (None, {"episodes": 7})
@@ -83,6 +99,48 @@ def test_fitted_version_2_answers_as_it_did(encoder: Encoder, tmp_path: Path) ->
     loaded.save_pretrained(tmp_path / "again")  # in today's format
     again = FewShotClassifier.from_pretrained(tmp_path / "again")
     np.testing.assert_array_equal(again.predict_proba(texts), fitted.predict_proba(texts))
+
+
+@pytest.mark.parametrize("inner", [INNER, replace(INNER, head="ridge"), CONDITIONED], ids=["plain", "ridge", "task"])
+def test_version_3_loads(inner: InnerLoopSettings, encoder: Encoder, tmp_path: Path) -> None:
+    parameters = old_parameters(encoder, inner)
+    save_adapter(tmp_path / "adapter", encoder, parameters, inner, {"episodes": 7})
+    as_version_3(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    assert adapter.parameters.keys() == parameters.keys()
+    assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
+    assert (adapter.inner, adapter.record) == (inner, {"episodes": 7})
+    loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
+    loaded.fit(["bal bel bil"], ["b"], label_names={"b": "bum", "f": "fon"})  # what it never learned
+    loaded.save_pretrained(tmp_path / "again")
+    again = FewShotClassifier.from_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(again.predict_proba(["bal", "fim"]), loaded.predict_proba(["bal", "fim"]))
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_older_version_with_a_tensor_that_came_later_is_refused(version: int) -> None:
+    message = rf"textmeta\.safetensors is not what format version {version} is: log_name_weight came with version 4"
+    with pytest.raises(AdapterError, match=message):
+        migrate_tensors({"log_name_weight": torch.tensor(0.0)}, version, Path("textmeta.safetensors"))
+
+
+def test_version_4_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {})
+    rewrite_tensors(tmp_path / "adapter", "textmeta.safetensors", lambda tensors: tensors.pop("log_name_weight"))
+    with pytest.raises(AdapterError, match=r"textmeta\.safetensors: expected tensors .*log_name_weight"):
+        load_adapter(tmp_path / "adapter")
+
+
+def test_tensors_of_all_later_versions_are_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = {3: {"c": torch.tensor(3.0)}, 4: {"d": torch.tensor(4.0)}, 5: {"e": torch.ones(2)}}
+    monkeypatch.setattr(migrations, "NEW_TENSORS", new)
+    monkeypatch.setattr(migrations, "FORMAT_VERSION", 5)
+    given = {"b": torch.tensor(2.0), "c": torch.tensor(7.0)}
+    found = migrate_tensors(given, 3, PATH)
+    assert {name: value.tolist() for name, value in found.items()} == {"b": 2.0, "c": 7.0, "d": 4.0, "e": [1.0, 1.0]}
+    assert given.keys() == {"b", "c"}
+    found["e"].zero_()
+    assert new[5]["e"].all()  # a default is nobody's to change
 
 
 def test_version_2_with_what_came_later_is_refused() -> None:

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -195,6 +196,8 @@ def test_no_corpus_is_an_error() -> None:
         ({"ways": (5, 2)}, "ways"),
         ({"shots": 0}, "shots"),
         ({"shots": (0, 3)}, "shots"),
+        ({"shots": (0, 3), "label_names": 0.9}, "shots"),
+        ({"shots": -1, "label_names": 1.0}, "shots"),
         ({"queries": 0}, "queries"),
         ({"queries": (4, 3)}, "queries"),
     ],
@@ -202,6 +205,56 @@ def test_no_corpus_is_an_error() -> None:
 def test_bad_range_is_named(settings: dict, name: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name} must be a number or a pair low <= high"):
         EpisodeSettings(**settings)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_share_of_names_out_of_range_is_named(share: float) -> None:
+    with pytest.raises(SettingsError, match="label_names is a share, from 0 to 1, given"):
+        EpisodeSettings(label_names=share)
+
+
+def test_zero_shots_without_names_say_what_they_need() -> None:
+    with pytest.raises(SettingsError, match=r"shots must be .* given \(0, 3\); 0 shots need label_names 1$"):
+        EpisodeSettings(shots=(0, 3), label_names=0.5)
+
+
+def test_share_of_episodes_has_names() -> None:
+    corpus = Corpus.from_pairs("x", [f"{c} {row}" for row in range(6) for c in "ab"], ["LostCard", "my_balance"] * 6)
+    samplers = [EpisodeSampler(corpus, EpisodeSettings(2, 2, 2, label_names=share), seed=0) for share in (0, 0.3, 1)]
+    none, some, all_ = (sampler.take(400) for sampler in samplers)
+    assert all(episode.label_names is None for episode in none)
+    words = {"LostCard": "lost card", "my_balance": "my balance"}
+    for episode in all_:
+        assert episode.label_names == tuple(words[name] for name in episode.class_names)
+    # 120 expected, with a standard deviation of 9
+    assert 80 < sum(episode.label_names is not None for episode in some) < 160
+    assert all(a.label_names in (None, b.label_names) for a, b in zip(some, all_, strict=True))
+
+
+def test_names_change_no_text() -> None:
+    settings = EpisodeSettings((2, 5), (1, 4), (1, 3), unbalanced=True)
+    texts = [
+        [content(e) for e in EpisodeSampler(numbered(), replace(settings, label_names=share), seed=5).take(20)]
+        for share in (0.0, 0.4, 1.0)
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_episodes_are_those_of_before_there_were_names() -> None:
+    assert digest() == "9a5ae24700f8a62d3da645f614eea7655662cf1621450e6252cb5b2b204b4d53"
+
+
+def test_a_class_may_have_a_name_and_no_examples() -> None:
+    settings = EpisodeSettings(4, (0, 2), 2, unbalanced=True, label_names=1.0)
+    episodes = EpisodeSampler(numbered(), settings, seed=0).take(30)
+    counts = [np.bincount(episode.support_labels, minlength=4) for episode in episodes]
+    assert {int(shots) for part in counts for shots in part} == {0, 1, 2}
+    for episode in EpisodeSampler(numbered(), replace(settings, shots=0), seed=0).take(3):
+        assert episode.support_texts == ()
+        assert episode.support_labels.dtype == np.int64
+        assert len(episode.query_texts) == 8
+        assert episode.label_names is not None
+        assert len(episode.label_names) == 4
 
 
 def test_global_random_states_are_not_touched() -> None:

@@ -1,16 +1,20 @@
+import math
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from tests.conftest import WORDS
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.meta.adaptation import adapt, query_logits, start_parameters, task_weights
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.tasks import query_batch, support_batch
+from textmeta.meta.tasks import query_batch, support_and_query_batch, support_batch, task_batch
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import class_weights
+from textmeta.model.heads import class_weights, name_weights
 from textmeta.model.initialisation import (
+    LOG_NAME_WEIGHT,
     LOG_STEP_SIZE,
     LORA,
     OFFSET,
@@ -29,24 +33,35 @@ def moved_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Para
     for name, value in start.items():
         if name.startswith((LORA, LOG_STEP_SIZE)):
             value.add_(0.2 * torch.randn(value.shape, generator=generator))
+    start[LOG_NAME_WEIGHT].fill_(0.6)
     return start
+
+
+def named(e: Episode) -> Episode:
+    """The same task with names: a word of each class's own."""
+    return replace(e, label_names=tuple(WORDS[12 * int(name.removeprefix("class"))] for name in e.class_names))
 
 
 def support_loss(
     encoder: Encoder, parameters: Parameters, factors: dict[str, Tensor], offset: Tensor, e: Episode
 ) -> Tensor:
     """The leave-one-out loss of one task, example by example: another way to the same number."""
-    features = encoder.features(encoder.prepare(e.support_texts), factors)
-    labels = torch.as_tensor(e.support_labels)
+    names = e.label_names or ()
+    features = encoder.features(encoder.prepare([*e.support_texts, *names]), factors)
+    labels = torch.tensor([*e.support_labels, *range(len(names))])
+    is_name = torch.tensor([False] * len(e.support_texts) + [True] * len(names))
+    scalars = head_scalars(parameters)
+    rows = name_weights(is_name, scalars)
+    assert rows is not None
     losses = []
-    for i in range(len(labels)):
+    for i in range(len(e.support_texts)):
         keep = torch.arange(len(labels)) != i
         if (labels[keep] != labels[i]).all():
             continue
-        whole = class_weights(features[None], labels[None], offset[None], {})[0]
-        rest = class_weights(features[keep][None], labels[keep][None], offset[None], {})[0]
+        whole = class_weights(features[None], labels[None], offset[None], {}, rows[None])[0]
+        rest = class_weights(features[keep][None], labels[keep][None], offset[None], {}, rows[keep][None])[0]
         weights = torch.where((torch.arange(e.ways) == labels[i])[:, None], rest, whole)
-        logits = head_scalars(parameters)["temperature"] * features[i] @ torch.nn.functional.normalize(weights, dim=1).T
+        logits = scalars["temperature"] * features[i] @ torch.nn.functional.normalize(weights, dim=1).T
         losses.append(cross_entropy(logits, labels[i]))
     return torch.stack(losses).mean()
 
@@ -75,10 +90,11 @@ def adapted_tensors(
     return {**{n: v for n, v in adapted.factors.items() if v.ndim == 3}, OFFSET: adapted.offset}
 
 
-def test_steps_are_the_formula(encoder: Encoder, sampler: EpisodeSampler) -> None:
-    parameters = moved_parameters(encoder)
-    found = adapted_tensors(encoder, parameters, [sampler[0]], INNER)
-    expected = steps_by_hand(encoder, parameters, sampler[0], INNER)
+@pytest.mark.parametrize("names", [False, True])
+def test_steps_are_the_formula(names: bool, encoder: Encoder, sampler: EpisodeSampler) -> None:
+    parameters, episode = moved_parameters(encoder), named(sampler[0]) if names else sampler[0]
+    found = adapted_tensors(encoder, parameters, [episode], INNER)
+    expected = steps_by_hand(encoder, parameters, episode, INNER)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name][0], value, rtol=1e-3, atol=1e-5)
@@ -91,6 +107,8 @@ def test_tasks_together_are_the_tasks_alone(encoder: Encoder, corpus: object) ->
     settings = EpisodeSettings(ways=(2, 6), shots=(1, 5), queries=3, unbalanced=True)
     episodes = EpisodeSampler(corpus, settings, seed=3).take(5)  # type: ignore[arg-type]
     assert len({e.ways for e in episodes}) > 1
+    zero = replace(settings, shots=(0, 2), label_names=1.0)
+    episodes = [*episodes[:3], *map(named, episodes[3:]), *map(named, EpisodeSampler(corpus, zero, seed=3).take(2))]  # type: ignore[arg-type]
     parameters = moved_parameters(encoder)
     together = adapted_tensors(encoder, parameters, episodes, INNER)
     for number, e in enumerate(episodes):
@@ -161,3 +179,67 @@ def test_query_logits_are_cosines_to_the_task_weights(encoder: Encoder, sampler:
     features = encoder.features(encoder.prepare(e.query_texts), factors)
     expected = head_scalars(parameters)["temperature"] * features @ torch.nn.functional.normalize(weights[0], dim=1).T
     torch.testing.assert_close(logits[0], expected)
+
+
+def test_names_are_rows_of_their_own_after_the_examples(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    batch = support_batch(encoder, [sampler[0], named(sampler[1])])
+    assert batch.is_name is not None
+    assert batch.is_name.tolist() == [[False] * 12, [False] * 9 + [True] * 3]
+    assert batch.labels[0].tolist() == [*sampler[0].support_labels, -1, -1, -1]
+    assert batch.labels[1].tolist() == [*sampler[1].support_labels, 0, 1, 2]
+    assert batch.texts.texts[-3:] == named(sampler[1]).label_names
+    assert support_batch(encoder, sampler.take(2)).is_name is None
+    assert query_batch(encoder, [named(sampler[0])]).is_name is None
+    both = support_and_query_batch(encoder, [named(sampler[0])])
+    assert both.is_name is not None
+    assert both.is_name.sum() == 3
+    assert both.labels[0, -3:].tolist() == [0, 1, 2]
+
+
+def test_a_class_may_lack_a_name(encoder: Encoder) -> None:
+    batch = task_batch(encoder, [["bal", "fim"]], [[2, 0]], [3], [["bel", "fon", None]])
+    assert batch.labels.tolist() == [[2, 0, 0, 1]]
+    assert batch.is_name is not None
+    assert batch.is_name.tolist() == [[False, False, True, True]]
+    assert batch.class_labels.tolist() == [[2, 0, -1, 1]]  # of class 1 there is nothing else
+    none = task_batch(encoder, [["bal", "fim"]], [[1, 0]], [2], [[None, None]])
+    assert none.is_name is None
+    assert none.class_labels is none.labels
+
+
+def test_prototypes_are_examples_plus_the_weighted_name(encoder: Encoder, sampler: EpisodeSampler) -> None:
+    parameters, e = moved_parameters(encoder), named(sampler[0])
+    support = support_batch(encoder, [e])
+    adapted = adapt(encoder, parameters, support, replace(INNER, steps=0))
+    found = task_weights(encoder, adapted, support)[0]
+    assert e.label_names is not None
+    factors = lora_factors(parameters)
+    features, names = (encoder.features(encoder.prepare(part), factors) for part in (e.support_texts, e.label_names))
+    for c in range(e.ways):
+        total = features[torch.as_tensor(e.support_labels) == c].sum(0) + math.exp(0.6) * names[c]
+        torch.testing.assert_close(found[c], total / total.norm())
+
+
+def test_one_example_and_a_name_are_enough_to_learn_from(encoder: Encoder, corpus: object) -> None:
+    e = EpisodeSampler(corpus, EpisodeSettings(4, 1, 2), seed=0)[0]  # type: ignore[arg-type]
+    parameters = moved_parameters(encoder)
+    found, expected = (
+        adapted_tensors(encoder, parameters, [named(e)], INNER),
+        steps_by_hand(encoder, parameters, named(e), INNER),
+    )
+    assert adapted_tensors(encoder, parameters, [e], INNER).keys() == {OFFSET}, "alone in their classes"
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name][0], value, rtol=1e-3, atol=1e-5)
+        assert value.any()
+
+
+def test_names_alone_leave_the_start_as_it_is(encoder: Encoder, corpus: object) -> None:
+    settings = EpisodeSettings(4, 0, 2, label_names=1.0)
+    e = named(EpisodeSampler(corpus, settings, seed=0)[0])  # type: ignore[arg-type]
+    parameters = moved_parameters(encoder)
+    support = support_batch(encoder, [e])
+    adapted = adapt(encoder, parameters, support, INNER)
+    assert all(factor.ndim == 2 for factor in adapted.factors.values())
+    assert e.label_names is not None
+    names = encoder.features(encoder.prepare(e.label_names), lora_factors(parameters))
+    torch.testing.assert_close(task_weights(encoder, adapted, support)[0], names)

@@ -5,13 +5,14 @@ The meta-gradients are checked in ``test_meta_gradients.py`` and, against anothe
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import textmeta.model.encoder as encoder_module
-from tests.meta.test_adaptation import INNER, moved_parameters
+from tests.meta.test_adaptation import INNER, moved_parameters, named
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.errors import SettingsError
@@ -21,7 +22,7 @@ from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.meta_gradient import MetaGradientPlan, MetaGradientSettings
 from textmeta.meta.tasks import support_and_query_batch
 from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import LORA, Parameters
+from textmeta.model.initialisation import LOG_NAME_WEIGHT, LORA, Parameters
 
 EVALUATE = MetaGradientPlan()
 each_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
@@ -58,10 +59,17 @@ def assert_equal(one: MetaGradient, two: MetaGradient, tolerance: float = 1e-6) 
 
 
 def mixed_episodes(corpus: Corpus) -> list[Episode]:
-    """Tasks of 2 to 5 ways, some with classes of a single example, one with nothing but those."""
-    unbalanced = EpisodeSampler(corpus, EpisodeSettings((2, 5), (1, 4), 3, unbalanced=True), seed=5).take(4)
+    """Tasks of 2 to 5 ways, some with classes of a single example, one with nothing but those; three with names.
+
+    Of these three, one has classes without examples, one names alone.
+    """
+    settings = EpisodeSettings((2, 5), (1, 4), 3, unbalanced=True)
+    unbalanced = EpisodeSampler(corpus, settings, seed=5).take(4)
     one_shot = EpisodeSampler(corpus, EpisodeSettings(3, 1, 2), seed=6).take(1)
-    episodes = [*unbalanced[:2], *one_shot, *unbalanced[2:]]
+    few = EpisodeSampler(corpus, replace(settings, shots=(0, 2), label_names=1.0), seed=5).take(20)
+    some = next(e for e in few if {0, 2} <= set(np.bincount(e.support_labels, minlength=e.ways)))
+    none = EpisodeSampler(corpus, EpisodeSettings(3, 0, 2, label_names=1.0), seed=7)[0]
+    episodes = [*unbalanced[:2], *one_shot, unbalanced[2], *map(named, (unbalanced[3], some, none))]
     assert len({e.ways for e in episodes}) > 2
     assert any(1 in np.bincount(e.support_labels) and max(np.bincount(e.support_labels)) > 1 for e in episodes)
     return episodes
@@ -85,7 +93,8 @@ def test_gradients_are_finite_complete_and_repeatable(
     name: str, inner: InnerLoopSettings, encoder: Encoder, sampler: EpisodeSampler
 ) -> None:
     parameters = moved_parameters(encoder, ALGORITHMS[name].inner(inner))  # float32, as in training
-    one, two = (meta_gradient(name, encoder, parameters, sampler.take(2), inner).gradient for _ in range(2))
+    episodes = [sampler[0], named(sampler[1])]
+    one, two = (meta_gradient(name, encoder, parameters, episodes, inner).gradient for _ in range(2))
     assert one.keys() == parameters.keys()
     for key, value in one.items():
         assert value.shape == parameters[key].shape
@@ -93,6 +102,21 @@ def test_gradients_are_finite_complete_and_repeatable(
         assert torch.equal(value, two[key])
         assert value.any() or name in ("protonet", "reptile") or not value.numel()
     assert all(one[key].any() for key in one if key.startswith(LORA))
+
+
+@pytest.mark.parametrize("head", ["prototype", "ridge"])
+@each_algorithm
+def test_the_name_weight_is_learned_from_names_alone(
+    name: str, head: Any, encoder: Encoder, sampler: EpisodeSampler
+) -> None:
+    inner = replace(INNER, head=head)
+    parameters = moved_parameters(encoder, ALGORITHMS[name].inner(inner))
+    without, with_names = (
+        meta_gradient(name, encoder, parameters, episodes, inner).gradient
+        for episodes in (sampler.take(2), [sampler[0], named(sampler[1])])
+    )
+    assert not without[LOG_NAME_WEIGHT].any()
+    assert with_names[LOG_NAME_WEIGHT].any() == (name != "reptile")  # which learns no scalars
 
 
 @pytest.mark.parametrize("inner", INNER_LOOPS.values(), ids=INNER_LOOPS)
@@ -130,6 +154,7 @@ def test_the_order_of_classes_and_examples_does_not_matter(name: str, encoder64:
 
     def shuffled(e: Episode) -> Episode:
         new_label = rng.permutation(e.ways)
+        names = e.label_names and tuple(e.label_names[i] for i in np.argsort(new_label))
         support, query = rng.permutation(len(e.support_texts)), rng.permutation(len(e.query_texts))
         return replace(
             e,
@@ -137,6 +162,7 @@ def test_the_order_of_classes_and_examples_does_not_matter(name: str, encoder64:
             support_labels=new_label[e.support_labels][support],
             query_texts=tuple(e.query_texts[i] for i in query),
             query_labels=new_label[e.query_labels][query],
+            label_names=names,
         )
 
     episodes = mixed_episodes(corpus)

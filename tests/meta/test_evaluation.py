@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from tests.meta.test_adaptation import INNER, moved_parameters
+from tests.meta.test_adaptation import INNER, moved_parameters, named
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.errors import DataError
@@ -28,16 +30,20 @@ def scores(accuracy: list[float]) -> EpisodeScores:
     return EpisodeScores(values, values, values, np.array([0.5]), np.array([True]))
 
 
-def test_scores_are_those_of_scikit_learn(encoder: Encoder, corpus: Corpus) -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_scores_are_those_of_scikit_learn(steps: int, encoder: Encoder, corpus: Corpus) -> None:
     """One episode at a time through the inner loop, scored by another library; steps and no steps in one call."""
     episodes = EpisodeSampler(corpus, EpisodeSettings((2, 5), (1, 3), 4), seed=2).take(11)
     assert len({np.bincount(e.support_labels).max() for e in episodes} & {1, 2, 3}) > 1
-    parameters = moved_parameters(encoder)
-    found = score_episodes(encoder, parameters, episodes, INNER)
+    few = EpisodeSettings((2, 5), (0, 1), 4, label_names=1.0)  # names alone take no steps, one example with one does
+    episodes += map(named, [*episodes[:4], *EpisodeSampler(corpus, few, seed=2).take(6)])
+    assert {len(e.support_labels) // e.ways for e in episodes[-6:]} == {0, 1}
+    parameters, inner = moved_parameters(encoder), replace(INNER, steps=steps)
+    found = score_episodes(encoder, parameters, episodes, inner)
     for number, e in enumerate(episodes):
         support, query = support_batch(encoder, [e]), query_batch(encoder, [e])
         with torch.no_grad():
-            adapted = adapt(encoder, parameters, support, INNER)
+            adapted = adapt(encoder, parameters, support, inner)
             logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)[0]
         probabilities = logits.double().softmax(1).numpy()
         predicted = probabilities.argmax(1)
@@ -55,6 +61,27 @@ def test_frozen_prototypes_are_nearest_class_means(encoder: Encoder, sampler: Ep
         means = np.stack([support[e.support_labels == c].mean(0) for c in range(e.ways)])
         cosines = query @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
         assert found.accuracy[number] == np.mean(cosines.argmax(1) == e.query_labels)
+
+
+def test_names_go_into_the_baseline_too(encoder: Encoder, corpus: Corpus) -> None:
+    """As one example more each, and alone where there is no other."""
+    settings = EpisodeSettings(3, (0, 2), 4, unbalanced=True, label_names=1.0)
+    episodes = [named(e) for e in EpisodeSampler(corpus, settings, seed=0).take(5)]
+    found = frozen_prototypes(encoder, episodes)
+    start = zero_start(encoder.factor_shapes, seed=0)
+    for number, e in enumerate(episodes):
+        assert e.label_names is not None
+        texts = ([*e.support_texts, *e.label_names], e.query_texts)
+        support, query = (encoder.features(encoder.prepare(part), start).numpy() for part in texts)
+        labels = np.array([*e.support_labels, *range(e.ways)])
+        means = np.stack([support[labels == c].mean(0) for c in range(e.ways)])
+        cosines = query @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+        assert found.accuracy[number] == np.mean(cosines.argmax(1) == e.query_labels)
+    without = frozen_prototypes(encoder, [replace(e, label_names=None) for e in episodes if e.support_texts])
+    assert not np.allclose(without.nll, [nll for nll, e in zip(found.nll, episodes, strict=True) if e.support_texts])
+    zero = [named(e) for e in EpisodeSampler(corpus, replace(settings, shots=0), seed=0).take(3)]
+    result = compare_with_frozen(encoder, moved_parameters(encoder), zero, INNER)
+    assert np.isfinite([result["frozen"]["nll"], result["meta_trained"]["nll"]]).all()
 
 
 def test_intervals() -> None:

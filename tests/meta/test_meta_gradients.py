@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.meta.test_adaptation import INNER
+from tests.meta.test_adaptation import INNER, named
 from tests.meta.test_algorithms import start_for
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
@@ -56,11 +56,11 @@ PLANS = {
 
 
 def tasks(corpus: Corpus) -> list[Episode]:
-    """Two tasks of different ways and shots, one with a class of a single example."""
+    """Two tasks of different ways and shots, one with a class of a single example, one with names."""
     episodes = EpisodeSampler(corpus, EpisodeSettings((2, 4), (1, 4), 3, unbalanced=True), seed=5).take(6)
     alone = next(e for e in episodes if 1 in np.bincount(e.support_labels) and max(np.bincount(e.support_labels)) > 2)
     other = next(e for e in episodes if e.ways != alone.ways)
-    return [alone, other]
+    return [alone, named(other)]
 
 
 def objective(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import WORDS
+from tests.meta.test_adaptation import named
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.errors import SettingsError
@@ -19,7 +20,7 @@ from textmeta.meta.self_supervision import (
     self_supervised_gradient,
     train_task_encoder,
 )
-from textmeta.meta.tasks import frozen_features, frozen_names
+from textmeta.meta.tasks import frozen_features, frozen_names, support_batch
 from textmeta.model.conditioning import BANK, KEYS, ConditioningSettings
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import LORA
@@ -93,6 +94,32 @@ def test_names_teach_those_that_can_see_them(encoder: Encoder, sampler: EpisodeS
     found = self_supervised_gradient(encoder, parameters, sampler.take(6), inner, SelfSupervisionSettings())
     assert found[TASK_ENCODER + "name"].any()
     assert frozen_names(encoder, sampler.take(6)).shape == (6, 3, encoder.hidden_size)
+
+
+def test_a_name_stands_for_the_examples_of_a_class_without(encoder: Encoder, corpus: Corpus) -> None:
+    settings = EpisodeSettings(4, (0, 2), 2, unbalanced=True, label_names=1.0)
+    episodes = [named(e) for e in EpisodeSampler(corpus, settings, 0).take(6)]
+    features, labels, ways = frozen_features(encoder, episodes, "support")
+    support = support_batch(encoder, episodes)
+    rows = support.pad(encoder.frozen_features(support.texts.texts))
+    assert ways.tolist() == [4] * 6
+    for task, e in enumerate(episodes):
+        assert e.label_names is not None
+        counts = np.bincount(e.support_labels, minlength=4)
+        missing = [c for c in range(4) if not counts[c]]
+        assert [label for label in labels[task].tolist() if label >= 0] == [*e.support_labels, *missing]
+        names = encoder.frozen_features([e.label_names[c] for c in missing]) if missing else torch.empty(0, 32)
+        given = len(e.support_texts)
+        torch.testing.assert_close(features[task, given : given + len(missing)], names)
+        for c in range(4):  # adaptation sees the same
+            same = rows[task, support.class_labels[task] == c].sum(0)
+            torch.testing.assert_close(features[task, labels[task] == c].sum(0), same)
+    zero = EpisodeSampler(corpus, replace(settings, shots=0), 0).take(4)
+    start = start_parameters(encoder.factor_shapes, INNER, encoder.hidden_size)
+    for batch in (episodes, [named(e) for e in zero]):
+        found = self_supervised_gradient(encoder, start, batch, INNER, SelfSupervisionSettings())
+        assert all(part.isfinite().all() for part in found.values())
+        assert any(part.any() for part in found.values())
 
 
 def test_a_task_encoder_learns_to_know_a_task_again(

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tests.conftest import WORDS, save_tiny_model
-from tests.meta.test_adaptation import INNER, moved_parameters
+from tests.meta.test_adaptation import INNER, moved_parameters, named
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.errors import EncoderError
@@ -157,7 +157,7 @@ def test_another_family_runs_unsplit_with_a_warning(
         encoder = Encoder(EncoderSettings(folder, max_length=32), LoraSettings(layers=2, targets=("query", "value")))
     assert "MegatronBertModel cannot be split" in caplog.text
     assert encoder._prefix is None
-    episodes = EpisodeSampler(corpus, EpisodeSettings(2, 2, 2), seed=0).take(2)
+    episodes = [named(e) for e in EpisodeSampler(corpus, EpisodeSettings(2, 2, 2), seed=0).take(2)]
     parameters = moved_parameters(encoder)
     found = ALGORITHMS["maml"].gradient(encoder, parameters, episodes, SMOOTH, PLAN).gradient
     assert all(value.isfinite().all() and value.any() for value in found.values())

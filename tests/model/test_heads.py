@@ -3,6 +3,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import cross_entropy, normalize
 
 from textmeta.model.heads import (
@@ -14,11 +15,13 @@ from textmeta.model.heads import (
     leave_one_out_logits,
     leave_one_out_ridge_logits,
     linear_logits,
+    name_weights,
     ridge_weights,
 )
 
 TEMPERATURE = torch.tensor(7.0, dtype=torch.float64)
 SCALARS = {"temperature": TEMPERATURE, "ridge": torch.tensor(0.3, dtype=torch.float64)}
+WEIGHTS = torch.tensor([[1.0, 1.0, 1.0, 1.0, 2.5, 0.4, 2.5]], dtype=torch.float64)
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -153,3 +156,103 @@ def test_no_head_sees_padding(name: str) -> None:
     for second in torch.autograd.grad(gradient.square().sum(), (wide_features, offset)):
         assert second.isfinite().all()
         assert second.any()
+
+
+def test_names_weigh_what_was_learned_and_examples_one() -> None:
+    is_name = torch.tensor([[False, True, False], [False, False, False]])
+    weights = name_weights(is_name, {"name_weight": torch.tensor(2.5)})
+    assert weights is not None
+    assert weights.tolist() == [[1.0, 2.5, 1.0], [1.0, 1.0, 1.0]]
+    assert name_weights(None, {"name_weight": torch.tensor(2.5)}) is None
+
+
+def test_class_weights_are_weighted_sums() -> None:
+    features, labels = unit(1, 7, 5), torch.tensor([[0, 1, 1, 0, 0, 1, 2]])
+    offset = 0.1 * unit(1, 3, 5, seed=1)
+    found = class_weights(features, labels, offset, SCALARS, WEIGHTS)
+    for c in range(3):
+        total = torch.zeros(5, dtype=torch.float64)
+        for i in range(7):
+            if labels[0, i] == c:
+                total += WEIGHTS[0, i] * features[0, i]
+        torch.testing.assert_close(found[0, c], total / total.norm() + offset[0, c])
+    # class 2 has its name alone: how much that weighs does not matter
+    torch.testing.assert_close(found[0, 2], features[0, 6] + offset[0, 2])
+
+
+def test_weighted_leave_one_out_equals_deleting_the_row() -> None:
+    features, labels = unit(1, 7, 5), torch.tensor([[0, 1, 1, 3, 0, 1, 2]])
+    offset, mask = 0.3 * unit(1, 4, 5, seed=1), class_mask(torch.tensor([4]))
+    logits, counts = leave_one_out_logits(features, labels, offset, SCALARS, mask, WEIGHTS)
+    assert counts.tolist() == [[True, True, True, False, True, True, False]]  # an example with a name alone counts
+    for i in range(7):
+        keep = torch.arange(7) != i
+        rest = class_weights(features[:, keep], labels[:, keep], offset, SCALARS, WEIGHTS[:, keep])
+        whole = class_weights(features, labels, offset, SCALARS, WEIGHTS)
+        for c in range(4):
+            if c == labels[0, i] and not counts[0, i]:
+                continue  # nothing is left of its class
+            expected = features[0, i] @ normalize((rest if c == labels[0, i] else whole)[0, c], dim=0)
+            torch.testing.assert_close(logits[0, i, c], TEMPERATURE * expected)
+
+
+def weighted_solve(features: Tensor, labels: Tensor, weights: Tensor, ways: int) -> Tensor:
+    """The weights (C, d) of argmin Σ w_i |y_i - W x_i|² + λ |W|², by its normal equations."""
+    targets, diagonal = torch.eye(ways, dtype=torch.float64)[labels], torch.diag(weights)
+    regular = SCALARS["ridge"] * torch.eye(features.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(features.T @ diagonal @ features + regular, features.T @ diagonal @ targets).T
+
+
+@pytest.mark.parametrize("width", [3, 5, 12])  # fewer and more than the rows
+def test_weighted_ridge_is_the_weighted_solve(width: int) -> None:
+    features, labels = unit(1, 7, width), torch.tensor([[0, 1, 1, 3, 0, 1, 2]])
+    offset, mask = 0.3 * unit(1, 4, width, seed=1), class_mask(torch.tensor([4]))
+    expected = weighted_solve(features[0], labels[0], WEIGHTS[0], 4)
+    torch.testing.assert_close(ridge_weights(features, labels, offset, SCALARS, WEIGHTS)[0], expected + offset[0])
+    peer = Ridge(alpha=float(SCALARS["ridge"]), fit_intercept=False)
+    peer.fit(features[0].numpy(), np.eye(4)[labels[0].numpy()], sample_weight=WEIGHTS[0].numpy())
+    np.testing.assert_allclose(peer.coef_, expected.numpy())
+    logits, counts = leave_one_out_ridge_logits(features, labels, offset, SCALARS, mask, WEIGHTS)
+    assert counts.tolist() == [[True, True, True, False, True, True, False]]
+    for i in range(7):
+        keep = torch.arange(7) != i
+        rest = weighted_solve(features[0, keep], labels[0, keep], WEIGHTS[0, keep], 4) + offset[0]
+        torch.testing.assert_close(logits[0, i], TEMPERATURE * rest @ features[0, i])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_weights_of_one_change_no_bit(name: str) -> None:
+    features, labels = unit(2, 6, 5).float(), torch.tensor([[0, 1, 0, 1, 2, 2], [0, 1, 0, 1, -1, -1]])
+    offset, mask = 0.1 * unit(2, 3, 5, seed=1).float(), class_mask(torch.tensor([3, 2]))
+    scalars = {key: value.float() for key, value in SCALARS.items()}
+    ones = torch.ones(2, 6)
+    head = HEADS[name]
+    assert torch.equal(
+        head.weights(features, labels, offset, scalars, ones), head.weights(features, labels, offset, scalars, None)
+    )
+    for one, two in zip(
+        head.support_logits(features, labels, offset, scalars, mask, ones),
+        head.support_logits(features, labels, offset, scalars, mask, None),
+        strict=True,
+    ):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_derivatives_of_the_name_weight_are_finite_differences(name: str) -> None:
+    """First and second ones, in the weight of the names and in the features."""
+    features, labels = unit(1, 7, 5).requires_grad_(), torch.tensor([[0, 1, 1, 3, 0, 1, 2]])
+    is_name = torch.tensor([[False, False, False, False, True, True, True]])
+    log_weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    offset, mask, head = 0.3 * unit(1, 4, 5, seed=1), class_mask(torch.tensor([4])), HEADS[name]
+
+    def outputs(log_weight: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        scalars = {**SCALARS, "name_weight": log_weight.exp()}
+        rows = name_weights(is_name, scalars)
+        logits, counts = head.support_logits(features, labels, offset, scalars, mask, rows)
+        return head.weights(features, labels, offset, scalars, rows), logits[counts & ~is_name]
+
+    (gradient,) = torch.autograd.grad(sum(part.square().sum() for part in outputs(log_weight, features)), log_weight)
+    assert gradient.abs() > 1e-3
+    assert gradcheck(outputs, (log_weight, features))
+    assert gradgradcheck(outputs, (log_weight, features))

@@ -32,7 +32,7 @@ def describe(adapter: Adapter, where: Location) -> str:
         ("", f"{encoder.pooling} pooling, texts cut at {encoder.max_length} tokens"),
         ("LoRA", f"rank {adapter.lora.rank}, alpha {adapter.lora.alpha}, {numbers:,} numbers"),
         ("inner loop", f"{inner.steps} steps on {' and '.join(inner.adapt)}, {inner.head} head"),
-        *((name, f"{float(value):.3g}") for name, value in head_scalars(adapter.parameters).items()),
+        *((name.replace("_", " "), f"{float(value):.3g}") for name, value in head_scalars(adapter.parameters).items()),
         *_tasks(adapter),
         *_training(record),
         *_results(record),

@@ -1,18 +1,23 @@
-"""Format versions of ``textmeta.json``: what this textmeta writes, and how older ones become it.
+"""Format versions of the adapter folder: what this textmeta writes, and how older ones become it.
 
-A change of the format gets the next number and a function here that brings the version before up to it; reading applies
-them in turn, so that every adapter that was ever written loads.
+A change of the format gets the next number and a function here that brings the ``textmeta.json`` of the version before
+up to it; reading applies them in turn, so that every adapter that was ever written loads. A tensor that every adapter
+has from some version on gets a row of :data:`NEW_TENSORS`.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from textmeta.errors import AdapterError
+from textmeta.model.initialisation import LOG_NAME_WEIGHT
 
-__all__ = ["FORMAT_VERSION", "migrate"]
+__all__ = ["FORMAT_VERSION", "migrate", "migrate_tensors"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def _from_1(meta: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +38,17 @@ def _from_2(meta: dict[str, Any]) -> dict[str, Any]:
     return {**meta, "inner": {**meta["inner"], "conditioning": None}}
 
 
-MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
+def _from_3(meta: dict[str, Any]) -> dict[str, Any]:
+    """Version 4 has further tensors alone."""
+    return meta
+
+
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}
+
+# version → what every textmeta.safetensors has from then on, with the value that an older adapter gets
+NEW_TENSORS: Mapping[int, Mapping[str, Tensor]] = {
+    4: {LOG_NAME_WEIGHT: torch.tensor(0.0)},  # a name weighs as much as an example
+}
 
 
 def migrate(meta: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -55,3 +70,23 @@ def migrate(meta: dict[str, Any], path: Path) -> dict[str, Any]:
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise AdapterError(f"{path} is not what format version {version} is: {error}") from error
     return meta
+
+
+def migrate_tensors(tensors: Mapping[str, Tensor], found: int, path: Path) -> dict[str, Tensor]:
+    """Bring the content of a ``textmeta.safetensors`` up to :data:`FORMAT_VERSION`.
+
+    Args:
+        tensors: by name.
+        found: format version of the folder, as :func:`migrate` has checked it.
+        path: to name in errors.
+
+    Raises:
+        AdapterError: if a tensor came with a later version.
+    """
+    migrated = dict(tensors)
+    for version in range(found + 1, FORMAT_VERSION + 1):
+        for name, default in NEW_TENSORS.get(version, {}).items():
+            if name in tensors:
+                raise AdapterError(f"{path} is not what format version {found} is: {name} came with version {version}")
+            migrated[name] = default.clone()
+    return migrated

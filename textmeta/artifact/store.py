@@ -2,9 +2,9 @@
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's own format, so that
 ``PeftModel.from_pretrained`` loads the start that no task embedding has a say in. ``textmeta.safetensors`` holds step
-sizes, temperature, task encoder and memory, ``textmeta.json`` the encoder, the inner loop and the training record,
-``SHA256SUMS`` the hashes of all of these. ``tasks.safetensors`` and ``tasks.json`` are the index of training tasks,
-where there is one. A fitted classifier adds ``classifier.safetensors`` and ``classifier.json``.
+sizes, the head's scalars, task encoder and memory, ``textmeta.json`` the encoder, the inner loop and the training
+record, ``SHA256SUMS`` the hashes of all of these. ``tasks.safetensors`` and ``tasks.json`` are the index of training
+tasks, where there is one. A fitted classifier adds ``classifier.safetensors`` and ``classifier.json``.
 """
 
 import re
@@ -22,7 +22,7 @@ from textmeta.artifact.adapter import HEAD, Adapter, FittedHead
 from textmeta.artifact.card import CARD, is_edited, model_card
 from textmeta.artifact.folder import read_file, read_folder
 from textmeta.artifact.index_files import INDEX_FILES, UNIT_TOLERANCE, index_files, read_index
-from textmeta.artifact.migrations import FORMAT_VERSION, migrate
+from textmeta.artifact.migrations import FORMAT_VERSION, migrate, migrate_tensors
 from textmeta.artifact.parsing import check_members, member, read_json, read_settings, read_tensors, write_json
 from textmeta.artifact.saving import write_folder
 from textmeta.data.labels import label_to_json, read_labels
@@ -149,8 +149,10 @@ def load_adapter(folder: str | Path) -> Adapter:
     files = read_folder(folder, ADAPTER_FILES)
     for name in sorted(REQUIRED - files.keys()):
         raise AdapterError(f"{folder} is no whole textmeta adapter: it has no {name}")
-    adapter = _read_meta(files[META], folder / META)
+    meta = read_json(files[META], folder / META)
+    adapter = _read_meta(migrate(meta, folder / META), folder / META)
     factors, scalars = _read_factors(files, folder, adapter), read_tensors(files[SCALARS], folder / SCALARS)
+    scalars = migrate_tensors(scalars, meta["format_version"], folder / SCALARS)
     adapter = replace(adapter, probe=scalars.pop(PROBE, None))
     _check_scalars(scalars, factors, adapter.inner, folder / SCALARS)
     adapter = replace(adapter, parameters={**{LORA + name: value for name, value in factors.items()}, **scalars})
@@ -169,9 +171,8 @@ def _refuse_newer(folder: Path) -> None:
         migrate(meta, folder / META)
 
 
-def _read_meta(content: bytes, path: Path) -> Adapter:
-    """Return what ``textmeta.json`` says: an adapter without tensors."""
-    meta = migrate(read_json(content, path), path)
+def _read_meta(meta: Mapping[str, Any], path: Path) -> Adapter:
+    """Return what a ``textmeta.json`` of today's format says: an adapter without tensors."""
     check_members(meta, ("format_version", "versions", "encoder", "lora", "inner", "record"), path)
     encoder = member(meta, "encoder", dict, path)
     settings = {key: value for key, value in encoder.items() if key not in ("commit", "weights_sha256")}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from textmeta.data.corpus import Corpus
+from textmeta.data.labels import readable_name
 from textmeta.errors import DataError, SettingsError
 
 __all__ = ["Episode", "EpisodeSampler", "EpisodeSettings"]
@@ -21,6 +22,8 @@ class EpisodeSettings:
         queries: query examples of a class.
         unbalanced: every class draws its own number of shots from the range, instead of one for all.
         at_most: where a corpus has fewer classes than ways, use all of them instead of raising an error.
+        label_names: share of the episodes whose support sets come with the names of their classes. At 1, shots may
+            start from 0.
     """
 
     ways: int | tuple[int, int] = 5
@@ -28,10 +31,13 @@ class EpisodeSettings:
     queries: int | tuple[int, int] = 5
     unbalanced: bool = False
     at_most: bool = False
+    label_names: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, least in (("ways", 2), ("shots", 1), ("queries", 1)):
+        if not 0 <= self.label_names <= 1:
+            raise SettingsError(f"label_names is a share, from 0 to 1, given {self.label_names!r}")
+        for name, least in (("ways", 2), ("shots", 0 if self.label_names == 1 else 1), ("queries", 1)):
             try:
                 low, high = bounds(getattr(self, name))
             except (TypeError, ValueError):
@@ -39,6 +45,7 @@ class EpisodeSettings:
             if not least <= low <= high:
                 raise SettingsError(
                     f"{name} must be a number or a pair low <= high of at least {least}, given {getattr(self, name)!r}"
+                    + ("; 0 shots need label_names 1" if name == "shots" and low == 0 <= high else "")
                 )
 
 
@@ -61,6 +68,7 @@ class Episode:
         support_labels: (support,) int64, index into ``class_names``.
         query_texts: texts of the query set, shuffled.
         query_labels: (query,) int64.
+        label_names: ``class_names`` as words, where the support set comes with names; else None.
     """
 
     corpus: str
@@ -69,6 +77,7 @@ class Episode:
     support_labels: np.ndarray
     query_texts: tuple[str, ...]
     query_labels: np.ndarray
+    label_names: tuple[str, ...] | None = None
 
     @property
     def ways(self) -> int:
@@ -125,13 +134,16 @@ class EpisodeSampler:
         support_labels = np.repeat(np.arange(ways), shots)
         query_labels = np.repeat(np.arange(ways), queries)
         order = rng.permutation(len(query_labels))
+        named = rng.random() < settings.label_names  # drawn last: texts are the same whatever the share
+        class_names = tuple(corpus.class_names[c] for c in classes)
         return Episode(
             corpus=corpus.name,
-            class_names=tuple(corpus.class_names[c] for c in classes),
+            class_names=class_names,
             support_texts=tuple(corpus.texts[row] for row in np.concatenate(support_rows)),
             support_labels=support_labels,
             query_texts=tuple(corpus.texts[row] for row in np.concatenate(query_rows)[order]),
             query_labels=query_labels[order],
+            label_names=tuple(map(readable_name, class_names)) if named else None,
         )
 
     def take(self, count: int, start: int = 0) -> list[Episode]:

@@ -2,22 +2,37 @@
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
+from textmeta.data.texts import checked_text
 from textmeta.errors import AdapterError, DataError
 
-__all__ = ["checked_labels", "label_array", "label_to_json", "read_labels", "readable_name", "sorted_if_possible"]
+__all__ = [
+    "LabelNames",
+    "checked_labels",
+    "label_array",
+    "label_to_json",
+    "read_labels",
+    "readable_name",
+    "sorted_if_possible",
+    "task_classes",
+]
 
+LabelNames = Mapping[Hashable, str] | Literal["labels"] | None
 MAX_DEPTH = 20  # of tuples in tuples
 
 
-def checked_labels(labels: Iterable[Hashable]) -> list[Any]:
+def checked_labels(labels: Iterable[Hashable], where: str = "row") -> list[Any]:
     """Return labels as Python's own values.
+
+    Args:
+        labels: to check.
+        where: what the message calls the place of one, before its number.
 
     Raises:
         DataError: naming the row, if one is missing or not hashable.
@@ -30,9 +45,10 @@ def checked_labels(labels: Iterable[Hashable]) -> list[Any]:
         try:
             hash(label)
         except TypeError as error:
-            raise DataError(f"row {row}: label {label!r:.60} of type {type(label).__name__} is not hashable") from error
+            given = f"label {label!r:.60} of type {type(label).__name__}"
+            raise DataError(f"{where} {row}: {given} is not hashable") from error
         if _is_missing(label):
-            raise DataError(f"row {row}: the label is missing ({label})")
+            raise DataError(f"{where} {row}: the label is missing ({label})")
     return checked
 
 
@@ -41,6 +57,46 @@ def _is_missing(label: Any) -> bool:
         return label is None or bool(label != label)
     except TypeError:
         return True  # pandas' NA, which has no truth value
+
+
+def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[Any], list[str | None]]:
+    """Return the classes of a task, sorted where they can be, and the name of each that has one.
+
+    Args:
+        labels: of the examples, checked.
+        label_names: label → name; its labels are classes even without examples. ``"labels"`` for the labels themselves,
+            as words; None for no names.
+
+    Raises:
+        DataError: if there are fewer than two classes, a name is no string or empty, a label is equal to another but of
+            another type, or ``label_names`` is something else.
+    """
+    of_labels = isinstance(label_names, str) and label_names == "labels"  # an array would compare item by item
+    if not (label_names is None or of_labels or isinstance(label_names, Mapping)):
+        raise DataError(
+            "fit: label_names must be None, 'labels', or a mapping from labels to names, given "
+            f"{type(label_names).__name__} {label_names!r:.60}"
+        )
+    keys = checked_labels(label_names, "fit, label_names, key") if isinstance(label_names, Mapping) else []
+    classes = sorted_if_possible(dict.fromkeys([*labels, *keys]))
+    if len(classes) < 2:
+        named = " (label_names 'labels' names no further ones: give a mapping)" if of_labels else ""
+        raise DataError(f"fit needs examples or names of at least 2 classes, found {len(classes)}: {classes}{named}")
+    same = {label: label for label in classes}
+    for part, given in (("", labels), ("label_names, key ", keys)):
+        for row, label in enumerate(given):
+            if type(same[label]) is not type(label):
+                raise DataError(
+                    f"fit, {part or 'row '}{row}: label {label!r} equals {same[label]!r} but is of another type; a "
+                    "class needs one label"
+                )
+    names: dict[Any, object] = {}
+    if isinstance(label_names, Mapping):
+        names = dict(zip(keys, label_names.values(), strict=True))
+    elif of_labels:
+        names = {label: readable_name(str(label)) for label in classes}
+    checked = {label: checked_text(name, f"fit, label_names of {label!r:.60}") for label, name in names.items()}
+    return classes, [checked.get(label) for label in classes]
 
 
 def sorted_if_possible(labels: Iterable[Any]) -> list[Any]:

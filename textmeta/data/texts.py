@@ -5,7 +5,7 @@ from typing import Any
 
 from textmeta.errors import DataError
 
-__all__ = ["checked_texts", "plain"]
+__all__ = ["checked_text", "checked_texts", "plain"]
 
 
 def checked_texts(texts: Iterable[object], where: str, *, allow_empty: bool = False) -> list[str]:
@@ -21,19 +21,21 @@ def checked_texts(texts: Iterable[object], where: str, *, allow_empty: bool = Fa
     """
     if isinstance(texts, str):
         raise DataError(f"{where}: expected a list of texts, given one string; put it into a list")
-    checked = []
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            given = "null" if text is None else f"{type(text).__name__} {text!r:.60}"
-            raise DataError(f"{where}, row {row}: text is {given}, expected a string")
-        if not allow_empty and not text.strip():
-            raise DataError(f"{where}, row {row}: text is empty")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}, row {row}: text {text!r:.60} is not valid Unicode: {error.reason}") from error
-        checked.append(text)
-    return checked
+    return [checked_text(text, f"{where}, row {row}", allow_empty=allow_empty) for row, text in enumerate(texts)]
+
+
+def checked_text(text: object, where: str, *, allow_empty: bool = False) -> str:
+    """Return a text that a tokenizer can read; arguments and errors as for :func:`checked_texts`."""
+    if not isinstance(text, str):
+        given = "null" if text is None else f"{type(text).__name__} {text!r:.60}"
+        raise DataError(f"{where}: text is {given}, expected a string")
+    if not allow_empty and not text.strip():
+        raise DataError(f"{where}: text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: text {text!r:.60} is not valid Unicode: {error.reason}") from error
+    return text
 
 
 def plain(value: Any) -> str:

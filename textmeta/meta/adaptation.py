@@ -13,7 +13,7 @@ from textmeta.meta.inner_loop import InnerLoopSettings, gradient_steps
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.conditioning import conditioned_factors, conditioned_temperature, conditioning_start
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import HEADS, Head, class_mask, cross_entropy_per_task
+from textmeta.model.heads import HEADS, Head, class_mask, cross_entropy_per_task, membership
 from textmeta.model.initialisation import (
     OFFSET,
     Parameters,
@@ -60,7 +60,7 @@ class AdaptedParameters:
     Args:
         factors: every LoRA factor by name; a task's own (T, out, in), shared ones (out, in).
         offset: (T, C, d), the head's.
-        scalars: the head's temperature, for all tasks or (T,), and ridge if it has one.
+        scalars: the head's temperature, for all tasks or (T,), name weight, and ridge if it has one.
         head: the head that they are for.
         support_features: (T, n, d), where no factor was adapted and they are known already.
     """
@@ -101,7 +101,7 @@ def embed_tasks(
     if inner.conditioning is None or not inner.conditioning.decides:
         return None
     features = support.pad(encoder.frozen_features(support.texts.texts))
-    tasks = (features, support.labels, support.ways)
+    tasks = (features, support.class_labels, support.ways)
     return TaskConditions(task_embedding(parameters, inner.conditioning.task_encoder, *tasks), task_statistics(*tasks))
 
 
@@ -137,8 +137,8 @@ def adaptation_path(
 ) -> Iterator[AdaptedParameters]:
     """Take the inner steps on the support losses of T tasks (:func:`~textmeta.meta.inner_loop.gradient_steps`).
 
-    The loss is the mean cross entropy of the head's leave-one-out logits. A task in which every example is alone in its
-    class has none, and stays at the initialisation.
+    The loss is the mean cross entropy of the examples' leave-one-out logits; names are scored in none. A task in which
+    every example is alone in its class, without its name even, has no loss, and stays at the initialisation.
 
     Args:
         encoder: makes features.
@@ -178,7 +178,10 @@ def adaptation_path(
             used = {name: tensors[name] for name in factors}
             features = support.pad(encoder.features(support.texts, used, support.row_task))
         now = tensors.get(OFFSET, torch.zeros_like(offset))
-        logits, counts = start.head.support_logits(features, support.labels, now, tensors, mask)
+        weights = support.row_weights(tensors)
+        logits, counts = start.head.support_logits(features, support.labels, now, tensors, mask, weights)
+        if support.is_name is not None:
+            counts = counts & ~support.is_name
         return cross_entropy_per_task(logits, support.labels, counts)
 
     path = gradient_steps(
@@ -203,10 +206,9 @@ def _adapted_factors(factors: Iterable[str], inner: InnerLoopSettings) -> list[s
 
 
 def _can_learn(support: TaskBatch) -> bool:
-    """Whether any class of any task has two examples."""
-    tasks = torch.arange(len(support.ways), device=support.labels.device)[:, None]
-    keys = (tasks * int(support.ways.max()) + support.labels)[support.labels >= 0]
-    return bool((torch.bincount(keys) > 1).any())
+    """Whether any class of any task has two examples, or an example and a name."""
+    company = membership(support.labels, int(support.ways.max())).sum(1)  # (T, C) rows, at most one of them a name
+    return bool((company > 1).any())
 
 
 def task_weights(encoder: Encoder, adapted: AdaptedParameters, support: TaskBatch) -> Tensor:
@@ -214,7 +216,8 @@ def task_weights(encoder: Encoder, adapted: AdaptedParameters, support: TaskBatc
     features = adapted.support_features
     if features is None:
         features = support.pad(encoder.features(support.texts, adapted.factors, support.row_task))
-    return adapted.head.weights(features, support.labels, adapted.offset, adapted.scalars)
+    weights = support.row_weights(adapted.scalars)
+    return adapted.head.weights(features, support.labels, adapted.offset, adapted.scalars, weights)
 
 
 def query_logits(encoder: Encoder, adapted: AdaptedParameters, weights: Tensor, query: TaskBatch) -> Tensor:

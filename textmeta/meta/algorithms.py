@@ -180,7 +180,7 @@ def episode_chunks(episodes: Sequence[Episode], texts_at_once: int) -> Iterator[
     chunk: list[Episode] = []
     texts = 0
     for episode in episodes:
-        size = len(episode.support_texts) + len(episode.query_texts)
+        size = len(episode.support_texts) + len(episode.query_texts) + len(episode.label_names or ())
         if chunk and texts + size > texts_at_once:
             yield chunk
             chunk, texts = [], 0

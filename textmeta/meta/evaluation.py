@@ -21,9 +21,9 @@ from textmeta.meta.adaptation import (
     task_weights,
 )
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.tasks import query_batch, support_batch
+from textmeta.meta.tasks import query_batch, support_batch, support_rows
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import HEADS, class_mask
+from textmeta.model.heads import HEADS, class_mask, name_weights
 from textmeta.model.initialisation import lora_factors
 
 __all__ = [
@@ -182,9 +182,7 @@ def _all_logits(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield numbers of episodes and their padded logits."""
     own_start = inner.conditioning is not None and inner.conditioning.start != "none"
-    adapting = [
-        i for i, e in enumerate(episodes) if own_start or (inner.steps and np.bincount(e.support_labels).max() > 1)
-    ]
+    adapting = [i for i, e in enumerate(episodes) if own_start or (inner.steps and _can_learn(e))]
     yield from _unadapted_logits(
         encoder, parameters, episodes, inner, sorted(set(range(len(episodes))) - set(adapting))
     )
@@ -197,6 +195,15 @@ def _all_logits(
         yield indices, query_logits(encoder, adapted, weights, query_batch(encoder, part))
 
 
+def _can_learn(episode: Episode) -> bool:
+    """Whether any class has two examples, or an example and a name."""
+    return bool(np.bincount(_support_rows(episode)[1]).max() > 1)
+
+
+def _support_rows(episode: Episode) -> tuple[list[str], list[int]]:
+    return support_rows(episode.support_texts, episode.support_labels.tolist(), episode.label_names)
+
+
 def _unadapted_logits(
     encoder: Encoder,
     parameters: Mapping[str, Tensor],
@@ -205,24 +212,27 @@ def _unadapted_logits(
     indices: Sequence[int],
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Do the same where no step is taken: all tasks share the factors, so a text needs one forward, not one a task."""
-    texts = list(dict.fromkeys(t for i in indices for t in (*episodes[i].support_texts, *episodes[i].query_texts)))
+    support_of = {i: _support_rows(episodes[i]) for i in indices}
+    texts = list(dict.fromkeys(t for i in indices for t in (*support_of[i][0], *episodes[i].query_texts)))
     row_of = {text: row for row, text in enumerate(texts)}
     factors, head = lora_factors(parameters), HEADS[inner.head]
     chunks = [encoder.features(encoder.prepare(texts[s : s + 1024]), factors) for s in range(0, len(texts), 1024)]
     features = torch.cat(chunks) if chunks else None
     for index in indices:
-        episode = episodes[index]
+        episode, (support_texts, support_labels) = episodes[index], support_of[index]
         assert features is not None  # an episode has texts
-        support = features[[row_of[text] for text in episode.support_texts]]
+        support = features[[row_of[text] for text in support_texts]]
         query = features[[row_of[text] for text in episode.query_texts]]
-        labels = torch.as_tensor(episode.support_labels, device=encoder.device)[None]
+        labels = torch.tensor([support_labels], device=encoder.device)
+        is_name = torch.arange(len(support), device=encoder.device)[None] >= len(episode.support_texts)
         offset = support.new_zeros(1, episode.ways, encoder.hidden_size)
         mask = class_mask(torch.tensor([episode.ways], device=encoder.device))
         conditions = None
         if inner.conditioning is not None and inner.conditioning.decides:  # the temperature may be the task's own
             conditions = embed_tasks(encoder, parameters, support_batch(encoder, [episode]), inner)
         scalars = task_scalars(parameters, conditions)
-        weights = head.weights(support[None], labels, offset, scalars)
+        row_weights = name_weights(is_name if episode.label_names else None, scalars)
+        weights = head.weights(support[None], labels, offset, scalars, row_weights)
         yield [index], head.logits(query[None], weights, scalars, mask)
 
 

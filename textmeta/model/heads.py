@@ -2,6 +2,7 @@
 
 Shapes: T tasks, n examples (padded to the largest task, label -1), C classes (padded to the most ways), d features.
 ``scalars`` are the learned numbers of the head: ``temperature``, one or (T,), and ``ridge`` where the head has one.
+``row_weights`` say how much each row of the support set weighs in its class, positive numbers; None is 1 for each.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ __all__ = [
     "leave_one_out_ridge_logits",
     "linear_logits",
     "membership",
+    "name_weights",
     "ridge_weights",
 ]
 
@@ -31,16 +33,18 @@ class Head:
     """A row of :data:`HEADS`: how support features become a classifier.
 
     Args:
-        weights: (features, labels, offset, scalars) → (T, C, d), a weight vector a class.
+        weights: (features, labels, offset, scalars, row_weights) → (T, C, d), a weight vector a class.
         logits: (features, weights, scalars, mask) → (T, n, C), -inf for classes that only pad.
-        support_logits: (features, labels, offset, scalars, mask) → (T, n, C) logits of each support example by the
-            weights that the others give, and (T, n) bool, whether it counts: one alone in its class does not.
+        support_logits: (features, labels, offset, scalars, mask, row_weights) → (T, n, C) logits of each support row by
+            the weights that the others give, and (T, n) bool, whether it can count: one alone in its class cannot.
         has_ridge: whether it has a learned ridge.
     """
 
-    weights: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    weights: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
     logits: Callable[[Tensor, Tensor, Mapping[str, Tensor], Tensor], Tensor]
-    support_logits: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]]
+    support_logits: Callable[
+        [Tensor, Tensor, Tensor, Mapping[str, Tensor], Tensor, Tensor | None], tuple[Tensor, Tensor]
+    ]
     has_ridge: bool = False
 
 
@@ -54,12 +58,30 @@ def class_mask(ways: Tensor) -> Tensor:
     return torch.arange(int(ways.max()), device=ways.device) < ways[:, None]
 
 
-def class_sums(features: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """Return (T, C, d), the sum of each class's features (T, n, d)."""
-    return torch.einsum("tnd,tnc->tcd", features, membership(labels, ways).to(features.dtype))
+def name_weights(is_name: Tensor | None, scalars: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the (T, n) row weights of a support set with names: 1 for an example, the learned κ for a class's name.
+
+    So a prototype is p_c ∝ Σ_{i∈c} f_i + κ ℓ_c, with ℓ_c the feature of the name, as if it were κ examples.
+
+    Args:
+        is_name: (T, n) bool; None where no task has names.
+        scalars: with the name weight κ.
+    """
+    return None if is_name is None else torch.where(is_name, scalars["name_weight"], 1.0)
 
 
-def class_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
+def class_sums(features: Tensor, labels: Tensor, ways: int, row_weights: Tensor | None = None) -> Tensor:
+    """Return (T, C, d), the weighted sum of each class's features (T, n, d)."""
+    return torch.einsum("tnd,tnc->tcd", _weighted(features, row_weights), membership(labels, ways).to(features.dtype))
+
+
+def class_weights(
+    features: Tensor,
+    labels: Tensor,
+    offset: Tensor,
+    scalars: Mapping[str, Tensor],
+    row_weights: Tensor | None = None,
+) -> Tensor:
     """Return (T, C, d): each class's normalised prototype plus its offset.
 
     The prototype is the mean feature of the class (Snell et al., 2017); its norm does not matter to a cosine, so
@@ -71,8 +93,9 @@ def class_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Map
         labels: (T, n), -1 for padding.
         offset: (T, C, d).
         scalars: not used.
+        row_weights: (T, n); None is 1 for each row.
     """
-    return _directions(class_sums(features, labels, offset.shape[1])) + offset
+    return _directions(class_sums(features, labels, offset.shape[1], row_weights)) + offset
 
 
 def cosine_logits(features: Tensor, weights: Tensor, scalars: Mapping[str, Tensor], mask: Tensor) -> Tensor:
@@ -89,9 +112,14 @@ def cosine_logits(features: Tensor, weights: Tensor, scalars: Mapping[str, Tenso
 
 
 def leave_one_out_logits(
-    features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor], mask: Tensor
+    features: Tensor,
+    labels: Tensor,
+    offset: Tensor,
+    scalars: Mapping[str, Tensor],
+    mask: Tensor,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score support examples against prototypes that do not contain them.
+    """Score support rows against prototypes that do not contain them.
 
     An example scored against a prototype of which it is part has a loss near zero, which teaches nothing. So its own
     class's prototype is taken without it; an example that is alone in its class has none, and is to be left out.
@@ -102,13 +130,14 @@ def leave_one_out_logits(
         offset: (T, C, d), added to the normalised prototypes.
         scalars: with the temperature, a factor on the cosine.
         mask: (T, C), False for classes that only pad.
+        row_weights: (T, n); None is 1 for each row.
 
     Returns:
-        (T, n, C) logits, and (T, n) bool: whether the example counts.
+        (T, n, C) logits, and (T, n) bool: whether the row has others in its class, and so can count.
     """
     member = membership(labels, offset.shape[1])
-    sums = class_sums(features, labels, offset.shape[1])
-    others = torch.einsum("tcd,tnc->tnd", sums, member.to(sums.dtype)) - features
+    sums = class_sums(features, labels, offset.shape[1], row_weights)
+    others = torch.einsum("tcd,tnc->tnd", sums, member.to(sums.dtype)) - _weighted(features, row_weights)
     own_offset = torch.einsum("tcd,tnc->tnd", offset, member.to(offset.dtype))
     counts = _has_company(member)
     others = torch.where(counts[..., None], others, torch.ones_like(others))
@@ -117,8 +146,16 @@ def leave_one_out_logits(
     return torch.where(member.bool(), _warmed(own, scalars)[..., None], logits), counts
 
 
-def ridge_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
+def ridge_weights(
+    features: Tensor,
+    labels: Tensor,
+    offset: Tensor,
+    scalars: Mapping[str, Tensor],
+    row_weights: Tensor | None = None,
+) -> Tensor:
     """Return (T, C, d): the ridge regression of one-hot labels on features, W = Yᵀ (XXᵀ + λI)⁻¹ X, plus the offset.
+
+    Of weighted rows, X and Y are the features and targets times the root of each row's weight.
 
     Source: Bertinetto et al. (2019), "Meta-learning with differentiable closed-form solvers" (R2-D2), section 3.
 
@@ -127,8 +164,11 @@ def ridge_weights(features: Tensor, labels: Tensor, offset: Tensor, scalars: Map
         labels: (T, n), -1 for padding.
         offset: (T, C, d).
         scalars: with the ridge λ.
+        row_weights: (T, n); None is 1 for each row.
     """
     targets = membership(labels, offset.shape[1]).to(features.dtype)
+    roots = None if row_weights is None else row_weights.sqrt()
+    features, targets = _weighted(features, roots), _weighted(targets, roots)
     coefficients, _ = _dual_ridge(features, targets, scalars["ridge"])
     return coefficients.transpose(1, 2) @ features + offset
 
@@ -140,17 +180,25 @@ def linear_logits(features: Tensor, weights: Tensor, scalars: Mapping[str, Tenso
 
 
 def leave_one_out_ridge_logits(
-    features: Tensor, labels: Tensor, offset: Tensor, scalars: Mapping[str, Tensor], mask: Tensor
+    features: Tensor,
+    labels: Tensor,
+    offset: Tensor,
+    scalars: Mapping[str, Tensor],
+    mask: Tensor,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score support examples by ridge regressions that have not seen them.
+    """Score support rows by ridge regressions that have not seen them.
 
     With G = (XXᵀ + λI)⁻¹, the regression without example i predicts y_i - (G Y)_i / G_ii for it (the predicted
-    residuals of Allen, 1974). Arguments and result as for :func:`leave_one_out_logits`.
+    residuals of Allen, 1974); of weighted rows this is √w_i times the prediction. Arguments and result as for
+    :func:`leave_one_out_logits`.
     """
     member = membership(labels, offset.shape[1])
     targets = member.to(features.dtype)
-    coefficients, diagonal = _dual_ridge(features, targets, scalars["ridge"])
-    left_out = targets - coefficients / diagonal[..., None]
+    roots = None if row_weights is None else row_weights.sqrt()
+    coefficients, diagonal = _dual_ridge(_weighted(features, roots), _weighted(targets, roots), scalars["ridge"])
+    residuals = coefficients / diagonal[..., None]
+    left_out = targets - (residuals if roots is None else residuals / roots[..., None])
     products = left_out + torch.einsum("tnd,tcd->tnc", features, offset)
     logits = _warmed(products, scalars).masked_fill(~mask[:, None], -torch.inf)
     return logits, _has_company(member)
@@ -182,8 +230,13 @@ def _warmed(values: Tensor, scalars: Mapping[str, Tensor]) -> Tensor:
     return scalars["temperature"].view(-1, *[1] * (values.ndim - 1)) * values
 
 
+def _weighted(rows: Tensor, row_weights: Tensor | None) -> Tensor:
+    """Return rows (T, n, …) times their weights (T, n); as they are, if there are none."""
+    return rows if row_weights is None else row_weights.to(rows.dtype)[..., None] * rows
+
+
 def _has_company(member: Tensor) -> Tensor:
-    """Return (T, n) bool, whether another example is in the same class, from the membership (T, n, C)."""
+    """Return (T, n) bool, whether another row is in the same class, from the membership (T, n, C)."""
     return (member.sum(1, keepdim=True) * member).sum(-1) > 1
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from textmeta.model.lora import zero_start
 
 __all__ = [
+    "LOG_NAME_WEIGHT",
     "LOG_RIDGE",
     "LOG_STEP_SIZE",
     "LOG_TEMPERATURE",
@@ -37,11 +38,13 @@ LORA = "lora."  # prefix of the LoRA factors' names
 OFFSET = "offset"  # the head's offset: adapted, but never learned, since it starts from 0 in every task
 LOG_TEMPERATURE = "log_temperature"  # scalar
 LOG_RIDGE = "log_ridge"  # scalar, of the ridge head
+LOG_NAME_WEIGHT = "log_name_weight"  # scalar: how many examples the name of a class counts for
 LOG_STEP_SIZE = "log_step_size."  # prefix; (steps,) for each group of adapted parameters
 ALL_FACTORS = "lora"  # the group of all LoRA factors
 
 START_TEMPERATURE = 10.0
 START_RIDGE = 1.0
+START_NAME_WEIGHT = 1.0
 
 
 def initial_parameters(
@@ -65,6 +68,7 @@ def initial_parameters(
         **{LORA + name: value for name, value in zero_start(factor_shapes, seed).items()},
         LOG_TEMPERATURE: torch.tensor(math.log(START_TEMPERATURE)),
         **({LOG_RIDGE: torch.tensor(math.log(START_RIDGE))} if ridge else {}),
+        LOG_NAME_WEIGHT: torch.tensor(math.log(START_NAME_WEIGHT)),
         **{
             LOG_STEP_SIZE + group: torch.full((steps,), math.log(start))
             for group, start in sorted(step_size_starts.items())
@@ -78,13 +82,13 @@ def lora_factors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_scalar(name: str) -> bool:
-    """Whether a parameter holds logarithms: of the temperature, the ridge or step sizes."""
-    return name in (LOG_TEMPERATURE, LOG_RIDGE) or name.startswith(LOG_STEP_SIZE)
+    """Whether a parameter holds logarithms: of the temperature, the ridge, the name weight or step sizes."""
+    return name in (LOG_TEMPERATURE, LOG_RIDGE, LOG_NAME_WEIGHT) or name.startswith(LOG_STEP_SIZE)
 
 
 def head_scalars(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the head's positive scalars: the temperature, and the ridge where there is one."""
-    scalars = {"temperature": parameters[LOG_TEMPERATURE].exp()}
+    """Return the head's positive scalars: temperature, name weight, and the ridge where there is one."""
+    scalars = {"temperature": parameters[LOG_TEMPERATURE].exp(), "name_weight": parameters[LOG_NAME_WEIGHT].exp()}
     if LOG_RIDGE in parameters:
         scalars["ridge"] = parameters[LOG_RIDGE].exp()
     return scalars
