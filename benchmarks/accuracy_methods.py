@@ -35,7 +35,6 @@ SEED = 0  # of what is not meta-trained: LoRA's A, SetFit's pairs
 # (support texts up to, episodes at most): always the first ones, so that differences are paired on those
 Most = Sequence[tuple[int, int]]
 ALL: Most = ((10**9, 10**9),)
-ADAPTED: Most = ((60, 10**9), (125, 200), (10**9, 100))
 LORA_MOST: Most = ((10, 10**9), (30, 200), (60, 100), (300, 20), (10**9, 5))
 SETFIT_MOST: Most = ((5, 40), (10, 20), (30, 10), (60, 4))
 CHECK_MOST: Most = ((30, 10),)
@@ -203,8 +202,8 @@ METHODS = {
     "setfit": Method(
         setfit, lambda b, c: [{"setfit": version("setfit"), "seed": SEED}] * has_setfit(), SETFIT_MOST
     ),
-    "protonet": Method(meta_trained, _trained("protonet"), ADAPTED),
-    "textmeta": Method(meta_trained, _trained("textmeta"), ADAPTED),
+    "protonet": Method(meta_trained, _trained("protonet")),
+    "textmeta": Method(meta_trained, _trained("textmeta")),
     "frozen-names": Method(frozen, parts=_NAMED, has_names=True),
-    "textmeta-names": Method(meta_trained, _trained("textmeta"), ADAPTED, _NAMED, has_names=True),
+    "textmeta-names": Method(meta_trained, _trained("textmeta"), parts=_NAMED, has_names=True),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from textmeta.cli import parse_settings
 from textmeta.data.corpus import Corpus, CorpusSettings
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.files import write_atomically
+from textmeta.meta.calibration import CalibrationSettings, calibrate, calibration_episodes, measure_tasks
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.training import TrainingResult, TrainingSettings, train
@@ -42,6 +43,7 @@ class RecipeSettings:
         episodes: what training and validation episodes look like.
         inner: the inner loop.
         training: the outer loop.
+        calibration: on the validation classes, after training; null for none.
         corpora: not used: the folds of the benchmark are.
     """
 
@@ -50,6 +52,7 @@ class RecipeSettings:
     episodes: EpisodeSettings = field(default_factory=EpisodeSettings)
     inner: InnerLoopSettings = field(default_factory=InnerLoopSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    calibration: CalibrationSettings | None = None
     corpora: list[CorpusSettings] = field(default_factory=list)
 
     def with_steps(self, steps: int, seed: int, validations: int = 0) -> "RecipeSettings":
@@ -72,6 +75,8 @@ class RecipeSettings:
         parts: dict[str, Any] = {
             name: asdict(getattr(self, name)) for name in ("lora", "episodes", "inner", "training")
         }
+        if self.calibration is not None:
+            parts["calibration"] = asdict(self.calibration)
         del parts["training"]["seed"], parts["training"]["checkpoint_every"]
         return digest(parts)
 
@@ -161,6 +166,10 @@ class Trainer:
         samplers = _samplers(recipe, train_on, valid)
         with _timed(folder):
             result = train(encoder, *samplers, recipe.training, recipe.inner, folder)
+        if recipe.calibration is not None:
+            of_valid = calibration_episodes(valid, recipe.calibration, recipe.training.seed)
+            measures = measure_tasks(encoder, result.parameters, result.inner, of_valid, "calibration")
+            result = replace(result, parameters=calibrate(result.parameters, measures))
         save_adapter(folder, encoder, result.parameters, result.inner, result.record)
         times = json.loads((folder / TIMES).read_text())
         scale = recipe.training.steps / times["steps"]  # of a run that was killed, not all of the time was written down

@@ -22,6 +22,7 @@ from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import task_batch
 from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import Parameters, head_scalars, lora_factors
 from textmeta.model.lora import LoraSettings
 from textmeta.model.task_encoder import TaskEncoderSettings
@@ -305,7 +306,7 @@ def test_without_names_nothing_changes(classifier: FewShotClassifier, label_name
     assert not np.allclose(named, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", ["prototype", "ridge"])
+@pytest.mark.parametrize("head", sorted(HEADS))
 def test_names_weigh_as_much_as_was_learned(encoder: Encoder, parameters: Parameters, head: Any) -> None:
     """Almost none is as if they were not there; a very large one as if there were nothing else."""
     inner = replace(INNER, steps=0, head=head)

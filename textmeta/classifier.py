@@ -1,6 +1,6 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,28 @@ from textmeta.artifact.publish import Destination, push_adapter
 from textmeta.artifact.store import save_adapter
 from textmeta.data.labels import LabelNames, checked_labels, label_array, task_classes
 from textmeta.data.texts import checked_texts
-from textmeta.errors import AdapterError, DataError, NotFittedError
+from textmeta.errors import AdapterError, DataError, NotFittedError, SettingsError
 from textmeta.hub import HubAccess
-from textmeta.meta.adaptation import adapt, task_weights
 from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.task_learner import LearnedTask, learn_task
 from textmeta.meta.tasks import task_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, class_mask
 from textmeta.model.initialisation import head_scalars, lora_factors
+from textmeta.model.scope import scope_probability, text_inputs
 from textmeta.tasks import KnownTask, KnownTasks, TaskEmbedding, embed_task
 
 __all__ = ["FewShotClassifier"]
 
 CHUNK = 512  # texts of one pass of predict
+DEFAULT_ADAPTER = "textmeta/minilm-general"
 
 
 class FewShotClassifier:
     """Classifies texts after a few gradient steps on a few labelled examples, or names of classes.
 
-    Made by :meth:`from_pretrained`, or directly from the result of meta-training.
+    ``FewShotClassifier()`` has the adapter that comes with textmeta; others are made by :meth:`from_pretrained`, or
+    directly from the result of meta-training.
 
     Args:
         encoder: makes features.
@@ -54,20 +57,23 @@ class FewShotClassifier:
 
     def __init__(
         self,
-        encoder: Encoder,
-        parameters: Mapping[str, Tensor],
-        inner: InnerLoopSettings,
+        encoder: Encoder | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+        inner: InnerLoopSettings | None = None,
         record: Mapping[str, Any] | None = None,
         known_tasks: KnownTasks | None = None,
     ) -> None:
+        if encoder is None and parameters is None and inner is None:
+            adapter, _ = load_from(DEFAULT_ADAPTER)
+            encoder, parameters, inner = adapter.load_encoder(), adapter.parameters, adapter.inner
+            record, known_tasks = adapter.record, adapter.known_tasks
+        if encoder is None or parameters is None or inner is None:
+            raise SettingsError("FewShotClassifier needs encoder, parameters and inner, or none of them")
         self._encoder = encoder
         self._parameters = {name: value.detach().to(encoder.device) for name, value in parameters.items()}
         self._inner = inner
         self._record = dict(record or {})
-        # after fit: LoRA factors (out, in) by name, the head (C, d) and its temperature ()
-        self._factors: dict[str, Tensor] = {}
-        self._weights: Tensor | None = None
-        self._temperature = head_scalars(self._parameters)["temperature"]
+        self._learned: LearnedTask | None = None  # after fit
         self.support_: list[tuple[str, Any]] | None = None
         self.task_embedding_: TaskEmbedding | None = None
         self.known_tasks_ = known_tasks
@@ -113,10 +119,7 @@ class FewShotClassifier:
         loaded = adapter.load_encoder(device, encoder, access)
         classifier = cls(loaded, adapter.parameters, adapter.inner, adapter.record, adapter.known_tasks)
         if adapter.fitted is not None:
-            classifier._factors = {name: value.to(device) for name, value in adapter.fitted.factors.items()}
-            classifier._weights = adapter.fitted.weights.to(device)
-            if adapter.fitted.temperature is not None:
-                classifier._temperature = adapter.fitted.temperature.to(device)
+            classifier._learned = adapter.fitted.learned(loaded.device, classifier._parameters)
             classifier.task_embedding_ = adapter.fitted.task
             labels = adapter.fitted.classes
             classifier.classes_ = label_array(labels)
@@ -151,18 +154,9 @@ class FewShotClassifier:
         classes, names = task_classes(rows, label_names)
         index = {label: i for i, label in enumerate(classes)}
         support = task_batch(self._encoder, [texts], [[index[label] for label in rows]], [len(classes)], [names])
-        with torch.no_grad():
-            adapted = adapt(self._encoder, self._parameters, support, self._inner)
-            weights = task_weights(self._encoder, adapted, support)[0]
-        temperature = adapted.scalars["temperature"].view(-1)[0]  # one for all tasks, or one for each
-        if not (weights.isfinite().all() and temperature.isfinite() and temperature > 0):
-            raise AdapterError(
-                "fit: the adapter makes of this task a head that is not finite, or a temperature of "
-                f"{temperature:.3g}; it is broken, or was not meant for such tasks"
-            )
-        task = embed_task(self._encoder, self._parameters, self._inner, support, classes)
-        self._weights, self.task_embedding_, self._temperature = weights, task, temperature
-        self._factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
+        learned = learn_task(self._encoder, self._parameters, self._inner, support)
+        self.task_embedding_ = embed_task(self._encoder, self._parameters, self._inner, support, classes)
+        self._learned = learned
         self.classes_ = label_array(classes)
         self.support_ = list(zip(texts, rows, strict=True))
         return self
@@ -176,26 +170,55 @@ class FewShotClassifier:
             NotFittedError: before ``fit``.
             DataError: if a text is no string.
         """
-        if self._weights is None:
-            raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
-        texts = checked_texts(texts, "predict", allow_empty=True)
-        head = HEADS[self._inner.head]
-        scalars = head_scalars(self._parameters) | {"temperature": self._temperature}
-        mask = class_mask(torch.tensor([len(self._weights)], device=self._encoder.device))
-        parts = [np.empty((0, len(self._weights)))]
-        with torch.no_grad():
-            for start in range(0, len(texts), CHUNK):
-                prepared = self._encoder.prepare(texts[start : start + CHUNK], remember=False)
-                features = self._encoder.features(prepared, self._factors)
-                logits = head.logits(features[None], self._weights[None], scalars, mask)
-                parts.append(logits[0].double().softmax(-1).cpu().numpy())
-        return np.concatenate(parts)
+        learned = self._fitted_task()
+        parts = [logits.double().softmax(-1).cpu().numpy() for logits in self._logits(texts, learned)]
+        return np.concatenate([np.empty((0, len(learned.weights))), *parts])
 
-    def predict(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n,) the most probable label of each text, as given to ``fit``."""
+    def scope_score(self, texts: Sequence[str]) -> np.ndarray:
+        """Return (n,) float64, the probability that a text belongs to any of the classes.
+
+        The rule was learned over tasks of which some classes had been left out, and is right where as many texts belong
+        to none of the classes as to one; where fewer do, lower the threshold.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            AdapterError: if the adapter has learned no such rule.
+            DataError: if a text is no string.
+        """
+        learned = self._fitted_task()
+        if learned.scope is None:
+            raise AdapterError(
+                "this adapter has no rule for what is out of scope: calibrate it (textmeta.meta.calibration), or take "
+                f"one that has, such as {DEFAULT_ADAPTER}"
+            )
+        rule, temperature = learned.scope, learned.temperature
+        scores = [scope_probability(rule, text_inputs(logits, temperature)) for logits in self._logits(texts, learned)]
+        return np.concatenate([np.empty(0), *(part.double().cpu().numpy() for part in scores)])
+
+    def predict(self, texts: Sequence[str], *, reject: float | bool = False, outside: Any = None) -> np.ndarray:
+        """Return (n,) the most probable label of each text, as given to ``fit``.
+
+        Args:
+            texts: n of them.
+            reject: whether to reject texts that seem to belong to none of the classes: those whose :meth:`scope_score`
+                is below this number; True is 0.5.
+            outside: what is returned for these.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            AdapterError: if the adapter has learned no rule to reject by.
+            DataError: if a text is no string, or ``reject`` no number from 0 to 1.
+        """
+        if not isinstance(reject, bool | int | float) or not 0 <= reject <= 1:
+            raise DataError(f"predict: reject must be True, False or a number from 0 to 1, given {reject!r:.60}")
         best = self.predict_proba(texts).argmax(1)
         predicted: np.ndarray = self.classes_[best]
-        return predicted
+        if reject is False:
+            return predicted
+        threshold = 0.5 if reject is True else reject
+        scores = self.scope_score(texts)
+        pairs = zip(predicted.tolist(), scores, strict=True)
+        return label_array([outside if score < threshold else label for label, score in pairs])
 
     def score(self, texts: Sequence[str], labels: Iterable[Hashable]) -> float:
         """Return the share of texts whose label is predicted right."""
@@ -295,17 +318,36 @@ class FewShotClassifier:
         Raises:
             AdapterError: if the folder holds anything, or cannot be written.
         """
-        write_merged(Path(folder), self._encoder, self._factors or lora_factors(self._parameters))
+        factors = self._learned.factors if self._learned else lora_factors(self._parameters)
+        write_merged(Path(folder), self._encoder, factors)
 
     def _fitted(self, include_support: bool) -> FittedHead | None:
         """Return what ``fit`` made, as it is stored."""
         if include_support and self.support_ is None:
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
-        if self._weights is None:
+        if self._learned is None:
             return None
         support = None
         if include_support and self.support_ is not None:
             index = {label: number for number, label in enumerate(self.classes_.tolist())}
             support = [(text, index[label]) for text, label in self.support_]
         labels, task = self.classes_.tolist(), self.task_embedding_
-        return FittedHead(self._factors, self._weights, labels, support, self._temperature, task)
+        learned = self._learned
+        return FittedHead(learned.factors, learned.weights, labels, support, learned.temperature, task, learned.scope)
+
+    def _fitted_task(self) -> LearnedTask:
+        if self._learned is None:
+            raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
+        return self._learned
+
+    @torch.no_grad()
+    def _logits(self, texts: Sequence[str], learned: LearnedTask) -> Iterator[Tensor]:
+        """Yield logits (n, C) of successive texts."""
+        texts = checked_texts(texts, "predict", allow_empty=True)
+        head = HEADS[self._inner.head]
+        scalars = head_scalars(self._parameters) | {"temperature": learned.temperature}
+        mask = class_mask(torch.tensor([len(learned.weights)], device=self._encoder.device))
+        for start in range(0, len(texts), CHUNK):
+            prepared = self._encoder.prepare(texts[start : start + CHUNK], remember=False)
+            features = self._encoder.features(prepared, learned.factors)
+            yield head.logits(features[None], learned.weights[None], scalars, mask)[0]

@@ -101,7 +101,11 @@ def test_fitted_version_2_answers_as_it_did(encoder: Encoder, tmp_path: Path) ->
     np.testing.assert_array_equal(again.predict_proba(texts), fitted.predict_proba(texts))
 
 
-@pytest.mark.parametrize("inner", [INNER, replace(INNER, head="ridge"), CONDITIONED], ids=["plain", "ridge", "task"])
+@pytest.mark.parametrize(
+    "inner",
+    [INNER, replace(INNER, head="ridge"), replace(INNER, head="readout"), CONDITIONED],
+    ids=["plain", "ridge", "readout", "task"],
+)
 def test_version_3_loads(inner: InnerLoopSettings, encoder: Encoder, tmp_path: Path) -> None:
     parameters = old_parameters(encoder, inner)
     save_adapter(tmp_path / "adapter", encoder, parameters, inner, {"episodes": 7})

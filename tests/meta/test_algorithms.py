@@ -22,6 +22,7 @@ from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.meta_gradient import MetaGradientPlan, MetaGradientSettings
 from textmeta.meta.tasks import support_and_query_batch
 from textmeta.model.encoder import Encoder
+from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import LOG_NAME_WEIGHT, LORA, Parameters
 
 EVALUATE = MetaGradientPlan()
@@ -29,6 +30,7 @@ each_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 INNER_LOOPS = {
     "prototype": INNER,
     "ridge": replace(INNER, head="ridge"),
+    "readout": replace(INNER, head="readout"),
     "clipped": replace(INNER, max_gradient_norm=1),
 }
 
@@ -104,7 +106,7 @@ def test_gradients_are_finite_complete_and_repeatable(
     assert all(one[key].any() for key in one if key.startswith(LORA))
 
 
-@pytest.mark.parametrize("head", ["prototype", "ridge"])
+@pytest.mark.parametrize("head", sorted(HEADS))
 @each_algorithm
 def test_the_name_weight_is_learned_from_names_alone(
     name: str, head: Any, encoder: Encoder, sampler: EpisodeSampler

@@ -43,6 +43,7 @@ INNER_LOOPS: dict[str, InnerLoopSettings] = {
     "plain": replace(SMOOTH, normalise=False, lora_step_size=2.0, offset_step_size=0.5),
     "clipped": replace(SMOOTH, max_gradient_norm=0.1),
     "ridge": replace(SMOOTH, head="ridge"),
+    "readout": replace(SMOOTH, head="readout"),
     "both factors": replace(SMOOTH, adapt=("lora_A", "lora_B", "offset")),
     "factors alone": replace(SMOOTH, adapt=("lora_B",)),
     "sizes per layer": replace(SMOOTH, step_sizes="layer"),
@@ -119,7 +120,7 @@ def exact_errors(
         *(
             pytest.param(n, INNER_LOOPS[t], id=f"{n}-{t}")
             for n in EXACT
-            for t in ("normalised", "ridge")
+            for t in ("normalised", "ridge", "readout")
             if n != "maml"
         ),
     ],

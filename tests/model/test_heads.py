@@ -20,7 +20,15 @@ from textmeta.model.heads import (
 )
 
 TEMPERATURE = torch.tensor(7.0, dtype=torch.float64)
-SCALARS = {"temperature": TEMPERATURE, "ridge": torch.tensor(0.3, dtype=torch.float64)}
+SCALARS = {
+    name: torch.tensor(value, dtype=torch.float64)
+    for name, value in {
+        "temperature": float(TEMPERATURE),
+        "ridge": 0.3,
+        "ridge_weight": 2.0,
+        "name_weight": 0.7,
+    }.items()
+}
 WEIGHTS = torch.tensor([[1.0, 1.0, 1.0, 1.0, 2.5, 0.4, 2.5]], dtype=torch.float64)
 
 

@@ -13,8 +13,9 @@ from textmeta.artifact import peft_files
 from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
 from textmeta.hub import HubAccess
 from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.task_learner import LearnedTask
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import Parameters, lora_factors
+from textmeta.model.initialisation import Parameters, head_scalars, lora_factors
 from textmeta.model.lora import LoraSettings
 from textmeta.model.task_encoder import CENTRE
 from textmeta.tasks import KnownTasks, TaskEmbedding
@@ -40,6 +41,7 @@ class FittedHead:
         support: text and class (index) of each example that it was fitted on; None where they are not kept.
         temperature: (), the task's; None in formats 1 and 2, where it is the adapter's.
         task: the task's embedding, where the adapter has a task encoder.
+        scope: (4,), the rule for what is out of the task's scope, where the adapter has one.
     """
 
     factors: dict[str, Tensor]
@@ -48,6 +50,17 @@ class FittedHead:
     support: list[tuple[str, int]] | None = None
     temperature: Tensor | None = None
     task: TaskEmbedding | None = None
+    scope: Tensor | None = None
+
+    def learned(self, device: torch.device, parameters: Mapping[str, Tensor]) -> LearnedTask:
+        """Return what ``fit`` had learned, on a device; ``parameters`` are the adapter's."""
+        temperature = head_scalars(parameters)["temperature"] if self.temperature is None else self.temperature
+        return LearnedTask(
+            {name: value.to(device) for name, value in self.factors.items()},
+            self.weights.to(device),
+            temperature.to(device),
+            None if self.scope is None else self.scope.to(device),
+        )
 
 
 @dataclass(frozen=True)

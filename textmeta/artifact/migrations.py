@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from textmeta.errors import AdapterError
-from textmeta.model.initialisation import LOG_NAME_WEIGHT
+from textmeta.model.initialisation import LOG_NAME_WEIGHT, STRENGTH_PRIOR, TEMPERATURE_SLOPES
 
 __all__ = ["FORMAT_VERSION", "migrate", "migrate_tensors"]
 
@@ -39,15 +39,18 @@ def _from_2(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_3(meta: dict[str, Any]) -> dict[str, Any]:
-    """Version 4 has further tensors alone."""
-    return meta
+    """Version 4 may have several strengths of LoRA to choose from; before, there was 1 alone."""
+    if "strengths" in meta["inner"]:
+        raise ValueError("inner.strengths came with version 4")
+    return {**meta, "inner": {**meta["inner"], "strengths": [1.0]}}
 
 
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}
 
 # version → what every textmeta.safetensors has from then on, with the value that an older adapter gets
 NEW_TENSORS: Mapping[int, Mapping[str, Tensor]] = {
-    4: {LOG_NAME_WEIGHT: torch.tensor(0.0)},  # a name weighs as much as an example
+    # a name weighs as much as an example; one temperature for all tasks
+    4: {LOG_NAME_WEIGHT: torch.tensor(0.0), TEMPERATURE_SLOPES: torch.zeros(2), STRENGTH_PRIOR: torch.zeros(1)},
 }
 
 

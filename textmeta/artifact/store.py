@@ -32,8 +32,9 @@ from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
 from textmeta.model.conditioning import conditioning_shapes
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import LORA, is_scalar, lora_factors
+from textmeta.model.initialisation import LORA, SCOPE, is_scalar, lora_factors
 from textmeta.model.lora import LoraSettings
+from textmeta.model.scope import RULE_SIZE, TEXT_INPUTS
 from textmeta.model.task_encoder import CENTRE
 from textmeta.tasks import KnownTasks, TaskEmbedding
 
@@ -120,8 +121,9 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
         return {**files, CARD: model_card(meta, known=known).encode("utf-8", "replace")}
     classes, support = fitted.classes, fitted.support
     head = {**{LORA + name: value for name, value in fitted.factors.items()}, "weights": fitted.weights}
-    if fitted.temperature is not None:
-        head[TEMPERATURE] = fitted.temperature
+    for name, value in ((TEMPERATURE, fitted.temperature), (SCOPE, fitted.scope)):
+        if value is not None:
+            head[name] = value
     if fitted.task is not None:
         head |= {
             TASK_VECTOR: torch.from_numpy(fitted.task.vector),
@@ -221,6 +223,8 @@ def _check_scalars(
     if inner.conditioning is not None:  # shapes alone: a size that somebody made up must not take memory
         hidden_size = scalars[CENTRE].numel() if CENTRE in scalars else 0
         shapes |= conditioning_shapes(inner.conditioning, factor_shapes, hidden_size)
+    if SCOPE in scalars:  # where a rule was learned
+        shapes[SCOPE] = (RULE_SIZE,)
     given = {name: tuple(value.shape) for name, value in scalars.items()}
     if shapes != given:
         raise AdapterError(f"{path}: expected tensors {shapes}, found {given}")
@@ -249,10 +253,11 @@ def _read_fitted(files: Mapping[str, bytes], folder: Path, adapter: Adapter) -> 
             "expected a row for each of at least 2"
         )
     temperature, task = _pop_temperature(tensors, folder / HEAD), _pop_task(tensors, classes, adapter, folder / HEAD)
+    scope = _pop_scope(tensors, adapter, folder / HEAD)
     factors = lora_factors(adapter.parameters)
     if {n: v.shape for n, v in tensors.items()} != {LORA + n: v.shape for n, v in factors.items()}:
         raise AdapterError(f"{folder / HEAD} does not hold the adapter's LoRA factors")
-    fitted = FittedHead(lora_factors(tensors), weights, classes, temperature=temperature, task=task)
+    fitted = FittedHead(lora_factors(tensors), weights, classes, temperature=temperature, task=task, scope=scope)
     support = content.get("support")
     if support is None:
         return fitted
@@ -274,6 +279,16 @@ def _pop_temperature(tensors: dict[str, Tensor], path: Path) -> Tensor | None:
     value = tensors.pop(TEMPERATURE, None)
     if value is not None and (value.shape != () or not value > 0):
         raise AdapterError(f"{path}: {TEMPERATURE} must be one positive number, found {value!s:.60}")
+    return value
+
+
+def _pop_scope(tensors: dict[str, Tensor], adapter: Adapter, path: Path) -> Tensor | None:
+    """Take a fitted task's rule for what is out of scope out of its tensors; None, where the adapter has none."""
+    if SCOPE not in adapter.parameters:
+        return None  # what is there all the same is no LoRA factor, and refused as that
+    value = tensors.pop(SCOPE, torch.empty(0))
+    if value.shape != (len(TEXT_INPUTS) + 1,):
+        raise AdapterError(f"{path}: {SCOPE} has shape {tuple(value.shape)}, expected ({len(TEXT_INPUTS) + 1},)")
     return value
 
 

@@ -16,6 +16,8 @@ from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, Head, class_mask, cross_entropy_per_task, membership
 from textmeta.model.initialisation import (
     OFFSET,
+    STRENGTH_PRIOR,
+    TEMPERATURE_SLOPES,
     Parameters,
     head_scalars,
     initial_parameters,
@@ -30,11 +32,17 @@ __all__ = [
     "TaskConditions",
     "adapt",
     "adaptation_path",
+    "best_strengths",
     "embed_tasks",
+    "left_out_logits",
     "query_logits",
+    "scaled_factors",
     "start_parameters",
+    "support_log_likelihood",
     "task_scalars",
+    "task_size",
     "task_weights",
+    "unadapted",
 ]
 
 FEATURES = "features"
@@ -71,6 +79,10 @@ class AdaptedParameters:
     head: Head
     support_features: Tensor | None = None
 
+    def with_features(self, features: Tensor) -> "AdaptedParameters":
+        """Return the same, knowing the features (T, n, d) of the support set."""
+        return replace(self, support_features=features)
+
 
 def start_parameters(
     factor_shapes: Mapping[str, tuple[int, ...]], inner: InnerLoopSettings, hidden_size: int, seed: int = 0
@@ -87,8 +99,10 @@ def start_parameters(
     starts = dict.fromkeys(groups, inner.lora_step_size)
     if OFFSET in inner.adapt:
         starts[OFFSET] = inner.offset_step_size
-    ridge = HEADS[inner.head].has_ridge
-    parameters = initial_parameters(factor_shapes, starts, steps=inner.steps, ridge=ridge, seed=seed)
+    heads, strengths = HEADS[inner.head].starts, len(inner.strengths)
+    parameters = initial_parameters(
+        factor_shapes, starts, steps=inner.steps, head_starts=heads, strengths=strengths, seed=seed
+    )
     if inner.conditioning is not None:
         parameters |= conditioning_start(inner.conditioning, factor_shapes, hidden_size, seed)
     return parameters
@@ -105,12 +119,46 @@ def embed_tasks(
     return TaskConditions(task_embedding(parameters, inner.conditioning.task_encoder, *tasks), task_statistics(*tasks))
 
 
-def task_scalars(parameters: Mapping[str, Tensor], conditions: TaskConditions | None) -> dict[str, Tensor]:
-    """Return the head's positive scalars, its temperature for each task (T,) where that is conditioned."""
+def task_scalars(
+    parameters: Mapping[str, Tensor], support: TaskBatch, conditions: TaskConditions | None = None
+) -> dict[str, Tensor]:
+    """Return the head's positive scalars, its temperature for each task (T,).
+
+    log t = log t_0 + s · (log shots, log (ways / 5)), with the mean over classes of log shots, and slopes s that
+    calibration alone sets (:mod:`textmeta.meta.calibration`); or as the task embedding says, where that conditions it.
+    """
     scalars = head_scalars(parameters)
     if conditions is not None:
         scalars["temperature"] = conditioned_temperature(parameters, conditions.embedding, conditions.statistics)
+    else:
+        slopes = parameters[TEMPERATURE_SLOPES].detach()
+        scalars["temperature"] = scalars["temperature"] * (task_size(support.labels, support.ways) @ slopes).exp()
     return scalars
+
+
+def task_size(labels: Tensor, ways: Tensor) -> Tensor:
+    """Return (T, 2): the mean over classes of log shots, and log (ways / 5), of labels (T, n) and ways (T,).
+
+    A name counts as a shot, and a class is taken to have one at least.
+    """
+    counts = membership(labels, int(ways.max())).sum(1).clamp(min=1)
+    return torch.stack([counts.log().sum(1) / ways, (ways / 5).log()], dim=1)
+
+
+def unadapted(
+    parameters: Mapping[str, Tensor],
+    support: TaskBatch,
+    inner: InnerLoopSettings,
+    hidden_size: int,
+    conditions: TaskConditions | None = None,
+) -> AdaptedParameters:
+    """Return the start of T tasks, before any inner step; arguments as for :func:`adaptation_path`."""
+    factors, scalars = lora_factors(parameters), task_scalars(parameters, support, conditions)
+    if conditions is not None:
+        factors |= conditioned_factors(parameters, conditions.embedding)
+    temperature = scalars["temperature"]
+    shape = (len(support.ways), int(support.ways.max()), hidden_size)
+    return AdaptedParameters(factors, temperature.new_zeros(shape), scalars, HEADS[inner.head])
 
 
 def adapt(
@@ -120,9 +168,47 @@ def adapt(
     inner: InnerLoopSettings,
     conditions: TaskConditions | None = None,
 ) -> AdaptedParameters:
-    """Take all inner steps; see :func:`adaptation_path`. The directions of the steps are constants (first order)."""
+    """Take all inner steps (:func:`adaptation_path`, first order), then choose LoRA's strength for each task.
+
+    Each strength s of ``inner.strengths`` makes features with s·B in place of B; a task takes the one with the largest
+    sum of its log prior and the log-likelihood of the support set, every example scored by the others. Where no example
+    has company in its class, the prior alone decides.
+    """
     *_, adapted = adaptation_path(encoder, parameters, support, inner, conditions)
-    return adapted
+    if inner.strengths == (1.0,):
+        return adapted
+    tried = [replace(adapted, factors=scaled_factors(adapted.factors, s)) for s in inner.strengths]
+    features = [support.pad(encoder.features(support.texts, one.factors, support.row_task)) for one in tried]
+    likelihoods = [support_log_likelihood(adapted, own, support) for own in features]
+    best = best_strengths(torch.stack(likelihoods), parameters[STRENGTH_PRIOR])
+    first = int(best[0])
+    if (best == first).all():  # as in fit: the factors stay those of all tasks
+        return tried[first].with_features(features[first])
+    strengths = torch.tensor(inner.strengths, device=best.device)[best]
+    of_tasks = torch.stack(features).gather(0, best.view(1, -1, 1, 1).expand(1, *features[0].shape))[0]
+    return replace(adapted, factors=scaled_factors(adapted.factors, strengths), support_features=of_tasks)
+
+
+def scaled_factors(factors: Mapping[str, Tensor], strength: float | Tensor) -> dict[str, Tensor]:
+    """Return LoRA factors with B times a strength, one for all tasks or (T,)."""
+    scale = strength.view(-1, 1, 1) if isinstance(strength, Tensor) else strength
+    return {name: value * scale if ".lora_B." in name else value for name, value in factors.items()}
+
+
+def support_log_likelihood(adapted: AdaptedParameters, features: Tensor, support: TaskBatch) -> Tensor:
+    """Return (T,) the sum of log-likelihoods of a task's examples, each scored by the others, by features (T, n, d)."""
+    logits, counts = left_out_logits(adapted, features, support)
+    return -cross_entropy_per_task(logits, support.labels, counts) * counts.sum(1)
+
+
+def left_out_logits(adapted: AdaptedParameters, features: Tensor, support: TaskBatch) -> tuple[Tensor, Tensor]:
+    """Return logits (T, n, C) of each support row by the others, by features (T, n, d), and which count (T, n)."""
+    return _left_out(adapted, features, support, adapted.offset, adapted.scalars)
+
+
+def best_strengths(log_likelihoods: Tensor, prior: Tensor) -> Tensor:
+    """Return (T,) the number of each task's strength, from log-likelihoods (S, T) and the log prior (S,)."""
+    return (log_likelihoods + prior[:, None]).argmax(0)
 
 
 def adaptation_path(
@@ -154,15 +240,12 @@ def adaptation_path(
         ``parameters`` require a gradient they are differentiable in the start, the step sizes and the head's scalars.
     """
     conditions = conditions or embed_tasks(encoder, parameters, support, inner)
-    factors, scalars = lora_factors(parameters), task_scalars(parameters, conditions)
-    if conditions is not None:
-        factors |= conditioned_factors(parameters, conditions.embedding)
-    tasks, ways = len(support.ways), int(support.ways.max())
-    offset = torch.zeros(tasks, ways, encoder.hidden_size, device=encoder.device, dtype=scalars["temperature"].dtype)
-    start = AdaptedParameters(factors, offset, scalars, HEADS[inner.head])
+    start = unadapted(parameters, support, inner, encoder.hidden_size, conditions)
+    factors, offset, scalars = start.factors, start.offset, start.scalars
     if not inner.steps or not _can_learn(support):
         yield start
         return
+    tasks = len(support.ways)
     fast = {name: factors[name].expand(tasks, *factors[name].shape[-2:]) for name in _adapted_factors(factors, inner)}
     shared = {name: value for name, value in factors.items() if name not in fast} | scalars
     if not fast:  # the head alone learns: all steps see the same features
@@ -170,7 +253,6 @@ def adaptation_path(
         start, shared = replace(start, support_features=features), {**scalars, FEATURES: features}
     if OFFSET in inner.adapt:
         fast[OFFSET] = offset
-    mask = class_mask(support.ways)
 
     def loss(tensors: Mapping[str, Tensor]) -> Tensor:
         features = tensors.get(FEATURES)
@@ -178,10 +260,7 @@ def adaptation_path(
             used = {name: tensors[name] for name in factors}
             features = support.pad(encoder.features(support.texts, used, support.row_task))
         now = tensors.get(OFFSET, torch.zeros_like(offset))
-        weights = support.row_weights(tensors)
-        logits, counts = start.head.support_logits(features, support.labels, now, tensors, mask, weights)
-        if support.is_name is not None:
-            counts = counts & ~support.is_name
+        logits, counts = _left_out(start, features, support, now, tensors)
         return cross_entropy_per_task(logits, support.labels, counts)
 
     path = gradient_steps(
@@ -198,6 +277,15 @@ def adaptation_path(
     for tensors in path:
         moved = {name: value for name, value in tensors.items() if name != OFFSET}
         yield replace(start, factors=factors | moved, offset=tensors.get(OFFSET, offset))
+
+
+def _left_out(
+    adapted: AdaptedParameters, features: Tensor, support: TaskBatch, offset: Tensor, scalars: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return leave-one-out logits (T, n, C) of support rows, and (T, n) bool: the examples that have company."""
+    weights, mask = support.row_weights(scalars), class_mask(support.ways)
+    logits, counts = adapted.head.support_logits(features, support.labels, offset, scalars, mask, weights)
+    return logits, counts if support.is_name is None else counts & ~support.is_name
 
 
 def _adapted_factors(factors: Iterable[str], inner: InnerLoopSettings) -> list[str]:

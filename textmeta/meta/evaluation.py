@@ -14,17 +14,20 @@ from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
 from textmeta.meta.adaptation import (
     adapt,
+    best_strengths,
     embed_tasks,
     query_logits,
     start_parameters,
-    task_scalars,
+    support_log_likelihood,
     task_weights,
+    unadapted,
 )
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.tasks import query_batch, support_batch, support_rows
+from textmeta.meta.shared_features import SharedFeatures
+from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import HEADS, class_mask, name_weights
-from textmeta.model.initialisation import lora_factors
+from textmeta.model.heads import class_mask
+from textmeta.model.initialisation import STRENGTH_PRIOR
 
 __all__ = [
     "EpisodeScores",
@@ -197,11 +200,8 @@ def _all_logits(
 
 def _can_learn(episode: Episode) -> bool:
     """Whether any class has two examples, or an example and a name."""
-    return bool(np.bincount(_support_rows(episode)[1]).max() > 1)
-
-
-def _support_rows(episode: Episode) -> tuple[list[str], list[int]]:
-    return support_rows(episode.support_texts, episode.support_labels.tolist(), episode.label_names)
+    rows = [*episode.support_labels, *(range(episode.ways) if episode.label_names else ())]
+    return bool(np.bincount(rows).max() > 1)
 
 
 def _unadapted_logits(
@@ -211,29 +211,20 @@ def _unadapted_logits(
     inner: InnerLoopSettings,
     indices: Sequence[int],
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Do the same where no step is taken: all tasks share the factors, so a text needs one forward, not one a task."""
-    support_of = {i: _support_rows(episodes[i]) for i in indices}
-    texts = list(dict.fromkeys(t for i in indices for t in (*support_of[i][0], *episodes[i].query_texts)))
-    row_of = {text: row for row, text in enumerate(texts)}
-    factors, head = lora_factors(parameters), HEADS[inner.head]
-    chunks = [encoder.features(encoder.prepare(texts[s : s + 1024]), factors) for s in range(0, len(texts), 1024)]
-    features = torch.cat(chunks) if chunks else None
+    """Do the same where no step is taken (:class:`~textmeta.meta.shared_features.SharedFeatures`)."""
+    shared = SharedFeatures(encoder, parameters, [episodes[index] for index in indices], inner.strengths)
     for index in indices:
-        episode, (support_texts, support_labels) = episodes[index], support_of[index]
-        assert features is not None  # an episode has texts
-        support = features[[row_of[text] for text in support_texts]]
-        query = features[[row_of[text] for text in episode.query_texts]]
-        labels = torch.tensor([support_labels], device=encoder.device)
-        is_name = torch.arange(len(support), device=encoder.device)[None] >= len(episode.support_texts)
-        offset = support.new_zeros(1, episode.ways, encoder.hidden_size)
-        mask = class_mask(torch.tensor([episode.ways], device=encoder.device))
+        support, features, queries = shared.task(episodes[index])
         conditions = None
         if inner.conditioning is not None and inner.conditioning.decides:  # the temperature may be the task's own
-            conditions = embed_tasks(encoder, parameters, support_batch(encoder, [episode]), inner)
-        scalars = task_scalars(parameters, conditions)
-        row_weights = name_weights(is_name if episode.label_names else None, scalars)
-        weights = head.weights(support[None], labels, offset, scalars, row_weights)
-        yield [index], head.logits(query[None], weights, scalars, mask)
+            conditions = embed_tasks(encoder, parameters, support_batch(encoder, [episodes[index]]), inner)
+        start = unadapted(parameters, support, inner, encoder.hidden_size, conditions)
+        best = 0
+        if len(features) > 1:
+            likelihoods = torch.stack([support_log_likelihood(start, own[None], support) for own in features])
+            best = int(best_strengths(likelihoods, parameters[STRENGTH_PRIOR]))
+        weights = task_weights(encoder, start.with_features(features[best][None]), support)
+        yield [index], start.head.logits(queries[best][None], weights, start.scalars, class_mask(support.ways))
 
 
 def _episode_scores(

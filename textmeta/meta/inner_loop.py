@@ -23,10 +23,11 @@ from textmeta.model.initialisation import OFFSET, StepSizesPer
 __all__ = ["InnerLoopSettings", "gradient_steps", "without_conditioning"]
 
 Part = Literal["lora_A", "lora_B", "offset"]
-HeadName = Literal["prototype", "ridge"]
+HeadName = Literal["prototype", "ridge", "readout"]
 
 
 MAX_STEPS = 1000  # each has step sizes of its own
+MAX_STRENGTHS, MAX_STRENGTH = 16, 10.0  # each costs a forward of the support set
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class InnerLoopSettings:
         steps: gradient steps; 0 leaves the initialisation as it is.
         adapt: what the steps change: LoRA's B or A factors, the head's offset. ANIL adapts the offset alone, Reptile
             all three, and ProtoNet takes no steps, whatever is set here.
-        head: prototype (cosine to the class means), or ridge (ridge regression on the labels, R2-D2).
+        head: prototype (cosine to the class means), ridge (ridge regression on the labels, R2-D2), or readout (both:
+            prototypes that do not depend on the number of examples, plus a ridge regression).
         lora_step_size: step size of the LoRA factors before it is learned; a step moves an entry by about this much.
         offset_step_size: step size of the head's offset, likewise.
         step_sizes: what has learned step sizes of its own, one for each step: all LoRA factors together (part), those
@@ -49,6 +51,7 @@ class InnerLoopSettings:
         offset_epsilon: the same for the head's offset.
         max_gradient_norm: a task's longer gradients, all tensors together, are shortened to this norm before they are
             normalised; null leaves them.
+        strengths: factors on LoRA's B that each task chooses from by its support set; training takes 1 alone.
         conditioning: what the task embedding decides; null for no task encoder.
     """
 
@@ -62,6 +65,7 @@ class InnerLoopSettings:
     lora_epsilon: float = 1e-3
     offset_epsilon: float = 1e-2
     max_gradient_norm: float | None = None
+    strengths: tuple[float, ...] = (1.0,)
     conditioning: ConditioningSettings | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +80,11 @@ class InnerLoopSettings:
             raise SettingsError(f"inner head must be one of {sorted(HEADS)}, given {self.head!r}")
         if self.step_sizes not in ("part", "layer", "tensor"):
             raise SettingsError(f"inner step_sizes must be 'part', 'layer' or 'tensor', given {self.step_sizes!r}")
+        if not 1 <= len(self.strengths) <= MAX_STRENGTHS or not all(0 <= s <= MAX_STRENGTH for s in self.strengths):
+            raise SettingsError(
+                f"inner strengths must be 1 to {MAX_STRENGTHS} numbers from 0 to {MAX_STRENGTH:g}, given "
+                f"{self.strengths!r:.80}"
+            )
         for name in ("lora_step_size", "offset_step_size", "lora_epsilon", "offset_epsilon", "max_gradient_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

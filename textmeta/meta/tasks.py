@@ -22,6 +22,7 @@ __all__ = [
     "support_batch",
     "support_rows",
     "task_batch",
+    "unprepared_batch",
 ]
 
 
@@ -104,6 +105,30 @@ def task_batch(
         labels=padded.to(device),
         ways=torch.tensor(ways, device=device),
         is_name=is_name.to(device) if is_name.any() else None,
+    )
+
+
+def unprepared_batch(
+    texts: Sequence[str], labels: Sequence[int], examples: int, ways: int, device: torch.device
+) -> TaskBatch:
+    """Return a batch of one task whose features are known already, so that its texts need no preparing.
+
+    Args:
+        texts: rows of the support set (:func:`support_rows`).
+        labels: of each row.
+        examples: number of rows that are examples; those after them are names.
+        ways: number of classes.
+        device: of the tensors.
+    """
+    numbers = torch.tensor([list(labels)], device=device, dtype=torch.long)
+    slots = torch.arange(len(texts), device=device)
+    return TaskBatch(
+        texts=PreparedTexts(tuple(texts), ()),
+        row_task=torch.zeros_like(slots),
+        slots=slots,
+        labels=numbers,
+        ways=torch.tensor([ways], device=device),
+        is_name=slots[None] >= examples if len(texts) > examples else None,
     )
 
 

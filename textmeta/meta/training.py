@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ def train(
     output: Path,
     accelerator: Accelerator | None = None,
     start: Mapping[str, Tensor] | None = None,
+    on_validation: Callable[[int, float], None] | None = None,
 ) -> TrainingResult:
     """Meta-learn an initialisation.
 
@@ -132,6 +133,8 @@ def train(
         output: folder of the run.
         accelerator: for several processes; by default one for this process alone.
         start: an initialisation to go on from, or its LoRA factors alone; by default LoRA's usual start.
+        on_validation: called after each validation with the step and the accuracy, once the checkpoint holds that step;
+            so it may end the run by an exception. Not called where a signal stops the run at that step.
 
     Raises:
         TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
@@ -169,7 +172,8 @@ def train(
             row, stop = _outer_step(
                 encoder, train_episodes, settings, inner, algorithm, state, accelerator, stop_requested()
             )
-            if state.step % settings.validate_every == 0 or state.step == settings.steps:
+            validated = state.step % settings.validate_every == 0 or state.step == settings.steps
+            if validated:
                 row["valid_accuracy"] = _validate(encoder, state, validation, inner, accelerator)
             record.write(row)
             shown = {"loss": row["loss"], "acc": row["accuracy"]}
@@ -178,6 +182,7 @@ def train(
             if accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
                 stop = stop or stop_requested()
             due = state.step % settings.checkpoint_every == 0 or state.step == settings.steps
+            due = due or (validated and on_validation is not None)
             if (due or stop) and accelerator.is_main_process:
                 save_state(state, output / CHECKPOINT, fingerprint)
             if stop:
@@ -185,6 +190,8 @@ def train(
                     f"stopped after step {state.step} of {settings.steps}; the same command goes on from "
                     f"{output / CHECKPOINT}"
                 )
+            if validated and on_validation is not None:
+                on_validation(state.step, row["valid_accuracy"])
     accelerator.wait_for_everyone()
     summary = {
         "steps": settings.steps,
@@ -265,7 +272,8 @@ def _validate(
 ) -> float:
     """Return validation accuracy, each process scoring its share; keep the parameters if they are the best yet."""
     mine = episodes[accelerator.process_index :: accelerator.num_processes]
-    scores = score_episodes(encoder, state.parameters, mine, inner) if mine else None
+    as_trained = replace(inner, strengths=(1.0,))  # the prior of the others is learned after training
+    scores = score_episodes(encoder, state.parameters, mine, as_trained) if mine else None
     total = torch.tensor([scores.accuracy.sum() if scores else 0.0], device=encoder.device, dtype=torch.float32)
     accuracy = float(accelerator.reduce(total, "sum")) / len(episodes)
     if accuracy > state.best_accuracy:

@@ -1,16 +1,19 @@
 """Heads: from features to logits, as pure functions over T tasks at once, and the table :data:`HEADS`.
 
 Shapes: T tasks, n examples (padded to the largest task, label -1), C classes (padded to the most ways), d features.
-``scalars`` are the learned numbers of the head: ``temperature``, one or (T,), and ``ridge`` where the head has one.
+``scalars`` are the learned numbers of the head: ``temperature``, one or (T,), and those of its row in the table.
 ``row_weights`` say how much each row of the support set weighs in its class, positive numbers; None is 1 for each.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
+
+from textmeta.model.readout import READOUT_STARTS, leave_one_out_readout, readout_weights
+from textmeta.model.ridge import dual_ridge
 
 __all__ = [
     "HEADS",
@@ -20,6 +23,7 @@ __all__ = [
     "cosine_logits",
     "cross_entropy_per_task",
     "leave_one_out_logits",
+    "leave_one_out_readout_logits",
     "leave_one_out_ridge_logits",
     "linear_logits",
     "membership",
@@ -37,7 +41,7 @@ class Head:
         logits: (features, weights, scalars, mask) → (T, n, C), -inf for classes that only pad.
         support_logits: (features, labels, offset, scalars, mask, row_weights) → (T, n, C) logits of each support row by
             the weights that the others give, and (T, n) bool, whether it can count: one alone in its class cannot.
-        has_ridge: whether it has a learned ridge.
+        starts: positive numbers of its own that it learns, before they are learned.
     """
 
     weights: Callable[[Tensor, Tensor, Tensor, Mapping[str, Tensor], Tensor | None], Tensor]
@@ -45,7 +49,7 @@ class Head:
     support_logits: Callable[
         [Tensor, Tensor, Tensor, Mapping[str, Tensor], Tensor, Tensor | None], tuple[Tensor, Tensor]
     ]
-    has_ridge: bool = False
+    starts: Mapping[str, float] = field(default_factory=dict)
 
 
 def membership(labels: Tensor, ways: int) -> Tensor:
@@ -169,7 +173,7 @@ def ridge_weights(
     targets = membership(labels, offset.shape[1]).to(features.dtype)
     roots = None if row_weights is None else row_weights.sqrt()
     features, targets = _weighted(features, roots), _weighted(targets, roots)
-    coefficients, _ = _dual_ridge(features, targets, scalars["ridge"])
+    coefficients, _ = dual_ridge(features, targets, scalars["ridge"])
     return coefficients.transpose(1, 2) @ features + offset
 
 
@@ -196,12 +200,28 @@ def leave_one_out_ridge_logits(
     member = membership(labels, offset.shape[1])
     targets = member.to(features.dtype)
     roots = None if row_weights is None else row_weights.sqrt()
-    coefficients, diagonal = _dual_ridge(_weighted(features, roots), _weighted(targets, roots), scalars["ridge"])
+    coefficients, diagonal = dual_ridge(_weighted(features, roots), _weighted(targets, roots), scalars["ridge"])
     residuals = coefficients / diagonal[..., None]
     left_out = targets - (residuals if roots is None else residuals / roots[..., None])
     products = left_out + torch.einsum("tnd,tcd->tnc", features, offset)
     logits = _warmed(products, scalars).masked_fill(~mask[:, None], -torch.inf)
     return logits, _has_company(member)
+
+
+def leave_one_out_readout_logits(
+    features: Tensor,
+    labels: Tensor,
+    offset: Tensor,
+    scalars: Mapping[str, Tensor],
+    mask: Tensor,
+    row_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score support rows by readouts that have not seen them (:mod:`textmeta.model.readout`).
+
+    Arguments and result as for :func:`leave_one_out_logits`.
+    """
+    products, counts = leave_one_out_readout(features, labels, offset, scalars, row_weights)
+    return _warmed(products, scalars).masked_fill(~mask[:, None], -torch.inf), counts
 
 
 def cross_entropy_per_task(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
@@ -240,24 +260,8 @@ def _has_company(member: Tensor) -> Tensor:
     return (member.sum(1, keepdim=True) * member).sum(-1) > 1
 
 
-def _dual_ridge(features: Tensor, targets: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
-    """Return G Y, (T, n, C), and the diagonal of G, (T, n), with G = (XXᵀ + λI)⁻¹.
-
-    Inverts the smaller of XXᵀ + λI and XᵀX + λI: with fewer examples than features the former is faster and, being no
-    difference of almost equal numbers, exact for a small λ too.
-    """
-    examples, width = features.shape[1:]
-    size = min(examples, width)
-    identity = torch.eye(size, dtype=features.dtype, device=features.device)
-    if examples <= width:
-        inverse = torch.linalg.inv(features @ features.transpose(1, 2) + ridge * identity)
-        return inverse @ targets, inverse.diagonal(dim1=1, dim2=2)
-    projected = features @ torch.linalg.inv(features.transpose(1, 2) @ features + ridge * identity)
-    fitted = projected @ (features.transpose(1, 2) @ targets)
-    return (targets - fitted) / ridge, (1 - (projected * features).sum(-1)) / ridge
-
-
 HEADS: dict[str, Head] = {
     "prototype": Head(class_weights, cosine_logits, leave_one_out_logits),
-    "ridge": Head(ridge_weights, linear_logits, leave_one_out_ridge_logits, has_ridge=True),
+    "ridge": Head(ridge_weights, linear_logits, leave_one_out_ridge_logits, {"ridge": 1.0}),
+    "readout": Head(readout_weights, linear_logits, leave_one_out_readout_logits, READOUT_STARTS),
 }

@@ -16,10 +16,14 @@ from textmeta.model.lora import zero_start
 __all__ = [
     "LOG_NAME_WEIGHT",
     "LOG_RIDGE",
+    "LOG_RIDGE_WEIGHT",
     "LOG_STEP_SIZE",
     "LOG_TEMPERATURE",
     "LORA",
     "OFFSET",
+    "SCOPE",
+    "STRENGTH_PRIOR",
+    "TEMPERATURE_SLOPES",
     "Parameters",
     "StepSizesPer",
     "head_scalars",
@@ -37,14 +41,25 @@ StepSizesPer = Literal["part", "layer", "tensor"]
 LORA = "lora."  # prefix of the LoRA factors' names
 OFFSET = "offset"  # the head's offset: adapted, but never learned, since it starts from 0 in every task
 LOG_TEMPERATURE = "log_temperature"  # scalar
-LOG_RIDGE = "log_ridge"  # scalar, of the ridge head
+LOG_RIDGE = "log_ridge"  # scalar, of heads with a ridge regression
+LOG_RIDGE_WEIGHT = "log_ridge_weight"  # scalar, of the readout: how much its ridge regression weighs
 LOG_NAME_WEIGHT = "log_name_weight"  # scalar: how many examples the name of a class counts for
 LOG_STEP_SIZE = "log_step_size."  # prefix; (steps,) for each group of adapted parameters
 ALL_FACTORS = "lora"  # the group of all LoRA factors
 
+TEMPERATURE_SLOPES = "temperature_slopes"  # (2,): how the log temperature grows with log shots and log ways
+STRENGTH_PRIOR = "strength_prior"  # (strengths,): log weights of LoRA's strengths, before a task is seen
+SCOPE = "scope"  # (features,): the rule for what is out of scope, where one was learned
+
 START_TEMPERATURE = 10.0
-START_RIDGE = 1.0
 START_NAME_WEIGHT = 1.0
+# name of a head's scalar → its parameter, the logarithm
+HEAD_SCALARS = {
+    "temperature": LOG_TEMPERATURE,
+    "name_weight": LOG_NAME_WEIGHT,
+    "ridge": LOG_RIDGE,
+    "ridge_weight": LOG_RIDGE_WEIGHT,
+}
 
 
 def initial_parameters(
@@ -52,7 +67,8 @@ def initial_parameters(
     step_size_starts: Mapping[str, float],
     *,
     steps: int,
-    ridge: bool = False,
+    head_starts: Mapping[str, float] | None = None,
+    strengths: int = 1,
     seed: int = 0,
 ) -> Parameters:
     """Return the parameters before any learning: LoRA that changes nothing, equal step sizes.
@@ -61,14 +77,16 @@ def initial_parameters(
         factor_shapes: shape of each LoRA factor by name.
         step_size_starts: start of the step sizes of each group (:func:`step_size_groups`).
         steps: inner steps, each with step sizes of its own.
-        ridge: whether the head has a ridge.
+        head_starts: start of the scalars that not every head has.
+        strengths: number of LoRA's strengths that a task may choose from.
         seed: of LoRA's random A.
     """
+    scalars = {"temperature": START_TEMPERATURE, "name_weight": START_NAME_WEIGHT, **(head_starts or {})}
     return {
         **{LORA + name: value for name, value in zero_start(factor_shapes, seed).items()},
-        LOG_TEMPERATURE: torch.tensor(math.log(START_TEMPERATURE)),
-        **({LOG_RIDGE: torch.tensor(math.log(START_RIDGE))} if ridge else {}),
-        LOG_NAME_WEIGHT: torch.tensor(math.log(START_NAME_WEIGHT)),
+        **{HEAD_SCALARS[name]: torch.tensor(math.log(start)) for name, start in scalars.items()},
+        TEMPERATURE_SLOPES: torch.zeros(2),
+        STRENGTH_PRIOR: torch.zeros(strengths),
         **{
             LOG_STEP_SIZE + group: torch.full((steps,), math.log(start))
             for group, start in sorted(step_size_starts.items())
@@ -82,16 +100,13 @@ def lora_factors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_scalar(name: str) -> bool:
-    """Whether a parameter holds logarithms: of the temperature, the ridge, the name weight or step sizes."""
-    return name in (LOG_TEMPERATURE, LOG_RIDGE, LOG_NAME_WEIGHT) or name.startswith(LOG_STEP_SIZE)
+    """Whether a parameter holds logarithms: of the head's scalars or step sizes."""
+    return name in HEAD_SCALARS.values() or name.startswith(LOG_STEP_SIZE)
 
 
 def head_scalars(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the head's positive scalars: temperature, name weight, and the ridge where there is one."""
-    scalars = {"temperature": parameters[LOG_TEMPERATURE].exp(), "name_weight": parameters[LOG_NAME_WEIGHT].exp()}
-    if LOG_RIDGE in parameters:
-        scalars["ridge"] = parameters[LOG_RIDGE].exp()
-    return scalars
+    """Return the head's positive scalars: temperature, name weight, and what else it has."""
+    return {name: parameters[log].exp() for name, log in HEAD_SCALARS.items() if log in parameters}
 
 
 def step_size_groups(factors: Iterable[str], per: StepSizesPer) -> list[str]:

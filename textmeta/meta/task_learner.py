@@ -1,0 +1,71 @@
+"""The task learner: from an initialisation and one support set, a classifier of features."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from textmeta.errors import AdapterError
+from textmeta.meta.adaptation import adapt, left_out_logits, task_size, task_weights
+from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.tasks import TaskBatch
+from textmeta.model.encoder import Encoder
+from textmeta.model.initialisation import SCOPE
+from textmeta.model.scope import rule_of_task, task_inputs
+
+__all__ = ["LearnedTask", "learn_task"]
+
+
+@dataclass(frozen=True)
+class LearnedTask:
+    """What was learned of one task.
+
+    Args:
+        factors: LoRA factors (out, in) by name.
+        weights: (C, d), the head.
+        temperature: ().
+        scope: (4,), the rule for what is out of scope (:mod:`textmeta.model.scope`); None where there is none.
+    """
+
+    factors: dict[str, Tensor]
+    weights: Tensor
+    temperature: Tensor
+    scope: Tensor | None
+
+
+@torch.no_grad()
+def learn_task(
+    encoder: Encoder, parameters: Mapping[str, Tensor], inner: InnerLoopSettings, support: TaskBatch
+) -> LearnedTask:
+    """Adapt to the support set of one task.
+
+    Args:
+        encoder: makes features.
+        parameters: the initialisation.
+        inner: the inner loop.
+        support: a batch of one task.
+
+    Raises:
+        AdapterError: if the head that comes out is not finite, or its temperature not positive.
+    """
+    adapted = adapt(encoder, parameters, support, inner)
+    if adapted.support_features is None:
+        features = encoder.features(support.texts, adapted.factors, support.row_task)
+        adapted = adapted.with_features(support.pad(features))
+    assert adapted.support_features is not None
+    weights = task_weights(encoder, adapted, support)[0]
+    temperature = adapted.scalars["temperature"].view(-1)[0]  # one for all tasks, or one for each
+    if not (weights.isfinite().all() and temperature.isfinite() and temperature > 0):
+        raise AdapterError(
+            "fit: the adapter makes of this task a head that is not finite, or a temperature of "
+            f"{temperature:.3g}; it is broken, or was not meant for such tasks"
+        )
+    scope = None
+    if SCOPE in parameters:
+        left_out, counts = left_out_logits(adapted, adapted.support_features, support)
+        size = task_size(support.labels, support.ways)[0]
+        of_task = task_inputs(left_out[0], support.labels[0], counts[0], size, temperature)
+        scope = rule_of_task(parameters[SCOPE], of_task)
+    factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
+    return LearnedTask(factors, weights, temperature, scope)
