@@ -6,8 +6,9 @@ out a corpus each, be measured on it, and the measurements be pooled (cross-fitt
 """
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,11 +23,18 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings, bounds
 from textmeta.errors import SettingsError
 from textmeta.meta.adaptation import left_out_logits, task_size, task_weights, unadapted
-from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.inner_loop import HeadName, InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import class_mask
-from textmeta.model.initialisation import LOG_TEMPERATURE, SCOPE, STRENGTH_PRIOR, TEMPERATURE_SLOPES, Parameters
+from textmeta.model.heads import HEADS, class_mask
+from textmeta.model.initialisation import (
+    HEAD_SCALARS,
+    LOG_TEMPERATURE,
+    SCOPE,
+    STRENGTH_PRIOR,
+    TEMPERATURE_SLOPES,
+    Parameters,
+)
 from textmeta.model.scope import task_inputs, text_inputs
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "calibration_episodes",
     "leave_out_classes",
     "measure_tasks",
+    "with_head",
 ]
 
 LEFT_OUT = 3  # of so many classes one is left out of a task: its queries are out of scope
@@ -54,6 +63,7 @@ class CalibrationSettings:
         ways: classes of an episode, a third of which are then left out; all, where there are fewer.
         shots: support examples of a class.
         queries: query examples of a class.
+        head: that the adapter is given, instead of the one that it was trained with; null leaves that.
     """
 
     episodes: int = 150
@@ -61,12 +71,29 @@ class CalibrationSettings:
     ways: int | tuple[int, int] = (3, 30)
     shots: int | tuple[int, int] = (1, 10)
     queries: int | tuple[int, int] = 5
+    head: HeadName | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges; those of episodes are checked there."""
         for name in ("episodes", "rows"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"calibration {name} must be at least 1, given {getattr(self, name)}")
+
+
+def with_head(
+    parameters: Mapping[str, Tensor], inner: InnerLoopSettings, head: HeadName | None
+) -> tuple[Parameters, InnerLoopSettings]:
+    """Return parameters and inner loop with another head, whose own scalars start where learning would start them.
+
+    Features that were trained with prototypes serve other heads as well; the temperature has to be calibrated then.
+    """
+    if head is None:
+        return dict(parameters), inner
+    starts = {
+        HEAD_SCALARS[name]: torch.tensor(math.log(start), device=parameters[LOG_TEMPERATURE].device)
+        for name, start in HEADS[head].starts.items()
+    }
+    return {**starts, **parameters}, replace(inner, head=head)
 
 
 def calibration_episodes(corpus: Corpus, settings: CalibrationSettings, seed: int) -> list[Episode]:
@@ -80,10 +107,7 @@ def calibration_episodes(corpus: Corpus, settings: CalibrationSettings, seed: in
     Raises:
         DataError: if a class has too few texts.
     """
-    rng = np.random.default_rng((seed, len(corpus.texts)))
-    parts = [rng.permutation(corpus.rows_of(index))[: settings.rows] for index in range(len(corpus.class_names))]
-    kept = np.concatenate(parts)
-    thinned = Corpus(corpus.name, [corpus.texts[row] for row in kept], corpus.labels[kept], corpus.class_names)
+    thinned = corpus.thinned(settings.rows, seed)
     low, high = bounds(settings.shots)
     halves = (low, min(low + 1, high)), (low, high)
     episodes: list[Episode] = []

@@ -20,7 +20,7 @@ from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import OFFSET, StepSizesPer
 
-__all__ = ["InnerLoopSettings", "gradient_steps", "without_conditioning"]
+__all__ = ["HeadName", "InnerLoopSettings", "gradient_steps", "without_conditioning"]
 
 Part = Literal["lora_A", "lora_B", "offset"]
 HeadName = Literal["prototype", "ridge", "readout"]
