@@ -22,8 +22,8 @@ from accuracy_methods import METHODS
 from accuracy_scores import to_result
 from accuracy_tables import print_tables
 from accuracy_training import Trainer, digest, read_recipe
-from runs import Line, Run, do_missing, read_lines
 
+from runs import Line, Run, do_missing, read_lines
 from textmeta.cli import run_recipe
 from textmeta.data.class_splits import read_class_split
 from textmeta.errors import DataError, SettingsError
@@ -77,7 +77,7 @@ class AccuracySettings:
     episodes: int | None = None
     rows: int | None = None
     steps: int | None = None
-    recipe: Path = CONFIGS / "accuracy.yaml"
+    recipe: Path = HERE / "accuracy.yaml"
     protonet: Path = CONFIGS / "banking77_protonet.yaml"
     runs: Path = Path("runs/accuracy")
     cache: Path = Path("runs/cache")

@@ -19,7 +19,7 @@ from textmeta.cli import parse_settings
 from textmeta.data.corpus import Corpus, CorpusSettings
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.files import write_atomically
-from textmeta.meta.calibration import CalibrationSettings, calibrate, calibration_episodes, measure_tasks, with_head
+from textmeta.meta.calibration import CalibrationSettings, calibrated
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.training import TrainingResult, TrainingSettings, train
@@ -166,11 +166,7 @@ class Trainer:
         samplers = _samplers(recipe, train_on, valid)
         with _timed(folder):
             result = train(encoder, *samplers, recipe.training, recipe.inner, folder)
-        if recipe.calibration is not None:
-            of_valid = calibration_episodes(valid, recipe.calibration, recipe.training.seed)
-            parameters, inner = with_head(result.parameters, result.inner, recipe.calibration.head)
-            measures = measure_tasks(encoder, parameters, inner, of_valid, "calibration")
-            result = replace(result, parameters=calibrate(parameters, measures), inner=inner)
+        result = calibrated(encoder, result, [valid], recipe.calibration, recipe.training.seed)
         save_adapter(folder, encoder, result.parameters, result.inner, result.record)
         times = json.loads((folder / TIMES).read_text())
         scale = recipe.training.steps / times["steps"]  # of a run that was killed, not all of the time was written down

@@ -22,6 +22,7 @@ from textmeta.data.class_splits import load_parts
 from textmeta.data.corpus import CorpusSettings
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.errors import SettingsError
+from textmeta.meta.calibration import CalibrationSettings, calibrated
 from textmeta.meta.evaluation import compare_with_frozen, format_table
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.training import TrainingSettings, train
@@ -48,6 +49,7 @@ class MetaTrainSettings:
         start_revision: branch, tag or commit of a start on the Hub.
         index_rows: texts of each training class that go into the index of training tasks, which a task encoder has; the
             names of the classes are stored with it. 0 for no index.
+        calibration: on the validation classes, after training (of inner loops without steps); null for none.
         precision: bf16 for bfloat16 matrix products; by default what `accelerate launch` says.
         encoder: the encoder.
         lora: the LoRA on its upper layers.
@@ -67,6 +69,7 @@ class MetaTrainSettings:
     start: str | None = None
     start_revision: str | None = None
     index_rows: int = 20
+    calibration: CalibrationSettings | None = None
     precision: Literal["no", "bf16"] | None = None
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -115,6 +118,7 @@ def main(settings: MetaTrainSettings) -> None:
         start.fitted_to(encoder) if start else None,
     )  # fmt: skip
     if accelerator.is_main_process:
+        result = calibrated(encoder, result, parts["valid"], settings.calibration, seed)
         results: dict[str, dict] = {}
         tested_on = [{**corpus.summary, "source": dict(corpus.source)} for corpus in parts["test"]]
         record = {**result.record, "test": {"corpora": tested_on}, **({"start": start.told} if start else {})}

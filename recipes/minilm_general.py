@@ -1,11 +1,12 @@
 """Make the adapter that comes with textmeta: meta-train on several corpora, calibrate on each left out in turn.
 
-python recipes/minilm_general.py --config recipes/configs/minilm_general.yaml --data-dir DIR --output runs/general
+python recipes/minilm_general.py --config recipes/configs/general/minilm_general.yaml \
+    --data-dir DIR --output runs/general
 
 DIR holds NAME.jsonl (`text`, `label`) of the corpora; the corpus that comes with textmeta joins them. Temperature,
 prior of the strengths and out-of-scope rule have to be right for corpora that were never seen, so they are fitted on
-what adapters trained without a corpus make of it. Interrupted, the same command goes on; on one machine, with one thread,
-it ends in the same adapter, byte for byte.
+what adapters trained without a corpus make of it. Interrupted, the same command goes on; on one machine it ends in the
+same adapter, byte for byte.
 """
 
 from dataclasses import asdict, dataclass, field

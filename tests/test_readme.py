@@ -5,14 +5,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.hub.server import TOKEN, USER, HubServer
+from textmeta.artifact import locate
 from textmeta.artifact.store import save_adapter
 from textmeta.data.corpus import Corpus
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.model.initialisation import SCOPE
+from textmeta.model.scope import RULE_SIZE
 from textmeta.tasks import index_tasks
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -31,6 +35,8 @@ def test_python_of_the_readme_runs(
     start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
     known = index_tasks(encoder, [corpus], rows=3)
     save_adapter("demo-output", encoder, start, inner, {}, known_tasks=known)
+    monkeypatch.setattr(locate, "SHIPPED", tmp_path / "adapters")
+    save_adapter(tmp_path / "adapters" / "minilm-general", encoder, {**start, SCOPE: torch.ones(RULE_SIZE)}, inner, {})
     with open("intents.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["utterance", "intent"])
@@ -39,7 +45,7 @@ def test_python_of_the_readme_runs(
 
 
 def test_the_readme_has_python() -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 def test_every_recipe_and_config_named_in_the_readme_exists() -> None:

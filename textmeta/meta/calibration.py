@@ -8,7 +8,7 @@ out a corpus each, be measured on it, and the measurements be pooled (cross-fitt
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from textmeta.errors import SettingsError
 from textmeta.meta.adaptation import left_out_logits, task_size, task_weights, unadapted
 from textmeta.meta.inner_loop import HeadName, InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
+from textmeta.meta.training import TrainingResult
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, class_mask
 from textmeta.model.initialisation import (
@@ -41,6 +42,7 @@ __all__ = [
     "CalibrationSettings",
     "TaskMeasures",
     "calibrate",
+    "calibrated",
     "calibration_episodes",
     "leave_out_classes",
     "measure_tasks",
@@ -150,6 +152,23 @@ class TaskMeasures:
         logits = temperature * self.left_out[:, self.counts]
         own = logits[:, np.arange(logits.shape[1]), self.labels[self.counts]]
         return np.asarray((own - logsumexp(logits, axis=2)).sum(1))
+
+
+def calibrated(
+    encoder: Encoder,
+    result: TrainingResult,
+    corpora: Sequence[Corpus],
+    settings: CalibrationSettings | None,
+    seed: int,
+) -> TrainingResult:
+    """Return what a training made, calibrated on corpora of unseen classes; without settings, as it is."""
+    if settings is None:
+        return result
+    parameters, inner = with_head(result.parameters, result.inner, settings.head)
+    episodes = [episode for corpus in corpora for episode in calibration_episodes(corpus, settings, seed)]
+    measures = measure_tasks(encoder, parameters, inner, episodes, "calibration")
+    record = {**result.record, "calibration": asdict(settings)}
+    return TrainingResult(calibrate(parameters, measures), inner, record)
 
 
 def calibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]) -> Parameters:
