@@ -9,27 +9,26 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from tqdm import tqdm
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings, bounds
 from textmeta.errors import SettingsError
-from textmeta.meta.adaptation import left_out_logits, task_size, task_weights, unadapted
 from textmeta.meta.inner_loop import HeadName, InnerLoopSettings
-from textmeta.meta.shared_features import SharedFeatures
+from textmeta.meta.task_measures import TaskMeasures, leave_out_classes, measure_tasks
 from textmeta.meta.training import TrainingResult
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import HEADS, class_mask
+from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import (
     HEAD_SCALARS,
+    LOG_RIDGE_WEIGHT,
     LOG_TEMPERATURE,
     SCOPE,
     STRENGTH_PRIOR,
@@ -49,7 +48,7 @@ __all__ = [
     "with_head",
 ]
 
-LEFT_OUT = 3  # of so many classes one is left out of a task: its queries are out of scope
+RIDGE_WEIGHTS = (0.1, 0.3, 1.0, 3.0, 6.0)  # that are tried
 PRIORS = (-10.0, -5.0, -2.0, 0.0, 2.0, 5.0, 10.0)  # log weights that are tried
 ROUNDS = 3
 SLOPE_PENALTY = 1e-3
@@ -119,41 +118,6 @@ def calibration_episodes(corpus: Corpus, settings: CalibrationSettings, seed: in
     return episodes
 
 
-@dataclass(frozen=True)
-class TaskMeasures:
-    """What an adapter makes of one task, at a temperature of 1, at each of S strengths.
-
-    Args:
-        size: (2,) log shots and log (ways / 5).
-        left_out: (S, n, C) leave-one-out logits of the support set.
-        labels: (n,) of its rows.
-        counts: (n,) which of them count.
-        queries: (S, q, C) logits of the queries.
-        query_labels: (q,).
-        outside: (S, o, C) logits of texts of the classes that were left out.
-    """
-
-    size: np.ndarray
-    left_out: np.ndarray
-    labels: np.ndarray
-    counts: np.ndarray
-    queries: np.ndarray
-    query_labels: np.ndarray
-    outside: np.ndarray
-
-    def query_nll(self, strength: int, temperature: float) -> float:
-        """Return the mean negative log-likelihood of the queries."""
-        logits = temperature * self.queries[strength]
-        own = logits[np.arange(len(logits)), self.query_labels]
-        return float((logsumexp(logits, axis=1) - own).mean())
-
-    def support_log_likelihoods(self, temperature: float) -> np.ndarray:
-        """Return (S,) sums over the examples that count."""
-        logits = temperature * self.left_out[:, self.counts]
-        own = logits[:, np.arange(logits.shape[1]), self.labels[self.counts]]
-        return np.asarray((own - logsumexp(logits, axis=2)).sum(1))
-
-
 def calibrated(
     encoder: Encoder,
     result: TrainingResult,
@@ -172,114 +136,56 @@ def calibrated(
 
 
 def calibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]) -> Parameters:
-    """Return the parameters with temperature, its slopes, the prior of the strengths and the scope's rule fitted.
+    """Return the parameters with temperature, ridge weight, prior of the strengths and the scope's rule fitted.
 
     Temperature t_e = exp(a + s · size_e) and prior are fitted in turn, to the mean NLL of the queries at the strength
-    that each task chooses; the prior by trying all of a grid.
+    that each task chooses; the prior, and a readout's ridge weight, by trying all of a grid.
 
     Args:
         parameters: of the adapter.
         measures: of tasks of classes that it has not seen (:func:`measure_tasks`).
     """
-    line = np.array([float(parameters[LOG_TEMPERATURE]), 0.0, 0.0])
+    fitted: dict[str, Any] = {}
+    if LOG_RIDGE_WEIGHT in parameters:
+        own = float(parameters[LOG_RIDGE_WEIGHT].exp())
+        tried = {
+            weight: _fit([task.with_more_ridge(weight - own) for task in measures], parameters)
+            for weight in RIDGE_WEIGHTS
+        }
+        weight = min(tried, key=lambda weight: tried[weight].loss)
+        fitted[LOG_RIDGE_WEIGHT] = math.log(weight)
+        measures, fit = [task.with_more_ridge(weight - own) for task in measures], tried[weight]
+    else:
+        fit = _fit(measures, parameters)
+    fitted |= {LOG_TEMPERATURE: fit.line[0], TEMPERATURE_SLOPES: fit.line[1:], STRENGTH_PRIOR: fit.prior}
     sizes = np.stack([task.size for task in measures])
-    prior, chosen = np.zeros(len(measures[0].queries)), np.zeros(len(measures), dtype=int)
-    for _ in range(ROUNDS):
-        temperatures = np.exp(line[0] + sizes @ line[1:])
-        prior, chosen = _fit_prior(measures, temperatures)
-        line = _fit_temperature(measures, sizes, chosen, line)
-    fitted = {LOG_TEMPERATURE: line[0], TEMPERATURE_SLOPES: line[1:], STRENGTH_PRIOR: prior}
-    rule = _fit_scope(measures, np.exp(line[0] + sizes @ line[1:]), chosen)
+    rule = _fit_scope(measures, np.exp(fit.line[0] + sizes @ fit.line[1:]), fit.chosen)
     if rule is not None:
         fitted[SCOPE] = rule
     return {**parameters, **{name: torch.tensor(value, dtype=torch.float32) for name, value in fitted.items()}}
 
 
-def measure_tasks(
-    encoder: Encoder,
-    parameters: Mapping[str, Tensor],
-    inner: InnerLoopSettings,
-    episodes: Sequence[Episode],
-    progress: str | None = None,
-) -> list[TaskMeasures]:
-    """Measure an adapter on episodes, a third of whose classes are left out of the task (:func:`leave_out_classes`).
-
-    Args:
-        encoder: makes features.
-        parameters: of the adapter.
-        inner: without steps.
-        episodes: of classes that it has not seen.
-        progress: label of a progress bar; None shows none.
-
-    Raises:
-        SettingsError: if the inner loop takes steps, or the task embedding decides something: then tasks share no
-            features.
-    """
-    if inner.steps or (inner.conditioning is not None and inner.conditioning.decides):
-        raise SettingsError(
-            f"calibration is for inner loops without steps and conditions, given {inner.steps} steps and "
-            f"{inner.conditioning}"
-        )
-    tasks = [leave_out_classes(episode) for episode in episodes]
-    whole = {LOG_TEMPERATURE: torch.zeros((), device=encoder.device)}  # a temperature of 1
-    whole[TEMPERATURE_SLOPES] = torch.zeros(2, device=encoder.device)
-    plain = {**parameters, **whole}
-    with torch.no_grad():
-        shared = SharedFeatures(encoder, parameters, episodes, inner.strengths)
-        return [
-            _measure(encoder, plain, inner, shared, *task)
-            for task in tqdm(tasks, desc=progress, unit="task", disable=progress is None)
-        ]
+@dataclass(frozen=True)
+class _Fit:
+    line: np.ndarray  # (3,) log temperature of 5 ways and 1 shot, and its slopes
+    prior: np.ndarray  # (S,)
+    chosen: np.ndarray  # (tasks,) number of the strength of each
+    loss: float  # mean NLL of the queries
 
 
-def leave_out_classes(episode: Episode) -> tuple[Episode, tuple[str, ...]]:
-    """Return an episode without its last third of classes, at least two being left, and the queries of those."""
-    ways = episode.ways - (episode.ways // LEFT_OUT if episode.ways > 2 else 0)
-    support, query = episode.support_labels < ways, episode.query_labels < ways
-    smaller = Episode(
-        corpus=episode.corpus,
-        class_names=episode.class_names[:ways],
-        support_texts=tuple(itertools.compress(episode.support_texts, support)),
-        support_labels=episode.support_labels[support],
-        query_texts=tuple(itertools.compress(episode.query_texts, query)),
-        query_labels=episode.query_labels[query],
-        label_names=None if episode.label_names is None else episode.label_names[:ways],
-    )
-    return smaller, tuple(itertools.compress(episode.query_texts, ~query))
+def _fit(measures: Sequence[TaskMeasures], parameters: Mapping[str, Tensor]) -> _Fit:
+    """Fit temperature and prior, in turn."""
+    line = np.array([float(parameters[LOG_TEMPERATURE]), 0.0, 0.0])
+    sizes = np.stack([task.size for task in measures])
+    for _ in range(ROUNDS):
+        prior, chosen, _ = _fit_prior(measures, np.exp(line[0] + sizes @ line[1:]))
+        line = _fit_temperature(measures, sizes, chosen, line)
+    prior, chosen, loss = _fit_prior(measures, np.exp(line[0] + sizes @ line[1:]))
+    return _Fit(line, prior, chosen, loss)
 
 
-def _measure(
-    encoder: Encoder,
-    parameters: Mapping[str, Tensor],
-    inner: InnerLoopSettings,
-    shared: SharedFeatures,
-    episode: Episode,
-    outside: Sequence[str],
-) -> TaskMeasures:
-    support, features, queries = shared.task(episode)
-    start, others = unadapted(parameters, support, inner, encoder.hidden_size), shared.of(outside)
-    mask = class_mask(support.ways)
-    left_out, of_queries, of_outside = [], [], []
-    for own, query, other in zip(features, queries, others, strict=True):
-        weights = task_weights(encoder, start.with_features(own[None]), support)
-        logits, counts = left_out_logits(start, own[None], support)
-        left_out.append(logits[0])
-        of_queries.append(start.head.logits(query[None], weights, start.scalars, mask)[0])
-        of_outside.append(start.head.logits(other[None], weights, start.scalars, mask)[0])
-    left, inside, out = (torch.stack(part).double().cpu().numpy() for part in (left_out, of_queries, of_outside))
-    return TaskMeasures(
-        size=task_size(support.labels, support.ways)[0].double().cpu().numpy(),
-        left_out=left,
-        labels=support.labels[0].cpu().numpy(),
-        counts=counts[0].cpu().numpy(),
-        queries=inside,
-        query_labels=episode.query_labels,
-        outside=out,
-    )
-
-
-def _fit_prior(measures: Sequence[TaskMeasures], temperatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log prior (S,), its largest 0, and the strength that each task then chooses."""
+def _fit_prior(measures: Sequence[TaskMeasures], temperatures: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the log prior (S,), its largest 0, the strength that each task then chooses, and the mean NLL."""
     pairs = list(zip(measures, temperatures, strict=True))
     likelihoods = np.stack([task.support_log_likelihoods(t) for task, t in pairs])
     strengths = range(likelihoods.shape[1])
@@ -290,7 +196,7 @@ def _fit_prior(measures: Sequence[TaskMeasures], temperatures: np.ndarray) -> tu
         loss = losses[np.arange(len(losses)), chosen].mean()
         if loss < best[0] - 1e-12:
             best = (loss, np.array(prior) - max(prior), chosen)
-    return best[1], best[2]
+    return best[1], best[2], float(best[0])
 
 
 def _fit_temperature(
