@@ -5,8 +5,17 @@ python benchmarks/accuracy.py --data-dir DIR
 DIR holds NAME.jsonl (text, label), and NAME.splits.json of the corpora with folds. Every finished run is a line of the
 results file, and is not repeated: the same command goes on where it was interrupted, and prints the tables. --quick is
 a small version of everything, whose figures are of no worth; --tables prints what there is and runs nothing.
+
+Two processes can share the work, if each has corpora (or folds) of its own, and a file of its own:
+
+python benchmarks/accuracy.py --data-dir DIR --corpora "[banking77, clinc150]" --results runs/one.jsonl
+python benchmarks/accuracy.py --data-dir DIR --folds "[01, 02]" --corpora "[huffpost]" --results runs/two.jsonl
+
+When both have ended, `cat runs/one.jsonl runs/two.jsonl >> benchmarks/results/accuracy.jsonl` puts them together, and
+--tables prints all. Where several lines are of the same run, the first one counts.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -19,9 +28,10 @@ from accuracy_bench import Bench
 from accuracy_cache import DiskCache
 from accuracy_episodes import EPISODE_SEED, PARTS, QUERIES, Cell, Corpora
 from accuracy_methods import METHODS
-from accuracy_scores import to_result
+from accuracy_scope import SCOPE_METHODS
+from accuracy_scope_tables import print_scope_tables
 from accuracy_tables import print_tables
-from accuracy_training import Trainer, digest, read_recipe
+from accuracy_training import RecipeSettings, Trainer, digest, read_recipe
 
 from runs import Line, Run, do_missing, read_lines
 from textmeta.cli import run_recipe
@@ -32,8 +42,18 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "recipes" / "configs"
 UNSEEN = ("huffpost", "20news", "trec6", "tweeteval_emotion")
 VERSIONS = ("textmeta", "torch", "transformers", "setfit")
-QUICK_TEXTS = 30  # --quick runs SetFit on no larger support sets
-QUICK_SETFIT = 3
+# --quick: corpora of each part (any two, where the folder has none of them), and episodes of what is dear
+QUICK_FOLDED, QUICK_UNSEEN = ("banking77", "huffpost"), ("trec6", "huffpost")
+QUICK_CORPORA = {
+    "classes": QUICK_FOLDED,
+    "all_way": QUICK_FOLDED,
+    "corpora": QUICK_UNSEEN,
+    "curve": QUICK_UNSEEN,
+    "scope": ("clinc150",),
+}
+QUICK_MOST = {"setfit": 2, "sentence-transformers": 2, "lora": 2}
+QUICK_SETFIT = ("classes", (1, 5))  # a fit at 5 shots takes half a minute
+QUICK_SCOPE, QUICK_CALIBRATION, QUICK_VALIDATION = 5, 30, 10
 
 
 @dataclass(frozen=True)
@@ -44,9 +64,9 @@ class AccuracySettings:
         data_dir: folder with the corpora.
         quick: a small version of everything.
         tables: print the tables of what there is, and run nothing.
-        parts: which parts to run: classes, all_way, corpora, curve.
+        parts: which parts to run: classes, all_way, corpora, curve, scope.
         corpora: names of the corpora that are used; by default all of the folder.
-        folds: that are used.
+        folds: that are used; YAML takes 01 for a number, so a number means its two digits.
         methods: that are run; by default all.
         unseen: corpora that are for reporting alone, as wholes.
         seeds: of meta-training; figures are means over them, episode by episode.
@@ -68,7 +88,7 @@ class AccuracySettings:
     tables: bool = False
     parts: list[str] = field(default_factory=lambda: list(PARTS))
     corpora: list[str] | None = None
-    folds: list[str] = field(default_factory=lambda: ["01", "02", "03", "04", "05"])
+    folds: list[str | int] = field(default_factory=lambda: ["01", "02", "03", "04", "05"])
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     unseen: list[str] = field(default_factory=lambda: list(UNSEEN))
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -86,6 +106,8 @@ class AccuracySettings:
 
     def __post_init__(self) -> None:
         """Check what would otherwise fail only later."""
+        folds = [f"{fold:02d}" if isinstance(fold, int) else fold for fold in self.folds]
+        object.__setattr__(self, "folds", folds)
         for kind, given, known in (("parts", self.parts, PARTS), ("methods", self.methods, METHODS)):
             unknown = [name for name in given if name not in known]
             if unknown:
@@ -95,18 +117,13 @@ class AccuracySettings:
         """Return what --quick means, and where results go."""
         if not self.quick:
             return replace(self, results=self.results or HERE / "results" / "accuracy.jsonl")
-        corpora = Corpora(self.data_dir)
-        used = self.corpora or corpora.names
-        few = [[name for name in used if name in part][:2] for part in (corpora.folded, self.unseen)]
         return replace(
             self,
-            corpora=sorted({*few[0], *few[1]}),
-            unseen=few[1],
             folds=self.folds[:1],
             seeds=self.seeds[:1],
             episodes=self.episodes or 20,
-            rows=self.rows or 25,
-            steps=self.steps or 10,
+            rows=self.rows or 30,
+            steps=self.steps or 20,
             results=self.results or Path("runs/accuracy-quick.jsonl"),
         )
 
@@ -119,29 +136,33 @@ class Runs:
         self.lines = lines
         cache = DiskCache(settings.cache, settings.states_mb)
         recipe = read_recipe(settings.recipe)
+        protonet = read_recipe(settings.protonet)
         if settings.steps:
             recipe = recipe.with_steps(settings.steps, 0)
+        if settings.quick:
+            recipe, protonet = _quick(recipe), _quick(protonet)
         self.bench = Bench(
             corpora=Corpora(settings.data_dir, settings.rows),
             cache=cache,
             trainer=Trainer(settings.runs, cache),
             recipe=recipe,
-            protonet=replace(read_recipe(settings.protonet), encoder=recipe.encoder),
+            protonet=replace(protonet, encoder=recipe.encoder),
             seeds=settings.seeds,
             adapters={"textmeta": settings.adapters, "protonet": settings.protonet_adapters},
         )
 
     def __iter__(self) -> Iterator[Run]:
-        """Yield them, those of a corpus and fold together; those of a part of another kind would follow here."""
+        """Yield them, those of a corpus and fold together."""
         for cell in self._cells():
             ways = min(cell.ways or 10**9, len(self.bench.corpora.reported(cell).class_names))
-            for name in self.settings.methods:
-                method = METHODS[name]
+            methods = SCOPE_METHODS if cell.part == "scope" else METHODS
+            for name in [name for name in self.settings.methods if name in methods]:
+                method = methods[name]
                 if (method.parts and cell.part not in method.parts) or not (cell.shots or method.has_names):
                     continue
                 count = method.count(ways * cell.shots, cell.episodes)
-                if self.settings.quick and name == "setfit":
-                    count = min(count, QUICK_SETFIT * (ways * cell.shots <= QUICK_TEXTS))
+                if self.settings.quick:
+                    count = min(count, _quick_count(name, cell))
                 for variant in method.variants(self.bench, cell) if count else []:
                     own = replace(cell, episodes=count)
                     key = self._key(own, name, variant)
@@ -149,15 +170,28 @@ class Runs:
 
     def _cells(self) -> Iterator[Cell]:
         settings, corpora = self.settings, self.bench.corpora
-        used = [name for name in corpora.names if settings.corpora is None or name in settings.corpora]
+        said = set()
         for part in settings.parts:
+            used = self._used(part)
             for cell in corpora.cells(part, used, settings.folds, settings.unseen, settings.episodes):
                 try:
                     corpora.episodes(replace(cell, episodes=1))
                 except DataError as error:
-                    print(f"left out: {part}, {cell.corpus}, {cell.shots} shots: {error}")
+                    word = f"left out: {part}, {cell.corpus}, {cell.shots} shots: {error}"
+                    if word not in said:  # of one fold, where it is the same of all
+                        print(word)
+                    said.add(word)
                 else:
                     yield cell
+
+    def _used(self, part: str) -> list[str]:
+        """Return the corpora of a part."""
+        settings, corpora = self.settings, self.bench.corpora
+        used = [name for name in corpora.names if settings.corpora is None or name in settings.corpora]
+        if not settings.quick:
+            return used
+        able = [name for name in used if name in (settings.unseen if part in ("corpora", "curve") else corpora.folded)]
+        return [name for name in able if name in QUICK_CORPORA[part]] or able[:2]
 
     def _key(self, cell: Cell, method: str, variant: dict[str, Any]) -> dict[str, Any]:
         bench, corpus = self.bench, self.bench.corpora.corpus(cell.corpus)
@@ -167,6 +201,8 @@ class Runs:
             split = read_class_split(self.settings.data_dir / f"{cell.corpus}.splits.json", cell.fold)
             key["classes"] = digest(asdict(split))
         key |= {"data": corpus.sha256[:12], "encoder": encoder.weights_sha256[:12]}
+        for outside in bench.corpora.sources(cell)[1:]:
+            key["outside"] = outside.sha256[:12]
         return key | {"pooling": encoder.settings.pooling, "max_length": encoder.settings.max_length, **variant}
 
     def _work(self, key: dict[str, Any], cell: Cell, method: str, variant: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +210,8 @@ class Runs:
             if {**line["key"], "part": None} == {**key, "part": None}:
                 return line["result"]
         episodes = self.bench.corpora.episodes(cell)
-        outcome = METHODS[method].run(self.bench, cell, episodes, variant)
-        return {**to_result(outcome.scores), **outcome.told}
+        methods = SCOPE_METHODS if cell.part == "scope" else METHODS
+        return methods[method].run(self.bench, cell, episodes, variant).result
 
 
 def main(settings: AccuracySettings) -> None:
@@ -183,7 +219,7 @@ def main(settings: AccuracySettings) -> None:
     settings = settings.scaled()
     path = settings.results
     assert path is not None
-    lines = read_lines(path)
+    lines = first_lines(read_lines(path))
     if not settings.tables:
         told = {"versions": _versions(), "date": datetime.now(UTC).date().isoformat()}
         try:
@@ -198,6 +234,33 @@ def main(settings: AccuracySettings) -> None:
     }
     chosen = [line for line in lines if all(v is None or line["key"][k] in v for k, v in wanted.items())]
     print_tables(chosen, quick=settings.quick, pictures=None if settings.quick else path.parent)
+    print_scope_tables(chosen)
+
+
+def first_lines(lines: list[Line]) -> list[Line]:
+    """Return the first line of each key: files of several processes may have been put together."""
+    found: dict[str, Line] = {}
+    for line in lines:
+        found.setdefault(json.dumps(line["key"], sort_keys=True), line)
+    return list(found.values())
+
+
+def _quick(recipe: RecipeSettings) -> RecipeSettings:
+    """Return a recipe that is validated and calibrated on few episodes."""
+    few = min(recipe.training.validation_episodes, QUICK_VALIDATION)
+    calibration = recipe.calibration
+    if calibration is not None:
+        calibration = replace(calibration, episodes=min(calibration.episodes, QUICK_CALIBRATION))
+    return replace(recipe, training=replace(recipe.training, validation_episodes=few), calibration=calibration)
+
+
+def _quick_count(method: str, cell: Cell) -> int:
+    """Return how many episodes --quick runs a method on, at most."""
+    if cell.part == "scope":
+        return QUICK_SCOPE
+    if method == "setfit" and not (cell.part == QUICK_SETFIT[0] and cell.shots in QUICK_SETFIT[1]):
+        return 0
+    return QUICK_MOST.get(method, cell.episodes)
 
 
 def _versions() -> dict[str, str]:

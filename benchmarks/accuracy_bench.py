@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 from accuracy_cache import DiskCache, plain_features
-from accuracy_episodes import Cell, Corpora
+from accuracy_episodes import OUTSIDE, Cell, Corpora
 from accuracy_training import RecipeSettings, Trained, Trainer
 from torch import Tensor
 
@@ -18,7 +19,9 @@ from textmeta.artifact.locate import load_from
 from textmeta.data.episodes import Episode
 from textmeta.errors import AdapterError, TextMetaError
 from textmeta.hub import HubAccess
+from textmeta.meta.shared_features import SharedFeatures
 from textmeta.model.encoder import Encoder
+from textmeta.model.initialisation import Parameters
 from textmeta.model.lora import LoraSettings
 
 __all__ = ["Bench"]
@@ -50,6 +53,8 @@ class Bench:
         """Let encoders and adapters be loaded once."""
         self.encoder = cache(self._encoder)
         self.adapters_of = cache(self._adapters)
+        self._growing: tuple[str, Parameters, SharedFeatures] | None = None
+        self.shared = lru_cache(maxsize=1)(self._shared)  # cells of a fold follow each other
 
     def _encoder(self, lora: LoraSettings) -> Encoder:
         return Encoder(self.recipe.encoder, lora)
@@ -82,10 +87,31 @@ class Bench:
             name.format("protonet"), self.encoder(recipe.lora), recipe, *parts, seconds=seconds
         )
 
+    def _shared(self, corpus: str, fold: str, seed: int) -> SharedFeatures:
+        """Return ours of all test texts of a fold, and of those of no class, each through the encoder once."""
+        cell = Cell("scope", corpus, fold, 0, 1, 1)
+        sources = [self.corpora.part(corpus, fold, "test")]
+        if self.corpora.has_outside(corpus):
+            sources.append(self.corpora.outside(corpus))
+        encoder, result = self.encoder(self.recipe.lora), self.trained("textmeta", cell, seed).result
+        for source in (self.corpora.corpus(corpus), *sources[1:]):
+            self.cache.warm(encoder, source)
+        texts = tuple(text for source in sources for text in source.texts)
+        whole = Episode(corpus, ("all",), (), np.empty(0, int), texts, np.full(len(texts), OUTSIDE))
+        with torch.no_grad():
+            return SharedFeatures(encoder, result.parameters, [whole], result.inner.strengths)
+
+    def growing(self, corpus: str, encoder: Encoder, parameters: Parameters, strengths: tuple) -> SharedFeatures:
+        """Return the features that parameters make of a corpus's texts, to be added to: cells share their texts."""
+        if self._growing is None or self._growing[0] != corpus or self._growing[1] is not parameters:
+            self._growing = corpus, parameters, SharedFeatures(encoder, parameters, (), strengths)
+        return self._growing[2]
+
     def features(self, cell: Cell, episodes: Sequence[Episode]) -> tuple[dict[str, int], Tensor]:
-        """Return the row of each text, and the frozen features; names of classes after the corpus's texts."""
+        """Return the row of each text, and the frozen features; names of classes after the corpora's texts."""
         encoder = self.encoder(self.recipe.lora)
-        texts, features = self.cache.features(encoder, self.corpora.corpus(cell.corpus))
+        known = [self.cache.features(encoder, corpus) for corpus in self.corpora.sources(cell)]
+        texts, features = [text for part, _ in known for text in part], torch.cat([part for _, part in known])
         names = sorted({name for episode in episodes for name in episode.label_names or ()} - set(texts))
         if names:
             texts, features = [*texts, *names], torch.cat([features, plain_features(encoder, names)])

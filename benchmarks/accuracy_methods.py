@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accuracy_bench import Bench
 from accuracy_episodes import Cell, with_names
-from accuracy_scores import score
+from accuracy_scores import ScopeScores, score, to_result
 from accuracy_setfit import LOGISTIC, has_setfit, sentence_probabilities, setfit_probabilities
 from accuracy_training import EQUAL_TIME, digest
 from sklearn.linear_model import LogisticRegression
@@ -25,7 +25,7 @@ from textmeta.model.heads import HEADS, class_mask
 from textmeta.model.initialisation import head_scalars
 from textmeta.model.lora import LoraSettings
 
-__all__ = ["METHODS", "Method", "Outcome"]
+__all__ = ["METHODS", "Method", "Outcome", "Variant", "per_episode", "trained_variants"]
 
 # Plain LoRA from a zero start: what the task learner does where nothing was meta-learned.
 LORA = LoraSettings()
@@ -35,8 +35,8 @@ SEED = 0  # of what is not meta-trained: LoRA's A, SetFit's pairs
 # (support texts up to, episodes at most): always the first ones, so that differences are paired on those
 Most = Sequence[tuple[int, int]]
 ALL: Most = ((10**9, 10**9),)
-LORA_MOST: Most = ((10, 10**9), (30, 200), (60, 100), (300, 20), (10**9, 5))
-SETFIT_MOST: Most = ((5, 40), (10, 20), (30, 10), (60, 4))
+LORA_MOST: Most = ((10, 100), (30, 40), (60, 10))
+SETFIT_MOST: Most = ((5, 20), (10, 10), (30, 6), (60, 2))
 CHECK_MOST: Most = ((30, 10),)
 
 Variant = dict[str, Any]
@@ -51,8 +51,14 @@ class Outcome:
         told: what else a line says.
     """
 
-    scores: EpisodeScores
+    scores: EpisodeScores | ScopeScores
     told: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """All that a line says came out."""
+        scores = self.scores
+        return {**(scores.to_result() if isinstance(scores, ScopeScores) else to_result(scores)), **self.told}
 
 
 def frozen(bench: Bench, cell: Cell, episodes: list[Episode], _: Variant) -> Outcome:
@@ -60,7 +66,7 @@ def frozen(bench: Bench, cell: Cell, episodes: list[Episode], _: Variant) -> Out
     row_of, features = bench.features(cell, episodes)
     start = time.monotonic()
     probabilities = frozen_probabilities(row_of, features, episodes)
-    return Outcome(score(probabilities, episodes), _per_episode(start, episodes))
+    return Outcome(score(probabilities, episodes), per_episode(start, episodes))
 
 
 def frozen_probabilities(row_of: dict[str, int], features: Tensor, episodes: list[Episode]) -> list[np.ndarray]:
@@ -89,7 +95,7 @@ def logistic(bench: Bench, cell: Cell, episodes: list[Episode], _: Variant) -> O
         head = LogisticRegression(**LOGISTIC)
         head.fit(features[[row_of[text] for text in episode.support_texts]], episode.support_labels)
         probabilities.append(head.predict_proba(features[[row_of[text] for text in episode.query_texts]]))
-    return Outcome(score(probabilities, episodes), _per_episode(start, episodes))
+    return Outcome(score(probabilities, episodes), per_episode(start, episodes))
 
 
 def lora(bench: Bench, cell: Cell, episodes: list[Episode], _: Variant) -> Outcome:
@@ -115,30 +121,32 @@ def setfit(bench: Bench, cell: Cell, episodes: list[Episode], _: Variant) -> Out
     """SetFit by its own defaults."""
     start = time.monotonic()
     probabilities, fit = setfit_probabilities(bench.recipe.encoder, episodes, SEED)
-    return Outcome(score(probabilities, episodes), _per_episode(start, episodes) | {"fit_seconds": round(fit, 3)})
+    return Outcome(score(probabilities, episodes), per_episode(start, episodes) | {"fit_seconds": round(fit, 3)})
 
 
 def sentences(bench: Bench, cell: Cell, episodes: list[Episode], _: Variant) -> Outcome:
     """SentenceTransformer.encode and logistic regression: should equal ``logistic``."""
     start = time.monotonic()
     probabilities = sentence_probabilities(bench.recipe.encoder, episodes)
-    return Outcome(score(probabilities, episodes), _per_episode(start, episodes))
+    return Outcome(score(probabilities, episodes), per_episode(start, episodes))
 
 
 def _adapted(
     bench: Bench, cell: Cell, episodes: list[Episode], encoder: Encoder, parameters: Any, inner: InnerLoopSettings
 ) -> Outcome:
     bench.cache.warm(encoder, bench.corpora.corpus(cell.corpus))
+    shared = bench.growing(cell.corpus, encoder, parameters, inner.strengths)
     start = time.monotonic()
-    scores = score_episodes(encoder, parameters, episodes, inner, f"{cell.corpus} {cell.shots} shots")
-    return Outcome(scores, _per_episode(start, episodes))
+    scores = score_episodes(encoder, parameters, episodes, inner, f"{cell.corpus} {cell.shots} shots", shared)
+    return Outcome(scores, per_episode(start, episodes))
 
 
 def _lora_start(encoder: Encoder) -> dict[str, Tensor]:
     return start_parameters(encoder.factor_shapes, LORA_INNER, encoder.hidden_size, SEED)
 
 
-def _per_episode(start: float, episodes: Sequence[Episode]) -> dict[str, float]:
+def per_episode(start: float, episodes: Sequence[Episode]) -> dict[str, float]:
+    """Return what a line says of the time since a start."""
     return {"episode_seconds": round((time.monotonic() - start) / len(episodes), 4)}
 
 
@@ -146,7 +154,7 @@ def _nothing(bench: Bench, cell: Cell) -> list[Variant]:
     return [{}]
 
 
-def _trained(method: str) -> Callable[[Bench, Cell], list[Variant]]:
+def trained_variants(method: str) -> Callable[[Bench, Cell], list[Variant]]:
     """Return what makes the variants of a meta-trained method: its seeds, or its adapters."""
 
     def variants(bench: Bench, cell: Cell) -> list[Variant]:
@@ -202,8 +210,8 @@ METHODS = {
     "setfit": Method(
         setfit, lambda b, c: [{"setfit": version("setfit"), "seed": SEED}] * has_setfit(), SETFIT_MOST
     ),
-    "protonet": Method(meta_trained, _trained("protonet")),
-    "textmeta": Method(meta_trained, _trained("textmeta")),
+    "protonet": Method(meta_trained, trained_variants("protonet")),
+    "textmeta": Method(meta_trained, trained_variants("textmeta")),
     "frozen-names": Method(frozen, parts=_NAMED, has_names=True),
-    "textmeta-names": Method(meta_trained, _trained("textmeta"), parts=_NAMED, has_names=True),
+    "textmeta-names": Method(meta_trained, trained_variants("textmeta"), parts=_NAMED, has_names=True),
 }  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 from textmeta.data.episodes import Episode
 from textmeta.meta.evaluation import EpisodeScores
 
-__all__ = ["Series", "mean_series", "score", "to_result"]
+__all__ = ["ScopeScores", "Series", "mean_series", "score", "to_result"]
 
 BINS = 15
 
@@ -46,6 +46,27 @@ def to_result(scores: EpisodeScores) -> dict[str, Any]:
             "correct": np.bincount(bin_of, scores.correct, minlength=BINS).astype(int).tolist(),
         },
     }
+
+
+@dataclass(frozen=True)
+class ScopeScores:
+    """How well E episodes told texts of their classes from others; in scope is positive.
+
+    Args:
+        auroc: (E,) area under the receiver operating characteristic.
+        aupr: (E,) average precision.
+        fpr95: (E,) share of the outside texts taken for in scope, where 95 % of those in scope are.
+        accuracy: (E,) of probabilities at 0.5; None where scores are no probability to be in scope.
+    """
+
+    auroc: np.ndarray
+    aupr: np.ndarray
+    fpr95: np.ndarray
+    accuracy: np.ndarray | None = None
+
+    def to_result(self) -> dict[str, Any]:
+        """Return, as JSON takes it, each episode's measures in thousandths."""
+        return {name: _thousandths(value) for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from accuracy_reference import print_references
 from accuracy_scores import Series, mean_series
 from measure import print_table
 
-__all__ = ["paired", "print_tables", "read_rows"]
+__all__ = ["COLUMNS", "counting_lines", "difference_text", "paired", "print_tables", "read_rows", "with_interval"]
 
 Z95 = 1.96
 # columns, in their order; what uses label names stands apart, at the end
@@ -31,6 +31,8 @@ TITLES = {
     "corpora": "Unseen corpora: one adapter, trained on others",
     "curve": "Unseen corpora, by number of shots",
 }
+
+PLACE = ("corpus", "shots", "method", "fold")
 
 Row = tuple[str, int]  # corpus, shots
 Folds = Mapping[str | None, Series]
@@ -56,7 +58,7 @@ def print_tables(lines: Sequence[Mapping[str, Any]], *, quick: bool = False, pic
     print(f"{key['max_length']} tokens, {key['queries']} queries a class, no unlabelled queries.")
     if quick:
         print("\n**A small version of everything, to see that it runs: these figures are of no worth.**")
-    for part, title in TITLES.items():  # a part of another kind has tables of its own, to be printed after these
+    for part, title in TITLES.items():  # the part scope has tables of its own: accuracy_scope_tables
         own = [line for line in lines if line["key"]["part"] == part]
         if not own:
             continue
@@ -76,20 +78,26 @@ def print_tables(lines: Sequence[Mapping[str, Any]], *, quick: bool = False, pic
 
 def read_rows(lines: Iterable[Mapping[str, Any]]) -> Rows:
     """Return corpus and shots → method → fold → scores, means over training seeds."""
-    chosen: dict[tuple, Mapping[str, Any]] = {}
-    for line in lines:
-        key = line["key"]
-        place = *(key[name] for name in ("corpus", "shots", "method", "fold")), key.get("seed"), key.get("adapter")
-        if place not in chosen or key["episodes"] >= chosen[place]["key"]["episodes"]:
-            chosen[place] = line
     found: dict[Row, dict[str, dict[str | None, list[Series]]]] = {}
-    for (corpus, shots, method, fold, *_), line in chosen.items():
+    for line in counting_lines(lines):
+        corpus, shots, method, fold = (line["key"][name] for name in PLACE)
         seeds = found.setdefault((corpus, shots), {}).setdefault(method, {}).setdefault(fold, [])
         seeds.append(Series.of(line["result"]))
     return {
         row: {method: {fold: mean_series(seeds) for fold, seeds in sorted(folds.items(), key=str)} for method, folds in
               methods.items()} for row, methods in sorted(found.items())
     }  # fmt: skip
+
+
+def counting_lines(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return, of lines that differ in their settings alone, the one with the most episodes, of these the newest."""
+    chosen: dict[tuple, Mapping[str, Any]] = {}
+    for line in lines:
+        key = line["key"]
+        place = *(key[name] for name in PLACE), *(key.get(name) for name in ("setting", "seed", "adapter"))
+        if place not in chosen or key["episodes"] >= chosen[place]["key"]["episodes"]:
+            chosen[place] = line
+    return list(chosen.values())
 
 
 def paired(ours: Folds, other: Folds) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +128,7 @@ def _mean(folds: Folds | None, usual: int) -> str:
     if not folds:
         return "–"
     accuracy = 100 * Series.joined(folds.values()).accuracy
-    text = _with_interval(accuracy)
+    text = with_interval(accuracy)
     if len(folds) > 1:
         text += f" ({np.std([100 * part.accuracy.mean() for part in folds.values()], ddof=1):.2f})"
     return text + (f", n = {len(accuracy)}" if len(accuracy) < usual else "")
@@ -149,7 +157,11 @@ def _difference(ours: Folds, other: Folds | None) -> str:
     if not other:
         return "–"
     one, two = paired(ours, other)
-    difference = 100 * (one - two)
+    return difference_text(100 * (one - two))
+
+
+def difference_text(difference: np.ndarray) -> str:
+    """Return a mean difference and its 95 % interval over the episodes."""
     if not len(difference):
         return "–"
     mean, half = difference.mean(), _half(difference)
@@ -208,7 +220,7 @@ def _short(lines: Sequence[Mapping[str, Any]]) -> None:
             if {"frozen", "textmeta"} <= methods.keys():
                 one, two = (Series.joined(methods[name].values()) for name in ("frozen", "textmeta"))
                 where = "unseen classes" if part == "classes" else "unseen corpus"
-                cells = (_with_interval(100 * one.accuracy), _with_interval(100 * two.accuracy))
+                cells = (with_interval(100 * one.accuracy), with_interval(100 * two.accuracy))
                 nll = f"{one.nll.mean():.2f} → {two.nll.mean():.2f}"
                 table.append(
                     (f"{_name(row)}, {where}", *cells, _difference(methods["textmeta"], methods["frozen"]), nll)
@@ -237,7 +249,8 @@ def _name(row: Row) -> str:
     return f"{row[0]}, {row[1]}"
 
 
-def _with_interval(values: np.ndarray) -> str:
+def with_interval(values: np.ndarray) -> str:
+    """Return a mean and half its 95 % interval over the episodes."""
     half = _half(values)
     return f"{values.mean():.2f}" + ("" if half is None else f" ± {half:.2f}")
 

@@ -15,16 +15,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from textmeta.artifact.locate import load_from
 from textmeta.artifact.saving import check_destination
 from textmeta.artifact.store import save_adapter
 from textmeta.cli import run_recipe
 from textmeta.data.bundled import load_bundled
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
-from textmeta.meta.calibration import CalibrationSettings, calibrate, calibration_episodes, measure_tasks, with_head
+from textmeta.meta.calibration import (
+    CALIBRATED,
+    CalibrationSettings,
+    as_used,
+    calibrate,
+    calibration_episodes,
+    recalibrate,
+)
 from textmeta.meta.inner_loop import InnerLoopSettings
+from textmeta.meta.task_measures import measure_adapted_tasks, measure_tasks
 from textmeta.meta.training import TrainingResult, TrainingSettings, train
 from textmeta.model.encoder import Encoder, EncoderSettings
+from textmeta.model.initialisation import Parameters
 from textmeta.model.lora import LoraSettings
 
 
@@ -45,6 +55,7 @@ class GeneralSettings:
         inner: the inner loop.
         training: the outer loop.
         calibration: on the corpus that is left out.
+        calibrated_as: adapter whose calibration is taken over, instead of training without each corpus.
     """
 
     data_dir: Path
@@ -59,6 +70,7 @@ class GeneralSettings:
     inner: InnerLoopSettings = field(default_factory=InnerLoopSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    calibrated_as: str | None = None
 
     def __post_init__(self) -> None:
         """Check what would otherwise fail only after training."""
@@ -68,21 +80,43 @@ class GeneralSettings:
 def main(settings: GeneralSettings) -> None:
     """Train without each corpus and measure on it, train on all, calibrate, save."""
     torch.set_num_threads(settings.threads)
-    seed = settings.training.seed
     everything = load_corpora(settings)
     encoder = Encoder(settings.encoder, settings.lora)
-    measures = []
+    if settings.calibrated_as:
+        other, _ = load_from(settings.calibrated_as)
+        numbers = {name: other.parameters[name] for name in CALIBRATED}
+    else:
+        numbers = calibrate_by_leaving_out(settings, encoder, everything)
+    result = meta_train(settings, encoder, everything, "all")
+    parameters, inner = as_used(result.parameters, result.inner, settings.calibration)
+    record = {**result.record, "calibration": {**asdict(settings.calibration), "corpora": "each left out in turn"}}
+    save_adapter(settings.output, encoder, {**parameters, **numbers}, inner, record)
+    print(settings.output)
+
+
+def calibrate_by_leaving_out(settings: GeneralSettings, encoder: Encoder, everything: list[Corpus]) -> Parameters:
+    """Return what calibration sets, on what adapters that were trained without a corpus make of it."""
+    seed, adapters, measures = settings.training.seed, [], []
     for left_out in tqdm(everything, desc="corpora left out", unit="corpus"):
         others = [corpus for corpus in everything if corpus is not left_out]
         result = meta_train(settings, encoder, others, f"without-{left_out.name}")
+        adapters.append(as_used(result.parameters, result.inner, settings.calibration))
         tasks = calibration_episodes(left_out, settings.calibration, seed)
-        adapter = with_head(result.parameters, result.inner, settings.calibration.head)
-        measures += measure_tasks(encoder, *adapter, tasks, f"measuring {left_out.name}")
-    result = meta_train(settings, encoder, everything, "all")
-    parameters, inner = with_head(result.parameters, result.inner, settings.calibration.head)
-    record = {**result.record, "calibration": {**asdict(settings.calibration), "corpora": "each left out in turn"}}
-    save_adapter(settings.output, encoder, calibrate(parameters, measures), inner, record)
-    print(settings.output)
+        measures += measure_tasks(encoder, *adapters[-1], tasks, f"measuring {left_out.name}")
+    numbers = chosen(calibrate(adapters[0][0], measures))
+    if not adapters[0][1].steps:
+        return numbers
+    measures = []
+    for (parameters, inner), left_out in zip(adapters, everything, strict=True):
+        tasks = calibration_episodes(left_out, settings.calibration.adapted, seed)
+        adapter = {**parameters, **numbers}, inner
+        measures += measure_adapted_tasks(encoder, *adapter, tasks, f"measuring {left_out.name} after the inner steps")
+    return chosen(recalibrate({**adapters[0][0], **numbers}, measures))
+
+
+def chosen(parameters: Parameters) -> Parameters:
+    """Return the parameters that calibration sets."""
+    return {name: parameters[name] for name in CALIBRATED}
 
 
 def load_corpora(settings: GeneralSettings) -> list[Corpus]:

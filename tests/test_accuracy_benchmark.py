@@ -5,17 +5,19 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from textmeta import Corpus
+from textmeta import Corpus, FewShotClassifier
+from textmeta.cli import parse_settings
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.evaluation import (
     EpisodeScores,
@@ -34,6 +36,10 @@ lora: {{rank: 4}}
 episodes: {{ways: 3, shots: [1, 2], queries: 2}}
 inner: {{steps: {steps}}}
 training: {{algorithm: {algorithm}, steps: 4, tasks_per_step: 1, validate_every: 2, validation_episodes: 2, warmup: 0}}
+"""
+SCOPE_RECIPE = """
+inner: {{steps: 0, strengths: [0.0, 1.0]}}
+calibration: {{episodes: 8, rows: 6, ways: [3, 4], shots: [1, 2], queries: 2, head: readout}}
 """
 SERIES = {"queries": 2, "nll": [100, 300], "f1": [1000, 500]}
 
@@ -122,11 +128,16 @@ def test_runs_are_lines_and_are_not_repeated(settings: Any, capsys: pytest.Captu
     assert {**again[-1]["result"], "episode_seconds": 0} == {**lines[-1]["result"], "episode_seconds": 0}
 
 
-def test_unseen_corpora(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unseen_corpora(settings: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     accuracy = module("accuracy")
     accuracy.main(replace(settings, methods=["textmeta"], episodes=2))
     (adapter,) = (settings.runs / "known-01").glob("textmeta-0-*")
-    own = replace(settings, parts=["all_way", "corpora", "curve"], adapters=[str(adapter), "nobody/nothing"])
+    shipped = settings.data_dir / "shipped"
+    shutil.copytree(adapter, shipped / "minilm-general")
+    monkeypatch.setattr("textmeta.artifact.locate.SHIPPED", shipped)
+    usual = accuracy.AccuracySettings(settings.data_dir).adapters
+    quick = [name for name in settings.methods if name != "lora"]
+    own = replace(settings, parts=["all_way", "corpora", "curve"], methods=quick, adapters=[*usual, "nobody/nothing"])
     capsys.readouterr()
     accuracy.main(own)
     out = capsys.readouterr().out
@@ -138,6 +149,8 @@ def test_unseen_corpora(settings: Any, capsys: pytest.CaptureFixture[str]) -> No
     assert {line["shots"] for line in curve} == {0, 1, 2, 5, 10}
     assert {line["method"] for line in curve if line["shots"] == 0} == {"frozen-names", "textmeta-names"}
     assert {line["corpus"] for line in curve} == {"new"}
+    by_shipped = {(line["part"], line["shots"]) for line in lines if line.get("adapter") == "minilm-general"}
+    assert by_shipped == {("corpora", n) for n in (1, 5, 10)} | {("curve", n) for n in (0, 1, 2, 5, 10)}
     assert not [line for line in lines if line["part"] == "corpora" and line["method"] == "protonet"]  # no adapter
     assert str(settings.runs) not in settings.results.read_text()
     if importlib.util.find_spec("matplotlib"):
@@ -182,6 +195,177 @@ def test_time_of_a_run_that_was_killed_is_made_up_for(tmp_path: Path, monkeypatc
         with training._timed(tmp_path):
             pass
     assert json.loads((tmp_path / "times.json").read_text())["steps"] == 15
+
+
+@pytest.fixture
+def scope(settings: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of a benchmark of the part scope: 2 ways of the fold's 5 test classes, and texts of no class beside "known"."""
+    episodes = module("accuracy_episodes")
+    monkeypatch.setattr(episodes, "OOS", {"known": "known_oos"})
+    monkeypatch.setattr(episodes, "SCOPE", {"oos": (0, (2,), 3), "left-out": (2, (1, 2), 4)})
+    rows = [{"text": f"{corpus.texts[row]} {row}", "label": "oos", "split": "test"} for row in range(60)]
+    rows += [{"text": "not to be used", "label": "oos", "split": "train"}]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (settings.data_dir / "known_oos.jsonl").write_text(content)
+    recipe = settings.recipe.read_text().replace("inner: {steps: 1}", SCOPE_RECIPE.format().strip())
+    settings.recipe.write_text(recipe.replace("anil", "protonet"))
+    return replace(settings, parts=["scope"], episodes=None)
+
+
+def test_scope_episodes_are_half_from_outside(scope: Any, corpus: Corpus) -> None:
+    accuracy, episodes = module("accuracy"), module("accuracy_episodes")
+    corpora = accuracy.Runs(scope, []).bench.corpora
+    class_of = {text: corpus.class_names[c] for text, c in zip(corpus.texts, corpus.labels, strict=True)}
+    test_classes = set(corpora.part("known", "01", "test").class_names)
+    cells = list(corpora.cells("scope", ["known", "new"], ["01"], ["new"], None))
+    assert [(cell.setting, cell.ways, cell.shots, cell.episodes) for cell in cells] == [
+        ("oos", 0, 2, 3),
+        ("left-out", 2, 1, 4),
+        ("left-out", 2, 2, 4),
+    ]
+    for cell in cells:
+        drawn = corpora.episodes(cell)
+        ways = cell.ways or 5
+        for episode in drawn:
+            inside = episode.query_labels != episodes.OUTSIDE
+            assert (inside.sum(), (~inside).sum()) == (5 * ways, 5 * ways)
+            assert len(set(episode.query_texts) | set(episode.support_texts)) == 10 * ways + cell.shots * ways
+            assert episode.support_labels.tolist() == np.repeat(np.arange(ways), cell.shots).tolist()
+            outside = {text for text, own in zip(episode.query_texts, inside, strict=True) if not own}
+            if cell.setting == "oos":
+                assert outside <= set(corpora.outside("known").texts)
+            else:
+                others = {class_of[text] for text in outside}
+                assert len(others) == ways
+                assert others <= test_classes - set(episode.class_names)
+            for text, label in zip(episode.query_texts, episode.query_labels, strict=True):
+                assert label == episodes.OUTSIDE or class_of[text] == episode.class_names[label]
+        last = corpora.episodes(replace(cell, episodes=2))[1]  # whatever else is drawn
+        assert last.query_texts == drawn[1].query_texts
+        assert last.query_texts != drawn[0].query_texts
+    assert "not to be used" not in corpora.outside("known").texts
+
+
+def test_scope_runs_and_tables(scope: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy, own = module("accuracy"), module("accuracy_scope")
+    accuracy.main(scope)
+    out = capsys.readouterr().out
+    lines = lines_of(scope)
+    assert len(lines) == 3 * 3
+    for line in lines:
+        key, result = line["key"], line["result"]
+        assert ("outside" in key) == (key["setting"] == "oos")
+        assert ("accuracy" in result) == (key["method"] == "textmeta")
+        for name in {"auroc", "aupr", "fpr95", "accuracy"} & result.keys():
+            assert len(result[name]) == key["episodes"]
+            assert all(isinstance(value, int) and 0 <= value <= 1000 for value in result[name])
+    assert "## Out of scope: all test classes at once" in out
+    assert "## Out of scope: 5-way" in out
+    of = {line["key"]["method"]: line["result"]["auroc"] for line in lines if line["key"]["setting"] == "oos"}
+    row = next(line for line in out.splitlines() if line.startswith("| known, 2 |")).split(" | ")
+    assert [cell.split(" ±")[0] for cell in row[1:4]] == [
+        f"{np.mean(of[name]) / 10:.2f}" for name in ("frozen", "logistic", "textmeta")
+    ]
+    assert row[4].split(" [")[0] == f"{(np.mean(of['textmeta']) - np.mean(of['frozen'])) / 10:+.2f}"
+
+    # the rule is the classifier's own; a text goes through the encoder once, whatever the number of episodes
+    bench = accuracy.Runs(scope, []).bench
+    cell = next(bench.corpora.cells("scope", ["known"], ["01"], [], None))
+    episodes = bench.corpora.episodes(cell)
+    (folder,) = (scope.runs / "known-01").glob("textmeta-0-*")
+    classifier = FewShotClassifier.from_pretrained(folder)
+    shared, result = bench.shared("known", "01", 0), bench.trained("textmeta", cell, 0).result
+    encoder = bench.encoder(bench.recipe.lora)
+    found = own.in_scope_probabilities(encoder, result.parameters, result.inner, shared, episodes)
+    for probabilities, episode in zip(found, episodes, strict=True):
+        classifier.fit(episode.support_texts, episode.support_labels.tolist())
+        np.testing.assert_allclose(probabilities, classifier.scope_score(episode.query_texts), atol=1e-5)
+    assert bench.shared("known", "01", 0) is shared
+
+    # the baselines, by other means
+    row_of, features = bench.features(cell, episodes)
+    vectors = {text: features[row].double().numpy() for text, row in row_of.items()}
+    means = [
+        np.mean([vectors[t] for t, c in zip(e.support_texts, e.support_labels, strict=True) if c == way], axis=0)
+        for e in episodes[:1] for way in range(e.ways)
+    ]  # fmt: skip
+    nearest = [max(vectors[t] @ m / np.linalg.norm(m) for m in means) for t in episodes[0].query_texts]
+    frozen = own.SCOPE_METHODS["frozen"].run(bench, cell, episodes[:1], {}).scores
+    expected = own.score_scope([np.array(nearest)], episodes[:1])
+    np.testing.assert_allclose([frozen.auroc, frozen.aupr], [expected.auroc, expected.aupr], atol=1e-3)
+
+
+def test_scope_measures() -> None:
+    own, outside = module("accuracy_scope"), module("accuracy_episodes").OUTSIDE
+    labels = np.array([0] * 20 + [outside] * 20)
+    episode = SimpleNamespace(query_labels=labels)
+    inside = np.linspace(0.6, 0.9, 20)
+    perfect = np.concatenate([inside, np.linspace(0.1, 0.4, 20)])
+    # the lowest of 20 in scope is below all: 95 % are taken without it; 3 of 20 outside are above the second lowest
+    mixed = np.concatenate([[0.0], inside[1:], [0.95, 0.95, 0.95], np.linspace(0.1, 0.4, 17)])
+    scores = own.score_scope([perfect, mixed, -perfect], [episode] * 3, probabilities=True)
+    assert scores.auroc.round(6).tolist() == [1.0, round(19 * 17 / 400, 6), 0.0]
+    assert scores.fpr95.tolist() == [0.0, 0.15, 1.0]
+    assert scores.accuracy is not None
+    assert scores.accuracy.tolist() == [1.0, (19 + 17) / 40, 0.5]
+    assert scores.aupr[0] == 1.0
+    assert own.score_scope([perfect], [episode]).accuracy is None
+    tables = module("accuracy_scope_tables")
+    ours = {"01": {"auroc": np.array([90.0, 80.0])}, "02": {"auroc": np.array([70.0])}}
+    other = {"01": {"auroc": np.array([85.0])}, "03": {"auroc": np.array([1.0])}}
+    assert tables.paired_auroc(ours, other).tolist() == [5.0]
+
+
+def test_files_of_two_processes_put_together(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy = module("accuracy")
+    parts = []
+    for name, methods in (("one", ["frozen"]), ("two", ["frozen", "logistic"])):
+        own = replace(settings, methods=methods, results=settings.data_dir / f"{name}.jsonl")
+        accuracy.main(own)
+        parts.append(own.results.read_text())
+    first = json.loads(parts[0].splitlines()[0])
+    later = [json.loads(line) for line in parts[1].splitlines()]
+    for line in later:
+        line["result"] |= {"right": [0] * 3} if line["key"] == first["key"] else {}  # as if it had gone another way
+    settings.results.write_text(parts[0] + "".join(json.dumps(line) + "\n" for line in later))
+    whole = settings.results.read_bytes()
+    capsys.readouterr()
+    accuracy.main(replace(settings, methods=["frozen", "logistic"]))
+    assert settings.results.read_bytes() == whole  # nothing is missing
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| known, 1 |"))
+    assert row.split("|")[2].strip().startswith(f"{sum(first['result']['right']) / 0.75:.2f} ±")
+
+
+@pytest.mark.parametrize("given", ["[01, 02]", "['01', '02']", "[1, 2]"])
+def test_folds_without_quotes(given: str) -> None:
+    accuracy = module("accuracy")
+    assert parse_settings(accuracy.AccuracySettings, ["--data-dir=.", "--folds", given]).folds == ["01", "02"]
+
+
+def test_quick_is_small(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy, methods = module("accuracy"), module("accuracy_methods")
+    monkeypatch.setattr(methods, "has_setfit", lambda: True)
+    monkeypatch.setattr(methods, "version", lambda _: "0")
+    everything = replace(
+        settings, quick=True, episodes=None, parts=list(accuracy.PARTS), methods=list(accuracy.METHODS)
+    )
+    runs = accuracy.Runs(everything.scaled(), [])
+    keys = [run.key for run in runs]
+    assert {key["part"] for key in keys} == {"classes", "all_way", "corpora", "curve"}  # too few classes for scope
+    assert max(key["episodes"] for key in keys) == 20
+    assert {key["episodes"] for key in keys if key["method"] == "lora"} == {2}
+    fits = [key for key in keys if key["method"] == "setfit"]
+    assert {(key["part"], key["shots"]) for key in fits} == {("classes", 1), ("classes", 5)}
+    assert {key["episodes"] for key in fits} == {2}
+    assert runs.bench.recipe.training.steps == 20
+    for name in ("banking77", "huffpost", "clinc150", "another"):
+        for ending in ("jsonl", "splits.json"):
+            shutil.copy(settings.data_dir / f"known.{ending}", settings.data_dir / f"{name}.{ending}")
+    runs = accuracy.Runs(replace(everything, unseen=["huffpost", "trec6", "another"]).scaled(), [])
+    used = {part: runs._used(part) for part in accuracy.PARTS}
+    assert used["classes"] == used["all_way"] == ["banking77", "huffpost"]
+    assert used["corpora"] == used["curve"] == ["huffpost"]
+    assert used["scope"] == ["clinc150"]
 
 
 def test_torn_lines(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_answers_beyond_one_pass_are_in_order(
 ) -> None:
     texts = list(corpus.texts[:20])
     expected = fitted.predict_proba(texts)
-    monkeypatch.setattr("textmeta.classifier.CHUNK", 7)
+    monkeypatch.setattr("textmeta.meta.task_learner.CHUNK", 7)
     np.testing.assert_allclose(fitted.predict_proba(texts), expected, rtol=0, atol=1e-6)
 
 

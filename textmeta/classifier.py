@@ -1,6 +1,6 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor
 
 from textmeta.artifact.adapter import Adapter, FittedHead
-from textmeta.artifact.locate import load_from
+from textmeta.artifact.locate import DEFAULT_ADAPTER, load_with_encoder
 from textmeta.artifact.merged import write_merged
 from textmeta.artifact.publish import Destination, push_adapter
 from textmeta.artifact.store import save_adapter
@@ -19,18 +19,15 @@ from textmeta.data.texts import checked_texts
 from textmeta.errors import AdapterError, DataError, NotFittedError, SettingsError
 from textmeta.hub import HubAccess
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.task_learner import LearnedTask, learn_task
+from textmeta.meta.task_learner import LearnedTask, learn_task, text_logits
 from textmeta.meta.tasks import task_batch
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import HEADS, class_mask
-from textmeta.model.initialisation import head_scalars, lora_factors
-from textmeta.model.scope import scope_probability, text_inputs
-from textmeta.tasks import KnownTask, KnownTasks, TaskEmbedding, embed_task
+from textmeta.model.initialisation import lora_factors
+from textmeta.tasks import KnownTask, KnownTasks, TaskEmbedding, checked_index, embed_task
 
 __all__ = ["FewShotClassifier"]
 
-CHUNK = 512  # texts of one pass of predict
-DEFAULT_ADAPTER = "textmeta/minilm-general"
+NOT_FITTED = "this classifier has not been fitted: call fit(texts, labels) first"
 
 
 class FewShotClassifier:
@@ -64,9 +61,9 @@ class FewShotClassifier:
         known_tasks: KnownTasks | None = None,
     ) -> None:
         if encoder is None and parameters is None and inner is None:
-            adapter, _ = load_from(DEFAULT_ADAPTER)
-            encoder, parameters, inner = adapter.load_encoder(), adapter.parameters, adapter.inner
-            record, known_tasks = adapter.record, adapter.known_tasks
+            adapter, encoder = load_with_encoder(DEFAULT_ADAPTER)
+            parameters, inner, record = adapter.parameters, adapter.inner, record or adapter.record
+            known_tasks = known_tasks or adapter.known_tasks
         if encoder is None or parameters is None or inner is None:
             raise SettingsError("FewShotClassifier needs encoder, parameters and inner, or none of them")
         self._encoder = encoder
@@ -113,18 +110,13 @@ class FewShotClassifier:
             EncoderError: if the encoder cannot be loaded.
         """
         access = HubAccess(token, cache_dir, local_files_only)
-        adapter, where = load_from(name, revision=revision, subfolder=subfolder, access=access)
-        if encoder is None:
-            where.check_encoder(adapter.encoder.model)
-        loaded = adapter.load_encoder(device, encoder, access)
+        adapter, loaded = load_with_encoder(name, revision, subfolder, access, device, encoder)
         classifier = cls(loaded, adapter.parameters, adapter.inner, adapter.record, adapter.known_tasks)
         if adapter.fitted is not None:
             classifier._learned = adapter.fitted.learned(loaded.device, classifier._parameters)
             classifier.task_embedding_ = adapter.fitted.task
-            labels = adapter.fitted.classes
-            classifier.classes_ = label_array(labels)
-            if adapter.fitted.support is not None:
-                classifier.support_ = [(text, labels[index]) for text, index in adapter.fitted.support]
+            classifier.classes_ = label_array(adapter.fitted.classes)
+            classifier.support_ = adapter.fitted.examples
         return classifier
 
     def fit(
@@ -147,8 +139,7 @@ class FewShotClassifier:
                 equal to one of another type, ``label_names`` is something else, or there are fewer than two classes.
             AdapterError: if the adapter makes a head of this task that is not finite.
         """
-        texts = checked_texts(texts, "fit")
-        rows = checked_labels(labels)
+        texts, rows = checked_texts(texts, "fit"), checked_labels(labels)
         if len(texts) != len(rows):
             raise DataError(f"fit: {len(texts)} texts but {len(rows)} labels")
         classes, names = task_classes(rows, label_names)
@@ -170,9 +161,7 @@ class FewShotClassifier:
             NotFittedError: before ``fit``.
             DataError: if a text is no string.
         """
-        learned = self._fitted_task()
-        parts = [logits.double().softmax(-1).cpu().numpy() for logits in self._logits(texts, learned)]
-        return np.concatenate([np.empty((0, len(learned.weights))), *parts])
+        return np.asarray(self._logits(texts).double().softmax(-1).cpu())
 
     def scope_score(self, texts: Sequence[str]) -> np.ndarray:
         """Return (n,) float64, the probability that a text belongs to any of the classes.
@@ -185,15 +174,7 @@ class FewShotClassifier:
             AdapterError: if the adapter has learned no such rule.
             DataError: if a text is no string.
         """
-        learned = self._fitted_task()
-        if learned.scope is None:
-            raise AdapterError(
-                "this adapter has no rule for what is out of scope: calibrate it (textmeta.meta.calibration), or take "
-                f"one that has, such as {DEFAULT_ADAPTER}"
-            )
-        rule, temperature = learned.scope, learned.temperature
-        scores = [scope_probability(rule, text_inputs(logits, temperature)) for logits in self._logits(texts, learned)]
-        return np.concatenate([np.empty(0), *(part.double().cpu().numpy() for part in scores)])
+        return np.asarray(self._fitted_task().scope_probability(self._logits(texts)).double().cpu())
 
     def predict(self, texts: Sequence[str], *, reject: float | bool = False, outside: Any = None) -> np.ndarray:
         """Return (n,) the most probable label of each text, as given to ``fit``.
@@ -211,19 +192,18 @@ class FewShotClassifier:
         """
         if not isinstance(reject, bool | int | float) or not 0 <= reject <= 1:
             raise DataError(f"predict: reject must be True, False or a number from 0 to 1, given {reject!r:.60}")
-        best = self.predict_proba(texts).argmax(1)
-        predicted: np.ndarray = self.classes_[best]
+        logits = self._logits(texts)
+        predicted: np.ndarray = self.classes_[logits.double().softmax(-1).cpu().numpy().argmax(1)]
         if reject is False:
             return predicted
         threshold = 0.5 if reject is True else reject
-        scores = self.scope_score(texts)
+        scores = self._fitted_task().scope_probability(logits).tolist()
         pairs = zip(predicted.tolist(), scores, strict=True)
         return label_array([outside if score < threshold else label for label, score in pairs])
 
     def score(self, texts: Sequence[str], labels: Iterable[Hashable]) -> float:
         """Return the share of texts whose label is predicted right."""
-        rows = checked_labels(labels)
-        predicted = self.predict(texts)
+        rows, predicted = checked_labels(labels), self.predict(texts)
         if len(predicted) != len(rows) or not rows:
             raise DataError(f"score: {len(predicted)} texts but {len(rows)} labels, expected as many, and at least 1")
         return float(np.mean([given == true for given, true in zip(predicted, rows, strict=True)]))
@@ -238,19 +218,10 @@ class FewShotClassifier:
             AdapterError: if the adapter has no task encoder, or no index of the tasks that it was trained on.
             NotFittedError: before ``fit``.
         """
-        if self._inner.conditioning is None:
-            raise AdapterError(
-                "this adapter has no task encoder, so tasks cannot be compared: use one that was meta-trained with "
-                "inner.conditioning"
-            )
-        if self.known_tasks_ is None:
-            raise AdapterError(
-                "this adapter has no index of the tasks that it was trained on: train with index_rows over 0, or give "
-                "known_tasks, made by textmeta.tasks.index_tasks from corpora of your own"
-            )
+        known = checked_index(self.known_tasks_, self._inner)
         if self.task_embedding_ is None:
-            raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
-        return self.known_tasks_.nearest(self.task_embedding_, count)
+            raise NotFittedError(NOT_FITTED)
+        return known.nearest(self.task_embedding_, count)
 
     def save_pretrained(self, folder: str | Path, *, include_support: bool = False) -> None:
         """Write the adapter, and the fitted task if there is one, to a folder.
@@ -264,9 +235,7 @@ class FewShotClassifier:
             AdapterError: if a label is no string, number, truth value, or tuple of these, the folder cannot be written,
                 or there are no support texts to include.
         """
-        fitted = self._fitted(include_support)
-        known = self.known_tasks_
-        save_adapter(folder, self._encoder, self._parameters, self._inner, self._record, fitted, known)
+        save_adapter(folder, *self._content(include_support))
 
     def push_to_hub(
         self,
@@ -300,9 +269,7 @@ class FewShotClassifier:
             AdapterError: if it cannot be saved, or its encoder is no id on the Hub.
             HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
         """
-        fitted = self._fitted(include_support)
-        known = self.known_tasks_
-        adapter = Adapter.of(self._encoder, self._parameters, self._inner, self._record, fitted, known)
+        adapter = Adapter.of(*self._content(include_support))
         to = Destination(repo_id, revision, subfolder, token, private, commit_message)
         return push_adapter(adapter, to, base_model=base_model)
 
@@ -321,33 +288,22 @@ class FewShotClassifier:
         factors = self._learned.factors if self._learned else lora_factors(self._parameters)
         write_merged(Path(folder), self._encoder, factors)
 
-    def _fitted(self, include_support: bool) -> FittedHead | None:
-        """Return what ``fit`` made, as it is stored."""
+    def _content(self, include_support: bool) -> tuple[Any, ...]:
+        """Return what is stored, in the order of the arguments of ``Adapter.of``."""
         if include_support and self.support_ is None:
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
-        if self._learned is None:
-            return None
-        support = None
-        if include_support and self.support_ is not None:
-            index = {label: number for number, label in enumerate(self.classes_.tolist())}
-            support = [(text, index[label]) for text, label in self.support_]
-        labels, task = self.classes_.tolist(), self.task_embedding_
-        learned = self._learned
-        return FittedHead(learned.factors, learned.weights, labels, support, learned.temperature, task, learned.scope)
+        fitted = None
+        if self._learned is not None:
+            support = self.support_ if include_support else None
+            fitted = FittedHead.of(self._learned, self.classes_.tolist(), support, self.task_embedding_)
+        return self._encoder, self._parameters, self._inner, self._record, fitted, self.known_tasks_
 
     def _fitted_task(self) -> LearnedTask:
         if self._learned is None:
-            raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
+            raise NotFittedError(NOT_FITTED)
         return self._learned
 
-    @torch.no_grad()
-    def _logits(self, texts: Sequence[str], learned: LearnedTask) -> Iterator[Tensor]:
-        """Yield logits (n, C) of successive texts."""
-        texts = checked_texts(texts, "predict", allow_empty=True)
-        head = HEADS[self._inner.head]
-        scalars = head_scalars(self._parameters) | {"temperature": learned.temperature}
-        mask = class_mask(torch.tensor([len(learned.weights)], device=self._encoder.device))
-        for start in range(0, len(texts), CHUNK):
-            prepared = self._encoder.prepare(texts[start : start + CHUNK], remember=False)
-            features = self._encoder.features(prepared, learned.factors)
-            yield head.logits(features[None], learned.weights[None], scalars, mask)[0]
+    def _logits(self, texts: Sequence[str]) -> Tensor:
+        """Return logits (n, C) of texts."""
+        learned, texts = self._fitted_task(), checked_texts(texts, "predict", allow_empty=True)
+        return text_logits(self._encoder, self._parameters, self._inner, learned, texts)

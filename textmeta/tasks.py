@@ -100,6 +100,25 @@ class KnownTasks:
         return sorted(found, key=lambda known: -known.similarity)[:count]
 
 
+def checked_index(known: KnownTasks | None, inner: InnerLoopSettings) -> KnownTasks:
+    """Return the index of an adapter's training tasks.
+
+    Raises:
+        AdapterError: saying what to do, if it has none, or no task encoder.
+    """
+    if inner.conditioning is None:
+        raise AdapterError(
+            "this adapter has no task encoder, so tasks cannot be compared: use one that was meta-trained with "
+            "inner.conditioning"
+        )
+    if known is None:
+        raise AdapterError(
+            "this adapter has no index of the tasks that it was trained on: train with index_rows over 0, or give "
+            "known_tasks, made by textmeta.tasks.index_tasks from corpora of your own"
+        )
+    return known
+
+
 def similarity(one: TaskEmbedding, two: TaskEmbedding) -> float:
     """Return how alike two tasks are: 1 for the same classes, about 0 for tasks that have nothing in common.
 

@@ -855,6 +855,7 @@ def settings() -> Iterator[Case]:
             "step_sizes": ["all", 1],
             "normalise": [1, "true", None],
             "max_gradient_norm": [0, -1, "x", False],
+            "strengths": [[], [-1.0], [11.0], [True], ["1"], [1.0] * 17, 1.0, None, {"1": 1}, [[1.0]], [10**400]],
             "conditioning": [3, "banks", [], True, [{}], {"unknown": 1}, {"task_encoder": {"unknown": 1}}],
             "unknown": [1],
         },
@@ -942,6 +943,7 @@ def settings() -> Iterator[Case]:
     for part in ("record", "versions"):
         for value in ([], None, "x"):
             yield Case(f"{part} {value!r}", meta("", **{part: value}), rf"{META}: '{part}' is .*, expected")
+    yield Case("strengths without a prior", meta("inner", strengths=[0.0, 1.0]), rf"{SCALARS}: expected tensors")
     yield Case("steps 5", meta("inner", steps=5), rf"{SCALARS}: expected tensors")
     yield Case("step size 10^400", meta("inner", lora_step_size=10**400), rf"{META}.*lora_step_size")
     yield Case("steps 10^9", meta("inner", steps=10**9), rf"({META}|{SCALARS}).*")
@@ -1019,6 +1021,29 @@ def task_encoders() -> Iterator[Case]:
         for number in (0.0, 3e38):
             change = tensors(HEAD, lambda found, name=name, number=number: found[name].fill_(number))
             yield Case(f"{name} of {number}", change, rf"{HEAD}: {name} must have shape .* and length 1")
+
+
+def calibrations() -> Iterator[Case]:
+    """Numbers that calibration sets, and the rule for what is out of scope: of the adapter, and of a fitted task."""
+    for name in ("temperature_slopes", "strength_prior"):
+        yield Case(f"{name} gone", tensors(SCALARS, popped(name)), rf"{SCALARS}: expected tensors")
+        yield Case(f"{name} of 3", tensors(SCALARS, having(name, torch.zeros(3))), rf"{SCALARS}: expected tensors")
+        nan = having(name, torch.full((2 if name == "temperature_slopes" else 1,), float("nan")))
+        yield Case(f"{name} of nan", tensors(SCALARS, nan), rf"{SCALARS}: tensor '{name}' has values that are not")
+    rule = tensors(SCALARS, having("scope", torch.zeros(8)))
+    yield Case("rule of 7", tensors(SCALARS, having("scope", torch.zeros(7))), rf"{SCALARS}: expected tensors")
+    yield Case("rule of 10^6", tensors(SCALARS, having("scope", torch.zeros(10**6))), rf"{SCALARS}: expected tensors")
+    for value in ("nan", "inf"):
+        broken = having("scope", torch.full((8,), float(value)))
+        yield Case(f"rule of {value}", tensors(SCALARS, broken), rf"{SCALARS}: tensor 'scope' has values that are not")
+        broken = having("scope", torch.full((4,), float(value)))
+        message = rf"{HEAD}: tensor 'scope' has values that are not"
+        yield Case(f"rule of a task of {value}", all_of(rule, tensors(HEAD, broken)), message)
+    yield Case("rule of no task", rule, rf"{HEAD}: scope has shape \(0,\), expected \(4,\)")
+    wide = tensors(HEAD, having("scope", torch.zeros(8)))
+    yield Case("rule of a task of 8", all_of(rule, wide), rf"{HEAD}: scope has shape \(8,\), expected \(4,\)")
+    alone = tensors(HEAD, having("scope", torch.zeros(4)))
+    yield Case("rule of a task alone", alone, rf"{HEAD} does not hold the adapter's LoRA factors")
 
 
 MEMORY_BANK = "memory.bank.encoder.layer.3.attention.self.value.lora_B.weight"
@@ -1252,6 +1277,7 @@ TABLE = [
     *settings(),
     *labels_and_support(),
     *task_encoders(),
+    *calibrations(),
     *indexes(),
     *encoders(),
     *revisions(),

@@ -124,7 +124,7 @@ def test_second_push_deletes_what_the_new_adapter_has_not(hub: HubServer, classi
     classifier.fit(TEXTS, LABELS).push_to_hub(ADAPTER, token=TOKEN)
     hub.commit(ADAPTER, {"notes.txt": b"mine"})
     assert "classifier.json" in hub.files(ADAPTER)
-    classifier._weights = None
+    classifier._learned = None
     classifier.push_to_hub(ADAPTER, token=TOKEN)
     assert not [name for name in hub.files(ADAPTER) if name.startswith("classifier")]
     assert hub.files(ADAPTER)["notes.txt"] == b"mine"

@@ -21,12 +21,22 @@ from textmeta.model.initialisation import Parameters
 
 INNER = InnerLoopSettings(steps=2)
 PATH = Path("textmeta.json")
+NEW_IN_4 = {
+    "log_name_weight": torch.tensor(0.0),
+    "temperature_slopes": torch.zeros(2),
+    "strength_prior": torch.zeros(1),
+}
 
 
 def as_version_3(folder: Path) -> None:
-    """Rewrite a folder as textmeta wrote it in format 3: no weight of names."""
-    rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=3))
-    rewrite_tensors(folder, "textmeta.safetensors", lambda tensors: tensors.pop("log_name_weight"))
+    """Rewrite a folder as textmeta wrote it in format 3: no weight of names, one strength, one temperature."""
+
+    def change(meta: dict[str, Any]) -> None:
+        meta["format_version"] = 3
+        del meta["inner"]["strengths"]
+
+    rewrite_json(folder, "textmeta.json", change)
+    rewrite_tensors(folder, "textmeta.safetensors", lambda tensors: [tensors.pop(name) for name in NEW_IN_4])
 
 
 def as_version_1(folder: Path, encoder: Encoder) -> None:
@@ -61,8 +71,8 @@ def as_version_2(folder: Path) -> None:
 
 
 def old_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
-    """What an adapter of format 1 to 3 is loaded as: names weigh as much as examples."""
-    return {**random_parameters(encoder, inner=inner), "log_name_weight": torch.tensor(0.0)}
+    """What an adapter of format 1 to 3 is loaded as: names weigh as much as examples, one temperature for all tasks."""
+    return {**random_parameters(encoder, inner=inner), **NEW_IN_4}
 
 
 def test_version_1_loads(encoder: Encoder, tmp_path: Path) -> None:
@@ -90,7 +100,7 @@ def test_version_2_loads(encoder: Encoder, tmp_path: Path) -> None:
 
 def test_fitted_version_2_answers_as_it_did(encoder: Encoder, tmp_path: Path) -> None:
     texts = ["bal bel bil", "fim fon", "kut kon"]
-    fitted = FewShotClassifier(encoder, random_parameters(encoder), INNER).fit(texts, ["b", "f", "k"])
+    fitted = FewShotClassifier(encoder, old_parameters(encoder), INNER).fit(texts, ["b", "f", "k"])
     fitted.save_pretrained(tmp_path / "adapter")
     as_version_2(tmp_path / "adapter")
     loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
@@ -121,17 +131,19 @@ def test_version_3_loads(inner: InnerLoopSettings, encoder: Encoder, tmp_path: P
     np.testing.assert_array_equal(again.predict_proba(["bal", "fim"]), loaded.predict_proba(["bal", "fim"]))
 
 
+@pytest.mark.parametrize("name", NEW_IN_4)
 @pytest.mark.parametrize("version", [1, 2, 3])
-def test_older_version_with_a_tensor_that_came_later_is_refused(version: int) -> None:
-    message = rf"textmeta\.safetensors is not what format version {version} is: log_name_weight came with version 4"
+def test_older_version_with_a_tensor_that_came_later_is_refused(version: int, name: str) -> None:
+    message = rf"textmeta\.safetensors is not what format version {version} is: {name} came with version 4"
     with pytest.raises(AdapterError, match=message):
-        migrate_tensors({"log_name_weight": torch.tensor(0.0)}, version, Path("textmeta.safetensors"))
+        migrate_tensors({name: NEW_IN_4[name]}, version, Path("textmeta.safetensors"))
 
 
-def test_version_4_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NEW_IN_4)
+def test_version_4_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path, name: str) -> None:
     save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {})
-    rewrite_tensors(tmp_path / "adapter", "textmeta.safetensors", lambda tensors: tensors.pop("log_name_weight"))
-    with pytest.raises(AdapterError, match=r"textmeta\.safetensors: expected tensors .*log_name_weight"):
+    rewrite_tensors(tmp_path / "adapter", "textmeta.safetensors", lambda tensors: tensors.pop(name))
+    with pytest.raises(AdapterError, match=rf"textmeta\.safetensors: expected tensors .*{name}"):
         load_adapter(tmp_path / "adapter")
 
 
@@ -150,6 +162,14 @@ def test_tensors_of_all_later_versions_are_filled_in(monkeypatch: pytest.MonkeyP
 def test_version_2_with_what_came_later_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"is not what format version 2 is: inner\.conditioning came with version 3"):
         migrate({"format_version": 2, "inner": {"conditioning": None}}, PATH)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_version_3_with_strengths_is_refused(version: int) -> None:
+    inner = {"strengths": [1.0], **({"conditioning": None} if version == 3 else {})}
+    meta = {"format_version": version, "inner": inner, "encoder": {}, "record": {}}
+    with pytest.raises(AdapterError, match=r"is not what format version 3 is: inner\.strengths came with version 4"):
+        migrate(meta, PATH)
 
 
 def test_every_older_version_has_a_way_up() -> None:

@@ -82,7 +82,8 @@ def test_peft_start_is_the_one_that_no_task_has_a_say_in(
         conditioned.fit(["bal bel", "fim fon"], ["b", "f"])
         ours = start_features(conditioned)
         encoder = conditioned._encoder
-        theirs = encoder.features(encoder.prepare(TEXTS), conditioned._factors)
+        assert conditioned._learned is not None
+        theirs = encoder.features(encoder.prepare(TEXTS), conditioned._learned.factors)
         assert not torch.allclose(theirs, ours, atol=1e-2), "the task's own start is another"
     conditioned.save_pretrained(tmp_path / "adapter")
     by_peft = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), tmp_path / "adapter")
@@ -113,7 +114,8 @@ def test_sentence_transformers_loads_the_merged_encoder(
     classifier = FewShotClassifier(encoder, random_parameters(encoder), INNER)
     if fitted:
         classifier.fit(["bal bel", "bil bol", "dal del", "dil dol"], ["b", "b", "d", "d"])
-    factors = classifier._factors or lora_factors(classifier._parameters)
+    learned = classifier._learned
+    factors = learned.factors if learned else lora_factors(classifier._parameters)
     expected = encoder.features(encoder.prepare(TEXTS), factors)
     classifier.merge(tmp_path / "merged")
     found = SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode(TEXTS)

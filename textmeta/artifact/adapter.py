@@ -1,7 +1,7 @@
 """An adapter in memory: everything that an adapter folder holds."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -51,6 +51,24 @@ class FittedHead:
     temperature: Tensor | None = None
     task: TaskEmbedding | None = None
     scope: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        learned: LearnedTask,
+        classes: list[Any],
+        support: Sequence[tuple[str, Any]] | None = None,
+        task: TaskEmbedding | None = None,
+    ) -> "FittedHead":
+        """Make the head of what was learned; ``support`` are texts with their labels."""
+        index = {label: number for number, label in enumerate(classes)}
+        rows = None if support is None else [(text, index[label]) for text, label in support]
+        return cls(learned.factors, learned.weights, classes, rows, learned.temperature, task, learned.scope)
+
+    @property
+    def examples(self) -> list[tuple[str, Any]] | None:
+        """The support set, text and label each; None where it is not kept."""
+        return None if self.support is None else [(text, self.classes[index]) for text, index in self.support]
 
     def learned(self, device: torch.device, parameters: Mapping[str, Tensor]) -> LearnedTask:
         """Return what ``fit`` had learned, on a device; ``parameters`` are the adapter's."""
@@ -116,6 +134,11 @@ class Adapter:
             probe=probe(encoder, parameters),
             known_tasks=known_tasks,
         )
+
+    @property
+    def feature_size(self) -> int | None:
+        """Length of the features that the task encoder is for; None, where there is none."""
+        return None if self.inner.conditioning is None else self.parameters[CENTRE].numel()
 
     def load_encoder(
         self, device: str | torch.device = "cpu", model: str | None = None, access: HubAccess | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from huggingface_hub import HfApi
 
 from textmeta.artifact.adapter import Adapter
@@ -15,13 +16,15 @@ from textmeta.artifact.store import ADAPTER_FILES, load_adapter
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
 from textmeta.files import is_folder
 from textmeta.hub import HubAccess, clear_hub_errors, fetch_snapshot, is_repo_id
+from textmeta.model.encoder import Encoder
 
-__all__ = ["Location", "load_from", "locate", "subfolder_prefix"]
+__all__ = ["DEFAULT_ADAPTER", "Location", "load_from", "load_with_encoder", "locate", "subfolder_prefix"]
 
 logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parents[1] / "adapters"  # of the package; their names begin with its own
 SHIPPED_PREFIX = "textmeta/"
+DEFAULT_ADAPTER = "textmeta/minilm-general"
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,21 @@ def load_from(
         where = locate(name, revision=where.commit, subfolder=subfolder, access=access, force=True)
         adapter = load_adapter(where.folder)
     return adapter, where
+
+
+def load_with_encoder(
+    name: str | Path,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    access: HubAccess | None = None,
+    device: str | torch.device = "cpu",
+    encoder: str | None = None,
+) -> tuple[Adapter, Encoder]:
+    """Load an adapter by its name (:func:`load_from`), and the encoder that it names, if none is given to load."""
+    adapter, where = load_from(name, revision=revision, subfolder=subfolder, access=access)
+    if encoder is None:
+        where.check_encoder(adapter.encoder.model)
+    return adapter, adapter.load_encoder(device, encoder, access)
 
 
 def _contents(repo_id: str, revision: str | None, access: HubAccess) -> str:

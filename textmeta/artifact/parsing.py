@@ -17,7 +17,7 @@ from torch import Tensor
 
 from textmeta.errors import AdapterError, SettingsError
 
-__all__ = ["check_members", "member", "read_json", "read_settings", "read_tensors", "write_json"]
+__all__ = ["check_members", "finite_tensors", "member", "read_json", "read_settings", "read_tensors", "write_json"]
 
 S = TypeVar("S")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -90,6 +90,18 @@ def read_tensors(content: bytes, path: Path, *, any_float: bool = False) -> dict
         if not value.isfinite().all():
             raise AdapterError(f"{path}: tensor {key!r} has values that are not finite")
     return {key: value.float() for key, value in tensors.items()}
+
+
+def finite_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as they are stored.
+
+    Raises:
+        AdapterError: if a value is not finite.
+    """
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise AdapterError(f"not saved: {name} has values that are not finite")
+    return {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
 
 
 def read_settings(kind: Callable[..., S], fields: Mapping[str, Any], path: Path, part: str) -> S:

@@ -13,19 +13,26 @@ from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from textmeta.artifact import peft_files
-from textmeta.artifact.adapter import HEAD, Adapter, FittedHead
+from textmeta.artifact.adapter import Adapter, FittedHead
 from textmeta.artifact.card import CARD, is_edited, model_card
+from textmeta.artifact.fitted_files import FITTED_FILES, fitted_files, read_fitted
 from textmeta.artifact.folder import read_file, read_folder
-from textmeta.artifact.index_files import INDEX_FILES, UNIT_TOLERANCE, index_files, read_index
+from textmeta.artifact.index_files import INDEX_FILES, index_files, read_index
 from textmeta.artifact.migrations import FORMAT_VERSION, migrate, migrate_tensors
-from textmeta.artifact.parsing import check_members, member, read_json, read_settings, read_tensors, write_json
+from textmeta.artifact.parsing import (
+    check_members,
+    finite_tensors,
+    member,
+    read_json,
+    read_settings,
+    read_tensors,
+    write_json,
+)
 from textmeta.artifact.saving import write_folder
-from textmeta.data.labels import label_to_json, read_labels
 from textmeta.errors import AdapterError, HubError
 from textmeta.hub import check_revision
 from textmeta.meta.adaptation import start_parameters
@@ -34,21 +41,18 @@ from textmeta.model.conditioning import conditioning_shapes
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import LORA, SCOPE, is_scalar, lora_factors
 from textmeta.model.lora import LoraSettings
-from textmeta.model.scope import RULE_SIZE, TEXT_INPUTS
+from textmeta.model.scope import RULE_SIZE
 from textmeta.model.task_encoder import CENTRE
-from textmeta.tasks import KnownTasks, TaskEmbedding
+from textmeta.tasks import KnownTasks
 
 __all__ = ["ADAPTER_FILES", "adapter_files", "load_adapter", "save_adapter"]
 
 META, SCALARS = "textmeta.json", "textmeta.safetensors"
-CLASSES = "classifier.json"
 OLD_CARD = "README.old.md"
 PROBE = "probe"  # beside the scalars
-TEMPERATURE = "temperature"  # of a fitted head: ()
-TASK_VECTOR, TASK_CLASSES = "task_vector", "task_classes"  # of a fitted head: (e,) and (C, d), of length 1
 COMMIT, SHA256 = "[0-9a-f]{40}", "[0-9a-f]{64}"
 REQUIRED = frozenset({peft_files.CONFIG, peft_files.WEIGHTS, META, SCALARS})
-ADAPTER_FILES = REQUIRED | {HEAD, CLASSES} | INDEX_FILES  # all that a manifest may list
+ADAPTER_FILES = REQUIRED | FITTED_FILES | INDEX_FILES  # all that a manifest may list
 
 
 def save_adapter(
@@ -93,7 +97,7 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     Raises:
         AdapterError: if a value is not finite, or the index does not belong to the adapter.
     """
-    tensors = _checked_tensors(adapter.parameters)
+    tensors = finite_tensors(adapter.parameters)
     factors = lora_factors(tensors)
     encoder_settings = asdict(adapter.encoder)
     del encoder_settings["cache_mb"]  # the machine's affair, not the adapter's
@@ -110,32 +114,18 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
         peft_files.WEIGHTS: save_tensors(peft_files.tensor_names(factors), metadata={"format": "pt"}),
         SCALARS: save_tensors(
             {name: value for name, value in tensors.items() if not name.startswith(LORA)}
-            | ({} if adapter.probe is None else _checked_tensors({PROBE: adapter.probe}))
+            | ({} if adapter.probe is None else finite_tensors({PROBE: adapter.probe}))
         ),
         META: write_json(meta),
     }
     known, fitted = adapter.known_tasks, adapter.fitted
     if known is not None:
-        files |= index_files(known, _hidden_size(adapter))
+        files |= index_files(known, adapter.feature_size)
     if fitted is None:
         return {**files, CARD: model_card(meta, known=known).encode("utf-8", "replace")}
-    classes, support = fitted.classes, fitted.support
-    head = {**{LORA + name: value for name, value in fitted.factors.items()}, "weights": fitted.weights}
-    for name, value in ((TEMPERATURE, fitted.temperature), (SCOPE, fitted.scope)):
-        if value is not None:
-            head[name] = value
-    if fitted.task is not None:
-        head |= {
-            TASK_VECTOR: torch.from_numpy(fitted.task.vector),
-            TASK_CLASSES: torch.from_numpy(fitted.task.classes),
-        }
-    count = None if support is None else len(support)
-    return {
-        **files,
-        HEAD: save_tensors(_checked_tensors(head)),
-        CLASSES: write_json({"classes": [label_to_json(label) for label in classes], "support": support}),
-        CARD: model_card(meta, classes, count, known).encode("utf-8", "replace"),
-    }
+    count = None if fitted.support is None else len(fitted.support)
+    card = model_card(meta, fitted.classes, count, known)
+    return {**files, **fitted_files(fitted), CARD: card.encode("utf-8", "replace")}
 
 
 def load_adapter(folder: str | Path) -> Adapter:
@@ -158,9 +148,8 @@ def load_adapter(folder: str | Path) -> Adapter:
     adapter = replace(adapter, probe=scalars.pop(PROBE, None))
     _check_scalars(scalars, factors, adapter.inner, folder / SCALARS)
     adapter = replace(adapter, parameters={**{LORA + name: value for name, value in factors.items()}, **scalars})
-    if files.keys() & {HEAD, CLASSES}:
-        adapter = replace(adapter, fitted=_read_fitted(files, folder, adapter))
-    return replace(adapter, known_tasks=read_index(files, folder, _hidden_size(adapter)))
+    adapter = replace(adapter, fitted=read_fitted(files, folder, adapter))
+    return replace(adapter, known_tasks=read_index(files, folder, adapter.feature_size))
 
 
 def _refuse_newer(folder: Path) -> None:
@@ -236,89 +225,3 @@ def _check_scalars(
 def _peft_config(adapter: Adapter, factors: Iterable[str]) -> bytes:
     revision = adapter.commit or adapter.encoder.revision
     return peft_files.config_file(adapter.encoder.model, revision, adapter.lora, factors)
-
-
-def _read_fitted(files: Mapping[str, bytes], folder: Path, adapter: Adapter) -> FittedHead:
-    for name in (HEAD, CLASSES):
-        if name not in files:
-            raise AdapterError(f"{folder} is no whole fitted classifier: it has no {name}")
-    tensors = read_tensors(files[HEAD], folder / HEAD)
-    weights = tensors.pop("weights", torch.empty(0))
-    content = read_json(files[CLASSES], folder / CLASSES)
-    check_members(content, ("classes", "support"), folder / CLASSES)
-    classes = read_labels(member(content, "classes", list, folder / CLASSES), folder / CLASSES)
-    if weights.ndim != 2 or len(weights) != len(classes) or len(classes) < 2:
-        raise AdapterError(
-            f"{folder / HEAD}: weights have shape {tuple(weights.shape)}, but {CLASSES} lists {len(classes)} classes; "
-            "expected a row for each of at least 2"
-        )
-    temperature, task = _pop_temperature(tensors, folder / HEAD), _pop_task(tensors, classes, adapter, folder / HEAD)
-    scope = _pop_scope(tensors, adapter, folder / HEAD)
-    factors = lora_factors(adapter.parameters)
-    if {n: v.shape for n, v in tensors.items()} != {LORA + n: v.shape for n, v in factors.items()}:
-        raise AdapterError(f"{folder / HEAD} does not hold the adapter's LoRA factors")
-    fitted = FittedHead(lora_factors(tensors), weights, classes, temperature=temperature, task=task, scope=scope)
-    support = content.get("support")
-    if support is None:
-        return fitted
-    for row, example in enumerate(member(content, "support", list, folder / CLASSES)):
-        match example:
-            case [str(), int(label)] if type(label) is int and 0 <= label < len(classes):
-                continue
-        raise AdapterError(f"{folder / CLASSES}, support {row}: expected a text and a class, found {example!r:.60}")
-    return replace(fitted, support=[(text, label) for text, label in support])
-
-
-def _hidden_size(adapter: Adapter) -> int | None:
-    """Return the length of the features that an adapter's task encoder is for; None, where it has none."""
-    return None if adapter.inner.conditioning is None else adapter.parameters[CENTRE].numel()
-
-
-def _pop_temperature(tensors: dict[str, Tensor], path: Path) -> Tensor | None:
-    """Take a fitted head's temperature out of its tensors; None, where it is of an older format."""
-    value = tensors.pop(TEMPERATURE, None)
-    if value is not None and (value.shape != () or not value > 0):
-        raise AdapterError(f"{path}: {TEMPERATURE} must be one positive number, found {value!s:.60}")
-    return value
-
-
-def _pop_scope(tensors: dict[str, Tensor], adapter: Adapter, path: Path) -> Tensor | None:
-    """Take a fitted task's rule for what is out of scope out of its tensors; None, where the adapter has none."""
-    if SCOPE not in adapter.parameters:
-        return None  # what is there all the same is no LoRA factor, and refused as that
-    value = tensors.pop(SCOPE, torch.empty(0))
-    if value.shape != (len(TEXT_INPUTS) + 1,):
-        raise AdapterError(f"{path}: {SCOPE} has shape {tuple(value.shape)}, expected ({len(TEXT_INPUTS) + 1},)")
-    return value
-
-
-def _pop_task(tensors: dict[str, Tensor], classes: list[Any], adapter: Adapter, path: Path) -> TaskEmbedding | None:
-    """Take a fitted task's embedding out of its tensors; None, where the adapter has no task encoder."""
-    if adapter.inner.conditioning is None:
-        return None  # what is there all the same is no LoRA factor, and refused as that
-    shapes = {
-        TASK_VECTOR: (adapter.inner.conditioning.task_encoder.size,),
-        TASK_CLASSES: (len(classes), _hidden_size(adapter)),
-    }
-    found = []
-    for name, shape in shapes.items():
-        value = tensors.pop(name, torch.empty(0))
-        if value.shape != shape or not ((value.double().norm(dim=-1) - 1).abs() <= UNIT_TOLERANCE).all():
-            raise AdapterError(
-                f"{path}: {name} must have shape {shape} and length 1, as the adapter's task encoder makes it; found "
-                f"{value!s:.60} of shape {tuple(value.shape)}"
-            )
-        found.append(value.numpy())
-    return TaskEmbedding(found[0], found[1], tuple(classes))
-
-
-def _checked_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as they are stored.
-
-    Raises:
-        AdapterError: if a value is not finite.
-    """
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise AdapterError(f"not saved: {name} has values that are not finite")
-    return {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}

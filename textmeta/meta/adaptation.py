@@ -9,11 +9,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from textmeta.meta.adapted import (
+    AdaptedParameters,
+    left_out,
+    left_out_logits,
+    query_logits,
+    support_log_likelihood,
+    task_weights,
+)
 from textmeta.meta.inner_loop import InnerLoopSettings, gradient_steps
+from textmeta.meta.strengths import at_best_strength
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.conditioning import conditioned_factors, conditioned_temperature, conditioning_start
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import HEADS, Head, class_mask, cross_entropy_per_task, membership
+from textmeta.model.heads import HEADS, cross_entropy_per_task, membership
 from textmeta.model.initialisation import (
     OFFSET,
     STRENGTH_PRIOR,
@@ -32,11 +41,9 @@ __all__ = [
     "TaskConditions",
     "adapt",
     "adaptation_path",
-    "best_strengths",
     "embed_tasks",
     "left_out_logits",
     "query_logits",
-    "scaled_factors",
     "start_parameters",
     "support_log_likelihood",
     "task_scalars",
@@ -59,29 +66,6 @@ class TaskConditions:
 
     embedding: Tensor
     statistics: Tensor
-
-
-@dataclass(frozen=True)
-class AdaptedParameters:
-    """What the task learner made of the initialisation, for T tasks.
-
-    Args:
-        factors: every LoRA factor by name; a task's own (T, out, in), shared ones (out, in).
-        offset: (T, C, d), the head's.
-        scalars: the head's temperature, for all tasks or (T,), name weight, and ridge if it has one.
-        head: the head that they are for.
-        support_features: (T, n, d), where no factor was adapted and they are known already.
-    """
-
-    factors: dict[str, Tensor]
-    offset: Tensor
-    scalars: dict[str, Tensor]
-    head: Head
-    support_features: Tensor | None = None
-
-    def with_features(self, features: Tensor) -> "AdaptedParameters":
-        """Return the same, knowing the features (T, n, d) of the support set."""
-        return replace(self, support_features=features)
 
 
 def start_parameters(
@@ -132,7 +116,8 @@ def task_scalars(
         scalars["temperature"] = conditioned_temperature(parameters, conditions.embedding, conditions.statistics)
     else:
         slopes = parameters[TEMPERATURE_SLOPES].detach()
-        scalars["temperature"] = scalars["temperature"] * (task_size(support.labels, support.ways) @ slopes).exp()
+        sizes = task_size(support.labels, support.ways).to(slopes.dtype)
+        scalars["temperature"] = scalars["temperature"] * (sizes @ slopes).exp()
     return scalars
 
 
@@ -168,47 +153,18 @@ def adapt(
     inner: InnerLoopSettings,
     conditions: TaskConditions | None = None,
 ) -> AdaptedParameters:
-    """Take all inner steps (:func:`adaptation_path`, first order), then choose LoRA's strength for each task.
+    """Choose LoRA's strength for each task, then take all inner steps from there (:func:`adaptation_path`).
 
     Each strength s of ``inner.strengths`` makes features with s·B in place of B; a task takes the one with the largest
     sum of its log prior and the log-likelihood of the support set, every example scored by the others. Where no example
     has company in its class, the prior alone decides.
     """
-    *_, adapted = adaptation_path(encoder, parameters, support, inner, conditions)
-    if inner.strengths == (1.0,):
-        return adapted
-    tried = [replace(adapted, factors=scaled_factors(adapted.factors, s)) for s in inner.strengths]
-    features = [support.pad(encoder.features(support.texts, one.factors, support.row_task)) for one in tried]
-    likelihoods = [support_log_likelihood(adapted, own, support) for own in features]
-    best = best_strengths(torch.stack(likelihoods), parameters[STRENGTH_PRIOR])
-    first = int(best[0])
-    if (best == first).all():  # as in fit: the factors stay those of all tasks
-        return tried[first].with_features(features[first])
-    strengths = torch.tensor(inner.strengths, device=best.device)[best]
-    of_tasks = torch.stack(features).gather(0, best.view(1, -1, 1, 1).expand(1, *features[0].shape))[0]
-    return replace(adapted, factors=scaled_factors(adapted.factors, strengths), support_features=of_tasks)
-
-
-def scaled_factors(factors: Mapping[str, Tensor], strength: float | Tensor) -> dict[str, Tensor]:
-    """Return LoRA factors with B times a strength, one for all tasks or (T,)."""
-    scale = strength.view(-1, 1, 1) if isinstance(strength, Tensor) else strength
-    return {name: value * scale if ".lora_B." in name else value for name, value in factors.items()}
-
-
-def support_log_likelihood(adapted: AdaptedParameters, features: Tensor, support: TaskBatch) -> Tensor:
-    """Return (T,) the sum of log-likelihoods of a task's examples, each scored by the others, by features (T, n, d)."""
-    logits, counts = left_out_logits(adapted, features, support)
-    return -cross_entropy_per_task(logits, support.labels, counts) * counts.sum(1)
-
-
-def left_out_logits(adapted: AdaptedParameters, features: Tensor, support: TaskBatch) -> tuple[Tensor, Tensor]:
-    """Return logits (T, n, C) of each support row by the others, by features (T, n, d), and which count (T, n)."""
-    return _left_out(adapted, features, support, adapted.offset, adapted.scalars)
-
-
-def best_strengths(log_likelihoods: Tensor, prior: Tensor) -> Tensor:
-    """Return (T,) the number of each task's strength, from log-likelihoods (S, T) and the log prior (S,)."""
-    return (log_likelihoods + prior[:, None]).argmax(0)
+    conditions = conditions or embed_tasks(encoder, parameters, support, inner)
+    start = unadapted(parameters, support, inner, encoder.hidden_size, conditions)
+    if inner.strengths != (1.0,):
+        start = at_best_strength(encoder, start, support, inner.strengths, parameters[STRENGTH_PRIOR])
+    *_, adapted = _path_from(start, encoder, parameters, support, inner)
+    return adapted
 
 
 def adaptation_path(
@@ -241,6 +197,21 @@ def adaptation_path(
     """
     conditions = conditions or embed_tasks(encoder, parameters, support, inner)
     start = unadapted(parameters, support, inner, encoder.hidden_size, conditions)
+    yield from _path_from(
+        start, encoder, parameters, support, inner, second_order_steps=second_order_steps, checkpointed=checkpointed
+    )
+
+
+def _path_from(
+    start: AdaptedParameters,
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    support: TaskBatch,
+    inner: InnerLoopSettings,
+    *,
+    second_order_steps: int = 0,
+    checkpointed: bool = True,
+) -> Iterator[AdaptedParameters]:
     factors, offset, scalars = start.factors, start.offset, start.scalars
     if not inner.steps or not _can_learn(support):
         yield start
@@ -250,7 +221,9 @@ def adaptation_path(
     shared = {name: value for name, value in factors.items() if name not in fast} | scalars
     if not fast:  # the head alone learns: all steps see the same features
         features = support.pad(encoder.features(support.texts, factors, support.row_task))
-        start, shared = replace(start, support_features=features), {**scalars, FEATURES: features}
+        start, shared = start.with_features(features), {**scalars, FEATURES: features}
+    else:  # features that are known already are of the start alone
+        start = replace(start, support_features=None)
     if OFFSET in inner.adapt:
         fast[OFFSET] = offset
 
@@ -260,7 +233,7 @@ def adaptation_path(
             used = {name: tensors[name] for name in factors}
             features = support.pad(encoder.features(support.texts, used, support.row_task))
         now = tensors.get(OFFSET, torch.zeros_like(offset))
-        logits, counts = _left_out(start, features, support, now, tensors)
+        logits, counts = left_out(start, features, support, now, tensors)
         return cross_entropy_per_task(logits, support.labels, counts)
 
     path = gradient_steps(
@@ -279,15 +252,6 @@ def adaptation_path(
         yield replace(start, factors=factors | moved, offset=tensors.get(OFFSET, offset))
 
 
-def _left_out(
-    adapted: AdaptedParameters, features: Tensor, support: TaskBatch, offset: Tensor, scalars: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return leave-one-out logits (T, n, C) of support rows, and (T, n) bool: the examples that have company."""
-    weights, mask = support.row_weights(scalars), class_mask(support.ways)
-    logits, counts = adapted.head.support_logits(features, support.labels, offset, scalars, mask, weights)
-    return logits, counts if support.is_name is None else counts & ~support.is_name
-
-
 def _adapted_factors(factors: Iterable[str], inner: InnerLoopSettings) -> list[str]:
     """Return the names of the LoRA factors that the inner steps change."""
     return [name for name in factors if any(f".{part}." in name for part in inner.adapt)]
@@ -297,18 +261,3 @@ def _can_learn(support: TaskBatch) -> bool:
     """Whether any class of any task has two examples, or an example and a name."""
     company = membership(support.labels, int(support.ways.max())).sum(1)  # (T, C) rows, at most one of them a name
     return bool((company > 1).any())
-
-
-def task_weights(encoder: Encoder, adapted: AdaptedParameters, support: TaskBatch) -> Tensor:
-    """Return the weights of each task's head, (T, C, d), from the adapted features of its support set."""
-    features = adapted.support_features
-    if features is None:
-        features = support.pad(encoder.features(support.texts, adapted.factors, support.row_task))
-    weights = support.row_weights(adapted.scalars)
-    return adapted.head.weights(features, support.labels, adapted.offset, adapted.scalars, weights)
-
-
-def query_logits(encoder: Encoder, adapted: AdaptedParameters, weights: Tensor, query: TaskBatch) -> Tensor:
-    """Return (T, n, C) logits of the query examples, -inf for classes that a task does not have."""
-    features = query.pad(encoder.features(query.texts, adapted.factors, query.row_task))
-    return adapted.head.logits(features, weights, adapted.scalars, class_mask(query.ways))

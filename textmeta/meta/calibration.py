@@ -21,33 +21,37 @@ from torch import Tensor
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings, bounds
 from textmeta.errors import SettingsError
-from textmeta.meta.inner_loop import HeadName, InnerLoopSettings
-from textmeta.meta.task_measures import TaskMeasures, leave_out_classes, measure_tasks
+from textmeta.meta.adaptation import start_parameters
+from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
+from textmeta.meta.task_measures import TaskMeasures, leave_out_classes, measure_adapted_tasks, measure_tasks
 from textmeta.meta.training import TrainingResult
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import (
-    HEAD_SCALARS,
     LOG_RIDGE_WEIGHT,
     LOG_TEMPERATURE,
     SCOPE,
     STRENGTH_PRIOR,
     TEMPERATURE_SLOPES,
     Parameters,
+    lora_factors,
 )
 from textmeta.model.scope import task_inputs, text_inputs
 
 __all__ = [
+    "CALIBRATED",
     "CalibrationSettings",
     "TaskMeasures",
+    "as_used",
     "calibrate",
     "calibrated",
     "calibration_episodes",
     "leave_out_classes",
     "measure_tasks",
-    "with_head",
+    "recalibrate",
 ]
 
+# what calibration sets
+CALIBRATED = (LOG_TEMPERATURE, TEMPERATURE_SLOPES, LOG_RIDGE_WEIGHT, STRENGTH_PRIOR, SCOPE)
 RIDGE_WEIGHTS = (0.1, 0.3, 1.0, 3.0, 6.0)  # that are tried
 PRIORS = (-10.0, -5.0, -2.0, 0.0, 2.0, 5.0, 10.0)  # log weights that are tried
 ROUNDS = 3
@@ -64,7 +68,8 @@ class CalibrationSettings:
         ways: classes of an episode, a third of which are then left out; all, where there are fewer.
         shots: support examples of a class.
         queries: query examples of a class.
-        head: that the adapter is given, instead of the one that it was trained with; null leaves that.
+        inner: the inner loop that the adapter is given, instead of the one that it was trained with; null leaves that.
+        adapted_episodes: number of tasks of each corpus to set the temperature by once more, where that takes steps.
     """
 
     episodes: int = 150
@@ -72,29 +77,39 @@ class CalibrationSettings:
     ways: int | tuple[int, int] = (3, 30)
     shots: int | tuple[int, int] = (1, 10)
     queries: int | tuple[int, int] = 5
-    head: HeadName | None = None
+    inner: InnerLoopSettings | None = None
+    adapted_episodes: int = 30
+
+    @property
+    def adapted(self) -> "CalibrationSettings":
+        """What the temperature after the inner steps is set by."""
+        return replace(self, episodes=self.adapted_episodes)
 
     def __post_init__(self) -> None:
         """Check the ranges; those of episodes are checked there."""
-        for name in ("episodes", "rows"):
+        for name in ("episodes", "rows", "adapted_episodes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"calibration {name} must be at least 1, given {getattr(self, name)}")
 
 
-def with_head(
-    parameters: Mapping[str, Tensor], inner: InnerLoopSettings, head: HeadName | None
+def as_used(
+    parameters: Mapping[str, Tensor], inner: InnerLoopSettings, settings: CalibrationSettings
 ) -> tuple[Parameters, InnerLoopSettings]:
-    """Return parameters and inner loop with another head, whose own scalars start where learning would start them.
+    """Return parameters and inner loop as the settings say that the adapter is to be used.
 
-    Features that were trained with prototypes serve other heads as well; the temperature has to be calibrated then.
+    What the given inner loop has and the old one had not (step sizes, scalars of a head) starts where learning would
+    start it. Features that were trained with prototypes serve other heads as well, but the temperature has to be
+    calibrated then.
     """
-    if head is None:
+    if settings.inner is None:
         return dict(parameters), inner
-    starts = {
-        HEAD_SCALARS[name]: torch.tensor(math.log(start), device=parameters[LOG_TEMPERATURE].device)
-        for name, start in HEADS[head].starts.items()
-    }
-    return {**starts, **parameters}, replace(inner, head=head)
+    used = replace(settings.inner, conditioning=inner.conditioning)
+    shapes = {name: tuple(value.shape) for name, value in lora_factors(parameters).items()}
+    old, new = (start_parameters(shapes, without_conditioning(loop), 0) for loop in (inner, used))
+    others = {name: value for name, value in parameters.items() if name not in old}  # of the task encoder
+    fitting = {n: parameters[n] for n, value in new.items() if n in parameters and parameters[n].shape == value.shape}
+    device = parameters[LOG_TEMPERATURE].device
+    return {name: value.to(device) for name, value in {**new, **fitting, **others}.items()}, used
 
 
 def calibration_episodes(corpus: Corpus, settings: CalibrationSettings, seed: int) -> list[Episode]:
@@ -128,11 +143,14 @@ def calibrated(
     """Return what a training made, calibrated on corpora of unseen classes; without settings, as it is."""
     if settings is None:
         return result
-    parameters, inner = with_head(result.parameters, result.inner, settings.head)
+    parameters, inner = as_used(result.parameters, result.inner, settings)
     episodes = [episode for corpus in corpora for episode in calibration_episodes(corpus, settings, seed)]
-    measures = measure_tasks(encoder, parameters, inner, episodes, "calibration")
-    record = {**result.record, "calibration": asdict(settings)}
-    return TrainingResult(calibrate(parameters, measures), inner, record)
+    parameters = calibrate(parameters, measure_tasks(encoder, parameters, inner, episodes, "calibration"))
+    if inner.steps:
+        fewer = [e for corpus in corpora for e in calibration_episodes(corpus, settings.adapted, seed)]
+        adapted = measure_adapted_tasks(encoder, parameters, inner, fewer, "calibration after the inner steps")
+        parameters = recalibrate(parameters, adapted)
+    return TrainingResult(parameters, inner, {**result.record, "calibration": asdict(settings)})
 
 
 def calibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]) -> Parameters:
@@ -162,7 +180,29 @@ def calibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]
     rule = _fit_scope(measures, np.exp(fit.line[0] + sizes @ fit.line[1:]), fit.chosen)
     if rule is not None:
         fitted[SCOPE] = rule
-    return {**parameters, **{name: torch.tensor(value, dtype=torch.float32) for name, value in fitted.items()}}
+    like = parameters[LOG_TEMPERATURE]
+    return {**parameters, **{name: like.new_tensor(value, dtype=torch.float32) for name, value in fitted.items()}}
+
+
+def recalibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]) -> Parameters:
+    """Return the parameters with temperature, its slopes and the scope's rule fitted to tasks after their inner steps.
+
+    The steps make features surer of themselves. They are taken at the temperature of before, though, and will be at
+    this one: a small difference, of which nothing is made.
+
+    Args:
+        parameters: calibrated.
+        measures: of the same adapter, or of others with the same calibration (:func:`measure_adapted_tasks`).
+    """
+    sizes, chosen = np.stack([task.size for task in measures]), np.zeros(len(measures), dtype=int)
+    start = np.array([float(parameters[LOG_TEMPERATURE]), *parameters[TEMPERATURE_SLOPES].tolist()])
+    line = _fit_temperature(measures, sizes, chosen, start)
+    fitted: dict[str, Any] = {LOG_TEMPERATURE: line[0], TEMPERATURE_SLOPES: line[1:]}
+    rule = _fit_scope(measures, np.exp(line[0] + sizes @ line[1:]), chosen)
+    if rule is not None:
+        fitted[SCOPE] = rule
+    like = parameters[LOG_TEMPERATURE]
+    return {**parameters, **{name: like.new_tensor(value, dtype=torch.float32) for name, value in fitted.items()}}
 
 
 @dataclass(frozen=True)

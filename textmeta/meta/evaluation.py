@@ -14,7 +14,6 @@ from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
 from textmeta.meta.adaptation import (
     adapt,
-    best_strengths,
     embed_tasks,
     query_logits,
     start_parameters,
@@ -24,6 +23,7 @@ from textmeta.meta.adaptation import (
 )
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
+from textmeta.meta.strengths import best_strengths
 from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_mask
@@ -68,6 +68,7 @@ def score_episodes(
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
     progress: str | None = None,
+    shared: SharedFeatures | None = None,
 ) -> EpisodeScores:
     """Adapt to each episode's support set and score its query set.
 
@@ -77,6 +78,7 @@ def score_episodes(
         episodes: E episodes.
         inner: what the task learner does.
         progress: label of a progress bar; None shows none.
+        shared: features of this encoder and these parameters that are known already; those of the episodes are added.
 
     Raises:
         DataError: if there are no episodes.
@@ -85,7 +87,7 @@ def score_episodes(
         raise DataError("no episodes to score")
     probabilities: dict[int, np.ndarray] = {}
     with torch.no_grad(), tqdm(total=len(episodes), desc=progress, unit="episode", disable=progress is None) as bar:
-        for indices, logits in _all_logits(encoder, parameters, episodes, inner):
+        for indices, logits in _all_logits(encoder, parameters, episodes, inner, shared):
             for index, task_logits in zip(indices, logits, strict=True):
                 own = task_logits[: len(episodes[index].query_labels), : episodes[index].ways]
                 probabilities[index] = own.double().softmax(-1).cpu().numpy()
@@ -181,13 +183,17 @@ _OTHER_COLUMNS = (("macro_f1", 100), ("nll", 1), ("ece", 100))
 
 
 def _all_logits(
-    encoder: Encoder, parameters: Mapping[str, Tensor], episodes: Sequence[Episode], inner: InnerLoopSettings
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    episodes: Sequence[Episode],
+    inner: InnerLoopSettings,
+    shared: SharedFeatures | None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield numbers of episodes and their padded logits."""
     own_start = inner.conditioning is not None and inner.conditioning.start != "none"
     adapting = [i for i, e in enumerate(episodes) if own_start or (inner.steps and _can_learn(e))]
     yield from _unadapted_logits(
-        encoder, parameters, episodes, inner, sorted(set(range(len(episodes))) - set(adapting))
+        encoder, parameters, episodes, inner, sorted(set(range(len(episodes))) - set(adapting)), shared
     )
     for start in range(0, len(adapting), TASKS_AT_ONCE):
         indices = adapting[start : start + TASKS_AT_ONCE]
@@ -210,9 +216,12 @@ def _unadapted_logits(
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
     indices: Sequence[int],
+    shared: SharedFeatures | None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Do the same where no step is taken (:class:`~textmeta.meta.shared_features.SharedFeatures`)."""
-    shared = SharedFeatures(encoder, parameters, [episodes[index] for index in indices], inner.strengths)
+    if shared is None:
+        shared = SharedFeatures(encoder, parameters, (), inner.strengths)
+    shared.add([episodes[index] for index in indices])
     for index in indices:
         support, features, queries = shared.task(episodes[index])
         conditions = None

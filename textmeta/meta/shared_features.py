@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from textmeta.data.episodes import Episode
-from textmeta.meta.adaptation import scaled_factors
+from textmeta.meta.strengths import scaled_factors
 from textmeta.meta.tasks import TaskBatch, support_rows, unprepared_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import lora_factors
@@ -33,20 +33,27 @@ class SharedFeatures:
         episodes: Sequence[Episode],
         strengths: Sequence[float] = (1.0,),
     ) -> None:
-        self._device = encoder.device
+        self._encoder, self._factors, self._strengths = encoder, lora_factors(parameters), tuple(strengths)
+        self._rows: dict[str, int] = {}
+        self._features = torch.empty(len(self._strengths), 0, encoder.hidden_size, device=encoder.device)
+        self.add(episodes)
+
+    def add(self, episodes: Sequence[Episode]) -> None:
+        """Make features of the texts of further episodes, but for those that are there."""
         texts = list(dict.fromkeys(text for e in episodes for text in (*_support(e)[0], *e.query_texts)))
-        self._rows = {text: row for row, text in enumerate(texts)}
-        factors = lora_factors(parameters)
-        parts = []
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            prepared = encoder.prepare(texts[start : start + TEXTS_AT_ONCE])
-            parts.append(torch.stack([encoder.features(prepared, scaled_factors(factors, s)) for s in strengths]))
-        self._features = torch.cat(parts, dim=1) if parts else torch.empty(len(strengths), 0, encoder.hidden_size)
+        missing = [text for text in texts if text not in self._rows]
+        parts = [self._features]
+        for start in range(0, len(missing), TEXTS_AT_ONCE):
+            prepared = self._encoder.prepare(missing[start : start + TEXTS_AT_ONCE])
+            at_each = [scaled_factors(self._factors, s) for s in self._strengths]
+            parts.append(torch.stack([self._encoder.features(prepared, factors) for factors in at_each]))
+        self._features = torch.cat(parts, dim=1)
+        self._rows |= {text: len(self._rows) + number for number, text in enumerate(missing)}
 
     def task(self, episode: Episode) -> tuple[TaskBatch, Tensor, Tensor]:
         """Return an episode's support set, a batch of one task, and features (S, n, d) of its rows and queries."""
         texts, labels = _support(episode)
-        support = unprepared_batch(texts, labels, len(episode.support_texts), episode.ways, self._device)
+        support = unprepared_batch(texts, labels, len(episode.support_texts), episode.ways, self._features.device)
         return support, self.of(texts), self.of(episode.query_texts)
 
     def of(self, texts: Sequence[str]) -> Tensor:

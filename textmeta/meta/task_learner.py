@@ -1,6 +1,6 @@
 """The task learner: from an initialisation and one support set, a classifier of features."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,13 @@ from textmeta.meta.adaptation import adapt, left_out_logits, task_size, task_wei
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import SCOPE
-from textmeta.model.scope import rule_of_task, task_inputs
+from textmeta.model.heads import HEADS, class_mask
+from textmeta.model.initialisation import SCOPE, head_scalars
+from textmeta.model.scope import rule_of_task, scope_probability, task_inputs, text_inputs
 
-__all__ = ["LearnedTask", "learn_task"]
+__all__ = ["LearnedTask", "learn_task", "text_logits"]
+
+CHUNK = 512  # texts that go through the encoder together
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,19 @@ class LearnedTask:
     weights: Tensor
     temperature: Tensor
     scope: Tensor | None
+
+    def scope_probability(self, logits: Tensor) -> Tensor:
+        """Return (n,) the probability of texts to belong to any of the classes, from their logits (n, C).
+
+        Raises:
+            AdapterError: if there is no rule.
+        """
+        if self.scope is None:
+            raise AdapterError(
+                "this adapter has no rule for what is out of scope: calibrate it (textmeta.meta.calibration), or take "
+                "one that has, such as textmeta/minilm-general"
+            )
+        return scope_probability(self.scope, text_inputs(logits, self.temperature))
 
 
 @torch.no_grad()
@@ -69,3 +85,23 @@ def learn_task(
         scope = rule_of_task(parameters[SCOPE], of_task)
     factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
     return LearnedTask(factors, weights, temperature, scope)
+
+
+@torch.no_grad()
+def text_logits(
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    inner: InnerLoopSettings,
+    learned: LearnedTask,
+    texts: Sequence[str],
+) -> Tensor:
+    """Return logits (n, C) of texts, by what was learned of a task from these parameters."""
+    head, weights = HEADS[inner.head], learned.weights
+    scalars = head_scalars(parameters) | {"temperature": learned.temperature}
+    mask = class_mask(torch.tensor([len(weights)], device=weights.device))
+    parts = [weights.new_empty(0, len(weights))]
+    for start in range(0, len(texts), CHUNK):
+        prepared = encoder.prepare(texts[start : start + CHUNK], remember=False)
+        features = encoder.features(prepared, learned.factors)
+        parts.append(head.logits(features[None], weights[None], scalars, mask)[0])
+    return torch.cat(parts)

@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from textmeta.data.episodes import Episode
 from textmeta.errors import SettingsError
-from textmeta.meta.adaptation import left_out_logits, task_size, task_weights, unadapted
+from textmeta.meta.adaptation import adapt, left_out_logits, query_logits, task_size, task_weights, unadapted
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
+from textmeta.meta.tasks import support_batch, task_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_mask
 from textmeta.model.initialisation import LOG_RIDGE_WEIGHT, LOG_TEMPERATURE, TEMPERATURE_SLOPES
 
-__all__ = ["TaskMeasures", "leave_out_classes", "measure_tasks"]
+__all__ = ["TaskMeasures", "leave_out_classes", "measure_adapted_tasks", "measure_tasks"]
 
 LEFT_OUT = 3  # of so many classes one is left out of a task: its queries are out of scope
 
@@ -82,19 +83,15 @@ def measure_tasks(
     Args:
         encoder: makes features.
         parameters: of the adapter.
-        inner: without steps.
+        inner: whose head and strengths are used; before any steps.
         episodes: of classes that it has not seen.
         progress: label of a progress bar; None shows none.
 
     Raises:
-        SettingsError: if the inner loop takes steps, or the task embedding decides something: then tasks share no
-            features.
+        SettingsError: if the task embedding decides something: then tasks share no features.
     """
-    if inner.steps or (inner.conditioning is not None and inner.conditioning.decides):
-        raise SettingsError(
-            f"calibration is for inner loops without steps and conditions, given {inner.steps} steps and "
-            f"{inner.conditioning}"
-        )
+    if inner.conditioning is not None and inner.conditioning.decides:
+        raise SettingsError(f"calibration is for inner loops without conditions, given {inner.conditioning}")
     tasks = [leave_out_classes(episode) for episode in episodes]
     zero = {LOG_TEMPERATURE: torch.zeros(()), TEMPERATURE_SLOPES: torch.zeros(2)}  # a temperature of 1
     plain = {**parameters, **{name: value.to(encoder.device) for name, value in zero.items()}}
@@ -109,6 +106,44 @@ def measure_tasks(
                 measures = _with_ridge(measures, _measure(encoder, more, inner, shared, *task))
             found.append(measures)
         return found
+
+
+@torch.no_grad()
+def measure_adapted_tasks(
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    inner: InnerLoopSettings,
+    episodes: Sequence[Episode],
+    progress: str | None = None,
+) -> list[TaskMeasures]:
+    """Measure an adapter after strength and inner steps, so at one strength; arguments as for :func:`measure_tasks`."""
+    found = []
+    for whole in tqdm(episodes, desc=progress, unit="task", disable=progress is None):
+        episode, outside = leave_out_classes(whole)
+        support = support_batch(encoder, [episode])
+        adapted = adapt(encoder, parameters, support, inner)
+        features = support.pad(encoder.features(support.texts, adapted.factors, support.row_task))
+        weights = task_weights(encoder, adapted.with_features(features), support)
+        left_out, counts = left_out_logits(adapted, features, support)
+        texts = [*episode.query_texts, *outside]
+        batch = task_batch(encoder, [texts], [[0] * len(texts)], [episode.ways])
+        logits = query_logits(encoder, adapted, weights, batch)
+        left, others = (
+            part.double().cpu().numpy() / float(adapted.scalars["temperature"]) for part in (left_out, logits)
+        )
+        queries = len(episode.query_texts)
+        found.append(
+            TaskMeasures(
+                size=task_size(support.labels, support.ways)[0].double().cpu().numpy(),
+                left_out=left,
+                labels=support.labels[0].cpu().numpy(),
+                counts=counts[0].cpu().numpy(),
+                queries=others[:, :queries],
+                query_labels=episode.query_labels,
+                outside=others[:, queries:],
+            )
+        )
+    return found
 
 
 def leave_out_classes(episode: Episode) -> tuple[Episode, tuple[str, ...]]:

@@ -137,5 +137,7 @@ def _balanced(features: Tensor, member: Tensor, weights: Tensor, counts: Tensor)
     classes = (counts > 0).sum(1, keepdim=True)
     mean = counts.sum(1, keepdim=True) / classes
     of_class = torch.where(counts > 0, counts, 1.0)
-    roots = torch.einsum("tnc,tc->tn", member, mean / of_class).mul(weights).clamp(min=0).sqrt()
+    shares = torch.einsum("tnc,tc->tn", member, mean / of_class) * weights
+    # the root of 0, which padding has, has no derivative
+    roots = torch.where(shares > 0, torch.where(shares > 0, shares, 1.0).sqrt(), 0.0)
     return roots[..., None] * features, roots[..., None] * member

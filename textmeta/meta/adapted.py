@@ -1,0 +1,77 @@
+"""What the task learner made of an initialisation, and how it scores support sets and queries."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from textmeta.meta.tasks import TaskBatch
+from textmeta.model.encoder import Encoder
+from textmeta.model.heads import Head, class_mask, cross_entropy_per_task
+
+__all__ = [
+    "AdaptedParameters",
+    "left_out",
+    "left_out_logits",
+    "query_logits",
+    "support_log_likelihood",
+    "task_weights",
+]
+
+
+@dataclass(frozen=True)
+class AdaptedParameters:
+    """What the task learner made of the initialisation, for T tasks.
+
+    Args:
+        factors: every LoRA factor by name; a task's own (T, out, in), shared ones (out, in).
+        offset: (T, C, d), the head's.
+        scalars: the head's temperature, for all tasks or (T,), name weight, and ridge if it has one.
+        head: the head that they are for.
+        support_features: (T, n, d), where no factor was adapted and they are known already.
+    """
+
+    factors: dict[str, Tensor]
+    offset: Tensor
+    scalars: dict[str, Tensor]
+    head: Head
+    support_features: Tensor | None = None
+
+    def with_features(self, features: Tensor) -> "AdaptedParameters":
+        """Return the same, knowing the features (T, n, d) of the support set."""
+        return replace(self, support_features=features)
+
+
+def support_log_likelihood(adapted: AdaptedParameters, features: Tensor, support: TaskBatch) -> Tensor:
+    """Return (T,) the sum of log-likelihoods of a task's examples, each scored by the others, by features (T, n, d)."""
+    logits, counts = left_out_logits(adapted, features, support)
+    return -cross_entropy_per_task(logits, support.labels, counts) * counts.sum(1)
+
+
+def left_out_logits(adapted: AdaptedParameters, features: Tensor, support: TaskBatch) -> tuple[Tensor, Tensor]:
+    """Return logits (T, n, C) of each support row by the others, by features (T, n, d), and which count (T, n)."""
+    return left_out(adapted, features, support, adapted.offset, adapted.scalars)
+
+
+def left_out(
+    adapted: AdaptedParameters, features: Tensor, support: TaskBatch, offset: Tensor, scalars: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return leave-one-out logits (T, n, C) of support rows, and (T, n) bool: the examples that have company."""
+    weights, mask = support.row_weights(scalars), class_mask(support.ways)
+    logits, counts = adapted.head.support_logits(features, support.labels, offset, scalars, mask, weights)
+    return logits, counts if support.is_name is None else counts & ~support.is_name
+
+
+def task_weights(encoder: Encoder, adapted: AdaptedParameters, support: TaskBatch) -> Tensor:
+    """Return the weights of each task's head, (T, C, d), from the adapted features of its support set."""
+    features = adapted.support_features
+    if features is None:
+        features = support.pad(encoder.features(support.texts, adapted.factors, support.row_task))
+    weights = support.row_weights(adapted.scalars)
+    return adapted.head.weights(features, support.labels, adapted.offset, adapted.scalars, weights)
+
+
+def query_logits(encoder: Encoder, adapted: AdaptedParameters, weights: Tensor, query: TaskBatch) -> Tensor:
+    """Return (T, n, C) logits of the query examples, -inf for classes that a task does not have."""
+    features = query.pad(encoder.features(query.texts, adapted.factors, query.row_task))
+    return adapted.head.logits(features, weights, adapted.scalars, class_mask(query.ways))
