@@ -33,7 +33,11 @@ from accuracy_scope_tables import print_scope_tables
 from accuracy_tables import print_tables
 from accuracy_training import RecipeSettings, Trainer, digest, read_recipe
 
+# where a folder `runs` lies beside, ruff sorts benchmarks/runs.py elsewhere
+# isort: split
 from runs import Line, Run, do_missing, read_lines
+
+# isort: split
 from textmeta.cli import run_recipe
 from textmeta.data.class_splits import read_class_split
 from textmeta.errors import DataError, SettingsError

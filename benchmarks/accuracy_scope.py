@@ -17,7 +17,6 @@ from torch import Tensor
 from textmeta.data.episodes import Episode
 from textmeta.errors import AdapterError
 from textmeta.meta.adaptation import (
-    best_strengths,
     left_out_logits,
     support_log_likelihood,
     task_size,
@@ -26,6 +25,7 @@ from textmeta.meta.adaptation import (
 )
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
+from textmeta.meta.strengths import best_strengths
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_mask
 from textmeta.model.initialisation import SCOPE, STRENGTH_PRIOR

@@ -33,7 +33,7 @@ from textmeta.meta.meta_gradient import MetaGradientPlan
 from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import cross_entropy_per_task
-from textmeta.model.initialisation import LOG_STEP_SIZE, Parameters
+from textmeta.model.initialisation import LOG_STEP_SIZE, TEMPERATURE_SLOPES, Parameters
 
 EXACT = ("protonet", "anil", "maml", "meta_sgd")
 # a larger ε than elsewhere, so that the losses are smooth on the scale of a finite difference
@@ -94,6 +94,9 @@ def relative_errors(
     errors = {}
     for key, value in parameters.items():
         if not value.numel():
+            continue
+        if key == TEMPERATURE_SLOPES:  # which calibration sets, and no gradient
+            assert not found[key].any()
             continue
         along = torch.randn(value.shape, generator=generator, dtype=value.dtype)
         if found[key].any():  # half along the gradient, so that it is seen; half at random, so that what is missing is

@@ -62,24 +62,25 @@ def factors_of(adapted: AdaptedParameters, task: int = 0) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_the_choice_is_that_of_a_loop(steps: int, encoder: Encoder, corpus: Corpus) -> None:
-    """Over adapters with scaled B, each scored example by example (:func:`support_loss`); then come the steps."""
+    """Over adapters with scaled B, each scored example by example (:func:`support_loss`); then the steps."""
     inner = replace(CHOOSING, steps=steps)
     parameters, chosen = choosing_parameters(encoder, inner), set()
     for e in mixed_episodes(corpus):
-        support = support_batch(encoder, [e])
+        support, offset = support_batch(encoder, [e]), torch.zeros(e.ways, encoder.hidden_size)
         labels = [*e.support_labels, *(range(e.ways) if e.label_names else ())]
         company = sum(labels.count(label) > 1 for label in e.support_labels)
-        offset, scores = torch.zeros(e.ways, encoder.hidden_size), []
+        scores = []
         for strength, prior in zip(STRENGTHS, PRIOR, strict=True):
             factors = scaled(lora_factors(parameters), strength)
             loss = support_loss(encoder, parameters, factors, offset, e) if company else torch.zeros(())
             scores.append(prior - company * loss)
         best = int(torch.stack(scores).argmax())
-        of_best = {LORA + n: value for n, value in scaled(lora_factors(parameters), STRENGTHS[best]).items()}
-        expected = adapt(encoder, {**parameters, **of_best}, support, replace(inner, strengths=(1.0,)))
-        found = factors_of(adapt(encoder, parameters, support, inner))
+        start = {LORA + name: value for name, value in scaled(lora_factors(parameters), STRENGTHS[best]).items()}
+        expected = adapt(encoder, {**parameters, **start}, support, replace(inner, strengths=(1.0,)))
+        found = adapt(encoder, parameters, support, inner)
         for name, value in factors_of(expected).items():
-            torch.testing.assert_close(found[name], value)
+            torch.testing.assert_close(factors_of(found)[name], value)
+        torch.testing.assert_close(found.offset, expected.offset)
         chosen.add(best)
     assert len(chosen) >= 3, "otherwise nothing was chosen here"
 
@@ -99,7 +100,7 @@ def test_where_nothing_can_be_told_the_prior_decides(favourite: int, encoder: En
 @pytest.mark.parametrize("steps", [0, 2])
 def test_tasks_together_choose_as_alone(steps: int, head: Any, encoder: Encoder, corpus: Corpus) -> None:
     inner = replace(CHOOSING, steps=steps, head=head)
-    parameters, episodes = choosing_parameters(encoder, inner), mixed_episodes(corpus)[:8]
+    parameters, episodes = choosing_parameters(encoder, inner), mixed_episodes(corpus)[:9]
     support, query = support_batch(encoder, episodes), query_batch(encoder, episodes)
     with torch.no_grad():
         adapted = adapt(encoder, parameters, support, inner)
