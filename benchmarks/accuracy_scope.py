@@ -26,6 +26,8 @@ from textmeta.meta.adaptation import (
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
 from textmeta.meta.strengths import best_strengths
+from textmeta.meta.task_learner import learn_task, text_logits
+from textmeta.meta.tasks import support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_mask
 from textmeta.model.initialisation import SCOPE, STRENGTH_PRIOR
@@ -63,7 +65,7 @@ def rule(bench: Bench, cell: Cell, episodes: list[Episode], variant: Variant) ->
     """The rule that was fitted on a fold's validation classes, of what was meta-trained on its training classes."""
     trained = bench.trained("textmeta", cell, variant["seed"])
     start = time.monotonic()
-    shared = bench.shared(cell.corpus, cell.fold, variant["seed"])
+    shared = bench.shared(cell.corpus, cell.fold, variant["seed"])  # also warms the encoder, for tasks that take steps
     encoder, result = bench.encoder(bench.recipe.lora), trained.result
     found = in_scope_probabilities(encoder, result.parameters, result.inner, shared, episodes)
     return Outcome(score_scope(found, episodes, probabilities=True), per_episode(start, episodes) | trained.told)
@@ -82,7 +84,7 @@ def in_scope_probabilities(
     Args:
         encoder: made the features.
         parameters: of an adapter with a rule.
-        inner: without steps: then tasks share their features.
+        inner: where it takes no steps, tasks share their features.
         shared: features of all texts.
         episodes: E episodes.
 
@@ -93,6 +95,11 @@ def in_scope_probabilities(
         raise AdapterError("no rule for what is out of scope was fitted: are there 3 validation classes?")
     found = []
     for episode in episodes:
+        if inner.steps:  # each task has features of its own
+            learned = learn_task(encoder, parameters, inner, support_batch(encoder, [episode]))
+            logits = text_logits(encoder, parameters, inner, learned, episode.query_texts)
+            found.append(learned.scope_probability(logits).double().cpu().numpy())
+            continue
         support, features, queries = shared.task(episode)
         start = unadapted(parameters, support, inner, encoder.hidden_size)
         likelihoods = torch.stack([support_log_likelihood(start, own[None], support) for own in features])

@@ -28,6 +28,8 @@ from textmeta.meta.evaluation import (
 )
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.model.encoder import Encoder
+from textmeta.model.initialisation import SCOPE
+from textmeta.model.scope import RULE_SIZE
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RECIPE = """
@@ -304,6 +306,20 @@ def test_scope_runs_and_tables(scope: Any, capsys: pytest.CaptureFixture[str]) -
     frozen = own.SCOPE_METHODS["frozen"].run(bench, cell, episodes[:1], {}).scores
     expected = own.score_scope([np.array(nearest)], episodes[:1])
     np.testing.assert_allclose([frozen.auroc, frozen.aupr], [expected.auroc, expected.aupr], atol=1e-3)
+
+
+def test_scope_by_the_rule_of_tasks_that_take_steps(scope: Any) -> None:
+    accuracy, own = module("accuracy"), module("accuracy_scope")
+    bench = accuracy.Runs(replace(scope, methods=["textmeta"]), []).bench
+    inner, encoder = replace(bench.recipe.inner, steps=2), bench.encoder(bench.recipe.lora)
+    parameters = module("accuracy_methods").start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
+    parameters[SCOPE] = torch.linspace(-1, 1, RULE_SIZE)
+    (cell, *_) = bench.corpora.cells("scope", ["known"], ["01"], [], 1)
+    (episode,) = bench.corpora.episodes(cell)
+    (found,) = own.in_scope_probabilities(encoder, parameters, inner, None, [episode])
+    classifier = FewShotClassifier(encoder, parameters, inner)
+    classifier.fit(episode.support_texts, episode.support_labels.tolist())
+    np.testing.assert_allclose(found, classifier.scope_score(episode.query_texts), atol=1e-5)
 
 
 def test_scope_measures() -> None:

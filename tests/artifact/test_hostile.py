@@ -839,9 +839,14 @@ def json_texts() -> Iterator[Case]:
     # what it learned came later: without it, it would be an adapter of another kind
     yield Case("version 2 with a task encoder", meta("", format_version=2), rf"{META} is not what format version 2 is")
     nameless = tensors(SCALARS, lambda found: found.pop("log_name_weight"))
-    none = all_of(meta("", format_version=2), without_setting("inner", "conditioning"), nameless)
+    of_4 = ("log_name_weight", "temperature_slopes", "strength_prior")
+    without_those = tensors(SCALARS, lambda found: [found.pop(name) for name in of_4])
+    older = without_setting("inner", "strengths")
+    none = all_of(meta("", format_version=2), without_setting("inner", "conditioning"), older, without_those)
     yield Case("version 2 with a task encoder's weights", none, rf"{SCALARS}: expected tensors")
-    yield Case("version 3 with what came later", meta("", format_version=3), rf"{SCALARS} is not what format version 3")
+    later = all_of(meta("", format_version=3), older)
+    yield Case("version 3 with what came later", later, rf"{SCALARS} is not what format version 3")
+    yield Case("version 3 with later settings", meta("", format_version=3), rf"{META} is not what format version 3 is")
     yield Case("version 4 without what it has", nameless, rf"{SCALARS}: expected tensors")
 
 
