@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -54,7 +54,6 @@ class Bench:
         self.encoder = cache(self._encoder)
         self.adapters_of = cache(self._adapters)
         self._growing: tuple[str, Parameters, SharedFeatures] | None = None
-        self.shared = lru_cache(maxsize=1)(self._shared)  # cells of a fold follow each other
 
     def _encoder(self, lora: LoraSettings) -> Encoder:
         return Encoder(self.recipe.encoder, lora)
@@ -87,7 +86,7 @@ class Bench:
             name.format("protonet"), self.encoder(recipe.lora), recipe, *parts, seconds=seconds
         )
 
-    def _shared(self, corpus: str, fold: str, seed: int) -> SharedFeatures:
+    def of_fold(self, corpus: str, fold: str, seed: int) -> SharedFeatures:
         """Return ours of all test texts of a fold, and of those of no class, each through the encoder once."""
         cell = Cell("scope", corpus, fold, 0, 1, 1)
         sources = [self.corpora.part(corpus, fold, "test")]
@@ -98,8 +97,10 @@ class Bench:
             self.cache.warm(encoder, source)
         texts = tuple(text for source in sources for text in source.texts)
         whole = Episode(corpus, ("all",), (), np.empty(0, int), texts, np.full(len(texts), OUTSIDE))
+        shared = self.growing(corpus, encoder, result.parameters, result.inner.strengths)
         with torch.no_grad():
-            return SharedFeatures(encoder, result.parameters, [whole], result.inner.strengths)
+            shared.add([whole])
+        return shared
 
     def growing(self, corpus: str, encoder: Encoder, parameters: Parameters, strengths: tuple) -> SharedFeatures:
         """Return the features that parameters make of a corpus's texts, to be added to: cells share their texts."""

@@ -17,21 +17,18 @@ from torch import Tensor
 from textmeta.data.episodes import Episode
 from textmeta.errors import AdapterError
 from textmeta.meta.adaptation import (
-    left_out_logits,
-    support_log_likelihood,
-    task_size,
     task_weights,
     unadapted,
 )
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
 from textmeta.meta.strengths import best_strengths
-from textmeta.meta.task_learner import learn_task, text_logits
+from textmeta.meta.task_learner import learn_task, scope_rule, text_logits
 from textmeta.meta.tasks import support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_mask
 from textmeta.model.initialisation import SCOPE, STRENGTH_PRIOR
-from textmeta.model.scope import rule_of_task, scope_probability, task_inputs, text_inputs
+from textmeta.model.scope import scope_probability, text_inputs
 
 __all__ = ["SCOPE_METHODS", "in_scope_probabilities", "score_scope"]
 
@@ -65,7 +62,7 @@ def rule(bench: Bench, cell: Cell, episodes: list[Episode], variant: Variant) ->
     """The rule that was fitted on a fold's validation classes, of what was meta-trained on its training classes."""
     trained = bench.trained("textmeta", cell, variant["seed"])
     start = time.monotonic()
-    shared = bench.shared(cell.corpus, cell.fold, variant["seed"])  # also warms the encoder, for tasks that take steps
+    shared = bench.of_fold(cell.corpus, cell.fold, variant["seed"])  # also warms the encoder, for tasks that take steps
     encoder, result = bench.encoder(bench.recipe.lora), trained.result
     found = in_scope_probabilities(encoder, result.parameters, result.inner, shared, episodes)
     return Outcome(score_scope(found, episodes, probabilities=True), per_episode(start, episodes) | trained.told)
@@ -102,17 +99,13 @@ def in_scope_probabilities(
             continue
         support, features, queries = shared.task(episode)
         start = unadapted(parameters, support, inner, encoder.hidden_size)
-        likelihoods = torch.stack([support_log_likelihood(start, own[None], support) for own in features])
-        best = int(best_strengths(likelihoods, parameters[STRENGTH_PRIOR]))
+        best = int(best_strengths(start, features[:, None], support, parameters[STRENGTH_PRIOR]))
         start = start.with_features(features[best][None])
         weights = task_weights(encoder, start, support)
         logits = start.head.logits(queries[best][None], weights, start.scalars, class_mask(support.ways))[0]
-        left_out, counts = left_out_logits(start, features[best][None], support)
-        temperature = start.scalars["temperature"].view(-1)[0]
-        size = task_size(support.labels, support.ways)[0]
-        of_task = task_inputs(left_out[0], support.labels[0], counts[0], size, temperature)
-        of_texts = text_inputs(logits, temperature)
-        found.append(scope_probability(rule_of_task(parameters[SCOPE], of_task), of_texts).double().cpu().numpy())
+        of_task = scope_rule(start, features[best][None], support, parameters[SCOPE])
+        of_texts = text_inputs(logits, start.scalars["temperature"].view(-1)[0])
+        found.append(scope_probability(of_task, of_texts).double().cpu().numpy())
     return found
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "left_out",
     "left_out_logits",
     "query_logits",
+    "support_features",
     "support_log_likelihood",
     "task_weights",
 ]
@@ -62,11 +63,16 @@ def left_out(
     return logits, counts if support.is_name is None else counts & ~support.is_name
 
 
+def support_features(encoder: Encoder, adapted: AdaptedParameters, support: TaskBatch) -> Tensor:
+    """Return the adapted features (T, n, d) of the support sets; made, where they are not known."""
+    if adapted.support_features is not None:
+        return adapted.support_features
+    return support.pad(encoder.features(support.texts, adapted.factors, support.row_task))
+
+
 def task_weights(encoder: Encoder, adapted: AdaptedParameters, support: TaskBatch) -> Tensor:
     """Return the weights of each task's head, (T, C, d), from the adapted features of its support set."""
-    features = adapted.support_features
-    if features is None:
-        features = support.pad(encoder.features(support.texts, adapted.factors, support.row_task))
+    features = support_features(encoder, adapted, support)
     weights = support.row_weights(adapted.scalars)
     return adapted.head.weights(features, support.labels, adapted.offset, adapted.scalars, weights)
 

@@ -175,13 +175,7 @@ def calibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]
         measures, fit = [task.with_more_ridge(weight - own) for task in measures], tried[weight]
     else:
         fit = _fit(measures, parameters)
-    fitted |= {LOG_TEMPERATURE: fit.line[0], TEMPERATURE_SLOPES: fit.line[1:], STRENGTH_PRIOR: fit.prior}
-    sizes = np.stack([task.size for task in measures])
-    rule = _fit_scope(measures, np.exp(fit.line[0] + sizes @ fit.line[1:]), fit.chosen)
-    if rule is not None:
-        fitted[SCOPE] = rule
-    like = parameters[LOG_TEMPERATURE]
-    return {**parameters, **{name: like.new_tensor(value, dtype=torch.float32) for name, value in fitted.items()}}
+    return _with_fitted(parameters, {**fitted, STRENGTH_PRIOR: fit.prior}, measures, fit.line, fit.chosen)
 
 
 def recalibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]) -> Parameters:
@@ -196,8 +190,19 @@ def recalibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasure
     """
     sizes, chosen = np.stack([task.size for task in measures]), np.zeros(len(measures), dtype=int)
     start = np.array([float(parameters[LOG_TEMPERATURE]), *parameters[TEMPERATURE_SLOPES].tolist()])
-    line = _fit_temperature(measures, sizes, chosen, start)
-    fitted: dict[str, Any] = {LOG_TEMPERATURE: line[0], TEMPERATURE_SLOPES: line[1:]}
+    return _with_fitted(parameters, {}, measures, _fit_temperature(measures, sizes, chosen, start), chosen)
+
+
+def _with_fitted(
+    parameters: Mapping[str, Tensor],
+    fitted: Mapping[str, Any],
+    measures: Sequence[TaskMeasures],
+    line: np.ndarray,
+    chosen: np.ndarray,
+) -> Parameters:
+    """Return the parameters with what was fitted, the temperature's line and the scope's rule at those temperatures."""
+    fitted = {**fitted, LOG_TEMPERATURE: line[0], TEMPERATURE_SLOPES: line[1:]}
+    sizes = np.stack([task.size for task in measures])
     rule = _fit_scope(measures, np.exp(line[0] + sizes @ line[1:]), chosen)
     if rule is not None:
         fitted[SCOPE] = rule

@@ -17,7 +17,6 @@ from textmeta.meta.adaptation import (
     embed_tasks,
     query_logits,
     start_parameters,
-    support_log_likelihood,
     task_weights,
     unadapted,
 )
@@ -230,8 +229,7 @@ def _unadapted_logits(
         start = unadapted(parameters, support, inner, encoder.hidden_size, conditions)
         best = 0
         if len(features) > 1:
-            likelihoods = torch.stack([support_log_likelihood(start, own[None], support) for own in features])
-            best = int(best_strengths(likelihoods, parameters[STRENGTH_PRIOR]))
+            best = int(best_strengths(start, features[:, None], support, parameters[STRENGTH_PRIOR]))
         weights = task_weights(encoder, start.with_features(features[best][None]), support)
         yield [index], start.head.logits(queries[best][None], weights, start.scalars, class_mask(support.ways))
 

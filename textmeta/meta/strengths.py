@@ -1,6 +1,6 @@
 """LoRA's strength: a factor on B, of which each task takes the one that its support set speaks for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,9 +19,13 @@ def scaled_factors(factors: Mapping[str, Tensor], strength: float | Tensor) -> d
     return {name: value * scale if ".lora_B." in name else value for name, value in factors.items()}
 
 
-def best_strengths(log_likelihoods: Tensor, prior: Tensor) -> Tensor:
-    """Return (T,) the number of each task's strength, from log-likelihoods (S, T) and the log prior (S,)."""
-    return (log_likelihoods + prior[:, None]).argmax(0)
+def best_strengths(start: AdaptedParameters, features: Iterable[Tensor], support: TaskBatch, prior: Tensor) -> Tensor:
+    """Return (T,) the number of each task's strength, from the support features (T, n, d) at each of S strengths.
+
+    It is the one with the largest sum of its log prior (S,) and the log-likelihood of the support set.
+    """
+    likelihoods = torch.stack([support_log_likelihood(start, own, support) for own in features])
+    return (likelihoods + prior[:, None]).argmax(0)
 
 
 def at_best_strength(
@@ -30,7 +34,7 @@ def at_best_strength(
     """Return the start with LoRA at the strength that each task's support set speaks for."""
     tried = [replace(start, factors=scaled_factors(start.factors, s)) for s in strengths]
     features = [support.pad(encoder.features(support.texts, one.factors, support.row_task)) for one in tried]
-    best = best_strengths(torch.stack([support_log_likelihood(start, own, support) for own in features]), prior)
+    best = best_strengths(start, features, support, prior)
     first = int(best[0])
     if (best == first).all():  # as in fit: the factors stay those of all tasks
         return tried[first].with_features(features[first])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from textmeta.errors import AdapterError
 from textmeta.meta.adaptation import adapt, left_out_logits, task_size, task_weights
+from textmeta.meta.adapted import AdaptedParameters, support_features
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.encoder import Encoder
@@ -15,7 +16,7 @@ from textmeta.model.heads import HEADS, class_mask
 from textmeta.model.initialisation import SCOPE, head_scalars
 from textmeta.model.scope import rule_of_task, scope_probability, task_inputs, text_inputs
 
-__all__ = ["LearnedTask", "learn_task", "text_logits"]
+__all__ = ["LearnedTask", "learn_task", "scope_rule", "text_logits"]
 
 CHUNK = 512  # texts that go through the encoder together
 
@@ -66,25 +67,31 @@ def learn_task(
         AdapterError: if the head that comes out is not finite, or its temperature not positive.
     """
     adapted = adapt(encoder, parameters, support, inner)
-    if adapted.support_features is None:
-        features = encoder.features(support.texts, adapted.factors, support.row_task)
-        adapted = adapted.with_features(support.pad(features))
-    assert adapted.support_features is not None
-    weights = task_weights(encoder, adapted, support)[0]
+    features = support_features(encoder, adapted, support)
+    weights = task_weights(encoder, adapted.with_features(features), support)[0]
     temperature = adapted.scalars["temperature"].view(-1)[0]  # one for all tasks, or one for each
     if not (weights.isfinite().all() and temperature.isfinite() and temperature > 0):
         raise AdapterError(
             "fit: the adapter makes of this task a head that is not finite, or a temperature of "
             f"{temperature:.3g}; it is broken, or was not meant for such tasks"
         )
-    scope = None
-    if SCOPE in parameters:
-        left_out, counts = left_out_logits(adapted, adapted.support_features, support)
-        size = task_size(support.labels, support.ways)[0]
-        of_task = task_inputs(left_out[0], support.labels[0], counts[0], size, temperature)
-        scope = rule_of_task(parameters[SCOPE], of_task)
+    scope = scope_rule(adapted, features, support, parameters[SCOPE]) if SCOPE in parameters else None
     factors = {name: value[0] if value.ndim == 3 else value for name, value in adapted.factors.items()}
     return LearnedTask(factors, weights, temperature, scope)
+
+
+def scope_rule(adapted: AdaptedParameters, features: Tensor, support: TaskBatch, rule: Tensor) -> Tensor:
+    """Return (4,) the rule for what is out of the scope of one task, from an adapter's (8,).
+
+    Args:
+        adapted: to a batch of one task.
+        features: (1, n, d), of its support set.
+        support: the batch.
+        rule: of the adapter.
+    """
+    left_out, counts = left_out_logits(adapted, features, support)
+    temperature, size = adapted.scalars["temperature"].view(-1)[0], task_size(support.labels, support.ways)[0]
+    return rule_of_task(rule, task_inputs(left_out[0], support.labels[0], counts[0], size, temperature))
 
 
 @torch.no_grad()

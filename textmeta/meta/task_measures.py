@@ -13,9 +13,10 @@ from tqdm import tqdm
 from textmeta.data.episodes import Episode
 from textmeta.errors import SettingsError
 from textmeta.meta.adaptation import adapt, left_out_logits, query_logits, task_size, task_weights, unadapted
+from textmeta.meta.adapted import support_features
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
-from textmeta.meta.tasks import support_batch, task_batch
+from textmeta.meta.tasks import TaskBatch, support_batch, task_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_mask
 from textmeta.model.initialisation import LOG_RIDGE_WEIGHT, LOG_TEMPERATURE, TEMPERATURE_SLOPES
@@ -122,7 +123,7 @@ def measure_adapted_tasks(
         episode, outside = leave_out_classes(whole)
         support = support_batch(encoder, [episode])
         adapted = adapt(encoder, parameters, support, inner)
-        features = support.pad(encoder.features(support.texts, adapted.factors, support.row_task))
+        features = support_features(encoder, adapted, support)
         weights = task_weights(encoder, adapted.with_features(features), support)
         left_out, counts = left_out_logits(adapted, features, support)
         texts = [*episode.query_texts, *outside]
@@ -132,17 +133,7 @@ def measure_adapted_tasks(
             part.double().cpu().numpy() / float(adapted.scalars["temperature"]) for part in (left_out, logits)
         )
         queries = len(episode.query_texts)
-        found.append(
-            TaskMeasures(
-                size=task_size(support.labels, support.ways)[0].double().cpu().numpy(),
-                left_out=left,
-                labels=support.labels[0].cpu().numpy(),
-                counts=counts[0].cpu().numpy(),
-                queries=others[:, :queries],
-                query_labels=episode.query_labels,
-                outside=others[:, queries:],
-            )
-        )
+        found.append(_as_measures(episode, support, left, counts, others[:, :queries], others[:, queries:]))
     return found
 
 
@@ -186,12 +177,18 @@ def _measure(
         of_queries.append(start.head.logits(query[None], weights, start.scalars, mask)[0])
         of_outside.append(start.head.logits(other[None], weights, start.scalars, mask)[0])
     left, inside, out = (torch.stack(part).double().cpu().numpy() for part in (left_out, of_queries, of_outside))
+    return _as_measures(episode, support, left, counts, inside, out)
+
+
+def _as_measures(
+    episode: Episode, support: TaskBatch, left_out: np.ndarray, counts: Tensor, queries: np.ndarray, outside: np.ndarray
+) -> TaskMeasures:
     return TaskMeasures(
         size=task_size(support.labels, support.ways)[0].double().cpu().numpy(),
-        left_out=left,
+        left_out=left_out,
         labels=support.labels[0].cpu().numpy(),
         counts=counts[0].cpu().numpy(),
-        queries=inside,
+        queries=queries,
         query_labels=episode.query_labels,
-        outside=out,
+        outside=outside,
     )
