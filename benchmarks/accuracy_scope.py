@@ -22,12 +22,12 @@ from textmeta.meta.adaptation import (
 )
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
-from textmeta.meta.strengths import best_strengths
+from textmeta.meta.strengths import best_start
 from textmeta.meta.task_learner import learn_task, scope_rule, text_logits
 from textmeta.meta.tasks import support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_mask
-from textmeta.model.initialisation import SCOPE, STRENGTH_PRIOR
+from textmeta.model.initialisation import SCOPE
 from textmeta.model.scope import scope_probability, text_inputs
 
 __all__ = ["SCOPE_METHODS", "in_scope_probabilities", "score_scope"]
@@ -99,11 +99,10 @@ def in_scope_probabilities(
             continue
         support, features, queries = shared.task(episode)
         start = unadapted(parameters, support, inner, encoder.hidden_size)
-        best = int(best_strengths(start, features[:, None], support, parameters[STRENGTH_PRIOR]))
-        start = start.with_features(features[best][None])
+        best, start = best_start(start, list(features[:, None]), support, parameters)
         weights = task_weights(encoder, start, support)
-        logits = start.head.logits(queries[best][None], weights, start.scalars, class_mask(support.ways))[0]
-        of_task = scope_rule(start, features[best][None], support, parameters[SCOPE])
+        logits = start.head.logits(queries[best], weights, start.scalars, class_mask(support.ways))[0]
+        of_task = scope_rule(start, features[int(best)][None], support, parameters[SCOPE])
         of_texts = text_inputs(logits, start.scalars["temperature"].view(-1)[0])
         found.append(scope_probability(of_task, of_texts).double().cpu().numpy())
     return found

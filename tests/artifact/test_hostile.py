@@ -827,27 +827,27 @@ def json_texts() -> Iterator[Case]:
         for content in (b"[]", b"3", b'"x"', b"null", b"true"):
             yield Case(f"{name} {content!r}", put(name, content), rf"{name}: expected a JSON object")
         yield Case(f"{name} {{}}", put(name, b"{}"), rf"{name}|{HEAD}")
-    for version in (0, -1, 1.5, True, "2", None, [2], {}, 5, 10**30, 4.0):
+    for version in (0, -1, 1.5, True, "2", None, [2], {}, 6, 10**30, 5.0):
         yield Case(
-            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 4"
+            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 5"
         )
     yield Case(
-        "version 1e999", replaced_text(META, '"format_version": 4', '"format_version": 1e999'), f"{META} is no JSON"
+        "version 1e999", replaced_text(META, '"format_version": 5', '"format_version": 1e999'), f"{META} is no JSON"
     )
     older = meta("", format_version=1, encoder=[["model", "encoder"]])
     yield Case("version 1 of another kind", older, rf"{META} is not what format version 1 is")
     # what it learned came later: without it, it would be an adapter of another kind
     yield Case("version 2 with a task encoder", meta("", format_version=2), rf"{META} is not what format version 2 is")
     nameless = tensors(SCALARS, lambda found: found.pop("log_name_weight"))
-    of_4 = ("log_name_weight", "temperature_slopes", "strength_prior")
-    without_those = tensors(SCALARS, lambda found: [found.pop(name) for name in of_4])
+    came_later = ("log_name_weight", "temperature_slopes", "strength_prior", "evidence_slopes")
+    without_those = tensors(SCALARS, lambda found: [found.pop(name) for name in came_later])
     older = without_setting("inner", "strengths")
     none = all_of(meta("", format_version=2), without_setting("inner", "conditioning"), older, without_those)
     yield Case("version 2 with a task encoder's weights", none, rf"{SCALARS}: expected tensors")
     later = all_of(meta("", format_version=3), older)
     yield Case("version 3 with what came later", later, rf"{SCALARS} is not what format version 3")
     yield Case("version 3 with later settings", meta("", format_version=3), rf"{META} is not what format version 3 is")
-    yield Case("version 4 without what it has", nameless, rf"{SCALARS}: expected tensors")
+    yield Case("version 5 without what it has", nameless, rf"{SCALARS}: expected tensors")
 
 
 def settings() -> Iterator[Case]:
@@ -1030,10 +1030,10 @@ def task_encoders() -> Iterator[Case]:
 
 def calibrations() -> Iterator[Case]:
     """Numbers that calibration sets, and the rule for what is out of scope: of the adapter, and of a fitted task."""
-    for name in ("temperature_slopes", "strength_prior"):
+    for name in ("temperature_slopes", "evidence_slopes", "strength_prior"):
         yield Case(f"{name} gone", tensors(SCALARS, popped(name)), rf"{SCALARS}: expected tensors")
         yield Case(f"{name} of 3", tensors(SCALARS, having(name, torch.zeros(3))), rf"{SCALARS}: expected tensors")
-        nan = having(name, torch.full((2 if name == "temperature_slopes" else 1,), float("nan")))
+        nan = having(name, torch.full((1 if name == "strength_prior" else 2,), float("nan")))
         yield Case(f"{name} of nan", tensors(SCALARS, nan), rf"{SCALARS}: tensor '{name}' has values that are not")
     rule = tensors(SCALARS, having("scope", torch.zeros(8)))
     yield Case("rule of 7", tensors(SCALARS, having("scope", torch.zeros(7))), rf"{SCALARS}: expected tensors")

@@ -26,10 +26,19 @@ NEW_IN_4 = {
     "temperature_slopes": torch.zeros(2),
     "strength_prior": torch.zeros(1),
 }
+NEW_IN_5 = {"evidence_slopes": torch.zeros(2)}
+
+
+def as_version_4(folder: Path) -> None:
+    """Rewrite a folder as textmeta wrote it in format 4: the same temperature, whatever the support set says."""
+    rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=4))
+    rewrite_tensors(folder, "textmeta.safetensors", lambda tensors: [tensors.pop(name) for name in NEW_IN_5])
 
 
 def as_version_3(folder: Path) -> None:
     """Rewrite a folder as textmeta wrote it in format 3: no weight of names, one strength, one temperature."""
+
+    as_version_4(folder)
 
     def change(meta: dict[str, Any]) -> None:
         meta["format_version"] = 3
@@ -72,7 +81,7 @@ def as_version_2(folder: Path) -> None:
 
 def old_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
     """What an adapter of format 1 to 3 is loaded as: names weigh as much as examples, one temperature for all tasks."""
-    return {**random_parameters(encoder, inner=inner), **NEW_IN_4}
+    return {**random_parameters(encoder, inner=inner), **NEW_IN_4, **NEW_IN_5}
 
 
 def test_version_1_loads(encoder: Encoder, tmp_path: Path) -> None:
@@ -131,6 +140,21 @@ def test_version_3_loads(inner: InnerLoopSettings, encoder: Encoder, tmp_path: P
     np.testing.assert_array_equal(again.predict_proba(["bal", "fim"]), loaded.predict_proba(["bal", "fim"]))
 
 
+def test_version_4_loads(encoder: Encoder, tmp_path: Path) -> None:
+    parameters = random_parameters(encoder, inner=INNER) | NEW_IN_5
+    parameters["temperature_slopes"] = torch.tensor([0.3, -0.1])
+    save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
+    as_version_4(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    assert adapter.parameters.keys() == parameters.keys()
+    assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
+
+
+def test_version_4_with_a_tensor_that_came_later_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"is not what format version 4 is: evidence_slopes came with version 5"):
+        migrate_tensors(NEW_IN_5, 4, Path("textmeta.safetensors"))
+
+
 @pytest.mark.parametrize("name", NEW_IN_4)
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_older_version_with_a_tensor_that_came_later_is_refused(version: int, name: str) -> None:
@@ -139,8 +163,8 @@ def test_older_version_with_a_tensor_that_came_later_is_refused(version: int, na
         migrate_tensors({name: NEW_IN_4[name]}, version, Path("textmeta.safetensors"))
 
 
-@pytest.mark.parametrize("name", NEW_IN_4)
-def test_version_4_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [*NEW_IN_4, *NEW_IN_5])
+def test_version_5_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path, name: str) -> None:
     save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {})
     rewrite_tensors(tmp_path / "adapter", "textmeta.safetensors", lambda tensors: tensors.pop(name))
     with pytest.raises(AdapterError, match=rf"textmeta\.safetensors: expected tensors .*{name}"):

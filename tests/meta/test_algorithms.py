@@ -23,7 +23,14 @@ from textmeta.meta.meta_gradient import MetaGradientPlan, MetaGradientSettings
 from textmeta.meta.tasks import support_and_query_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS
-from textmeta.model.initialisation import LOG_NAME_WEIGHT, LORA, STRENGTH_PRIOR, TEMPERATURE_SLOPES, Parameters
+from textmeta.model.initialisation import (
+    EVIDENCE_SLOPES,
+    LOG_NAME_WEIGHT,
+    LORA,
+    STRENGTH_PRIOR,
+    TEMPERATURE_SLOPES,
+    Parameters,
+)
 
 EVALUATE = MetaGradientPlan()
 each_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
@@ -102,7 +109,7 @@ def test_gradients_are_finite_complete_and_repeatable(
         assert value.shape == parameters[key].shape
         assert value.isfinite().all()
         assert torch.equal(value, two[key])
-        if key in (TEMPERATURE_SLOPES, STRENGTH_PRIOR):  # which calibration sets, and no gradient
+        if key in (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, STRENGTH_PRIOR):  # which calibration sets, and no gradient
             assert not value.any()
         else:
             assert value.any() or name in ("protonet", "reptile") or not value.numel()

@@ -32,7 +32,7 @@ from textmeta.meta.training import TrainingResult
 from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS
-from textmeta.model.initialisation import LORA, SCOPE, STRENGTH_PRIOR, TEMPERATURE_SLOPES, Parameters
+from textmeta.model.initialisation import EVIDENCE_SLOPES, LORA, SCOPE, STRENGTH_PRIOR, TEMPERATURE_SLOPES, Parameters
 from textmeta.model.scope import RULE_SIZE, rule_of_task, scope_probability, task_inputs, text_inputs
 
 PLAIN = replace(INNER, steps=0)
@@ -45,8 +45,13 @@ def measures(
     true: int = 0,
     temperature: Callable[[np.ndarray], float] = lambda size: 4.0,
     queries: int = 60,
+    told: np.ndarray | None = None,
 ) -> TaskMeasures:
-    """Return a task whose labels are drawn from softmax(t · logits) at its true strength, and tell of no other."""
+    """Return a task whose labels are drawn from softmax(t · logits) at its true strength, and tell of no other.
+
+    What its support set is told to say of it has no part in that, by default.
+    """
+    told = np.zeros((strengths, 2)) if told is None else told
     ways, shots = int(rng.integers(2, 12)), int(rng.integers(1, 9))
     size = np.array([math.log(shots), math.log(ways / 5)])
     logits = rng.normal(size=(strengths, queries, ways))
@@ -55,8 +60,8 @@ def measures(
     def drawn(of: np.ndarray) -> np.ndarray:
         return (temperature(size) * of[true] + rng.gumbel(size=of[true].shape)).argmax(1)  # a sample of the softmax
 
-    counts = np.full(ways * shots, shots > 1)
-    return TaskMeasures(size, left_out, drawn(left_out), counts, logits, drawn(logits), np.empty((strengths, 0, ways)))
+    counts, outside = np.full(ways * shots, shots > 1), np.empty((strengths, 0, ways))
+    return TaskMeasures(size, left_out, drawn(left_out), counts, told, logits, drawn(logits), outside)
 
 
 @pytest.mark.parametrize(("shots", "ways"), [(0.0, 0.0), (0.5, -0.3), (-0.4, 0.6)])
@@ -67,6 +72,21 @@ def test_temperature_is_that_of_the_labels(shots: float, ways: float) -> None:
     assert float(found["log_temperature"]) == pytest.approx(math.log(3), abs=0.1)
     assert found[TEMPERATURE_SLOPES].tolist() == pytest.approx([shots, ways], abs=0.1)
     assert found[STRENGTH_PRIOR].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("slopes", [(0.0, 0.0), (-0.5, 1.2)])
+def test_temperature_grows_with_evidence_as_it_does_in_the_labels(slopes: tuple[float, float]) -> None:
+    rng, tasks = np.random.default_rng(8), []
+    for _ in range(150):
+        share = rng.uniform()
+        told = np.array([[share, share * rng.uniform()]])
+        tasks.append(measures(rng, temperature=lambda _, told=told: 3 * math.exp(told[0] @ slopes), told=told))
+    found = calibrate(PARAMETERS, tasks)
+    assert float(found["log_temperature"]) == pytest.approx(math.log(3), abs=0.15)
+    assert found[EVIDENCE_SLOPES].tolist() == pytest.approx(slopes, abs=0.25)
+    assert found[TEMPERATURE_SLOPES].tolist() == pytest.approx([0, 0], abs=0.1)
+    again = recalibrate(calibrate(PARAMETERS, tasks[:5]), tasks)
+    assert again[EVIDENCE_SLOPES].tolist() == pytest.approx(slopes, abs=0.25)
 
 
 @pytest.mark.parametrize("true", [0, 1, 2])
@@ -87,7 +107,8 @@ def test_prior_leaves_the_choice_to_the_examples_where_they_can_tell() -> None:
     found = calibrate(PARAMETERS, tasks)
     temperature = float(found["log_temperature"].exp())
     assert temperature == pytest.approx(4, rel=0.2)
-    chosen = [(t.support_log_likelihoods(temperature) + found[STRENGTH_PRIOR].numpy()).argmax() for t in tasks]
+    each = np.full(2, temperature)
+    chosen = [(t.support_log_likelihoods(each) + found[STRENGTH_PRIOR].numpy()).argmax() for t in tasks]
     best = [np.argmin([t.query_nll(s, temperature) for s in (0, 1)]) for t in tasks]
     assert set(best) == {0, 1}
     assert np.mean(np.equal(chosen, best)) > 0.95
@@ -160,7 +181,8 @@ def test_everything_else_is_left_alone(encoder: Encoder, corpus: Corpus) -> None
     episodes = EpisodeSampler(corpus, EpisodeSettings((3, 6), (1, 4), 3), seed=0).take(6)
     found = calibrate(parameters, measure_tasks(encoder, parameters, inner, episodes))
     fitted = set(CALIBRATED)
-    assert fitted == {"log_temperature", "log_ridge_weight", TEMPERATURE_SLOPES, STRENGTH_PRIOR, SCOPE}
+    slopes = {TEMPERATURE_SLOPES, EVIDENCE_SLOPES}
+    assert fitted == {"log_temperature", "log_ridge_weight", *slopes, STRENGTH_PRIOR, SCOPE}
     assert found.keys() == parameters.keys() | {SCOPE}
     assert all(torch.equal(value, before[name]) for name, value in parameters.items()), "what was given"
     assert all(torch.equal(found[name], before[name]) for name in before.keys() - fitted)
@@ -227,10 +249,46 @@ def test_thinned_keeps_different_rows_of_every_class(corpus: Corpus) -> None:
     assert len(corpus.thinned(100, seed=0).texts) == len(set(corpus.texts))
 
 
+def test_coarse_tasks_have_unions_of_classes(corpus: Corpus) -> None:
+    settings = CalibrationSettings(episodes=40, rows=20, ways=(3, 40), shots=(1, 3), queries=4, coarse=0.5)
+    episodes = calibration_episodes(corpus, settings, seed=3)
+    assert len(episodes) == 40
+    assert texts_of(episodes) == texts_of(calibration_episodes(corpus, settings, seed=3))
+    plain = calibration_episodes(corpus, replace(settings, episodes=20, coarse=0.0), seed=3)
+    assert texts_of(episodes[:20]) == texts_of(plain)
+    sizes = {name.count(" / ") + 1 for e in episodes[20:] for name in e.class_names}
+    assert sizes == {2, 3, 6}, "12 classes: six of 2, four of 3, two of 6"
+    of = dict(zip(corpus.texts, corpus.labels, strict=True))
+    for e in episodes:
+        for text, label in zip(e.support_texts + e.query_texts, [*e.support_labels, *e.query_labels], strict=True):
+            assert corpus.class_names[of[text]] in e.class_names[label].split(" / ")
+    two = corpus.restrict(corpus.class_names[:2])
+    assert texts_of(calibration_episodes(two, settings, 3)) == texts_of(
+        calibration_episodes(two, replace(settings, coarse=0.0), 3)
+    ), "there is nothing to merge"
+
+
+@pytest.mark.parametrize(("size", "left"), [(2, 6), (3, 4), (5, 2), (7, 2), (100, 2)])
+def test_merged_classes_hold_what_they_are_of(size: int, left: int, corpus: Corpus) -> None:
+    found = corpus.merged(size, seed=1)
+    assert (len(found.class_names), found.texts, found.name) == (left, corpus.texts, corpus.name)
+    parts = [name.split(" / ") for name in found.class_names]
+    assert sorted(name for part in parts for name in part) == sorted(corpus.class_names)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert all(corpus.class_names[a] in parts[b] for a, b in zip(corpus.labels, found.labels, strict=True))
+    assert found.class_names == corpus.merged(size, seed=1).class_names
+    assert found.class_names != corpus.merged(size, seed=2).class_names
+    with pytest.raises(DataError, match="has 2 classes: to be merged it needs at least 3"):
+        corpus.restrict(corpus.class_names[:2]).merged(2, seed=0)
+
+
 def test_unusable_settings_and_small_classes_are_errors(corpus: Corpus) -> None:
     for name in ("episodes", "rows", "adapted_episodes"):
         with pytest.raises(SettingsError, match=f"calibration {name} must be at least 1, given 0"):
             CalibrationSettings(**{name: 0})
+    for share in (-0.1, 1.1, math.nan):
+        with pytest.raises(SettingsError, match="calibration coarse is a share, from 0 to 1, given"):
+            CalibrationSettings(coarse=share)
     with pytest.raises(DataError, match="has 8 rows"):
         calibration_episodes(corpus, CalibrationSettings(rows=8, shots=(1, 5), queries=4), seed=0)
     with pytest.raises(SettingsError, match="shots must be"):
@@ -238,6 +296,13 @@ def test_unusable_settings_and_small_classes_are_errors(corpus: Corpus) -> None:
 
 
 # Measures
+
+
+def told(left_out: np.ndarray, task: TaskMeasures) -> tuple[float, float]:
+    """Return the evidence of leave-one-out logits (n, C), counted."""
+    right = [logits.argmax() == label for logits, label, c in zip(left_out, task.labels, task.counts, strict=True) if c]
+    share, chance = len(right) / (len(right) + 10), 1 / left_out.shape[1]
+    return share, share * (np.mean(right or [0]) - chance) / (1 - chance)
 
 
 @pytest.mark.parametrize("head", sorted(HEADS))
@@ -268,6 +333,8 @@ def test_measures_are_those_of_adapt(head: Any, names: bool, encoder: Encoder, c
             np.testing.assert_allclose(task.queries[number], expected[0] / t, rtol=1e-4, atol=1e-4)
             np.testing.assert_allclose(task.left_out[number], left_out[0] / t, rtol=1e-4, atol=1e-4)
             assert task.counts.tolist() == counts[0].tolist()
+            np.testing.assert_allclose(task.evidence[number], told(task.left_out[number], task), rtol=1e-6)
+            np.testing.assert_array_equal(task.inputs[number], [*task.size, *task.evidence[number]])
             if outside:
                 others = task_batch(encoder, [outside], [[0] * len(outside)], [e.ways])
                 with torch.no_grad():
@@ -282,9 +349,9 @@ def test_measures_at_another_ridge_weight(encoder: Encoder, corpus: Corpus) -> N
     more = {**parameters, "log_ridge_weight": torch.tensor(0.5).log()}
     for one, two in zip(*(measure_tasks(encoder, p, inner, episodes) for p in (parameters, more)), strict=True):
         found = one.with_more_ridge(-1.5)
-        for name in ("left_out", "queries", "outside"):
+        for name in ("left_out", "queries", "outside", "evidence"):
             np.testing.assert_allclose(getattr(found, name), getattr(two, name), rtol=1e-4, atol=1e-4)
-            assert not np.allclose(getattr(one, name), getattr(two, name), atol=1e-2)
+            assert name == "evidence" or not np.allclose(getattr(one, name), getattr(two, name), atol=1e-2)
     plain = measure_tasks(encoder, moved_parameters(encoder, PLAIN), PLAIN, episodes)[0]
     assert plain.ridge is None
     assert plain.with_more_ridge(1.0) is plain
@@ -310,6 +377,7 @@ def test_adapted_measures_are_at_the_strength_and_after_the_steps(steps: int, en
     inner = replace(INNER, steps=steps, head="readout", strengths=(0.0, 1.0, 2.0))
     moved = moved_parameters(encoder, inner)
     parameters = {**moved, TEMPERATURE_SLOPES: torch.tensor([0.4, -0.3]), STRENGTH_PRIOR: torch.tensor([0.0, 0.1, 0.2])}
+    parameters[EVIDENCE_SLOPES] = torch.tensor([-0.2, 0.9])
     episodes = EpisodeSampler(corpus, EpisodeSettings((2, 6), (1, 3), 4), seed=1).take(4)
     found = measure_adapted_tasks(encoder, parameters, inner, episodes)
     for whole, task in zip(episodes, found, strict=True):
@@ -322,12 +390,12 @@ def test_adapted_measures_are_at_the_strength_and_after_the_steps(steps: int, en
         with torch.no_grad():
             adapted = adapt(encoder, parameters, support, inner)
             logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)[0]
-        temperature = 10 * np.exp(task.size @ [0.4, -0.3])
+        temperature = 10 * np.exp(task.inputs[0] @ [0.4, -0.3, -0.2, 0.9])
         np.testing.assert_allclose(temperature * task.queries[0], logits, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(task.size, task_size(support.labels, support.ways)[0], rtol=1e-6)
     if not steps:  # they are among the measures of all strengths
         for task, each in zip(found, measure_tasks(encoder, parameters, inner, episodes), strict=True):
-            for name in ("queries", "left_out", "outside"):
+            for name in ("queries", "left_out", "outside", "evidence"):
                 one, all_ = getattr(task, name)[0], getattr(each, name)
                 assert any(np.allclose(one, other, rtol=1e-4, atol=1e-4) for other in all_)
 

@@ -21,11 +21,19 @@ from textmeta.meta.adaptation import (
     task_scalars,
     task_weights,
 )
+from textmeta.meta.adapted import support_log_likelihood
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import LORA, STRENGTH_PRIOR, TEMPERATURE_SLOPES, Parameters, lora_factors
+from textmeta.model.initialisation import (
+    EVIDENCE_SLOPES,
+    LORA,
+    STRENGTH_PRIOR,
+    TEMPERATURE_SLOPES,
+    Parameters,
+    lora_factors,
+)
 
 STRENGTHS = (0.0, 0.5, 1.0, 2.0)
 PRIOR = torch.tensor([0.0, 0.3, 1.0, -0.5])
@@ -116,6 +124,7 @@ def test_tasks_together_choose_as_alone(steps: int, head: Any, encoder: Encoder,
 def test_evaluation_chooses_as_fit_does(steps: int, head: Any, encoder: Encoder, corpus: Corpus) -> None:
     inner = replace(CHOOSING, steps=steps, head=head)
     parameters = {**choosing_parameters(encoder, inner), TEMPERATURE_SLOPES: torch.tensor([0.3, -0.2])}
+    parameters[EVIDENCE_SLOPES] = torch.tensor([-0.4, 1.5])
     episodes = mixed_episodes(corpus)
     found = score_episodes(encoder, parameters, episodes, inner)
     for number, e in enumerate(episodes):
@@ -123,6 +132,7 @@ def test_evaluation_chooses_as_fit_does(steps: int, head: Any, encoder: Encoder,
         own = probabilities[np.arange(len(e.query_labels)), e.query_labels]
         assert found.nll[number] == pytest.approx(-np.log(own).mean(), rel=1e-3)
         assert found.accuracy[number] == (probabilities.argmax(1) == e.query_labels).mean()
+    parameters[STRENGTH_PRIOR] = torch.zeros(1)
     one = score_episodes(encoder, parameters, episodes, replace(inner, strengths=(1.0,)))
     assert not np.allclose(one.nll, found.nll, rtol=1e-3), "the choice matters"
 
@@ -197,3 +207,63 @@ def test_the_temperature_is_learned_and_its_slopes_are_not(encoder: Encoder, sam
     )
     torch.testing.assert_close(one, found.detach())
     assert two is None
+
+
+def counted_evidence(encoder: Encoder, parameters: Parameters, inner: InnerLoopSettings, e: Episode) -> list[float]:
+    """Return r and r · a of a task, from the answers of its own support set with one example less."""
+    labels = [*e.support_labels, *(range(e.ways) if e.label_names else ())]
+    right = []
+    for row, label in enumerate(e.support_labels):
+        if labels.count(label) < 2:
+            continue
+        kept = np.arange(len(e.support_labels)) != row
+        texts = tuple(text for text, keep in zip(e.support_texts, kept, strict=True) if keep)
+        without = replace(
+            e,
+            support_texts=texts,
+            support_labels=e.support_labels[kept],
+            query_texts=e.support_texts[row : row + 1],
+            query_labels=e.support_labels[row : row + 1],
+        )
+        right.append(int(answer(encoder, parameters, without, inner).argmax()) == label)
+    share, accuracy = len(right) / (len(right) + 10), np.mean(right or [0])
+    return [share, share * (accuracy - 1 / e.ways) / (1 - 1 / e.ways)]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_temperature_grows_with_the_evidence(steps: int, encoder: Encoder, corpus: Corpus) -> None:
+    """Of the support set before the steps, every example told by a task without it."""
+    inner = replace(INNER, steps=steps)
+    parameters, told = moved_parameters(encoder, inner), set()
+    slopes = torch.tensor([-0.4, 1.5])
+    for e in mixed_episodes(corpus)[:6]:
+        found = counted_evidence(encoder, parameters, replace(inner, steps=0), e)
+        temperature = 10 * math.exp(torch.tensor(found).float() @ slopes)
+        support = support_batch(encoder, [e])
+        with torch.no_grad():
+            adapted = adapt(encoder, {**parameters, EVIDENCE_SLOPES: slopes}, support, inner)
+        assert float(adapted.scalars["temperature"]) == pytest.approx(temperature, rel=1e-4)
+        told.add(round(found[1], 3))
+    assert len(told) > 2
+
+
+def test_each_strength_is_judged_at_its_own_temperature(encoder: Encoder, corpus: Corpus) -> None:
+    inner, slopes = replace(CHOOSING, steps=0), torch.tensor([-1.0, 3.0])
+    parameters, other = {**choosing_parameters(encoder, inner), EVIDENCE_SLOPES: slopes}, 0
+    for e in mixed_episodes(corpus):
+        support, scores = support_batch(encoder, [e]), []
+        with torch.no_grad():
+            found = adapt(encoder, parameters, support, inner)
+            for strength, prior in zip(STRENGTHS, PRIOR, strict=True):
+                start = {LORA + n: v for n, v in scaled(lora_factors(parameters), strength).items()}
+                start[STRENGTH_PRIOR] = torch.zeros(1)
+                one = adapt(encoder, {**parameters, **start}, support, replace(inner, strengths=(1.0,)))
+                assert one.support_features is not None
+                scores.append((prior + support_log_likelihood(one, one.support_features, support), one))
+            best = max(scores, key=lambda pair: float(pair[0]))[1]
+            plain = adapt(encoder, {**parameters, EVIDENCE_SLOPES: torch.zeros(2)}, support, inner)
+        for name, value in factors_of(best).items():
+            torch.testing.assert_close(factors_of(found)[name], value)
+        torch.testing.assert_close(found.scalars["temperature"], best.scalars["temperature"])
+        other += any(not torch.equal(factors_of(plain)[n], v) for n, v in factors_of(found).items())
+    assert other, "otherwise nothing was told apart"

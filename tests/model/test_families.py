@@ -30,7 +30,7 @@ from textmeta.errors import EncoderError
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.meta_gradient import MetaGradientPlan
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import LORA, STRENGTH_PRIOR, TEMPERATURE_SLOPES, lora_factors
+from textmeta.model.initialisation import EVIDENCE_SLOPES, LORA, STRENGTH_PRIOR, TEMPERATURE_SLOPES, lora_factors
 from textmeta.model.lora import LoraSettings
 
 SIZES = {
@@ -161,9 +161,11 @@ def test_another_family_runs_unsplit_with_a_warning(
     parameters = moved_parameters(encoder)
     found = ALGORITHMS["maml"].gradient(encoder, parameters, episodes, SMOOTH, PLAN).gradient
     assert all(value.isfinite().all() for value in found.values())
-    assert {name for name, value in found.items() if not value.any()} == {TEMPERATURE_SLOPES, STRENGTH_PRIOR}, (
-        "calibrated"
-    )
+    assert {name for name, value in found.items() if not value.any()} == {
+        TEMPERATURE_SLOPES,
+        EVIDENCE_SLOPES,
+        STRENGTH_PRIOR,
+    }, "calibrated"
 
 
 def test_heads_that_share_keys_and_values(corpus: Corpus, tmp_path: Path) -> None:

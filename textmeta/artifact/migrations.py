@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from textmeta.errors import AdapterError
-from textmeta.model.initialisation import LOG_NAME_WEIGHT, STRENGTH_PRIOR, TEMPERATURE_SLOPES
+from textmeta.model.initialisation import EVIDENCE_SLOPES, LOG_NAME_WEIGHT, STRENGTH_PRIOR, TEMPERATURE_SLOPES
 
 __all__ = ["FORMAT_VERSION", "migrate", "migrate_tensors"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 def _from_1(meta: dict[str, Any]) -> dict[str, Any]:
@@ -45,12 +45,18 @@ def _from_3(meta: dict[str, Any]) -> dict[str, Any]:
     return {**meta, "inner": {**meta["inner"], "strengths": [1.0]}}
 
 
-MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3}
+def _from_4(meta: dict[str, Any]) -> dict[str, Any]:
+    """Version 5 has another tensor (:data:`NEW_TENSORS`)."""
+    return meta
+
+
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
 
 # version → what every textmeta.safetensors has from then on, with the value that an older adapter gets
 NEW_TENSORS: Mapping[int, Mapping[str, Tensor]] = {
     # a name weighs as much as an example; one temperature for all tasks
     4: {LOG_NAME_WEIGHT: torch.tensor(0.0), TEMPERATURE_SLOPES: torch.zeros(2), STRENGTH_PRIOR: torch.zeros(1)},
+    5: {EVIDENCE_SLOPES: torch.zeros(2)},  # whatever the support set says, the same temperature
 }
 
 

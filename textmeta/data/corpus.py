@@ -155,6 +155,22 @@ class Corpus:
         kept = np.sort(np.concatenate(parts))
         return replace(self, texts=[self.texts[row] for row in kept], labels=self.labels[kept])
 
+    def merged(self, size: int, seed: int) -> "Corpus":
+        """Return the corpus with classes joined at random, about so many to one; two classes are left at least.
+
+        Raises:
+            DataError: if there are fewer than 3 classes.
+        """
+        number = len(self.class_names)
+        if number < 3:
+            raise DataError(f"corpus {self.name!r} has {number} classes: to be merged it needs at least 3")
+        of = np.random.default_rng(seed).permutation(number) % max(2, number // size)  # new class of each
+        names = tuple(
+            " / ".join(name for name, new in zip(self.class_names, of, strict=True) if new == index)
+            for index in range(of.max() + 1)
+        )
+        return replace(self, labels=of[self.labels], class_names=names)
+
     def restrict(self, class_names: Iterable[str]) -> "Corpus":
         """Return the corpus of these classes alone, in the order given, without rows of equal text.
 

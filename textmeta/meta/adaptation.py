@@ -24,8 +24,8 @@ from textmeta.model.conditioning import conditioned_factors, conditioned_tempera
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, cross_entropy_per_task, membership
 from textmeta.model.initialisation import (
+    EVIDENCE_SLOPES,
     OFFSET,
-    STRENGTH_PRIOR,
     TEMPERATURE_SLOPES,
     Parameters,
     head_scalars,
@@ -46,8 +46,10 @@ __all__ = [
     "query_logits",
     "start_parameters",
     "support_log_likelihood",
+    "take_steps",
     "task_scalars",
     "task_size",
+    "task_start",
     "task_weights",
     "unadapted",
 ]
@@ -157,12 +159,36 @@ def adapt(
 
     Each strength s of ``inner.strengths`` makes features with s·B in place of B; a task takes the one with the largest
     sum of its log prior and the log-likelihood of the support set, every example scored by the others. Where no example
-    has company in its class, the prior alone decides.
+    has company in its class, the prior alone decides. How many are told right by the others has its part in the
+    temperature.
     """
+    start = task_start(encoder, parameters, support, inner, conditions)
+    return take_steps(start, encoder, parameters, support, inner)
+
+
+def task_start(
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    support: TaskBatch,
+    inner: InnerLoopSettings,
+    conditions: TaskConditions | None = None,
+) -> AdaptedParameters:
+    """Return T tasks at their strengths and temperatures, before any inner step; arguments as for :func:`adapt`."""
     conditions = conditions or embed_tasks(encoder, parameters, support, inner)
     start = unadapted(parameters, support, inner, encoder.hidden_size, conditions)
-    if inner.strengths != (1.0,):
-        start = at_best_strength(encoder, start, support, inner.strengths, parameters[STRENGTH_PRIOR])
+    if inner.strengths == (1.0,) and not parameters[EVIDENCE_SLOPES].any():  # nothing that features would decide
+        return start
+    return at_best_strength(encoder, start, support, inner.strengths, parameters)
+
+
+def take_steps(
+    start: AdaptedParameters,
+    encoder: Encoder,
+    parameters: Mapping[str, Tensor],
+    support: TaskBatch,
+    inner: InnerLoopSettings,
+) -> AdaptedParameters:
+    """Take all inner steps from a start."""
     *_, adapted = _path_from(start, encoder, parameters, support, inner)
     return adapted
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from textmeta.meta.tasks import TaskBatch
@@ -11,6 +12,8 @@ from textmeta.model.heads import Head, class_mask, cross_entropy_per_task
 
 __all__ = [
     "AdaptedParameters",
+    "evidence",
+    "informed",
     "left_out",
     "left_out_logits",
     "query_logits",
@@ -18,6 +21,8 @@ __all__ = [
     "support_log_likelihood",
     "task_weights",
 ]
+
+EVIDENCE_SHOTS = 10.0  # so many examples that have company say half of what can be said
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,37 @@ def support_log_likelihood(adapted: AdaptedParameters, features: Tensor, support
     """Return (T,) the sum of log-likelihoods of a task's examples, each scored by the others, by features (T, n, d)."""
     logits, counts = left_out_logits(adapted, features, support)
     return -cross_entropy_per_task(logits, support.labels, counts) * counts.sum(1)
+
+
+def evidence(logits: Tensor, labels: Tensor, counts: Tensor, ways: Tensor) -> Tensor:
+    """Return (T, 2), how well support sets predict themselves: r and r · a.
+
+    With n examples that count, r = n / (n + 10), and a is their accuracy, on a scale from chance (0) to all right (1).
+
+    Args:
+        logits: (T, n, C), of each row by the others.
+        labels: (T, n).
+        counts: (T, n) bool, the examples that have company.
+        ways: (T,).
+    """
+    number = counts.sum(1).to(logits.dtype)
+    right = ((logits.argmax(-1) == labels) & counts).sum(1)
+    chance = 1 / ways.to(logits.dtype)
+    above = (right / number.clamp(min=1) - chance) / (1 - chance)
+    share = number / (number + EVIDENCE_SHOTS)
+    return torch.stack([share, share * above], dim=1)
+
+
+def informed(adapted: AdaptedParameters, features: Tensor, support: TaskBatch, slopes: Tensor) -> AdaptedParameters:
+    """Return the same with these support features (T, n, d), and the temperature that their evidence speaks for.
+
+    log t grows by s · evidence (:func:`evidence`): a task that cannot be told apart gets probabilities that say so. The
+    slopes s (2,) are set by calibration alone (:mod:`textmeta.meta.calibration`).
+    """
+    logits, counts = left_out_logits(adapted, features, support)
+    found = evidence(logits, support.labels, counts, support.ways)
+    temperature = adapted.scalars["temperature"] * (found @ slopes.detach().to(found.dtype)).exp()
+    return replace(adapted, scalars={**adapted.scalars, "temperature": temperature}, support_features=features)
 
 
 def left_out_logits(adapted: AdaptedParameters, features: Tensor, support: TaskBatch) -> tuple[Tensor, Tensor]:

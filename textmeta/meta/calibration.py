@@ -1,8 +1,10 @@
 """Calibration: what no gradient of training sets is fitted on episodes of classes that training has not seen.
 
-That is the head's temperature, as a function of a task's size; the prior of LoRA's strengths; and the rule for what is
-out of scope. To be right for classes of *other corpora*, they have to be fitted on such: several trainings can leave
-out a corpus each, be measured on it, and the measurements be pooled (cross-fitting).
+That is the head's temperature, as a function of a task's size and of how well its support set predicts itself; the
+prior of LoRA's strengths; and the rule for what is out of scope. To be right for classes of *other corpora*, they have
+to be fitted on such: several trainings can leave out a corpus each, be measured on it, and the measurements be pooled
+(cross-fitting). Users' classes are often broader than those of a corpus, so a share of the tasks can have unions of
+classes, which are harder to tell.
 """
 
 import itertools
@@ -27,6 +29,7 @@ from textmeta.meta.task_measures import TaskMeasures, leave_out_classes, measure
 from textmeta.meta.training import TrainingResult
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import (
+    EVIDENCE_SLOPES,
     LOG_RIDGE_WEIGHT,
     LOG_TEMPERATURE,
     SCOPE,
@@ -51,11 +54,13 @@ __all__ = [
 ]
 
 # what calibration sets
-CALIBRATED = (LOG_TEMPERATURE, TEMPERATURE_SLOPES, LOG_RIDGE_WEIGHT, STRENGTH_PRIOR, SCOPE)
+CALIBRATED = (LOG_TEMPERATURE, TEMPERATURE_SLOPES, EVIDENCE_SLOPES, LOG_RIDGE_WEIGHT, STRENGTH_PRIOR, SCOPE)
 RIDGE_WEIGHTS = (0.1, 0.3, 1.0, 3.0, 6.0)  # that are tried
 PRIORS = (-10.0, -5.0, -2.0, 0.0, 2.0, 5.0, 10.0)  # log weights that are tried
 ROUNDS = 3
 SLOPE_PENALTY = 1e-3
+MERGED = (2, 3, 5)  # so many classes become one in coarse tasks
+MERGINGS = 6  # different ones of each corpus
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class CalibrationSettings:
         ways: classes of an episode, a third of which are then left out; all, where there are fewer.
         shots: support examples of a class.
         queries: query examples of a class.
+        coarse: share of the tasks whose classes are unions of 2, 3 or 5 classes each.
         inner: the inner loop that the adapter is given, instead of the one that it was trained with; null leaves that.
         adapted_episodes: number of tasks of each corpus to set the temperature by once more, where that takes steps.
     """
@@ -77,6 +83,7 @@ class CalibrationSettings:
     ways: int | tuple[int, int] = (3, 30)
     shots: int | tuple[int, int] = (1, 10)
     queries: int | tuple[int, int] = 5
+    coarse: float = 0.0
     inner: InnerLoopSettings | None = None
     adapted_episodes: int = 30
 
@@ -90,6 +97,8 @@ class CalibrationSettings:
         for name in ("episodes", "rows", "adapted_episodes"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"calibration {name} must be at least 1, given {getattr(self, name)}")
+        if not 0 <= self.coarse <= 1:
+            raise SettingsError(f"calibration coarse is a share, from 0 to 1, given {self.coarse!r}")
 
 
 def as_used(
@@ -116,7 +125,7 @@ def calibration_episodes(corpus: Corpus, settings: CalibrationSettings, seed: in
     """Return the episodes that an adapter is calibrated on, half of them of 1 shot to 2, of classes it has not seen.
 
     Args:
-        corpus: restricted to such classes.
+        corpus: restricted to such classes. With fewer than 3 it has no coarse tasks.
         settings: how many, and of what.
         seed: of all draws.
 
@@ -124,12 +133,21 @@ def calibration_episodes(corpus: Corpus, settings: CalibrationSettings, seed: in
         DataError: if a class has too few texts.
     """
     thinned = corpus.thinned(settings.rows, seed)
+    coarse = round(settings.episodes * settings.coarse) if len(corpus.class_names) > 2 else 0
+    episodes = _few_shots_and_all(thinned, settings, settings.episodes - coarse, seed)
+    for number in range(MERGINGS if coarse else 0):
+        merged = thinned.merged(MERGED[number % len(MERGED)], seed + number)
+        episodes += _few_shots_and_all(merged, settings, (coarse + number) // MERGINGS, seed)
+    return episodes
+
+
+def _few_shots_and_all(corpus: Corpus, settings: CalibrationSettings, count: int, seed: int) -> list[Episode]:
+    """Return so many episodes, the first half of the smallest numbers of shots."""
     low, high = bounds(settings.shots)
-    halves = (low, min(low + 1, high)), (low, high)
     episodes: list[Episode] = []
-    for number, shots in enumerate(halves):
+    for number, shots in enumerate(((low, min(low + 1, high)), (low, high))):
         of = EpisodeSettings(settings.ways, shots, settings.queries, at_most=True)
-        episodes += EpisodeSampler(thinned, of, seed + number).take((settings.episodes + 1 - number) // 2)
+        episodes += EpisodeSampler(corpus, of, seed + number).take((count + 1 - number) // 2)
     return episodes
 
 
@@ -156,8 +174,8 @@ def calibrated(
 def calibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]) -> Parameters:
     """Return the parameters with temperature, ridge weight, prior of the strengths and the scope's rule fitted.
 
-    Temperature t_e = exp(a + s · size_e) and prior are fitted in turn, to the mean NLL of the queries at the strength
-    that each task chooses; the prior, and a readout's ridge weight, by trying all of a grid.
+    Temperature t_e = exp(a + s · (size_e, evidence_e)) and prior are fitted in turn, to the mean NLL of the queries at
+    the strength that each task chooses; the prior, and a readout's ridge weight, by trying all of a grid.
 
     Args:
         parameters: of the adapter.
@@ -188,9 +206,9 @@ def recalibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasure
         parameters: calibrated.
         measures: of the same adapter, or of others with the same calibration (:func:`measure_adapted_tasks`).
     """
-    sizes, chosen = np.stack([task.size for task in measures]), np.zeros(len(measures), dtype=int)
-    start = np.array([float(parameters[LOG_TEMPERATURE]), *parameters[TEMPERATURE_SLOPES].tolist()])
-    return _with_fitted(parameters, {}, measures, _fit_temperature(measures, sizes, chosen, start), chosen)
+    slopes = [*parameters[TEMPERATURE_SLOPES].tolist(), *parameters[EVIDENCE_SLOPES].tolist()]
+    start, chosen = np.array([float(parameters[LOG_TEMPERATURE]), *slopes]), np.zeros(len(measures), dtype=int)
+    return _with_fitted(parameters, {}, measures, _fit_temperature(measures, chosen, start), chosen)
 
 
 def _with_fitted(
@@ -201,9 +219,8 @@ def _with_fitted(
     chosen: np.ndarray,
 ) -> Parameters:
     """Return the parameters with what was fitted, the temperature's line and the scope's rule at those temperatures."""
-    fitted = {**fitted, LOG_TEMPERATURE: line[0], TEMPERATURE_SLOPES: line[1:]}
-    sizes = np.stack([task.size for task in measures])
-    rule = _fit_scope(measures, np.exp(line[0] + sizes @ line[1:]), chosen)
+    fitted = {**fitted, LOG_TEMPERATURE: line[0], TEMPERATURE_SLOPES: line[1:3], EVIDENCE_SLOPES: line[3:]}
+    rule = _fit_scope(measures, _temperatures(measures, line)[np.arange(len(chosen)), chosen], chosen)
     if rule is not None:
         fitted[SCOPE] = rule
     like = parameters[LOG_TEMPERATURE]
@@ -212,7 +229,7 @@ def _with_fitted(
 
 @dataclass(frozen=True)
 class _Fit:
-    line: np.ndarray  # (3,) log temperature of 5 ways and 1 shot, and its slopes
+    line: np.ndarray  # (5,) log temperature of 5 ways and 1 shot, and its slopes
     prior: np.ndarray  # (S,)
     chosen: np.ndarray  # (tasks,) number of the strength of each
     loss: float  # mean NLL of the queries
@@ -220,13 +237,17 @@ class _Fit:
 
 def _fit(measures: Sequence[TaskMeasures], parameters: Mapping[str, Tensor]) -> _Fit:
     """Fit temperature and prior, in turn."""
-    line = np.array([float(parameters[LOG_TEMPERATURE]), 0.0, 0.0])
-    sizes = np.stack([task.size for task in measures])
+    line = np.array([float(parameters[LOG_TEMPERATURE]), 0.0, 0.0, 0.0, 0.0])
     for _ in range(ROUNDS):
-        prior, chosen, _ = _fit_prior(measures, np.exp(line[0] + sizes @ line[1:]))
-        line = _fit_temperature(measures, sizes, chosen, line)
-    prior, chosen, loss = _fit_prior(measures, np.exp(line[0] + sizes @ line[1:]))
+        prior, chosen, _ = _fit_prior(measures, _temperatures(measures, line))
+        line = _fit_temperature(measures, chosen, line)
+    prior, chosen, loss = _fit_prior(measures, _temperatures(measures, line))
     return _Fit(line, prior, chosen, loss)
+
+
+def _temperatures(measures: Sequence[TaskMeasures], line: np.ndarray) -> np.ndarray:
+    """Return the temperature (tasks, S) of each task at each strength."""
+    return np.asarray(np.exp(np.clip(line[0] + np.stack([task.inputs for task in measures]) @ line[1:], -5, 8)))
 
 
 def _fit_prior(measures: Sequence[TaskMeasures], temperatures: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -234,7 +255,7 @@ def _fit_prior(measures: Sequence[TaskMeasures], temperatures: np.ndarray) -> tu
     pairs = list(zip(measures, temperatures, strict=True))
     likelihoods = np.stack([task.support_log_likelihoods(t) for task, t in pairs])
     strengths = range(likelihoods.shape[1])
-    losses = np.array([[task.query_nll(s, t) for s in strengths] for task, t in pairs])
+    losses = np.array([[task.query_nll(s, t[s]) for s in strengths] for task, t in pairs])
     best = (np.inf, np.zeros(len(strengths)), np.zeros(len(measures), dtype=int))
     for prior in itertools.product(*[PRIORS if s else (0.0,) for s in strengths]):
         chosen = (likelihoods + prior).argmax(1)
@@ -244,13 +265,12 @@ def _fit_prior(measures: Sequence[TaskMeasures], temperatures: np.ndarray) -> tu
     return best[1], best[2], float(best[0])
 
 
-def _fit_temperature(
-    measures: Sequence[TaskMeasures], sizes: np.ndarray, chosen: np.ndarray, start: np.ndarray
-) -> np.ndarray:
-    """Return (3,): the log temperature of 5 ways and 1 shot, and its slopes."""
+def _fit_temperature(measures: Sequence[TaskMeasures], chosen: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Return (5,): the log temperature of 5 ways and 1 shot, and its slopes."""
+    own = np.arange(len(chosen)), chosen
 
     def loss(line: np.ndarray) -> float:
-        temperatures = np.exp(np.clip(line[0] + sizes @ line[1:], -5, 8))
+        temperatures = _temperatures(measures, line)[own]
         nll = [task.query_nll(s, t) for task, s, t in zip(measures, chosen, temperatures, strict=True)]
         return float(np.mean(nll) + SLOPE_PENALTY * (line[1:] ** 2).sum())
 

@@ -22,11 +22,10 @@ from textmeta.meta.adaptation import (
 )
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
-from textmeta.meta.strengths import best_strengths
+from textmeta.meta.strengths import best_start
 from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_mask
-from textmeta.model.initialisation import STRENGTH_PRIOR
 
 __all__ = [
     "EpisodeScores",
@@ -227,11 +226,9 @@ def _unadapted_logits(
         if inner.conditioning is not None and inner.conditioning.decides:  # the temperature may be the task's own
             conditions = embed_tasks(encoder, parameters, support_batch(encoder, [episodes[index]]), inner)
         start = unadapted(parameters, support, inner, encoder.hidden_size, conditions)
-        best = 0
-        if len(features) > 1:
-            best = int(best_strengths(start, features[:, None], support, parameters[STRENGTH_PRIOR]))
-        weights = task_weights(encoder, start.with_features(features[best][None]), support)
-        yield [index], start.head.logits(queries[best][None], weights, start.scalars, class_mask(support.ways))
+        best, start = best_start(start, list(features[:, None]), support, parameters)
+        weights = task_weights(encoder, start, support)
+        yield [index], start.head.logits(queries[best], weights, start.scalars, class_mask(support.ways))
 
 
 def _episode_scores(

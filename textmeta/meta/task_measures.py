@@ -12,8 +12,16 @@ from tqdm import tqdm
 
 from textmeta.data.episodes import Episode
 from textmeta.errors import SettingsError
-from textmeta.meta.adaptation import adapt, left_out_logits, query_logits, task_size, task_weights, unadapted
-from textmeta.meta.adapted import support_features
+from textmeta.meta.adaptation import (
+    left_out_logits,
+    query_logits,
+    take_steps,
+    task_size,
+    task_start,
+    task_weights,
+    unadapted,
+)
+from textmeta.meta.adapted import evidence, support_features
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
 from textmeta.meta.tasks import TaskBatch, support_batch, task_batch
@@ -35,6 +43,7 @@ class TaskMeasures:
         left_out: (S, n, C) leave-one-out logits of the support set.
         labels: (n,) of its rows.
         counts: (n,) which of them count.
+        evidence: (S, 2), of the support set before any step (:func:`~textmeta.meta.adapted.evidence`).
         queries: (S, q, C) logits of the queries.
         query_labels: (q,).
         outside: (S, o, C) logits of texts of the classes that were left out.
@@ -46,10 +55,16 @@ class TaskMeasures:
     left_out: np.ndarray
     labels: np.ndarray
     counts: np.ndarray
+    evidence: np.ndarray
     queries: np.ndarray
     query_labels: np.ndarray
     outside: np.ndarray
     ridge: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """What the temperature depends on at each strength, (S, 4): size and evidence."""
+        return np.hstack([np.tile(self.size, (len(self.evidence), 1)), self.evidence])
 
     def with_more_ridge(self, more: float) -> "TaskMeasures":
         """Return the measures at a ridge weight that is larger by a number."""
@@ -57,7 +72,8 @@ class TaskMeasures:
             return self
         parts = zip((self.left_out, self.queries, self.outside), self.ridge, strict=True)
         left_out, queries, outside = (logits + more * added for logits, added in parts)
-        return replace(self, left_out=left_out, queries=queries, outside=outside)
+        found = _evidence(left_out, self.labels, self.counts)
+        return replace(self, left_out=left_out, evidence=found, queries=queries, outside=outside)
 
     def query_nll(self, strength: int, temperature: float) -> float:
         """Return the mean negative log-likelihood of the queries."""
@@ -65,9 +81,9 @@ class TaskMeasures:
         own = logits[np.arange(len(logits)), self.query_labels]
         return float((logsumexp(logits, axis=1) - own).mean())
 
-    def support_log_likelihoods(self, temperature: float) -> np.ndarray:
-        """Return (S,) sums over the examples that count."""
-        logits = temperature * self.left_out[:, self.counts]
+    def support_log_likelihoods(self, temperatures: np.ndarray) -> np.ndarray:
+        """Return (S,) sums over the examples that count, at a temperature (S,) for each strength."""
+        logits = temperatures[:, None, None] * self.left_out[:, self.counts]
         own = logits[:, np.arange(logits.shape[1]), self.labels[self.counts]]
         return np.asarray((own - logsumexp(logits, axis=2)).sum(1))
 
@@ -94,7 +110,7 @@ def measure_tasks(
     if inner.conditioning is not None and inner.conditioning.decides:
         raise SettingsError(f"calibration is for inner loops without conditions, given {inner.conditioning}")
     tasks = [leave_out_classes(episode) for episode in episodes]
-    zero = {LOG_TEMPERATURE: torch.zeros(()), TEMPERATURE_SLOPES: torch.zeros(2)}  # a temperature of 1
+    zero = {LOG_TEMPERATURE: torch.zeros(()), TEMPERATURE_SLOPES: torch.zeros(2)}  # a temperature of 1, before evidence
     plain = {**parameters, **{name: value.to(encoder.device) for name, value in zero.items()}}
     with torch.no_grad():
         shared = SharedFeatures(encoder, parameters, episodes, inner.strengths)
@@ -122,7 +138,9 @@ def measure_adapted_tasks(
     for whole in tqdm(episodes, desc=progress, unit="task", disable=progress is None):
         episode, outside = leave_out_classes(whole)
         support = support_batch(encoder, [episode])
-        adapted = adapt(encoder, parameters, support, inner)
+        start = task_start(encoder, parameters, support, inner)
+        before, _ = left_out_logits(start, support_features(encoder, start, support), support)
+        adapted = take_steps(start, encoder, parameters, support, inner)
         features = support_features(encoder, adapted, support)
         weights = task_weights(encoder, adapted.with_features(features), support)
         left_out, counts = left_out_logits(adapted, features, support)
@@ -133,7 +151,9 @@ def measure_adapted_tasks(
             part.double().cpu().numpy() / float(adapted.scalars["temperature"]) for part in (left_out, logits)
         )
         queries = len(episode.query_texts)
-        found.append(_as_measures(episode, support, left, counts, others[:, :queries], others[:, queries:]))
+        measures = _as_measures(episode, support, left, counts, others[:, :queries], others[:, queries:])
+        told = _evidence(before.double().cpu().numpy(), measures.labels, measures.counts)
+        found.append(replace(measures, evidence=told))
     return found
 
 
@@ -183,12 +203,21 @@ def _measure(
 def _as_measures(
     episode: Episode, support: TaskBatch, left_out: np.ndarray, counts: Tensor, queries: np.ndarray, outside: np.ndarray
 ) -> TaskMeasures:
+    labels, counting = support.labels[0].cpu().numpy(), counts[0].cpu().numpy()
     return TaskMeasures(
         size=task_size(support.labels, support.ways)[0].double().cpu().numpy(),
         left_out=left_out,
-        labels=support.labels[0].cpu().numpy(),
-        counts=counts[0].cpu().numpy(),
+        labels=labels,
+        counts=counting,
+        evidence=_evidence(left_out, labels, counting),
         queries=queries,
         query_labels=episode.query_labels,
         outside=outside,
     )
+
+
+def _evidence(left_out: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the evidence (S, 2) of leave-one-out logits (S, n, C) of one task."""
+    strengths, _, ways = left_out.shape
+    own, counting = (torch.from_numpy(part).expand(strengths, -1) for part in (labels, counts))
+    return evidence(torch.from_numpy(left_out), own, counting, torch.full((strengths,), ways)).numpy()

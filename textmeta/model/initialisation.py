@@ -14,6 +14,7 @@ from torch import Tensor
 from textmeta.model.lora import zero_start
 
 __all__ = [
+    "EVIDENCE_SLOPES",
     "LOG_NAME_WEIGHT",
     "LOG_RIDGE",
     "LOG_RIDGE_WEIGHT",
@@ -48,6 +49,7 @@ LOG_STEP_SIZE = "log_step_size."  # prefix; (steps,) for each group of adapted p
 ALL_FACTORS = "lora"  # the group of all LoRA factors
 
 TEMPERATURE_SLOPES = "temperature_slopes"  # (2,): how the log temperature grows with log shots and log ways
+EVIDENCE_SLOPES = "evidence_slopes"  # (2,): how it grows with how well the support set predicts itself
 STRENGTH_PRIOR = "strength_prior"  # (strengths,): log weights of LoRA's strengths, before a task is seen
 SCOPE = "scope"  # (features,): the rule for what is out of scope, where one was learned
 
@@ -86,6 +88,7 @@ def initial_parameters(
         **{LORA + name: value for name, value in zero_start(factor_shapes, seed).items()},
         **{HEAD_SCALARS[name]: torch.tensor(math.log(start)) for name, start in scalars.items()},
         TEMPERATURE_SLOPES: torch.zeros(2),
+        EVIDENCE_SLOPES: torch.zeros(2),
         STRENGTH_PRIOR: torch.zeros(strengths),
         **{
             LOG_STEP_SIZE + group: torch.full((steps,), math.log(start))
