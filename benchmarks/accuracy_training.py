@@ -72,11 +72,12 @@ class RecipeSettings:
     @property
     def digest(self) -> str:
         """Hash of what is learned how, but for the seed."""
-        parts: dict[str, Any] = {
-            name: asdict(getattr(self, name)) for name in ("lora", "episodes", "inner", "training")
-        }
-        if self.calibration is not None:
-            parts["calibration"] = asdict(self.calibration)
+        return digest([self.training_digest, None if self.calibration is None else asdict(self.calibration)])
+
+    @property
+    def training_digest(self) -> str:
+        """The same of training alone, without the calibration that follows."""
+        parts = {name: asdict(getattr(self, name)) for name in ("lora", "episodes", "inner", "training")}
         del parts["training"]["seed"], parts["training"]["checkpoint_every"]
         return digest(parts)
 
@@ -123,10 +124,10 @@ class Trainer:
     def __init__(self, folder: Path, cache: DiskCache) -> None:
         self.folder = folder
         self.cache = cache
-        self._known: dict[Path, Trained] = {}
+        self._known: dict[tuple[Path, str], Trained] = {}
 
     def train(self, name: str, encoder: Encoder, recipe: RecipeSettings, train: Corpus, valid: Corpus) -> Trained:
-        """Train a recipe, or go on with it, or return what it made.
+        """Train a recipe, or go on with it, or return what it made; then calibrate it.
 
         Args:
             name: of the run, a path below the folder of all runs.
@@ -136,9 +137,10 @@ class Trainer:
             valid: classes to choose the best step by.
         """
         folder = self.folder / f"{name}-{self._digest(encoder, recipe, train, valid)}"
-        if folder not in self._known:
-            self._known[folder] = self._train(folder, encoder, recipe, train, valid)
-        return self._known[folder]
+        known = folder, recipe.digest
+        if known not in self._known:
+            self._known[known] = self._train(folder, encoder, recipe, train, valid)
+        return self._known[known]
 
     def train_as_long(
         self, name: str, encoder: Encoder, recipe: RecipeSettings, train: Corpus, valid: Corpus, seconds: float
@@ -192,7 +194,7 @@ class Trainer:
     @staticmethod
     def _digest(encoder: Encoder, recipe: RecipeSettings, *corpora: Corpus) -> str:
         encoder_settings = (encoder.weights_sha256, encoder.settings.pooling, encoder.settings.max_length)
-        return digest([recipe.digest, encoder_settings, [corpus.sha256 for corpus in corpora]])[:8]
+        return digest([recipe.training_digest, encoder_settings, [corpus.sha256 for corpus in corpora]])[:8]
 
 
 TIMES = "times.json"

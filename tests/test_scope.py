@@ -134,6 +134,7 @@ def test_what_is_below_the_number_is_rejected(fitted: FewShotClassifier) -> None
         assert found.shape == (len(TEXTS),)
     assert fitted.predict(TEXTS, reject=threshold).tolist().count(None) == 3
     assert fitted.predict(TEXTS, reject=0.0).tolist() == fitted.predict(TEXTS, reject=0).tolist() == plain.tolist()
+    assert fitted.predict(TEXTS, reject=np.float32(1)).tolist() == [None] * len(TEXTS), "a number of numpy"
     assert fitted.predict(TEXTS, reject=1.0).tolist() == fitted.predict(TEXTS, reject=1).tolist() == [None] * len(TEXTS)
     assert fitted.predict([], reject=True).shape == (0,)
 

@@ -1,6 +1,7 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ class FewShotClassifier:
             AdapterError: if the adapter has learned no rule to reject by.
             DataError: if a text is no string, or ``reject`` no number from 0 to 1.
         """
-        if not isinstance(reject, bool | int | float) or not 0 <= reject <= 1:
+        if not isinstance(reject, Real) or not 0 <= reject <= 1:
             raise DataError(f"predict: reject must be True, False or a number from 0 to 1, given {reject!r:.60}")
         logits = self._logits(texts)
         predicted: np.ndarray = self.classes_[logits.double().softmax(-1).cpu().numpy().argmax(1)]
