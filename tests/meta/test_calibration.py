@@ -74,6 +74,13 @@ def test_temperature_is_that_of_the_labels(shots: float, ways: float) -> None:
     assert found[STRENGTH_PRIOR].tolist() == [0.0]
 
 
+def test_slope_of_the_loss_is_that_of_differences() -> None:
+    task, h = measures(np.random.default_rng(9), strengths=2), 1e-6
+    for strength in (0, 1):
+        up, down = (task.query_nll(strength, 3 * math.exp(step)) for step in (h, -h))
+        assert task.query_nll_slope(strength, 3.0) == pytest.approx((up - down) / (2 * h), rel=1e-6)
+
+
 @pytest.mark.parametrize("slopes", [(0.0, 0.0), (-0.5, 1.2)])
 def test_temperature_grows_with_evidence_as_it_does_in_the_labels(slopes: tuple[float, float]) -> None:
     rng, tasks = np.random.default_rng(8), []

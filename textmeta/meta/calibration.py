@@ -60,6 +60,7 @@ PRIORS = (-10.0, -5.0, -2.0, 0.0, 2.0, 5.0, 10.0)  # log weights that are tried
 ROUNDS = 3
 SLOPE_PENALTY = 1e-3
 MERGED = (2, 3, 5)  # so many classes become one in coarse tasks
+LOG_TEMPERATURES = (-5.0, 8.0)  # from, to
 MERGINGS = 6  # different ones of each corpus
 
 
@@ -247,7 +248,12 @@ def _fit(measures: Sequence[TaskMeasures], parameters: Mapping[str, Tensor]) -> 
 
 def _temperatures(measures: Sequence[TaskMeasures], line: np.ndarray) -> np.ndarray:
     """Return the temperature (tasks, S) of each task at each strength."""
-    return np.asarray(np.exp(np.clip(line[0] + np.stack([task.inputs for task in measures]) @ line[1:], -5, 8)))
+    return _temperature(np.stack([task.inputs for task in measures]), line)
+
+
+def _temperature(inputs: np.ndarray, line: np.ndarray) -> np.ndarray:
+    """Return the temperatures (…,) of inputs (…, 4), within what a temperature can be."""
+    return np.asarray(np.exp(np.clip(line[0] + inputs @ line[1:], *LOG_TEMPERATURES)))
 
 
 def _fit_prior(measures: Sequence[TaskMeasures], temperatures: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -267,14 +273,16 @@ def _fit_prior(measures: Sequence[TaskMeasures], temperatures: np.ndarray) -> tu
 
 def _fit_temperature(measures: Sequence[TaskMeasures], chosen: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Return (5,): the log temperature of 5 ways and 1 shot, and its slopes."""
-    own = np.arange(len(chosen)), chosen
+    inputs = np.stack([task.inputs[strength] for task, strength in zip(measures, chosen, strict=True)])
 
-    def loss(line: np.ndarray) -> float:
-        temperatures = _temperatures(measures, line)[own]
-        nll = [task.query_nll(s, t) for task, s, t in zip(measures, chosen, temperatures, strict=True)]
-        return float(np.mean(nll) + SLOPE_PENALTY * (line[1:] ** 2).sum())
+    def loss(line: np.ndarray) -> tuple[float, np.ndarray]:
+        of_tasks = list(zip(measures, chosen, _temperature(inputs, line), strict=True))
+        nll = np.mean([task.query_nll(s, t) for task, s, t in of_tasks])
+        slopes = np.array([task.query_nll_slope(s, t) for task, s, t in of_tasks])
+        gradient = np.append(slopes.mean(), slopes @ inputs / len(slopes) + 2 * SLOPE_PENALTY * line[1:])
+        return float(nll + SLOPE_PENALTY * (line[1:] ** 2).sum()), gradient
 
-    return np.asarray(minimize(loss, start, method="BFGS").x)
+    return np.asarray(minimize(loss, start, jac=True, method="BFGS").x)
 
 
 def _fit_scope(measures: Sequence[TaskMeasures], temperatures: np.ndarray, chosen: np.ndarray) -> np.ndarray | None:

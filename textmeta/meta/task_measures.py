@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,6 +80,12 @@ class TaskMeasures:
         logits = temperature * self.queries[strength]
         own = logits[np.arange(len(logits)), self.query_labels]
         return float((logsumexp(logits, axis=1) - own).mean())
+
+    def query_nll_slope(self, strength: int, temperature: float) -> float:
+        """Return the derivative of :meth:`query_nll` by the log of the temperature."""
+        logits = temperature * self.queries[strength]
+        own = logits[np.arange(len(logits)), self.query_labels]
+        return float(((softmax(logits, axis=1) * logits).sum(1) - own).mean())
 
     def support_log_likelihoods(self, temperatures: np.ndarray) -> np.ndarray:
         """Return (S,) sums over the examples that count, at a temperature (S,) for each strength."""
