@@ -57,7 +57,7 @@ QUICK_CORPORA = {
 }
 QUICK_MOST = {"setfit": 2, "sentence-transformers": 2, "lora": 2}
 QUICK_SETFIT = ("classes", (1, 5))  # a fit at 5 shots takes half a minute
-QUICK_SCOPE, QUICK_CALIBRATION, QUICK_VALIDATION = 5, 30, 10
+QUICK_ADAPTED, QUICK_SCOPE, QUICK_CALIBRATION, QUICK_VALIDATION = 8, 5, 30, 10
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,8 @@ def _quick_count(method: str, cell: Cell) -> int:
         return QUICK_SCOPE
     if method == "setfit" and not (cell.part == QUICK_SETFIT[0] and cell.shots in QUICK_SETFIT[1]):
         return 0
+    if cell.fold is None and method.startswith("textmeta"):  # whose adapter takes steps
+        return QUICK_ADAPTED
     return QUICK_MOST.get(method, cell.episodes)
 
 
