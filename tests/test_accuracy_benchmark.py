@@ -381,6 +381,9 @@ def test_quick_is_small(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {key["part"] for key in keys} == {"classes", "all_way", "corpora", "curve"}  # too few classes for scope
     assert max(key["episodes"] for key in keys) == 20
     assert {key["episodes"] for key in keys if key["method"] == "lora"} == {2}
+    ours = [key for key in keys if key["method"] == "textmeta"]
+    assert {key["episodes"] for key in ours if key["fold"] is None} <= {8}, "which takes inner steps"
+    assert {key["episodes"] for key in ours if key["part"] == "classes"} == {20}
     fits = [key for key in keys if key["method"] == "setfit"]
     assert {(key["part"], key["shots"]) for key in fits} == {("classes", 1), ("classes", 5)}
     assert {key["episodes"] for key in fits} == {2}
