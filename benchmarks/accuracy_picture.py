@@ -22,7 +22,8 @@ def draw_curves(rows: Rows, titles: Mapping[str, str], path: Path) -> None:
         path: of the PNG file.
     """
     corpora = sorted({corpus for corpus, _ in rows})
-    figure = Figure(figsize=(4.2 * len(corpora), 4), layout="constrained")
+    few = len(corpora) < 3  # the legend needs room
+    figure = Figure(figsize=(max(6.5, 4.2 * len(corpora)), 4.5 if few else 4), layout="constrained")
     FigureCanvasAgg(figure)
     methods = [name for name in titles if any(name in cell for cell in rows.values())]
     for number, corpus in enumerate(corpora):
@@ -48,5 +49,7 @@ def draw_curves(rows: Rows, titles: Mapping[str, str], path: Path) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=2 if few else 4, fontsize="small"
+    )
     figure.savefig(path, dpi=120)
