@@ -16,10 +16,7 @@ from torch import Tensor
 
 from textmeta.data.episodes import Episode
 from textmeta.errors import AdapterError
-from textmeta.meta.adaptation import (
-    task_weights,
-    unadapted,
-)
+from textmeta.meta.adaptation import task_weights, unadapted
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.shared_features import SharedFeatures
 from textmeta.meta.strengths import best_start

@@ -156,10 +156,8 @@ def measure_adapted_tasks(
         left, others = (
             part.double().cpu().numpy() / float(adapted.scalars["temperature"]) for part in (left_out, logits)
         )
-        queries = len(episode.query_texts)
-        measures = _as_measures(episode, support, left, counts, others[:, :queries], others[:, queries:])
-        told = _evidence(before.double().cpu().numpy(), measures.labels, measures.counts)
-        found.append(replace(measures, evidence=told))
+        queries, start_left = len(episode.query_texts), before.double().cpu().numpy()
+        found.append(_as_measures(episode, support, start_left, left, counts, others[:, :queries], others[:, queries:]))
     return found
 
 
@@ -203,19 +201,26 @@ def _measure(
         of_queries.append(start.head.logits(query[None], weights, start.scalars, mask)[0])
         of_outside.append(start.head.logits(other[None], weights, start.scalars, mask)[0])
     left, inside, out = (torch.stack(part).double().cpu().numpy() for part in (left_out, of_queries, of_outside))
-    return _as_measures(episode, support, left, counts, inside, out)
+    return _as_measures(episode, support, left, left, counts, inside, out)
 
 
 def _as_measures(
-    episode: Episode, support: TaskBatch, left_out: np.ndarray, counts: Tensor, queries: np.ndarray, outside: np.ndarray
+    episode: Episode,
+    support: TaskBatch,
+    before: np.ndarray,
+    left_out: np.ndarray,
+    counts: Tensor,
+    queries: np.ndarray,
+    outside: np.ndarray,
 ) -> TaskMeasures:
+    """Put measures together; ``before`` are the leave-one-out logits before any step."""
     labels, counting = support.labels[0].cpu().numpy(), counts[0].cpu().numpy()
     return TaskMeasures(
         size=task_size(support.labels, support.ways)[0].double().cpu().numpy(),
         left_out=left_out,
         labels=labels,
         counts=counting,
-        evidence=_evidence(left_out, labels, counting),
+        evidence=_evidence(before, labels, counting),
         queries=queries,
         query_labels=episode.query_labels,
         outside=outside,
