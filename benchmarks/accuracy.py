@@ -164,7 +164,7 @@ class Runs:
                 method = methods[name]
                 if (method.parts and cell.part not in method.parts) or not (cell.shots or method.has_names):
                     continue
-                count = method.count(ways * cell.shots, cell.episodes)
+                count = method.count(ways * cell.shots, cell)
                 if self.settings.quick:
                     count = min(count, _quick_count(name, cell))
                 for variant in method.variants(self.bench, cell) if count else []:
