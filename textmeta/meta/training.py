@@ -215,42 +215,6 @@ def _outer_step(
     stop_requested: bool,
 ) -> tuple[dict[str, float], bool]:
     """Take one step, in place; return its row of the record and whether any process was asked to stop."""
-    sums, totals = _own_share(encoder, sampler, settings, inner, algorithm, state, accelerator)
-    totals[3] = float(stop_requested)
-    # one reduction for everything; the mean is over tasks, so that uneven shares weigh right
-    flat: Tensor = torch.cat([*(part.flatten() for part in sums.values()), totals])
-    flat = accelerator.reduce(flat, "sum")
-    totals = flat[-4:]
-    mean = flat[:-4] / totals[2]
-    norm = mean.norm()
-    if not (norm.isfinite() and totals[0].isfinite()):
-        raise DivergedError(
-            f"step {state.step + 1}: loss {float(totals[0] / totals[2])}, gradient norm {float(norm)}; try "
-            "a smaller learning rate or smaller inner step sizes (the last checkpoint is from before)"
-        )
-    if algorithm.optimiser == "adam" and settings.max_gradient_norm is not None:
-        mean = mean * (settings.max_gradient_norm / norm.clamp(min=settings.max_gradient_norm))
-    _apply(mean, state, _schedule(state.step, settings) if algorithm.optimiser == "adam" else 1.0)
-    row = {
-        "step": state.step,
-        "loss": float(totals[0] / totals[2]),
-        "accuracy": float(totals[1] / totals[2]),
-        "gradient_norm": float(norm),
-        "learning_rate": state.optimiser.param_groups[0]["lr"],
-    }
-    return row, bool(totals[3] > 0)
-
-
-def _own_share(
-    encoder: Encoder,
-    sampler: EpisodeSampler,
-    settings: TrainingSettings,
-    inner: InnerLoopSettings,
-    algorithm: Algorithm,
-    state: TrainingState,
-    accelerator: Accelerator,
-) -> tuple[Parameters, Tensor]:
-    """Return what this process's episodes add to a step: gradients, and (4,) loss, accuracy, tasks and a 0."""
     first = state.step * settings.tasks_per_step
     mine = range(first + accelerator.process_index, first + settings.tasks_per_step, accelerator.num_processes)
     sums = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
@@ -266,18 +230,37 @@ def _own_share(
         found = self_supervised_gradient(encoder, state.parameters, further, inner, settings.self_supervision)
         for name, part in found.items():  # times the tasks, by which the sum is divided
             sums[name] = sums[name] + settings.tasks_per_step * part
-    return sums, totals
+    totals[3] = float(stop_requested)
 
-
-def _apply(gradient: Tensor, state: TrainingState, scale: float) -> None:
-    """Let the optimiser take a step along a gradient, all parameters in one row, at so much of its learning rates."""
-    pieces = torch.split(gradient, [value.numel() for value in state.parameters.values()])
+    # one reduction for everything; the mean is over tasks, so that uneven shares weigh right
+    flat: Tensor = torch.cat([*(part.flatten() for part in sums.values()), totals])
+    flat = accelerator.reduce(flat, "sum")
+    totals = flat[-4:]
+    mean = flat[:-4] / totals[2]
+    norm = mean.norm()
+    if not (norm.isfinite() and totals[0].isfinite()):
+        raise DivergedError(
+            f"step {state.step + 1}: loss {float(totals[0] / totals[2])}, gradient norm {float(norm)}; try "
+            "a smaller learning rate or smaller inner step sizes (the last checkpoint is from before)"
+        )
+    if algorithm.optimiser == "adam" and settings.max_gradient_norm is not None:
+        mean = mean * (settings.max_gradient_norm / norm.clamp(min=settings.max_gradient_norm))
+    pieces = torch.split(mean, [value.numel() for value in state.parameters.values()])
     for value, piece in zip(state.parameters.values(), pieces, strict=True):
         value.grad = piece.view_as(value)
+    scale = _schedule(state.step, settings) if algorithm.optimiser == "adam" else 1.0
     for group in state.optimiser.param_groups:
         group["lr"] = group["base"] * scale
     state.optimiser.step()
     state.step += 1
+    row = {
+        "step": state.step,
+        "loss": float(totals[0] / totals[2]),
+        "accuracy": float(totals[1] / totals[2]),
+        "gradient_norm": float(norm),
+        "learning_rate": state.optimiser.param_groups[0]["lr"],
+    }
+    return row, bool(totals[3] > 0)
 
 
 def _validate(
