@@ -177,7 +177,8 @@ class Method:
     Args:
         work: scores episodes.
         variants: what else a run's key holds, once for each model that is trained; none, where there is no model.
-        most: episodes at most, by the number of support texts; beyond the last number, the method is not run.
+        most: episodes at most, by the number of support texts; beyond the last number, the method is not run. Of an
+            unseen corpus, :data:`WHOLE_TIMES` as many.
         parts: in which it is run; None for all.
         has_names: whether it uses label names, and so stands in another column.
     """
