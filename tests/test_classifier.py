@@ -461,6 +461,19 @@ def test_text_with_half_a_character_is_named(fitted: FewShotClassifier) -> None:
         fitted.fit(["bal", "fim \ud83d"], ["b", "f"])
 
 
+def test_long_work_has_a_progress_bar_and_short_work_has_none(
+    classifier: FewShotClassifier, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier.fit(SUPPORT, list("bbffkk")).predict(TEXTS)
+    assert not capsys.readouterr().err
+    for module in ("adaptation", "task_learner"):
+        monkeypatch.setattr(f"textmeta.meta.{module}.BAR_AFTER", 0)
+    classifier.fit(SUPPORT, list("bbffkk")).predict(TEXTS)
+    shown = capsys.readouterr().err
+    assert f"fit:   0%|          | 0/{INNER.steps + 1} " in shown  # the last state is wiped away
+    assert "predict:   0%" in shown
+
+
 def test_failed_fit_leaves_the_last_one(fitted: FewShotClassifier) -> None:
     expected = fitted.predict_proba(TEXTS)
     with pytest.raises(DataError):

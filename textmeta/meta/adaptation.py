@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from textmeta.meta.adapted import (
     AdaptedParameters,
@@ -37,6 +38,7 @@ from textmeta.model.initialisation import (
 from textmeta.model.task_encoder import task_embedding, task_statistics
 
 __all__ = [
+    "BAR_AFTER",
     "AdaptedParameters",
     "TaskConditions",
     "adapt",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 
 FEATURES = "features"
+BAR_AFTER = 5.0  # seconds: what is over sooner needs no progress bar
 
 
 @dataclass(frozen=True)
@@ -154,16 +157,17 @@ def adapt(
     support: TaskBatch,
     inner: InnerLoopSettings,
     conditions: TaskConditions | None = None,
+    progress: str | None = None,
 ) -> AdaptedParameters:
     """Choose LoRA's strength for each task, then take all inner steps from there (:func:`adaptation_path`).
 
     Each strength s of ``inner.strengths`` makes features with s·B in place of B; a task takes the one with the largest
     sum of its log prior and the log-likelihood of the support set, every example scored by the others. Where no example
     has company in its class, the prior alone decides. How many are told right by the others has its part in the
-    temperature.
+    temperature. ``progress`` is the title of a bar over the steps, if they take long; None for none.
     """
     start = task_start(encoder, parameters, support, inner, conditions)
-    return take_steps(start, encoder, parameters, support, inner)
+    return take_steps(start, encoder, parameters, support, inner, progress)
 
 
 def task_start(
@@ -187,9 +191,13 @@ def take_steps(
     parameters: Mapping[str, Tensor],
     support: TaskBatch,
     inner: InnerLoopSettings,
+    progress: str | None = None,
 ) -> AdaptedParameters:
-    """Take all inner steps from a start."""
-    *_, adapted = _path_from(start, encoder, parameters, support, inner)
+    """Take all inner steps from a start; ``progress`` as for :func:`adapt`."""
+    path = _path_from(start, encoder, parameters, support, inner)
+    hidden = progress is None
+    # the start is counted, too
+    *_, adapted = tqdm(path, progress, inner.steps + 1, leave=False, unit="step", delay=BAR_AFTER, disable=hidden)
     return adapted
 
 

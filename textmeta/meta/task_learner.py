@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from textmeta.errors import AdapterError
-from textmeta.meta.adaptation import adapt, left_out_logits, task_size, task_weights
+from textmeta.meta.adaptation import BAR_AFTER, adapt, left_out_logits, task_size, task_weights
 from textmeta.meta.adapted import AdaptedParameters, support_features
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import TaskBatch
@@ -66,7 +67,7 @@ def learn_task(
     Raises:
         AdapterError: if the head that comes out is not finite, or its temperature not positive.
     """
-    adapted = adapt(encoder, parameters, support, inner)
+    adapted = adapt(encoder, parameters, support, inner, progress="fit")
     features = support_features(encoder, adapted, support)
     weights = task_weights(encoder, adapted.with_features(features), support)[0]
     temperature = adapted.scalars["temperature"].view(-1)[0]  # one for all tasks, or one for each
@@ -107,7 +108,8 @@ def text_logits(
     scalars = head_scalars(parameters) | {"temperature": learned.temperature}
     mask = class_mask(torch.tensor([len(weights)], device=weights.device))
     parts = [weights.new_empty(0, len(weights))]
-    for start in range(0, len(texts), CHUNK):
+    starts = range(0, len(texts), CHUNK)
+    for start in tqdm(starts, desc="predict", unit=f"{CHUNK} texts", delay=BAR_AFTER, leave=False):
         prepared = encoder.prepare(texts[start : start + CHUNK], remember=False)
         features = encoder.features(prepared, learned.factors)
         parts.append(head.logits(features[None], weights[None], scalars, mask)[0])
