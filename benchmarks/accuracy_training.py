@@ -22,7 +22,8 @@ from textmeta.files import write_atomically
 from textmeta.meta.calibration import CalibrationSettings, calibrated
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.training import TrainingResult, TrainingSettings, train
+from textmeta.meta.training import TrainingResult, train
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings
 

@@ -15,7 +15,8 @@ from textmeta.meta import adaptation
 from textmeta.meta.adaptation import TaskConditions, adaptation_path, embed_tasks, task_weights
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import frozen_features, query_batch, support_batch
-from textmeta.meta.training import TrainingSettings, train
+from textmeta.meta.training import train
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import class_mask, cross_entropy_per_task

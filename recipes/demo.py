@@ -17,7 +17,8 @@ from textmeta.data.bundled import load_bundled
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.evaluation import compare_with_frozen, format_table
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.training import CHECKPOINT, TrainingSettings, train
+from textmeta.meta.training import CHECKPOINT, train
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.tasks import index_tasks

@@ -25,7 +25,8 @@ from textmeta.errors import SettingsError
 from textmeta.meta.calibration import CalibrationSettings, calibrated
 from textmeta.meta.evaluation import compare_with_frozen, format_table
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.training import TrainingSettings, train
+from textmeta.meta.training import train
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings
 from textmeta.tasks import index_tasks

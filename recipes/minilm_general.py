@@ -32,7 +32,8 @@ from textmeta.meta.calibration import (
 )
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.task_measures import measure_adapted_tasks, measure_tasks
-from textmeta.meta.training import TrainingResult, TrainingSettings, train
+from textmeta.meta.training import TrainingResult, train
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import Parameters
 from textmeta.model.lora import LoraSettings

@@ -108,14 +108,14 @@ def stub(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def counted_steps(monkeypatch: pytest.MonkeyPatch, at: Callable[[int], None] = lambda number: None) -> list[int]:
     """Count the steps of training from here on, calling ``at`` with the number before each."""
-    original, steps = training._outer_step, []
+    original, steps = training.outer_step, []
 
     def step(*arguments: Any) -> Any:
         at(len(steps))
         steps.append(arguments[5].step)
         return original(*arguments)
 
-    monkeypatch.setattr(training, "_outer_step", step)
+    monkeypatch.setattr(training, "outer_step", step)
     return steps
 
 
@@ -372,14 +372,14 @@ def test_a_trial_that_diverges_is_no_candidate(
     recipe: ModuleType, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipe, "draw", lambda *_: None)
-    original = training._outer_step
+    original = training.outer_step
 
     def diverging(*arguments: Any) -> Any:
         if arguments[2].learning_rate == 0.1:
             raise DivergedError("step 1: loss nan")
         return original(*arguments)
 
-    monkeypatch.setattr(training, "_outer_step", diverging)
+    monkeypatch.setattr(training, "outer_step", diverging)
     arguments = [*base, "--sampler=grid", '--space={"training.learning_rate": [0.1, 0.001]}']
     found = search(recipe, tmp_path / "search", *arguments)
     assert {o.values["training.learning_rate"]: (o.accuracy is None, o.pruned) for o in found} == {

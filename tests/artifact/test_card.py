@@ -16,7 +16,7 @@ from textmeta import FewShotClassifier
 from textmeta.artifact.card import model_card
 from textmeta.artifact.store import load_adapter, save_adapter
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.training import TrainingSettings
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.encoder import Encoder
 from textmeta.tasks import KnownTasks
 

@@ -29,7 +29,8 @@ from textmeta import Corpus, EpisodeSampler, EpisodeSettings, FewShotClassifier
 from textmeta.artifact.start import load_start
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.training import TrainingSettings, train
+from textmeta.meta.training import train
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import LORA, lora_factors
 from textmeta.model.lora import LoraSettings

@@ -28,7 +28,8 @@ from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
 from textmeta.meta.meta_gradient import MetaGradientPlan
 from textmeta.meta.self_supervision import SelfSupervisionSettings, by_condition
 from textmeta.meta.tasks import query_batch, support_and_query_batch, support_batch
-from textmeta.meta.training import TrainingResult, TrainingSettings, train
+from textmeta.meta.training import TrainingResult, train
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.conditioning import BANK, GATES, KEYS, TASK_TEMPERATURE, ConditioningSettings, routing
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.heads import cross_entropy_per_task
@@ -159,14 +160,14 @@ def test_a_conditioned_run_goes_on_to_the_same_bits(
     supervision = SelfSupervisionSettings(episodes=4)
     settings = replace(SETTINGS, algorithm=algorithm, self_supervision=supervision, unconditioned=0.4)
     whole = run(tiny_model, corpus, tmp_path / "whole", settings)
-    original, count = training._outer_step, iter(range(100))
+    original, count = training.outer_step, iter(range(100))
 
     def dying(*arguments: object) -> object:
         if next(count) == 3:
             raise KeyboardInterrupt
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "_outer_step", dying)
+    monkeypatch.setattr(training, "outer_step", dying)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, corpus, tmp_path / "parts", settings)
     assert_same(run(tiny_model, corpus, tmp_path / "parts", settings), whole)

@@ -20,7 +20,8 @@ from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.evaluation import frozen_prototypes, paired_difference, score_episodes
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.meta_gradient import MetaGradientPlan, MetaGradientSettings
-from textmeta.meta.training import CHECKPOINT, RECORD, TrainingResult, TrainingSettings, train
+from textmeta.meta.training import CHECKPOINT, RECORD, TrainingResult, train
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings
 
@@ -56,14 +57,14 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     changing = MetaGradientSettings(first_order_until=4, multi_step_until=5)
     settings = replace(SETTINGS, algorithm=algorithm, meta_gradient=changing)
     whole = run(tiny_model, corpus, tmp_path / "whole", settings)
-    original, count = training._outer_step, iter(range(100))
+    original, count = training.outer_step, iter(range(100))
 
     def dying(*arguments: object) -> object:
         if next(count) in (3, 5):  # once between checkpoints, once soon after going on
             raise KeyboardInterrupt
         return original(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "_outer_step", dying)
+    monkeypatch.setattr(training, "outer_step", dying)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(tiny_model, corpus, tmp_path / "parts", settings)
@@ -77,7 +78,7 @@ def test_a_finished_run_is_not_run_again(
     tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(tiny_model, corpus, tmp_path)
-    monkeypatch.setattr(training, "_outer_step", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(training, "outer_step", lambda *_: pytest.fail("ran again"))
     assert_same(run(tiny_model, corpus, tmp_path), first)
 
 
@@ -86,7 +87,7 @@ def test_a_signal_stops_after_the_step_and_saves(
     number: signal.Signals, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(tiny_model, corpus, tmp_path / "whole")
-    original, handler = training._outer_step, signal.getsignal(number)
+    original, handler = training.outer_step, signal.getsignal(number)
 
     def signalled(*arguments: object) -> object:
         if arguments[5].step == 2:  # type: ignore[attr-defined]
@@ -94,7 +95,7 @@ def test_a_signal_stops_after_the_step_and_saves(
         return original(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_outer_step", signalled)
+        patch.setattr(training, "outer_step", signalled)
         with pytest.raises(TrainingInterrupted, match=r"after step [34] of 6.*goes on"):
             run(tiny_model, corpus, tmp_path / "parts")
     assert signal.getsignal(number) == handler

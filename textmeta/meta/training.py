@@ -1,9 +1,8 @@
 """The outer loop: sample episodes, take the meta-gradient, reduce it over processes, step, validate, checkpoint."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from textmeta.data.episodes import Episode, EpisodeSampler
-from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted
+from textmeta.errors import SettingsError, TrainingInterrupted
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.algorithms import ALGORITHMS, Algorithm
 from textmeta.meta.checkpoint import TrainingState, restore_state, save_state
@@ -21,75 +20,18 @@ from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.fingerprint import run_fingerprint
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.interruption import stop_requests
-from textmeta.meta.meta_gradient import MetaGradientSettings
+from textmeta.meta.outer_step import outer_step
 from textmeta.meta.record import Record
-from textmeta.meta.self_supervision import SelfSupervisionSettings, by_condition, self_supervised_gradient
+from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import LORA, Parameters, is_scalar
 from textmeta.model.pretrained import tensors_digest
 
-__all__ = ["TrainingResult", "TrainingSettings", "train"]
+__all__ = ["TrainingResult", "train"]
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
-SELF_SUPERVISED = 10**9  # number of the first episode that only the task encoder sees
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """The outer loop.
-
-    Args:
-        algorithm: name in :data:`~textmeta.meta.algorithms.ALGORITHMS`.
-        steps: outer steps.
-        tasks_per_step: episodes of an outer step, over all processes.
-        learning_rate: of all that is no logarithm; for Reptile its ε. By default the algorithm's own.
-        scalar_learning_rate: of the logarithms of temperature and step sizes (not for Reptile, which learns neither).
-        warmup: steps over which the learning rate rises from 0, before a cosine takes it back to 0. Reptile's ε is
-            constant.
-        max_gradient_norm: longer gradients are shortened to this norm; null leaves them (as Reptile always does).
-        validate_every: steps between validations; the parameters with the best validation accuracy are the result.
-        validation_episodes: episodes of a validation, the same each time.
-        checkpoint_every: steps between checkpoints.
-        meta_gradient: second order, multi-step loss, memory.
-        self_supervision: what else teaches the task encoder, where the inner loop has one.
-        unconditioned: share of the episodes that start from what no task embedding has a say in, so that this start
-            stays good.
-        seed: of the start and of all episodes.
-    """
-
-    algorithm: str = "fomaml"
-    steps: int = 300
-    tasks_per_step: int = 4
-    learning_rate: float | None = None
-    scalar_learning_rate: float = 0.01
-    warmup: int = 20
-    max_gradient_norm: float | None = 1.0
-    validate_every: int = 50
-    validation_episodes: int = 100
-    checkpoint_every: int = 10
-    meta_gradient: MetaGradientSettings = field(default_factory=MetaGradientSettings)
-    self_supervision: SelfSupervisionSettings = field(default_factory=SelfSupervisionSettings)
-    unconditioned: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.algorithm not in ALGORITHMS:
-            raise SettingsError(f"algorithm must be one of {sorted(ALGORITHMS)}, given {self.algorithm!r}")
-        for name in ("steps", "tasks_per_step", "validate_every", "validation_episodes", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"training {name} must be at least 1, given {getattr(self, name)}")
-        for name in ("learning_rate", "scalar_learning_rate", "max_gradient_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SettingsError(f"training {name} must be positive, given {value}")
-        if not 0 <= self.unconditioned <= 1:
-            raise SettingsError(f"training unconditioned must be a share from 0 to 1, given {self.unconditioned}")
-        for name in ("warmup", "seed"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"training {name} must not be negative, given {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +111,7 @@ def train(
         ) as progress,
     ):
         while state.step < settings.steps:
-            row, stop = _outer_step(
+            row, stop = outer_step(
                 encoder, train_episodes, settings, inner, algorithm, state, accelerator, stop_requested()
             )
             validated = state.step % settings.validate_every == 0 or state.step == settings.steps
@@ -204,65 +146,6 @@ def train(
     return TrainingResult(state.best, inner, summary)
 
 
-def _outer_step(
-    encoder: Encoder,
-    sampler: EpisodeSampler,
-    settings: TrainingSettings,
-    inner: InnerLoopSettings,
-    algorithm: Algorithm,
-    state: TrainingState,
-    accelerator: Accelerator,
-    stop_requested: bool,
-) -> tuple[dict[str, float], bool]:
-    """Take one step, in place; return its row of the record and whether any process was asked to stop."""
-    first = state.step * settings.tasks_per_step
-    mine = range(first + accelerator.process_index, first + settings.tasks_per_step, accelerator.num_processes)
-    sums = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
-    totals = torch.zeros(4, device=encoder.device)  # loss, accuracy, tasks, processes asked to stop
-    plan = settings.meta_gradient.at(state.step)
-    for loop, indices in by_condition(inner, settings.unconditioned, settings.seed, mine):
-        result = algorithm.gradient(encoder, state.parameters, [sampler[index] for index in indices], loop, plan)
-        sums = {name: value + result.gradient[name] for name, value in sums.items()}
-        totals[:3] += torch.stack([result.loss.sum(), result.accuracy.sum(), totals.new_tensor(len(indices))])
-    if inner.conditioning is not None and settings.self_supervision.episodes and accelerator.is_main_process:
-        others = SELF_SUPERVISED + state.step * settings.self_supervision.episodes
-        further = sampler.take(settings.self_supervision.episodes, others)
-        found = self_supervised_gradient(encoder, state.parameters, further, inner, settings.self_supervision)
-        for name, part in found.items():  # times the tasks, by which the sum is divided
-            sums[name] = sums[name] + settings.tasks_per_step * part
-    totals[3] = float(stop_requested)
-
-    # one reduction for everything; the mean is over tasks, so that uneven shares weigh right
-    flat: Tensor = torch.cat([*(part.flatten() for part in sums.values()), totals])
-    flat = accelerator.reduce(flat, "sum")
-    totals = flat[-4:]
-    mean = flat[:-4] / totals[2]
-    norm = mean.norm()
-    if not (norm.isfinite() and totals[0].isfinite()):
-        raise DivergedError(
-            f"step {state.step + 1}: loss {float(totals[0] / totals[2])}, gradient norm {float(norm)}; try "
-            "a smaller learning rate or smaller inner step sizes (the last checkpoint is from before)"
-        )
-    if algorithm.optimiser == "adam" and settings.max_gradient_norm is not None:
-        mean = mean * (settings.max_gradient_norm / norm.clamp(min=settings.max_gradient_norm))
-    pieces = torch.split(mean, [value.numel() for value in state.parameters.values()])
-    for value, piece in zip(state.parameters.values(), pieces, strict=True):
-        value.grad = piece.view_as(value)
-    scale = _schedule(state.step, settings) if algorithm.optimiser == "adam" else 1.0
-    for group in state.optimiser.param_groups:
-        group["lr"] = group["base"] * scale
-    state.optimiser.step()
-    state.step += 1
-    row = {
-        "step": state.step,
-        "loss": float(totals[0] / totals[2]),
-        "accuracy": float(totals[1] / totals[2]),
-        "gradient_norm": float(norm),
-        "learning_rate": state.optimiser.param_groups[0]["lr"],
-    }
-    return row, bool(totals[3] > 0)
-
-
 def _validate(
     encoder: Encoder,
     state: TrainingState,
@@ -280,12 +163,6 @@ def _validate(
         state.best_accuracy, state.best_step = accuracy, state.step
         state.best = {name: value.detach().clone() for name, value in state.parameters.items()}
     return accuracy
-
-
-def _schedule(step: int, settings: TrainingSettings) -> float:
-    if step < settings.warmup:
-        return (step + 1) / settings.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
 
 
 def _start(
