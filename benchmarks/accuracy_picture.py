@@ -8,7 +8,7 @@ from accuracy_scores import Series
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["draw_curves"]
+__all__ = ["curve_points", "draw_curves"]
 
 Rows = Mapping[tuple[str, int], Mapping[str, Mapping[str | None, Series]]]
 
@@ -28,11 +28,12 @@ def draw_curves(rows: Rows, titles: Mapping[str, str], path: Path) -> None:
     methods = [name for name in titles if any(name in cell for cell in rows.values())]
     for number, corpus in enumerate(corpora):
         axes = figure.add_subplot(1, len(corpora), number + 1)
+        points = curve_points(rows, corpus)
         for colour, method in enumerate(methods):
-            shots = sorted(n for name, n in rows if name == corpus and method in rows[name, n])
+            shots = sorted(n for n, name in points if name == method)
             if not shots:
                 continue
-            values = [100 * Series.joined(rows[corpus, n][method].values()).accuracy for n in shots]
+            values = [points[n, method] for n in shots]
             means = np.array([part.mean() for part in values])
             halves = [1.96 * part.std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else 0.0 for part in values]
             style = "--" if method.endswith("-names") else "-"
@@ -53,3 +54,18 @@ def draw_curves(rows: Rows, titles: Mapping[str, str], path: Path) -> None:
         list(handles.values()), list(handles), loc="outside lower center", ncols=2 if few else 4, fontsize="small"
     )
     figure.savefig(path, dpi=120)
+
+
+def curve_points(rows: Rows, corpus: str) -> dict[tuple[int, str], np.ndarray]:
+    """Return the accuracies in per cent of a corpus's episodes by shots and method.
+
+    Where a method has fewer than half of the corpus's episodes, it has no point: an interval of two says nothing.
+    """
+    found = {
+        (shots, method): 100 * Series.joined(folds.values()).accuracy
+        for (name, shots), methods in rows.items()
+        if name == corpus
+        for method, folds in methods.items()
+    }
+    most = max(map(len, found.values()))
+    return {key: values for key, values in found.items() if 2 * len(values) >= most}

@@ -159,6 +159,20 @@ def test_unseen_corpora(settings: Any, capsys: pytest.CaptureFixture[str], monke
         assert (settings.results.parent / "accuracy_curve.png").stat().st_size > 10_000
 
 
+def test_a_curve_has_no_point_of_a_few_episodes() -> None:
+    scores, picture = module("accuracy_scores"), module("accuracy_picture")
+
+    def of(count: int) -> dict:
+        return {None: scores.Series(np.full(count, 0.5), np.zeros(count), np.zeros(count), np.zeros((3, 15)))}
+
+    rows = {("new", 1): {"frozen": of(10), "setfit": of(5)}, ("new", 10): {"frozen": of(10), "setfit": of(4)}}
+    points = picture.curve_points({**rows, ("other", 1): {"frozen": of(2)}}, "new")
+    assert {key: len(values) for key, values in points.items()} == {
+        (1, "frozen"): 10, (1, "setfit"): 5, (10, "frozen"): 10,
+    }  # fmt: skip
+    assert (points[1, "setfit"] == 50).all()
+
+
 def test_the_key_holds_what_the_result_depends_on(settings: Any) -> None:
     accuracy = module("accuracy")
 
