@@ -827,12 +827,12 @@ def json_texts() -> Iterator[Case]:
         for content in (b"[]", b"3", b'"x"', b"null", b"true"):
             yield Case(f"{name} {content!r}", put(name, content), rf"{name}: expected a JSON object")
         yield Case(f"{name} {{}}", put(name, b"{}"), rf"{name}|{HEAD}")
-    for version in (0, -1, 1.5, True, "2", None, [2], {}, 6, 10**30, 5.0):
+    for version in (0, -1, 1.5, True, "2", None, [2], {}, 7, 10**30, 6.0):
         yield Case(
-            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 5"
+            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 6"
         )
     yield Case(
-        "version 1e999", replaced_text(META, '"format_version": 5', '"format_version": 1e999'), f"{META} is no JSON"
+        "version 1e999", replaced_text(META, '"format_version": 6', '"format_version": 1e999'), f"{META} is no JSON"
     )
     older = meta("", format_version=1, encoder=[["model", "encoder"]])
     yield Case("version 1 of another kind", older, rf"{META} is not what format version 1 is")
@@ -841,13 +841,13 @@ def json_texts() -> Iterator[Case]:
     nameless = tensors(SCALARS, lambda found: found.pop("log_name_weight"))
     came_later = ("log_name_weight", "temperature_slopes", "strength_prior", "evidence_slopes")
     without_those = tensors(SCALARS, lambda found: [found.pop(name) for name in came_later])
-    older = without_setting("inner", "strengths")
+    older = all_of(without_setting("inner", "strengths"), without_setting("inner", "loss"))
     none = all_of(meta("", format_version=2), without_setting("inner", "conditioning"), older, without_those)
     yield Case("version 2 with a task encoder's weights", none, rf"{SCALARS}: expected tensors")
     later = all_of(meta("", format_version=3), older)
     yield Case("version 3 with what came later", later, rf"{SCALARS} is not what format version 3")
     yield Case("version 3 with later settings", meta("", format_version=3), rf"{META} is not what format version 3 is")
-    yield Case("version 5 without what it has", nameless, rf"{SCALARS}: expected tensors")
+    yield Case("version 6 without what it has", nameless, rf"{SCALARS}: expected tensors")
 
 
 def settings() -> Iterator[Case]:
@@ -856,6 +856,7 @@ def settings() -> Iterator[Case]:
             "steps": [True, 2.5, "3", -1, None, [2]],
             "adapt": ["lora_A", [], ["nothing"], [["lora_A"]], None, {"lora_A": 1}, ["lora_.*"]],
             "head": ["evil", 3, None, ["prototype"]],
+            "loss": ["evil", 3, None, ["head"], "neighbours"],
             "lora_step_size": [0, -1, "x", True],
             "step_sizes": ["all", 1],
             "normalise": [1, "true", None],

@@ -29,8 +29,19 @@ NEW_IN_4 = {
 NEW_IN_5 = {"evidence_slopes": torch.zeros(2)}
 
 
+def as_version_5(folder: Path) -> None:
+    """Rewrite a folder as textmeta wrote it in format 5: the inner steps lower the loss of the head."""
+
+    def change(meta: dict[str, Any]) -> None:
+        meta["format_version"] = 5
+        del meta["inner"]["loss"]
+
+    rewrite_json(folder, "textmeta.json", change)
+
+
 def as_version_4(folder: Path) -> None:
     """Rewrite a folder as textmeta wrote it in format 4: the same temperature, whatever the support set says."""
+    as_version_5(folder)
     rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=4))
     rewrite_tensors(folder, "textmeta.safetensors", lambda tensors: [tensors.pop(name) for name in NEW_IN_5])
 
@@ -163,8 +174,21 @@ def test_older_version_with_a_tensor_that_came_later_is_refused(version: int, na
         migrate_tensors({name: NEW_IN_4[name]}, version, Path("textmeta.safetensors"))
 
 
+def test_version_5_loads(encoder: Encoder, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {"episodes": 7})
+    as_version_5(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    assert (adapter.inner, adapter.inner.loss) == (INNER, "head")
+
+
+def test_version_5_with_a_loss_is_refused() -> None:
+    meta = {"format_version": 5, "inner": {"loss": "head"}}
+    with pytest.raises(AdapterError, match=r"is not what format version 5 is: inner.loss came with version 6"):
+        migrate(meta, PATH)
+
+
 @pytest.mark.parametrize("name", [*NEW_IN_4, *NEW_IN_5])
-def test_version_5_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path, name: str) -> None:
+def test_version_6_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path, name: str) -> None:
     save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {})
     rewrite_tensors(tmp_path / "adapter", "textmeta.safetensors", lambda tensors: tensors.pop(name))
     with pytest.raises(AdapterError, match=rf"textmeta\.safetensors: expected tensors .*{name}"):

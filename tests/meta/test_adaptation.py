@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from textmeta.meta.adaptation import adapt, query_logits, start_parameters, task
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import query_batch, support_and_query_batch, support_batch, task_batch
 from textmeta.model.encoder import Encoder
-from textmeta.model.heads import class_weights, name_weights
+from textmeta.model.heads import HEADS, class_weights, name_weights
 from textmeta.model.initialisation import (
     LOG_NAME_WEIGHT,
     LOG_STEP_SIZE,
@@ -24,6 +25,7 @@ from textmeta.model.initialisation import (
 )
 
 INNER = InnerLoopSettings(steps=2, lora_step_size=0.05, offset_step_size=0.02, lora_epsilon=1e-4, offset_epsilon=1e-3)
+NEIGHBOURS = replace(INNER, adapt=("lora_B",), loss="neighbours")
 
 
 def moved_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
@@ -102,7 +104,8 @@ def test_steps_are_the_formula(names: bool, encoder: Encoder, sampler: EpisodeSa
         assert (value - start).abs().max() > 1e-3  # the steps went somewhere
 
 
-def test_tasks_together_are_the_tasks_alone(encoder: Encoder, corpus: object) -> None:
+@pytest.mark.parametrize("inner", [INNER, NEIGHBOURS], ids=["head", "neighbours"])
+def test_tasks_together_are_the_tasks_alone(inner: InnerLoopSettings, encoder: Encoder, corpus: object) -> None:
     """Different ways, shots and lengths in one batch: padding must not leak into any task."""
     settings = EpisodeSettings(ways=(2, 6), shots=(1, 5), queries=3, unbalanced=True)
     episodes = EpisodeSampler(corpus, settings, seed=3).take(5)  # type: ignore[arg-type]
@@ -110,26 +113,73 @@ def test_tasks_together_are_the_tasks_alone(encoder: Encoder, corpus: object) ->
     zero = replace(settings, shots=(0, 2), label_names=1.0)
     episodes = [*episodes[:3], *map(named, episodes[3:]), *map(named, EpisodeSampler(corpus, zero, seed=3).take(2))]  # type: ignore[arg-type]
     parameters = moved_parameters(encoder)
-    together = adapted_tensors(encoder, parameters, episodes, INNER)
+    together = adapted_tensors(encoder, parameters, episodes, inner)
     for number, e in enumerate(episodes):
-        alone = adapted_tensors(encoder, parameters, [e], INNER)
+        alone = adapted_tensors(encoder, parameters, [e], inner)
         for name, value in alone.items():
             found = together[name][number, : e.ways] if name == OFFSET else together[name][number]
             torch.testing.assert_close(found, value[0].expand_as(found), rtol=1e-3, atol=1e-5)
 
 
-def test_examples_alone_in_their_class_leave_the_start_as_it_is(encoder: Encoder, corpus: object) -> None:
+def neighbours_by_hand(
+    encoder: Encoder, parameters: Parameters, e: Episode, inner: InnerLoopSettings
+) -> dict[str, Tensor]:
+    """The same steps on the loss of neighbours, pair by pair."""
+    names = e.label_names or ()
+    texts = encoder.prepare([*e.support_texts, *names])
+    labels = [*e.support_labels.tolist(), *range(len(names))]
+    kappa = float(parameters[LOG_NAME_WEIGHT].exp())
+    weights = [1.0] * len(e.support_texts) + [kappa] * len(names)
+    factors = lora_factors(parameters)
+    fast = {name: value for name, value in factors.items() if "lora_B" in name}
+    for step in range(inner.steps):
+        fast = {name: value.clone().requires_grad_() for name, value in fast.items()}
+        features, losses = encoder.features(texts, factors | fast), []
+        for i in range(len(e.support_texts)):
+            logits = []
+            for c in range(e.ways):
+                rows = [j for j, label in enumerate(labels) if label == c and j != i]
+                near = [weights[j] * torch.exp(10 * features[i] @ features[j]) for j in rows]
+                logits.append((torch.stack(near).sum() / sum(weights[j] for j in rows)).log())
+            losses.append(cross_entropy(torch.stack(logits), torch.tensor(labels[i])))
+        gradients = torch.autograd.grad(torch.stack(losses).mean(), list(fast.values()))
+        size = parameters[LOG_STEP_SIZE + "lora"][step].exp()
+        for (name, value), g in zip(list(fast.items()), gradients, strict=True):
+            fast[name] = (value - size * g / (g.square().mean().sqrt() + inner.lora_epsilon)).detach()
+    return fast
+
+
+@pytest.mark.parametrize("names", [False, True])
+@pytest.mark.parametrize("head", sorted(HEADS))
+def test_steps_on_neighbours_are_the_formula(
+    head: Any, names: bool, encoder: Encoder, sampler: EpisodeSampler
+) -> None:
+    """Whatever the head."""
+    inner = replace(NEIGHBOURS, head=head)
+    parameters, episode = moved_parameters(encoder, inner), named(sampler[0]) if names else sampler[0]
+    found = adapted_tensors(encoder, parameters, [episode], inner)
+    expected = neighbours_by_hand(encoder, parameters, episode, inner)
+    assert found.keys() == expected.keys() | {OFFSET}
+    assert not found[OFFSET].any()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name][0], value, rtol=1e-3, atol=1e-5)
+        assert (value - parameters[LORA + name]).abs().max() > 1e-3  # the steps went somewhere
+
+
+@pytest.mark.parametrize("loss", ["head", "neighbours"])
+def test_examples_alone_in_their_class_leave_the_start_as_it_is(loss: Any, encoder: Encoder, corpus: object) -> None:
+    inner = INNER if loss == "head" else NEIGHBOURS
     one_shot = EpisodeSampler(corpus, EpisodeSettings(4, 1, 2), seed=0).take(2)  # type: ignore[arg-type]
     many_shot = EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(1)  # type: ignore[arg-type]
     parameters = moved_parameters(encoder)
-    adapted = adapt(encoder, parameters, support_batch(encoder, one_shot), INNER)
+    adapted = adapt(encoder, parameters, support_batch(encoder, one_shot), inner)
     assert all(factor.ndim == 2 for factor in adapted.factors.values())  # not even a forward was needed
-    mixed = adapted_tensors(encoder, parameters, [*one_shot, *many_shot], INNER)
+    mixed = adapted_tensors(encoder, parameters, [*one_shot, *many_shot], inner)
     for name, value in mixed.items():
         start = torch.zeros_like(value[0]) if name == OFFSET else parameters[LORA + name]
         assert torch.equal(value[0], start)
         assert torch.equal(value[1], start)
-        assert not torch.equal(value[2], start)
+        assert torch.equal(value[2], start) == (name == OFFSET and loss == "neighbours")
 
 
 def test_a_solved_task_makes_a_small_step(encoder: Encoder, sampler: EpisodeSampler) -> None:

@@ -46,6 +46,7 @@ INNER_LOOPS: dict[str, InnerLoopSettings] = {
     "readout": replace(SMOOTH, head="readout"),
     "both factors": replace(SMOOTH, adapt=("lora_A", "lora_B", "offset")),
     "factors alone": replace(SMOOTH, adapt=("lora_B",)),
+    "neighbours": replace(SMOOTH, adapt=("lora_A", "lora_B"), loss="neighbours"),
     "sizes per layer": replace(SMOOTH, step_sizes="layer"),
     "three steps": replace(SMOOTH, steps=3),
 }

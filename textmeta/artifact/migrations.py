@@ -17,7 +17,7 @@ from textmeta.model.initialisation import EVIDENCE_SLOPES, LOG_NAME_WEIGHT, STRE
 
 __all__ = ["FORMAT_VERSION", "migrate", "migrate_tensors"]
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 def _from_1(meta: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +50,20 @@ def _from_4(meta: dict[str, Any]) -> dict[str, Any]:
     return meta
 
 
-MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
+def _from_5(meta: dict[str, Any]) -> dict[str, Any]:
+    """Version 6 may take inner steps on the loss of neighbours; before, it was the head's alone."""
+    if "loss" in meta["inner"]:
+        raise ValueError("inner.loss came with version 6")
+    return {**meta, "inner": {**meta["inner"], "loss": "head"}}
+
+
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _from_1,
+    2: _from_2,
+    3: _from_3,
+    4: _from_4,
+    5: _from_5,
+}
 
 # version → what every textmeta.safetensors has from then on, with the value that an older adapter gets
 NEW_TENSORS: Mapping[int, Mapping[str, Tensor]] = {

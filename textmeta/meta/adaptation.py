@@ -13,6 +13,7 @@ from tqdm import tqdm
 from textmeta.meta.adapted import (
     AdaptedParameters,
     left_out,
+    left_out_by_neighbours,
     left_out_logits,
     query_logits,
     support_log_likelihood,
@@ -213,7 +214,8 @@ def adaptation_path(
 ) -> Iterator[AdaptedParameters]:
     """Take the inner steps on the support losses of T tasks (:func:`~textmeta.meta.inner_loop.gradient_steps`).
 
-    The loss is the mean cross entropy of the examples' leave-one-out logits; names are scored in none. A task in which
+    The loss is the mean cross entropy of the examples' leave-one-out logits, by the head or by their neighbours
+    (:func:`~textmeta.model.neighbours.leave_one_out_neighbours`); names are scored in none. A task in which
     every example is alone in its class, without its name even, has no loss, and stays at the initialisation.
 
     Args:
@@ -266,8 +268,11 @@ def _path_from(
         if features is None:
             used = {name: tensors[name] for name in factors}
             features = support.pad(encoder.features(support.texts, used, support.row_task))
-        now = tensors.get(OFFSET, torch.zeros_like(offset))
-        logits, counts = left_out(start, features, support, now, tensors)
+        if inner.loss == "neighbours":
+            logits, counts = left_out_by_neighbours(features, support, tensors)
+        else:
+            now = tensors.get(OFFSET, torch.zeros_like(offset))
+            logits, counts = left_out(start, features, support, now, tensors)
         return cross_entropy_per_task(logits, support.labels, counts)
 
     path = gradient_steps(

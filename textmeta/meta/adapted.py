@@ -9,12 +9,14 @@ from torch import Tensor
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import Head, class_mask, cross_entropy_per_task
+from textmeta.model.neighbours import leave_one_out_neighbours
 
 __all__ = [
     "AdaptedParameters",
     "evidence",
     "informed",
     "left_out",
+    "left_out_by_neighbours",
     "left_out_logits",
     "query_logits",
     "support_features",
@@ -96,7 +98,21 @@ def left_out(
     """Return leave-one-out logits (T, n, C) of support rows, and (T, n) bool: the examples that have company."""
     weights, mask = support.row_weights(scalars), class_mask(support.ways)
     logits, counts = adapted.head.support_logits(features, support.labels, offset, scalars, mask, weights)
-    return logits, counts if support.is_name is None else counts & ~support.is_name
+    return logits, _of_examples(counts, support)
+
+
+def left_out_by_neighbours(
+    features: Tensor, support: TaskBatch, scalars: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the same, each row told by its neighbours among the others instead of by a head."""
+    weights, mask = support.row_weights(scalars), class_mask(support.ways)
+    logits, counts = leave_one_out_neighbours(features, support.labels, mask, weights)
+    return logits, _of_examples(counts, support)
+
+
+def _of_examples(counts: Tensor, support: TaskBatch) -> Tensor:
+    """Return which rows count (T, n) without those that are names."""
+    return counts if support.is_name is None else counts & ~support.is_name
 
 
 def support_features(encoder: Encoder, adapted: AdaptedParameters, support: TaskBatch) -> Tensor:

@@ -20,11 +20,11 @@ from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import OFFSET, StepSizesPer
 
-__all__ = ["HeadName", "InnerLoopSettings", "gradient_steps", "without_conditioning"]
+__all__ = ["HeadName", "InnerLoopSettings", "LossName", "gradient_steps", "without_conditioning"]
 
 Part = Literal["lora_A", "lora_B", "offset"]
 HeadName = Literal["prototype", "ridge", "readout"]
-
+LossName = Literal["head", "neighbours"]
 
 MAX_STEPS = 1000  # each has step sizes of its own
 MAX_STRENGTHS, MAX_STRENGTH = 16, 10.0  # each costs a forward of the support set
@@ -40,6 +40,8 @@ class InnerLoopSettings:
             all three, and ProtoNet takes no steps, whatever is set here.
         head: prototype (cosine to the class means), ridge (ridge regression on the labels, R2-D2), or readout (both:
             prototypes that do not depend on the number of examples, plus a ridge regression).
+        loss: what the steps lower: the mean cross entropy of each example by the head that the others make (head), or by
+            its neighbours among them (neighbours: neighbourhood components), which moves no offset.
         lora_step_size: step size of the LoRA factors before it is learned; a step moves an entry by about this much.
         offset_step_size: step size of the head's offset, likewise.
         step_sizes: what has learned step sizes of its own, one for each step: all LoRA factors together (part), those
@@ -58,6 +60,7 @@ class InnerLoopSettings:
     steps: int = 3
     adapt: tuple[Part, ...] = ("lora_B", "offset")
     head: HeadName = "prototype"
+    loss: LossName = "head"
     lora_step_size: float = 0.01
     offset_step_size: float = 0.003
     step_sizes: StepSizesPer = "part"
@@ -78,6 +81,10 @@ class InnerLoopSettings:
             raise SettingsError(f"inner adapt must name some of {known}, given {self.adapt}")
         if self.head not in HEADS:
             raise SettingsError(f"inner head must be one of {sorted(HEADS)}, given {self.head!r}")
+        if self.loss not in ("head", "neighbours"):
+            raise SettingsError(f"inner loss must be 'head' or 'neighbours', given {self.loss!r}")
+        if self.loss == "neighbours" and OFFSET in self.adapt:
+            raise SettingsError(f"inner loss must be 'head' where the offset is adapted, given {self.loss!r}")
         if self.step_sizes not in ("part", "layer", "tensor"):
             raise SettingsError(f"inner step_sizes must be 'part', 'layer' or 'tensor', given {self.step_sizes!r}")
         if not 1 <= len(self.strengths) <= MAX_STRENGTHS or not all(0 <= s <= MAX_STRENGTH for s in self.strengths):
