@@ -841,7 +841,7 @@ def json_texts() -> Iterator[Case]:
     nameless = tensors(SCALARS, lambda found: found.pop("log_name_weight"))
     came_later = ("log_name_weight", "temperature_slopes", "strength_prior", "evidence_slopes")
     without_those = tensors(SCALARS, lambda found: [found.pop(name) for name in came_later])
-    older = all_of(without_setting("inner", "strengths"), without_setting("inner", "loss"))
+    older = all_of(*(without_setting("inner", name) for name in ("strengths", "loss", "schedule")))
     none = all_of(meta("", format_version=2), without_setting("inner", "conditioning"), older, without_those)
     yield Case("version 2 with a task encoder's weights", none, rf"{SCALARS}: expected tensors")
     later = all_of(meta("", format_version=3), older)
@@ -857,6 +857,7 @@ def settings() -> Iterator[Case]:
             "adapt": ["lora_A", [], ["nothing"], [["lora_A"]], None, {"lora_A": 1}, ["lora_.*"]],
             "head": ["evil", 3, None, ["prototype"]],
             "loss": ["evil", 3, None, ["head"], "neighbours"],
+            "schedule": ["evil", 3, None, ["linear"]],
             "lora_step_size": [0, -1, "x", True],
             "step_sizes": ["all", 1],
             "normalise": [1, "true", None],

@@ -34,7 +34,7 @@ def as_version_5(folder: Path) -> None:
 
     def change(meta: dict[str, Any]) -> None:
         meta["format_version"] = 5
-        del meta["inner"]["loss"]
+        del meta["inner"]["loss"], meta["inner"]["schedule"]
 
     rewrite_json(folder, "textmeta.json", change)
 
@@ -178,12 +178,13 @@ def test_version_5_loads(encoder: Encoder, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {"episodes": 7})
     as_version_5(tmp_path / "adapter")
     adapter = load_adapter(tmp_path / "adapter")
-    assert (adapter.inner, adapter.inner.loss) == (INNER, "head")
+    assert (adapter.inner, adapter.inner.loss, adapter.inner.schedule) == (INNER, "head", "constant")
 
 
-def test_version_5_with_a_loss_is_refused() -> None:
-    meta = {"format_version": 5, "inner": {"loss": "head"}}
-    with pytest.raises(AdapterError, match=r"is not what format version 5 is: inner.loss came with version 6"):
+@pytest.mark.parametrize("name", ["loss", "schedule"])
+def test_version_5_with_a_setting_that_came_later_is_refused(name: str) -> None:
+    meta = {"format_version": 5, "inner": {name: "head"}}
+    with pytest.raises(AdapterError, match=rf"is not what format version 5 is: inner.{name} came with version 6"):
         migrate(meta, PATH)
 
 

@@ -151,9 +151,7 @@ def neighbours_by_hand(
 
 @pytest.mark.parametrize("names", [False, True])
 @pytest.mark.parametrize("head", sorted(HEADS))
-def test_steps_on_neighbours_are_the_formula(
-    head: Any, names: bool, encoder: Encoder, sampler: EpisodeSampler
-) -> None:
+def test_steps_on_neighbours_are_the_formula(head: Any, names: bool, encoder: Encoder, sampler: EpisodeSampler) -> None:
     """Whatever the head."""
     inner = replace(NEIGHBOURS, head=head)
     parameters, episode = moved_parameters(encoder, inner), named(sampler[0]) if names else sampler[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from textmeta.errors import SettingsError
+from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings, gradient_steps
 
 TASKS, EXAMPLES, WIDTH = 3, 8, 5
@@ -129,6 +130,16 @@ def test_a_normalised_step_has_the_size_asked_for() -> None:
     torch.testing.assert_close(moved.square().mean(1).sqrt(), torch.full((TASKS,), 0.01, dtype=torch.float64))
 
 
+def test_step_sizes_start_as_scheduled() -> None:
+    assert InnerLoopSettings(steps=4).scheduled(0.3) == (0.3,) * 4
+    falling = InnerLoopSettings(steps=4, schedule="linear", lora_step_size=0.4, offset_step_size=0.1)
+    assert falling.scheduled(1.0) == (1.0, 0.75, 0.5, 0.25)
+    assert replace(falling, steps=0).scheduled(1.0) == ()
+    found = start_parameters({"layer.0.lora_B.weight": (2, 3)}, falling, 8)
+    assert found["log_step_size.lora"].exp().tolist() == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert found["log_step_size.offset"].exp().tolist() == pytest.approx([0.1, 0.075, 0.05, 0.025])
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -138,6 +149,9 @@ def test_a_normalised_step_has_the_size_asked_for() -> None:
         {"lora_step_size": 0.0},
         {"offset_epsilon": -1.0},
         {"head": "svm"},
+        {"loss": "hinge", "adapt": ("lora_B",)},
+        {"loss": "neighbours"},  # the offset is adapted, by default
+        {"schedule": "cosine"},
         {"step_sizes": "entry"},
         {"max_gradient_norm": 0.0},
         {"lora_epsilon": float("inf")},

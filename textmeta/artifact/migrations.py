@@ -51,10 +51,11 @@ def _from_4(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_5(meta: dict[str, Any]) -> dict[str, Any]:
-    """Version 6 may take inner steps on the loss of neighbours; before, it was the head's alone."""
-    if "loss" in meta["inner"]:
-        raise ValueError("inner.loss came with version 6")
-    return {**meta, "inner": {**meta["inner"], "loss": "head"}}
+    """Version 6 may take inner steps on the loss of neighbours, of falling sizes; before, there was no choice."""
+    new = {"loss": "head", "schedule": "constant"}
+    for name in sorted(new.keys() & meta["inner"].keys()):
+        raise ValueError(f"inner.{name} came with version 6")
+    return {**meta, "inner": {**meta["inner"], **new}}
 
 
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -86,13 +86,11 @@ def start_parameters(
         seed: of LoRA's random A, and of the task encoder.
     """
     groups = step_size_groups(_adapted_factors(factor_shapes, inner), inner.step_sizes)
-    starts = dict.fromkeys(groups, inner.lora_step_size)
+    starts = dict.fromkeys(groups, inner.scheduled(inner.lora_step_size))
     if OFFSET in inner.adapt:
-        starts[OFFSET] = inner.offset_step_size
+        starts[OFFSET] = inner.scheduled(inner.offset_step_size)
     heads, strengths = HEADS[inner.head].starts, len(inner.strengths)
-    parameters = initial_parameters(
-        factor_shapes, starts, steps=inner.steps, head_starts=heads, strengths=strengths, seed=seed
-    )
+    parameters = initial_parameters(factor_shapes, starts, head_starts=heads, strengths=strengths, seed=seed)
     if inner.conditioning is not None:
         parameters |= conditioning_start(inner.conditioning, factor_shapes, hidden_size, seed)
     return parameters

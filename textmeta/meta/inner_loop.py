@@ -20,11 +20,12 @@ from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import OFFSET, StepSizesPer
 
-__all__ = ["HeadName", "InnerLoopSettings", "LossName", "gradient_steps", "without_conditioning"]
+__all__ = ["HeadName", "InnerLoopSettings", "LossName", "ScheduleName", "gradient_steps", "without_conditioning"]
 
 Part = Literal["lora_A", "lora_B", "offset"]
 HeadName = Literal["prototype", "ridge", "readout"]
 LossName = Literal["head", "neighbours"]
+ScheduleName = Literal["constant", "linear"]
 
 MAX_STEPS = 1000  # each has step sizes of its own
 MAX_STRENGTHS, MAX_STRENGTH = 16, 10.0  # each costs a forward of the support set
@@ -40,10 +41,12 @@ class InnerLoopSettings:
             all three, and ProtoNet takes no steps, whatever is set here.
         head: prototype (cosine to the class means), ridge (ridge regression on the labels, R2-D2), or readout (both:
             prototypes that do not depend on the number of examples, plus a ridge regression).
-        loss: what the steps lower: the mean cross entropy of each example by the head that the others make (head), or by
-            its neighbours among them (neighbours: neighbourhood components), which moves no offset.
+        loss: what the steps lower: the mean cross entropy of the examples, each told by the head that the others make
+            (head) or by its neighbours among them (neighbours: neighbourhood components), which moves no offset.
         lora_step_size: step size of the LoRA factors before it is learned; a step moves an entry by about this much.
         offset_step_size: step size of the head's offset, likewise.
+        schedule: how step sizes start: all the same (constant), or falling (linear), of N steps the last an Nth of the
+            first. Normalised steps of one size, however small what is left to learn, go to and fro on noisy tasks.
         step_sizes: what has learned step sizes of its own, one for each step: all LoRA factors together (part), those
             of each layer (layer, as MAML++ has them), or each one (tensor; Meta-SGD always). The offset has its own.
         normalise: divide each task's gradient of each tensor by its root mean square, so that one step size fits all
@@ -63,6 +66,7 @@ class InnerLoopSettings:
     loss: LossName = "head"
     lora_step_size: float = 0.01
     offset_step_size: float = 0.003
+    schedule: ScheduleName = "constant"
     step_sizes: StepSizesPer = "part"
     normalise: bool = True
     lora_epsilon: float = 1e-3
@@ -70,6 +74,11 @@ class InnerLoopSettings:
     max_gradient_norm: float | None = None
     strengths: tuple[float, ...] = (1.0,)
     conditioning: ConditioningSettings | None = None
+
+    def scheduled(self, first: float) -> tuple[float, ...]:
+        """Return the step size of each step before it is learned, from that of the first."""
+        falls = self.schedule == "linear"
+        return tuple(first * (1 - step / self.steps if falls else 1.0) for step in range(self.steps))
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -85,6 +94,8 @@ class InnerLoopSettings:
             raise SettingsError(f"inner loss must be 'head' or 'neighbours', given {self.loss!r}")
         if self.loss == "neighbours" and OFFSET in self.adapt:
             raise SettingsError(f"inner loss must be 'head' where the offset is adapted, given {self.loss!r}")
+        if self.schedule not in ("constant", "linear"):
+            raise SettingsError(f"inner schedule must be 'constant' or 'linear', given {self.schedule!r}")
         if self.step_sizes not in ("part", "layer", "tensor"):
             raise SettingsError(f"inner step_sizes must be 'part', 'layer' or 'tensor', given {self.step_sizes!r}")
         if not 1 <= len(self.strengths) <= MAX_STRENGTHS or not all(0 <= s <= MAX_STRENGTH for s in self.strengths):

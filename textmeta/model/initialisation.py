@@ -5,7 +5,7 @@ Flat, so that a meta-gradient, an optimiser's moments and a checkpoint are dicti
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -66,19 +66,17 @@ HEAD_SCALARS = {
 
 def initial_parameters(
     factor_shapes: Mapping[str, tuple[int, ...]],
-    step_size_starts: Mapping[str, float],
+    step_size_starts: Mapping[str, Sequence[float]],
     *,
-    steps: int,
     head_starts: Mapping[str, float] | None = None,
     strengths: int = 1,
     seed: int = 0,
 ) -> Parameters:
-    """Return the parameters before any learning: LoRA that changes nothing, equal step sizes.
+    """Return the parameters before any learning: LoRA that changes nothing.
 
     Args:
         factor_shapes: shape of each LoRA factor by name.
-        step_size_starts: start of the step sizes of each group (:func:`step_size_groups`).
-        steps: inner steps, each with step sizes of its own.
+        step_size_starts: start of the step sizes of each group (:func:`step_size_groups`), one for each inner step.
         head_starts: start of the scalars that not every head has.
         strengths: number of LoRA's strengths that a task may choose from.
         seed: of LoRA's random A.
@@ -91,8 +89,8 @@ def initial_parameters(
         EVIDENCE_SLOPES: torch.zeros(2),
         STRENGTH_PRIOR: torch.zeros(strengths),
         **{
-            LOG_STEP_SIZE + group: torch.full((steps,), math.log(start))
-            for group, start in sorted(step_size_starts.items())
+            LOG_STEP_SIZE + group: torch.tensor([math.log(start) for start in starts])
+            for group, starts in sorted(step_size_starts.items())
         },
     }
 
