@@ -140,7 +140,8 @@ def _introduction(
         f"its weights `{encoder['weights_sha256']}`; {encoder['pooling']} pooling, texts cut at "
         f"{encoder['max_length']} tokens.",
         f"* LoRA: rank {meta['lora']['rank']}, alpha {meta['lora']['alpha']}; {meta['inner']['steps']} inner steps on "
-        f"{' and '.join(meta['inner']['adapt'])}, {meta['inner']['head']} head.",
+        f"{' and '.join(meta['inner']['adapt'])} by the loss of the {meta['inner']['loss']}, "
+        f"{meta['inner']['head']} head.",
     ]
     if conditioning := meta["inner"].get("conditioning"):
         lines += [f"* Task encoder: {conditioning_of(conditioning)}."]

@@ -31,7 +31,10 @@ def describe(adapter: Adapter, where: Location) -> str:
         ("", f"sha256 of its weights {adapter.weights_sha256}"),
         ("", f"{encoder.pooling} pooling, texts cut at {encoder.max_length} tokens"),
         ("LoRA", f"rank {adapter.lora.rank}, alpha {adapter.lora.alpha}, {numbers:,} numbers"),
-        ("inner loop", f"{inner.steps} steps on {' and '.join(inner.adapt)}, {inner.head} head"),
+        (
+            "inner loop",
+            f"{inner.steps} steps on {' and '.join(inner.adapt)} by the loss of the {inner.loss}, {inner.head} head",
+        ),
         *((name.replace("_", " "), f"{float(value):.3g}") for name, value in head_scalars(adapter.parameters).items()),
         *_tasks(adapter),
         *_training(record),
