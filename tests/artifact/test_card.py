@@ -67,7 +67,7 @@ def meta(model: str = "lab/tiny", **changes: Any) -> dict[str, Any]:
             "pooling": "mean", "max_length": 64,
         },
         "lora": {"rank": 4, "alpha": 16},
-        "inner": {"steps": 2, "adapt": ["lora_B", "offset"], "head": "prototype"},
+        "inner": {"steps": 2, "adapt": ["lora_B", "offset"], "head": "prototype", "loss": "head"},
         "record": record(),
         **changes,
     }  # fmt: skip
