@@ -126,6 +126,7 @@ def test_training_is_told_with_corpora_classes_and_licences() -> None:
     assert "fomaml, 1200 episodes in 300 outer steps, of which step 250 is kept (validation accuracy 96.72 %)" in card
     assert "5 ways, 1 to 5 shots, 5 queries a class" in card
     assert f"`lab/tiny`, revision `{'abc' * 13}d`, sha256 of its weights `{'12' * 32}`" in card
+    assert "2 inner steps on lora_B and offset by the loss of the head, prototype head" in card
     assert "textmeta 0.1.0, torch 2.13.0" in card
 
 
