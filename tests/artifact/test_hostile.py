@@ -785,6 +785,8 @@ def wrong_tensors() -> Iterator[Case]:
         yield Case(f"probe of shape {shape}", change, r"probe|makes other features", ENCODER)
     huge = tensors(SCALARS, lambda found: found.update(log_temperature=torch.tensor(1e30)))
     yield Case("temperature that is infinite", huge, rf"{SCALARS}: log_temperature: .*no positive number")
+    huge = tensors(SCALARS, lambda found: found.update(log_adapted_factor=torch.tensor(1e30)))
+    yield Case("factor that is infinite", huge, rf"{SCALARS}: log_adapted_factor: .*no positive number")
     tiny = tensors(SCALARS, lambda found: found.update(log_name_weight=torch.tensor(-200.0)))
     yield Case("name weight that is 0", tiny, rf"{SCALARS}: log_name_weight: .*no positive number")
 
@@ -827,19 +829,19 @@ def json_texts() -> Iterator[Case]:
         for content in (b"[]", b"3", b'"x"', b"null", b"true"):
             yield Case(f"{name} {content!r}", put(name, content), rf"{name}: expected a JSON object")
         yield Case(f"{name} {{}}", put(name, b"{}"), rf"{name}|{HEAD}")
-    for version in (0, -1, 1.5, True, "2", None, [2], {}, 7, 10**30, 6.0):
+    for version in (0, -1, 1.5, True, "2", None, [2], {}, 8, 10**30, 7.0):
         yield Case(
-            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 6"
+            f"version {version!r:.20}", meta("", format_version=version), rf"{META} has format version .*reads 1 to 7"
         )
     yield Case(
-        "version 1e999", replaced_text(META, '"format_version": 6', '"format_version": 1e999'), f"{META} is no JSON"
+        "version 1e999", replaced_text(META, '"format_version": 7', '"format_version": 1e999'), f"{META} is no JSON"
     )
     older = meta("", format_version=1, encoder=[["model", "encoder"]])
     yield Case("version 1 of another kind", older, rf"{META} is not what format version 1 is")
     # what it learned came later: without it, it would be an adapter of another kind
     yield Case("version 2 with a task encoder", meta("", format_version=2), rf"{META} is not what format version 2 is")
     nameless = tensors(SCALARS, lambda found: found.pop("log_name_weight"))
-    came_later = ("log_name_weight", "temperature_slopes", "strength_prior", "evidence_slopes")
+    came_later = ("log_name_weight", "temperature_slopes", "strength_prior", "evidence_slopes", "log_adapted_factor")
     without_those = tensors(SCALARS, lambda found: [found.pop(name) for name in came_later])
     older = all_of(*(without_setting("inner", name) for name in ("strengths", "loss", "schedule")))
     none = all_of(meta("", format_version=2), without_setting("inner", "conditioning"), older, without_those)
@@ -847,7 +849,7 @@ def json_texts() -> Iterator[Case]:
     later = all_of(meta("", format_version=3), older)
     yield Case("version 3 with what came later", later, rf"{SCALARS} is not what format version 3")
     yield Case("version 3 with later settings", meta("", format_version=3), rf"{META} is not what format version 3 is")
-    yield Case("version 6 without what it has", nameless, rf"{SCALARS}: expected tensors")
+    yield Case("version 7 without what it has", nameless, rf"{SCALARS}: expected tensors")
 
 
 def settings() -> Iterator[Case]:
@@ -1032,10 +1034,15 @@ def task_encoders() -> Iterator[Case]:
 
 def calibrations() -> Iterator[Case]:
     """Numbers that calibration sets, and the rule for what is out of scope: of the adapter, and of a fitted task."""
-    for name in ("temperature_slopes", "evidence_slopes", "strength_prior"):
+    for name, size in (
+        ("temperature_slopes", (2,)),
+        ("evidence_slopes", (2,)),
+        ("log_adapted_factor", ()),
+        ("strength_prior", (1,)),
+    ):
         yield Case(f"{name} gone", tensors(SCALARS, popped(name)), rf"{SCALARS}: expected tensors")
         yield Case(f"{name} of 3", tensors(SCALARS, having(name, torch.zeros(3))), rf"{SCALARS}: expected tensors")
-        nan = having(name, torch.full((1 if name == "strength_prior" else 2,), float("nan")))
+        nan = having(name, torch.full(size, float("nan")))
         yield Case(f"{name} of nan", tensors(SCALARS, nan), rf"{SCALARS}: tensor '{name}' has values that are not")
     rule = tensors(SCALARS, having("scope", torch.zeros(8)))
     yield Case("rule of 7", tensors(SCALARS, having("scope", torch.zeros(7))), rf"{SCALARS}: expected tensors")

@@ -27,10 +27,18 @@ NEW_IN_4 = {
     "strength_prior": torch.zeros(1),
 }
 NEW_IN_5 = {"evidence_slopes": torch.zeros(2)}
+NEW_IN_7 = {"log_adapted_factor": torch.tensor(0.0)}
+
+
+def as_version_6(folder: Path) -> None:
+    """Rewrite a folder as textmeta wrote it in format 6: the same temperature before and after the inner steps."""
+    rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=6))
+    rewrite_tensors(folder, "textmeta.safetensors", lambda tensors: [tensors.pop(name) for name in NEW_IN_7])
 
 
 def as_version_5(folder: Path) -> None:
     """Rewrite a folder as textmeta wrote it in format 5: the inner steps lower the loss of the head."""
+    as_version_6(folder)
 
     def change(meta: dict[str, Any]) -> None:
         meta["format_version"] = 5
@@ -92,7 +100,7 @@ def as_version_2(folder: Path) -> None:
 
 def old_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
     """What an adapter of format 1 to 3 is loaded as: names weigh as much as examples, one temperature for all tasks."""
-    return {**random_parameters(encoder, inner=inner), **NEW_IN_4, **NEW_IN_5}
+    return {**random_parameters(encoder, inner=inner), **NEW_IN_4, **NEW_IN_5, **NEW_IN_7}
 
 
 def test_version_1_loads(encoder: Encoder, tmp_path: Path) -> None:
@@ -152,7 +160,7 @@ def test_version_3_loads(inner: InnerLoopSettings, encoder: Encoder, tmp_path: P
 
 
 def test_version_4_loads(encoder: Encoder, tmp_path: Path) -> None:
-    parameters = random_parameters(encoder, inner=INNER) | NEW_IN_5
+    parameters = random_parameters(encoder, inner=INNER) | NEW_IN_5 | NEW_IN_7
     parameters["temperature_slopes"] = torch.tensor([0.3, -0.1])
     save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
     as_version_4(tmp_path / "adapter")
@@ -188,8 +196,22 @@ def test_version_5_with_a_setting_that_came_later_is_refused(name: str) -> None:
         migrate(meta, PATH)
 
 
-@pytest.mark.parametrize("name", [*NEW_IN_4, *NEW_IN_5])
-def test_version_6_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path, name: str) -> None:
+def test_version_6_loads(encoder: Encoder, tmp_path: Path) -> None:
+    parameters = random_parameters(encoder) | NEW_IN_7
+    save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
+    as_version_6(tmp_path / "adapter")
+    adapter = load_adapter(tmp_path / "adapter")
+    assert adapter.parameters.keys() == parameters.keys()
+    assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
+
+
+def test_version_6_with_a_tensor_that_came_later_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"is not what format version 6 is: log_adapted_factor came with version 7"):
+        migrate_tensors(NEW_IN_7, 6, Path("textmeta.safetensors"))
+
+
+@pytest.mark.parametrize("name", [*NEW_IN_4, *NEW_IN_5, *NEW_IN_7])
+def test_version_7_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path, name: str) -> None:
     save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {})
     rewrite_tensors(tmp_path / "adapter", "textmeta.safetensors", lambda tensors: tensors.pop(name))
     with pytest.raises(AdapterError, match=rf"textmeta\.safetensors: expected tensors .*{name}"):

@@ -8,13 +8,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tests.conftest import WORDS
+from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
-from textmeta.meta.adaptation import adapt, query_logits, start_parameters, task_weights
+from textmeta.meta.adaptation import adapt, adaptation_path, query_logits, start_parameters, task_weights
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import query_batch, support_and_query_batch, support_batch, task_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, class_weights, name_weights
 from textmeta.model.initialisation import (
+    LOG_ADAPTED_FACTOR,
     LOG_NAME_WEIGHT,
     LOG_STEP_SIZE,
     LORA,
@@ -291,3 +293,20 @@ def test_names_alone_leave_the_start_as_it_is(encoder: Encoder, corpus: object) 
     assert e.label_names is not None
     names = encoder.features(encoder.prepare(e.label_names), lora_factors(parameters))
     torch.testing.assert_close(task_weights(encoder, adapted, support)[0], names)
+
+
+def test_the_temperature_is_another_once_a_task_has_taken_steps(encoder: Encoder, corpus: Corpus) -> None:
+    """Beside one that takes none, which keeps its own; and the steps themselves are those at the temperature before."""
+    inner = replace(INNER, steps=2)
+    parameters, factor = moved_parameters(encoder, inner), torch.tensor(0.4)
+    episodes = [EpisodeSampler(corpus, EpisodeSettings(3, shots, 2), seed=0)[0] for shots in (1, 3)]
+    support = support_batch(encoder, episodes)
+    usual = list(adaptation_path(encoder, parameters, support, inner))
+    found = list(adaptation_path(encoder, {**parameters, LOG_ADAPTED_FACTOR: factor}, support, inner))
+    for number, (one, other) in enumerate(zip(usual, found, strict=True)):
+        expected = torch.stack([torch.tensor(0.0), factor * bool(number)]).exp() * one.scalars["temperature"]
+        torch.testing.assert_close(other.scalars["temperature"], expected)
+        assert all(torch.equal(other.factors[name], value) for name, value in one.factors.items())
+        assert torch.equal(other.offset, one.offset)
+    alone = adapt(encoder, {**parameters, LOG_ADAPTED_FACTOR: factor}, support, replace(inner, steps=0))
+    assert torch.equal(alone.scalars["temperature"], usual[0].scalars["temperature"])

@@ -33,7 +33,14 @@ from textmeta.meta.meta_gradient import MetaGradientPlan
 from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import cross_entropy_per_task
-from textmeta.model.initialisation import EVIDENCE_SLOPES, LOG_STEP_SIZE, STRENGTH_PRIOR, TEMPERATURE_SLOPES, Parameters
+from textmeta.model.initialisation import (
+    EVIDENCE_SLOPES,
+    LOG_ADAPTED_FACTOR,
+    LOG_STEP_SIZE,
+    STRENGTH_PRIOR,
+    TEMPERATURE_SLOPES,
+    Parameters,
+)
 
 EXACT = ("protonet", "anil", "maml", "meta_sgd")
 # a larger ε than elsewhere, so that the losses are smooth on the scale of a finite difference
@@ -65,7 +72,8 @@ def tasks(corpus: Corpus) -> list[Episode]:
     return [alone, named(other)]
 
 
-CALIBRATED = (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, STRENGTH_PRIOR)  # set by calibration, by no gradient
+# set by calibration, by no gradient
+CALIBRATED = (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, LOG_ADAPTED_FACTOR, STRENGTH_PRIOR)
 
 
 def objective(

@@ -30,7 +30,14 @@ from textmeta.errors import EncoderError
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.meta_gradient import MetaGradientPlan
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import EVIDENCE_SLOPES, LORA, STRENGTH_PRIOR, TEMPERATURE_SLOPES, lora_factors
+from textmeta.model.initialisation import (
+    EVIDENCE_SLOPES,
+    LOG_ADAPTED_FACTOR,
+    LORA,
+    STRENGTH_PRIOR,
+    TEMPERATURE_SLOPES,
+    lora_factors,
+)
 from textmeta.model.lora import LoraSettings
 
 SIZES = {
@@ -164,6 +171,7 @@ def test_another_family_runs_unsplit_with_a_warning(
     assert {name for name, value in found.items() if not value.any()} == {
         TEMPERATURE_SLOPES,
         EVIDENCE_SLOPES,
+        LOG_ADAPTED_FACTOR,
         STRENGTH_PRIOR,
     }, "calibrated"
 

@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 
 from textmeta.errors import AdapterError
-from textmeta.model.initialisation import EVIDENCE_SLOPES, LOG_NAME_WEIGHT, STRENGTH_PRIOR, TEMPERATURE_SLOPES
+from textmeta.model.initialisation import (
+    EVIDENCE_SLOPES,
+    LOG_ADAPTED_FACTOR,
+    LOG_NAME_WEIGHT,
+    STRENGTH_PRIOR,
+    TEMPERATURE_SLOPES,
+)
 
 __all__ = ["FORMAT_VERSION", "migrate", "migrate_tensors"]
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 
 def _from_1(meta: dict[str, Any]) -> dict[str, Any]:
@@ -45,8 +51,8 @@ def _from_3(meta: dict[str, Any]) -> dict[str, Any]:
     return {**meta, "inner": {**meta["inner"], "strengths": [1.0]}}
 
 
-def _from_4(meta: dict[str, Any]) -> dict[str, Any]:
-    """Version 5 has another tensor (:data:`NEW_TENSORS`)."""
+def _as_it_is(meta: dict[str, Any]) -> dict[str, Any]:
+    """Versions 5 and 7 have another tensor each (:data:`NEW_TENSORS`)."""
     return meta
 
 
@@ -62,8 +68,9 @@ MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _from_1,
     2: _from_2,
     3: _from_3,
-    4: _from_4,
+    4: _as_it_is,
     5: _from_5,
+    6: _as_it_is,
 }
 
 # version → what every textmeta.safetensors has from then on, with the value that an older adapter gets
@@ -71,6 +78,7 @@ NEW_TENSORS: Mapping[int, Mapping[str, Tensor]] = {
     # a name weighs as much as an example; one temperature for all tasks
     4: {LOG_NAME_WEIGHT: torch.tensor(0.0), TEMPERATURE_SLOPES: torch.zeros(2), STRENGTH_PRIOR: torch.zeros(1)},
     5: {EVIDENCE_SLOPES: torch.zeros(2)},  # whatever the support set says, the same temperature
+    7: {LOG_ADAPTED_FACTOR: torch.tensor(0.0)},  # the same before and after the inner steps
 }
 
 

@@ -27,6 +27,7 @@ from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS, cross_entropy_per_task, membership
 from textmeta.model.initialisation import (
     EVIDENCE_SLOPES,
+    LOG_ADAPTED_FACTOR,
     OFFSET,
     TEMPERATURE_SLOPES,
     Parameters,
@@ -214,7 +215,8 @@ def adaptation_path(
 
     The loss is the mean cross entropy of the examples' leave-one-out logits, by the head or by their neighbours
     (:func:`~textmeta.model.neighbours.leave_one_out_neighbours`); names are scored in none. A task in which
-    every example is alone in its class, without its name even, has no loss, and stays at the initialisation.
+    every example is alone in its class, without its name even, has no loss, and stays at the initialisation. The
+    temperature of the others grows by a factor that calibration alone sets: steps make features surer of themselves.
 
     Args:
         encoder: makes features.
@@ -247,7 +249,8 @@ def _path_from(
     checkpointed: bool = True,
 ) -> Iterator[AdaptedParameters]:
     factors, offset, scalars = start.factors, start.offset, start.scalars
-    if not inner.steps or not _can_learn(support):
+    learned = _can_learn(support)
+    if not inner.steps or not learned.any():
         yield start
         return
     tasks = len(support.ways)
@@ -284,9 +287,12 @@ def _path_from(
         second_order_steps=second_order_steps,
         checkpointed=checkpointed,
     )
-    for tensors in path:
+    factor = torch.where(learned, parameters[LOG_ADAPTED_FACTOR].detach().exp(), 1.0)
+    after = {**scalars, "temperature": factor * scalars["temperature"]}
+    for number, tensors in enumerate(path):
         moved = {name: value for name, value in tensors.items() if name != OFFSET}
-        yield replace(start, factors=factors | moved, offset=tensors.get(OFFSET, offset))
+        now = replace(start, scalars=after if number else scalars)
+        yield replace(now, factors=factors | moved, offset=tensors.get(OFFSET, offset))
 
 
 def _adapted_factors(factors: Iterable[str], inner: InnerLoopSettings) -> list[str]:
@@ -294,7 +300,7 @@ def _adapted_factors(factors: Iterable[str], inner: InnerLoopSettings) -> list[s
     return [name for name in factors if any(f".{part}." in name for part in inner.adapt)]
 
 
-def _can_learn(support: TaskBatch) -> bool:
-    """Whether any class of any task has two examples, or an example and a name."""
+def _can_learn(support: TaskBatch) -> Tensor:
+    """Return (T,) bool, whether any class of a task has two examples, or an example and a name."""
     company = membership(support.labels, int(support.ways.max())).sum(1)  # (T, C) rows, at most one of them a name
-    return bool((company > 1).any())
+    return (company > 1).any(1)

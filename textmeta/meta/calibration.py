@@ -1,10 +1,10 @@
 """Calibration: what no gradient of training sets is fitted on episodes of classes that training has not seen.
 
-That is the head's temperature, as a function of a task's size and of how well its support set predicts itself; the
-prior of LoRA's strengths; and the rule for what is out of scope. To be right for classes of *other corpora*, they have
-to be fitted on such: several trainings can leave out a corpus each, be measured on it, and the measurements be pooled
-(cross-fitting). Users' classes are often broader than those of a corpus, so a share of the tasks can have unions of
-classes, which are harder to tell.
+That is the head's temperature, as a function of a task's size and of how well its support set predicts itself, and the
+factor on it once inner steps were taken; the prior of LoRA's strengths; and the rule for what is out of scope. To be
+right for classes of *other corpora*, they have to be fitted on such: several trainings can leave out a corpus each, be
+measured on it, and the measurements be pooled (cross-fitting). Users' classes are often broader than those of a corpus,
+so a share of the tasks can have unions of classes, which are harder to tell.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -30,6 +30,7 @@ from textmeta.meta.training import TrainingResult
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import (
     EVIDENCE_SLOPES,
+    LOG_ADAPTED_FACTOR,
     LOG_RIDGE_WEIGHT,
     LOG_TEMPERATURE,
     SCOPE,
@@ -54,13 +55,15 @@ __all__ = [
 ]
 
 # what calibration sets
-CALIBRATED = (LOG_TEMPERATURE, TEMPERATURE_SLOPES, EVIDENCE_SLOPES, LOG_RIDGE_WEIGHT, STRENGTH_PRIOR, SCOPE)
+LINE = (LOG_TEMPERATURE, TEMPERATURE_SLOPES, EVIDENCE_SLOPES)  # of the log temperature before inner steps
+CALIBRATED = (*LINE, LOG_ADAPTED_FACTOR, LOG_RIDGE_WEIGHT, STRENGTH_PRIOR, SCOPE)
 RIDGE_WEIGHTS = (0.1, 0.3, 1.0, 3.0, 6.0)  # that are tried
 PRIORS = (-10.0, -5.0, -2.0, 0.0, 2.0, 5.0, 10.0)  # log weights that are tried
 ROUNDS = 3
 SLOPE_PENALTY = 1e-3
 MERGED = (2, 3, 5)  # so many classes become one in coarse tasks
 LOG_TEMPERATURES = (-5.0, 8.0)  # from, to
+LOG_FACTORS = (-3.0, 3.0)  # from, to, by the inner steps
 MERGINGS = 6  # different ones of each corpus
 
 
@@ -76,7 +79,7 @@ class CalibrationSettings:
         queries: query examples of a class.
         coarse: share of the tasks whose classes are unions of 2, 3 or 5 classes each.
         inner: the inner loop that the adapter is given, instead of the one that it was trained with; null leaves that.
-        adapted_episodes: number of tasks of each corpus to set the temperature by once more, where that takes steps.
+        adapted_episodes: number of tasks of each corpus to set the temperature after the inner steps by.
     """
 
     episodes: int = 150
@@ -194,37 +197,44 @@ def calibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]
         measures, fit = [task.with_more_ridge(weight - own) for task in measures], tried[weight]
     else:
         fit = _fit(measures, parameters)
-    return _with_fitted(parameters, {**fitted, STRENGTH_PRIOR: fit.prior}, measures, fit.line, fit.chosen)
+    fitted |= dict(zip(LINE, (fit.line[0], fit.line[1:3], fit.line[3:]), strict=True)) | {STRENGTH_PRIOR: fit.prior}
+    temperatures = _temperatures(measures, fit.line)[np.arange(len(measures)), fit.chosen]
+    return _with_fitted(parameters, fitted, measures, temperatures, fit.chosen)
 
 
 def recalibrate(parameters: Mapping[str, Tensor], measures: Sequence[TaskMeasures]) -> Parameters:
-    """Return the parameters with temperature, its slopes and the scope's rule fitted to tasks after their inner steps.
+    """Return the parameters with the temperature's factor after inner steps, and the scope's rule, fitted.
 
-    The steps make features surer of themselves. They are taken at the temperature of before, though, and will be at
-    this one: a small difference, of which nothing is made.
+    The steps make features surer of themselves. Tasks that have nothing to learn from take none, and keep the
+    temperature that they had.
 
     Args:
         parameters: calibrated.
         measures: of the same adapter, or of others with the same calibration (:func:`measure_adapted_tasks`).
     """
-    slopes = [*parameters[TEMPERATURE_SLOPES].tolist(), *parameters[EVIDENCE_SLOPES].tolist()]
-    start, chosen = np.array([float(parameters[LOG_TEMPERATURE]), *slopes]), np.zeros(len(measures), dtype=int)
-    return _with_fitted(parameters, {}, measures, _fit_temperature(measures, chosen, start), chosen)
+    line = np.concatenate([parameters[name].double().cpu().reshape(-1) for name in LINE])
+    learned, before = np.array([task.counts.any() for task in measures]), _temperatures(measures, line)[:, 0]
+
+    def after(log_factor: float) -> np.ndarray:
+        return before * np.where(learned, math.exp(log_factor), 1.0)
+
+    def loss(log_factor: float) -> float:
+        return float(np.mean([task.query_nll(0, t) for task, t in zip(measures, after(log_factor), strict=True)]))
+
+    found = minimize_scalar(loss, bounds=LOG_FACTORS, method="bounded").x if learned.any() else 0.0
+    return _with_fitted(parameters, {LOG_ADAPTED_FACTOR: found}, measures, after(found), np.zeros_like(learned, int))
 
 
 def _with_fitted(
     parameters: Mapping[str, Tensor],
     fitted: Mapping[str, Any],
     measures: Sequence[TaskMeasures],
-    line: np.ndarray,
+    temperatures: np.ndarray,
     chosen: np.ndarray,
 ) -> Parameters:
-    """Return the parameters with what was fitted, the temperature's line and the scope's rule at those temperatures."""
-    fitted = {**fitted, LOG_TEMPERATURE: line[0], TEMPERATURE_SLOPES: line[1:3], EVIDENCE_SLOPES: line[3:]}
-    rule = _fit_scope(measures, _temperatures(measures, line)[np.arange(len(chosen)), chosen], chosen)
-    if rule is not None:
-        fitted[SCOPE] = rule
-    like = parameters[LOG_TEMPERATURE]
+    """Return the parameters with what was fitted, and the scope's rule at these temperatures of the tasks."""
+    rule, like = _fit_scope(measures, temperatures, chosen), parameters[LOG_TEMPERATURE]
+    fitted = fitted if rule is None else {**fitted, SCOPE: rule}
     return {**parameters, **{name: like.new_tensor(value, dtype=torch.float32) for name, value in fitted.items()}}
 
 

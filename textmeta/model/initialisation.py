@@ -15,6 +15,7 @@ from textmeta.model.lora import zero_start
 
 __all__ = [
     "EVIDENCE_SLOPES",
+    "LOG_ADAPTED_FACTOR",
     "LOG_NAME_WEIGHT",
     "LOG_RIDGE",
     "LOG_RIDGE_WEIGHT",
@@ -50,6 +51,7 @@ ALL_FACTORS = "lora"  # the group of all LoRA factors
 
 TEMPERATURE_SLOPES = "temperature_slopes"  # (2,): how the log temperature grows with log shots and log ways
 EVIDENCE_SLOPES = "evidence_slopes"  # (2,): how it grows with how well the support set predicts itself
+LOG_ADAPTED_FACTOR = "log_adapted_factor"  # scalar: on the temperature, once a task has taken inner steps
 STRENGTH_PRIOR = "strength_prior"  # (strengths,): log weights of LoRA's strengths, before a task is seen
 SCOPE = "scope"  # (features,): the rule for what is out of scope, where one was learned
 
@@ -87,6 +89,7 @@ def initial_parameters(
         **{HEAD_SCALARS[name]: torch.tensor(math.log(start)) for name, start in scalars.items()},
         TEMPERATURE_SLOPES: torch.zeros(2),
         EVIDENCE_SLOPES: torch.zeros(2),
+        LOG_ADAPTED_FACTOR: torch.tensor(0.0),
         STRENGTH_PRIOR: torch.zeros(strengths),
         **{
             LOG_STEP_SIZE + group: torch.tensor([math.log(start) for start in starts])
@@ -101,8 +104,8 @@ def lora_factors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_scalar(name: str) -> bool:
-    """Whether a parameter holds logarithms: of the head's scalars or step sizes."""
-    return name in HEAD_SCALARS.values() or name.startswith(LOG_STEP_SIZE)
+    """Whether a parameter holds logarithms: of the head's scalars, the factor on its temperature, or step sizes."""
+    return name in (*HEAD_SCALARS.values(), LOG_ADAPTED_FACTOR) or name.startswith(LOG_STEP_SIZE)
 
 
 def head_scalars(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
