@@ -13,7 +13,7 @@ from textmeta.artifact import locate
 from textmeta.artifact.store import load_adapter
 from textmeta.cli import parse_settings
 from textmeta.errors import TrainingInterrupted
-from textmeta.model.initialisation import SCOPE, STRENGTH_PRIOR, TEMPERATURE_SLOPES
+from textmeta.model.initialisation import LOG_ADAPTED_FACTOR, SCOPE, STRENGTH_PRIOR, TEMPERATURE_SLOPES
 
 SHORT = [
     *("--training.steps=4", "--training.validate_every=4", "--training.checkpoint_every=2", "--training.warmup=1"),
@@ -77,6 +77,7 @@ def test_what_it_makes_is_calibrated_and_loads_by_default(
     adapter = load_adapter(output)
     assert adapter.inner.head == "readout"
     assert adapter.parameters[TEMPERATURE_SLOPES].abs().sum() > 0
+    assert bool(adapter.parameters[LOG_ADAPTED_FACTOR]) == bool(adapter.inner.steps)
     assert len(adapter.parameters[STRENGTH_PRIOR]) == len(adapter.inner.strengths)
     assert SCOPE in adapter.parameters
     licences = {source["license"] for source in adapter.record["sources"]}

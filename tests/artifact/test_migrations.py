@@ -1,6 +1,7 @@
 """Adapters of older formats load; those of newer ones are refused."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,27 +160,33 @@ def test_version_3_loads(inner: InnerLoopSettings, encoder: Encoder, tmp_path: P
     np.testing.assert_array_equal(again.predict_proba(["bal", "fim"]), loaded.predict_proba(["bal", "fim"]))
 
 
-def test_version_4_loads(encoder: Encoder, tmp_path: Path) -> None:
-    parameters = random_parameters(encoder, inner=INNER) | NEW_IN_5 | NEW_IN_7
+@pytest.mark.parametrize(
+    ("as_older", "new"), [(as_version_4, {**NEW_IN_5, **NEW_IN_7}), (as_version_6, NEW_IN_7)], ids=["4", "6"]
+)
+def test_version_that_lacks_tensors_loads(
+    as_older: Callable[[Path], None], new: Parameters, encoder: Encoder, tmp_path: Path
+) -> None:
+    parameters = random_parameters(encoder, inner=INNER) | new
     parameters["temperature_slopes"] = torch.tensor([0.3, -0.1])
     save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
-    as_version_4(tmp_path / "adapter")
+    as_older(tmp_path / "adapter")
     adapter = load_adapter(tmp_path / "adapter")
     assert adapter.parameters.keys() == parameters.keys()
     assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
 
 
-def test_version_4_with_a_tensor_that_came_later_is_refused() -> None:
-    with pytest.raises(AdapterError, match=r"is not what format version 4 is: evidence_slopes came with version 5"):
-        migrate_tensors(NEW_IN_5, 4, Path("textmeta.safetensors"))
-
-
-@pytest.mark.parametrize("name", NEW_IN_4)
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_older_version_with_a_tensor_that_came_later_is_refused(version: int, name: str) -> None:
-    message = rf"textmeta\.safetensors is not what format version {version} is: {name} came with version 4"
+@pytest.mark.parametrize(
+    ("version", "name", "later"),
+    [
+        *((version, name, 4) for version in (1, 2, 3) for name in NEW_IN_4),
+        (4, "evidence_slopes", 5),
+        (6, "log_adapted_factor", 7),
+    ],
+)
+def test_older_version_with_a_tensor_that_came_later_is_refused(version: int, name: str, later: int) -> None:
+    message = rf"textmeta\.safetensors is not what format version {version} is: {name} came with version {later}"
     with pytest.raises(AdapterError, match=message):
-        migrate_tensors({name: NEW_IN_4[name]}, version, Path("textmeta.safetensors"))
+        migrate_tensors({name: {**NEW_IN_4, **NEW_IN_5, **NEW_IN_7}[name]}, version, Path("textmeta.safetensors"))
 
 
 def test_version_5_loads(encoder: Encoder, tmp_path: Path) -> None:
@@ -194,20 +201,6 @@ def test_version_5_with_a_setting_that_came_later_is_refused(name: str) -> None:
     meta = {"format_version": 5, "inner": {name: "head"}}
     with pytest.raises(AdapterError, match=rf"is not what format version 5 is: inner.{name} came with version 6"):
         migrate(meta, PATH)
-
-
-def test_version_6_loads(encoder: Encoder, tmp_path: Path) -> None:
-    parameters = random_parameters(encoder) | NEW_IN_7
-    save_adapter(tmp_path / "adapter", encoder, parameters, INNER, {"episodes": 7})
-    as_version_6(tmp_path / "adapter")
-    adapter = load_adapter(tmp_path / "adapter")
-    assert adapter.parameters.keys() == parameters.keys()
-    assert all(torch.equal(adapter.parameters[name], value) for name, value in parameters.items())
-
-
-def test_version_6_with_a_tensor_that_came_later_is_refused() -> None:
-    with pytest.raises(AdapterError, match=r"is not what format version 6 is: log_adapted_factor came with version 7"):
-        migrate_tensors(NEW_IN_7, 6, Path("textmeta.safetensors"))
 
 
 @pytest.mark.parametrize("name", [*NEW_IN_4, *NEW_IN_5, *NEW_IN_7])

@@ -423,11 +423,12 @@ def test_recalibration_finds_the_factor_of_tasks_that_took_steps(factor: float) 
         return 3 * math.exp(size @ slopes) * (after if size[0] > 0 else 1.0)  # one example a class: no step
 
     before = calibrate(PARAMETERS, [measures(rng, temperature=partial(temperature, after=1.0)) for _ in range(150)])
-    tasks = [measures(rng, temperature=partial(temperature, after=factor)) for _ in range(100)]
+    before |= {SCOPE: torch.ones(RULE_SIZE)}
+    tasks = [measures(rng, temperature=partial(temperature, after=factor)) for _ in range(150)]
     assert {bool(task.counts.any()) for task in tasks} == {True, False}
     found = recalibrate(before, tasks)
     assert found.keys() == before.keys() | {LOG_ADAPTED_FACTOR}
-    assert float(found[LOG_ADAPTED_FACTOR]) == pytest.approx(math.log(factor), abs=0.1)
+    assert float(found[LOG_ADAPTED_FACTOR]) == pytest.approx(math.log(factor), abs=0.05)
     assert all(torch.equal(found[name], value) for name, value in before.items()), "no text is outside"
 
 
@@ -460,6 +461,7 @@ def test_calibration_lowers_the_loss(used: InnerLoopSettings | None, encoder: En
     start, _ = as_used(result.parameters, PLAIN, settings)
     before, after = (score_episodes(encoder, p, episodes, found.inner).nll.mean() for p in (start, found.parameters))
     assert after < before - 0.01
+    assert bool(found.parameters[LOG_ADAPTED_FACTOR]) == bool(found.inner.steps)
     assert calibrated(encoder, result, [corpus], None, seed=0) is result
 
 

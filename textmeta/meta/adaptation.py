@@ -216,7 +216,8 @@ def adaptation_path(
     The loss is the mean cross entropy of the examples' leave-one-out logits, by the head or by their neighbours
     (:func:`~textmeta.model.neighbours.leave_one_out_neighbours`); names are scored in none. A task in which
     every example is alone in its class, without its name even, has no loss, and stays at the initialisation. The
-    temperature of the others grows by a factor that calibration alone sets: steps make features surer of themselves.
+    temperature of the others is multiplied by a factor that calibration alone sets, for steps make features surer of
+    themselves.
 
     Args:
         encoder: makes features.
@@ -291,8 +292,8 @@ def _path_from(
     after = {**scalars, "temperature": factor * scalars["temperature"]}
     for number, tensors in enumerate(path):
         moved = {name: value for name, value in tensors.items() if name != OFFSET}
-        now = replace(start, scalars=after if number else scalars)
-        yield replace(now, factors=factors | moved, offset=tensors.get(OFFSET, offset))
+        now = after if number else scalars
+        yield replace(start, factors=factors | moved, offset=tensors.get(OFFSET, offset), scalars=now)
 
 
 def _adapted_factors(factors: Iterable[str], inner: InnerLoopSettings) -> list[str]:
