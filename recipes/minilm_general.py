@@ -85,7 +85,7 @@ def main(settings: GeneralSettings) -> None:
     encoder = Encoder(settings.encoder, settings.lora)
     if settings.calibrated_as:
         other, _ = load_from(settings.calibrated_as)
-        numbers = {name: other.parameters[name] for name in CALIBRATED}
+        numbers = chosen(other.parameters)
     else:
         numbers = calibrate_by_leaving_out(settings, encoder, everything)
     result = meta_train(settings, encoder, everything, "all")
@@ -116,8 +116,8 @@ def calibrate_by_leaving_out(settings: GeneralSettings, encoder: Encoder, everyt
 
 
 def chosen(parameters: Parameters) -> Parameters:
-    """Return the parameters that calibration sets."""
-    return {name: parameters[name] for name in CALIBRATED}
+    """Return the parameters that calibration has set."""
+    return {name: parameters[name] for name in CALIBRATED if name in parameters}
 
 
 def load_corpora(settings: GeneralSettings) -> list[Corpus]:

@@ -77,7 +77,7 @@ def test_what_it_makes_is_calibrated_and_loads_by_default(
     adapter = load_adapter(output)
     assert adapter.inner.head == "readout"
     assert adapter.parameters[TEMPERATURE_SLOPES].abs().sum() > 0
-    assert bool(adapter.parameters[LOG_ADAPTED_FACTOR]) == bool(adapter.inner.steps)
+    assert (LOG_ADAPTED_FACTOR in adapter.parameters) == bool(adapter.inner.steps)
     assert len(adapter.parameters[STRENGTH_PRIOR]) == len(adapter.inner.strengths)
     assert SCOPE in adapter.parameters
     licences = {source["license"] for source in adapter.record["sources"]}

@@ -28,13 +28,12 @@ NEW_IN_4 = {
     "strength_prior": torch.zeros(1),
 }
 NEW_IN_5 = {"evidence_slopes": torch.zeros(2)}
-NEW_IN_7 = {"log_adapted_factor": torch.tensor(0.0)}
+IN_7 = {"log_adapted_factor": torch.tensor(0.3)}  # of some
 
 
 def as_version_6(folder: Path) -> None:
     """Rewrite a folder as textmeta wrote it in format 6: the same temperature before and after the inner steps."""
     rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=6))
-    rewrite_tensors(folder, "textmeta.safetensors", lambda tensors: [tensors.pop(name) for name in NEW_IN_7])
 
 
 def as_version_5(folder: Path) -> None:
@@ -101,7 +100,7 @@ def as_version_2(folder: Path) -> None:
 
 def old_parameters(encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
     """What an adapter of format 1 to 3 is loaded as: names weigh as much as examples, one temperature for all tasks."""
-    return {**random_parameters(encoder, inner=inner), **NEW_IN_4, **NEW_IN_5, **NEW_IN_7}
+    return {**random_parameters(encoder, inner=inner), **NEW_IN_4, **NEW_IN_5}
 
 
 def test_version_1_loads(encoder: Encoder, tmp_path: Path) -> None:
@@ -161,7 +160,7 @@ def test_version_3_loads(inner: InnerLoopSettings, encoder: Encoder, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("as_older", "new"), [(as_version_4, {**NEW_IN_5, **NEW_IN_7}), (as_version_6, NEW_IN_7)], ids=["4", "6"]
+    ("as_older", "new"), [(as_version_4, NEW_IN_5), (as_version_6, {})], ids=["4", "6"]
 )
 def test_version_that_lacks_tensors_loads(
     as_older: Callable[[Path], None], new: Parameters, encoder: Encoder, tmp_path: Path
@@ -186,7 +185,7 @@ def test_version_that_lacks_tensors_loads(
 def test_older_version_with_a_tensor_that_came_later_is_refused(version: int, name: str, later: int) -> None:
     message = rf"textmeta\.safetensors is not what format version {version} is: {name} came with version {later}"
     with pytest.raises(AdapterError, match=message):
-        migrate_tensors({name: {**NEW_IN_4, **NEW_IN_5, **NEW_IN_7}[name]}, version, Path("textmeta.safetensors"))
+        migrate_tensors({name: {**NEW_IN_4, **NEW_IN_5, **IN_7}[name]}, version, Path("textmeta.safetensors"))
 
 
 def test_version_5_loads(encoder: Encoder, tmp_path: Path) -> None:
@@ -203,7 +202,12 @@ def test_version_5_with_a_setting_that_came_later_is_refused(name: str) -> None:
         migrate(meta, PATH)
 
 
-@pytest.mark.parametrize("name", [*NEW_IN_4, *NEW_IN_5, *NEW_IN_7])
+def test_version_7_may_have_a_factor(encoder: Encoder, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder) | IN_7, INNER, {})
+    assert load_adapter(tmp_path / "adapter").parameters["log_adapted_factor"] == IN_7["log_adapted_factor"]
+
+
+@pytest.mark.parametrize("name", [*NEW_IN_4, *NEW_IN_5])
 def test_version_7_without_a_tensor_is_refused(encoder: Encoder, tmp_path: Path, name: str) -> None:
     save_adapter(tmp_path / "adapter", encoder, random_parameters(encoder), INNER, {})
     rewrite_tensors(tmp_path / "adapter", "textmeta.safetensors", lambda tensors: tensors.pop(name))

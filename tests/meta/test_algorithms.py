@@ -25,7 +25,6 @@ from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import (
     EVIDENCE_SLOPES,
-    LOG_ADAPTED_FACTOR,
     LOG_NAME_WEIGHT,
     LORA,
     STRENGTH_PRIOR,
@@ -34,7 +33,7 @@ from textmeta.model.initialisation import (
 )
 
 EVALUATE = MetaGradientPlan()
-CALIBRATED = (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, LOG_ADAPTED_FACTOR, STRENGTH_PRIOR)  # set by no gradient
+CALIBRATED = (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, STRENGTH_PRIOR)  # set by no gradient
 each_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 INNER_LOOPS = {
     "prototype": INNER,

@@ -35,7 +35,6 @@ from textmeta.model.encoder import Encoder
 from textmeta.model.heads import cross_entropy_per_task
 from textmeta.model.initialisation import (
     EVIDENCE_SLOPES,
-    LOG_ADAPTED_FACTOR,
     LOG_STEP_SIZE,
     STRENGTH_PRIOR,
     TEMPERATURE_SLOPES,
@@ -73,7 +72,7 @@ def tasks(corpus: Corpus) -> list[Episode]:
 
 
 # set by calibration, by no gradient
-CALIBRATED = (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, LOG_ADAPTED_FACTOR, STRENGTH_PRIOR)
+CALIBRATED = (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, STRENGTH_PRIOR)
 
 
 def objective(

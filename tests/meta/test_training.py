@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
@@ -136,6 +137,21 @@ def test_another_runs_folder_is_refused_and_left_alone(tiny_model: str, corpus: 
     with pytest.raises(SettingsError, match=r"training\.seed: 0 there, 7 now"):
         run(tiny_model, corpus, tmp_path, replace(SETTINGS, seed=7))
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_a_checkpoint_with_other_parameters_is_refused_and_left_alone(
+    tiny_model: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Of a version of textmeta that learned one parameter more: its moments would be those of others."""
+    run(tiny_model, corpus, tmp_path)
+    path = tmp_path / CHECKPOINT
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({**load_file(path), "parameters/of_old": torch.zeros(2)}, path, metadata)
+    before = path.read_bytes()
+    with pytest.raises(SettingsError, match=rf"{CHECKPOINT} was written by another version of textmeta: of_old is"):
+        run(tiny_model, corpus, tmp_path)
+    assert path.read_bytes() == before
 
 
 def test_a_damaged_checkpoint_is_named(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:

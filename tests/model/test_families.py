@@ -32,7 +32,6 @@ from textmeta.meta.meta_gradient import MetaGradientPlan
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import (
     EVIDENCE_SLOPES,
-    LOG_ADAPTED_FACTOR,
     LORA,
     STRENGTH_PRIOR,
     TEMPERATURE_SLOPES,
@@ -171,7 +170,6 @@ def test_another_family_runs_unsplit_with_a_warning(
     assert {name for name, value in found.items() if not value.any()} == {
         TEMPERATURE_SLOPES,
         EVIDENCE_SLOPES,
-        LOG_ADAPTED_FACTOR,
         STRENGTH_PRIOR,
     }, "calibrated"
 

@@ -1,8 +1,8 @@
 """Format versions of the adapter folder: what this textmeta writes, and how older ones become it.
 
 A change of the format gets the next number and a function here that brings the ``textmeta.json`` of the version before
-up to it; reading applies them in turn, so that every adapter that was ever written loads. A tensor that every adapter
-has from some version on gets a row of :data:`NEW_TENSORS`.
+up to it; reading applies them in turn, so that every adapter that was ever written loads. A tensor that adapters have
+from some version on gets a row of :data:`NEW_TENSORS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,12 +73,12 @@ MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     6: _as_it_is,
 }
 
-# version → what every textmeta.safetensors has from then on, with the value that an older adapter gets
-NEW_TENSORS: Mapping[int, Mapping[str, Tensor]] = {
+# version → what textmeta.safetensors has from then on, with the value that an older adapter gets; None, if not all have it
+NEW_TENSORS: Mapping[int, Mapping[str, Tensor | None]] = {
     # a name weighs as much as an example; one temperature for all tasks
     4: {LOG_NAME_WEIGHT: torch.tensor(0.0), TEMPERATURE_SLOPES: torch.zeros(2), STRENGTH_PRIOR: torch.zeros(1)},
     5: {EVIDENCE_SLOPES: torch.zeros(2)},  # whatever the support set says, the same temperature
-    7: {LOG_ADAPTED_FACTOR: torch.tensor(0.0)},  # the same before and after the inner steps
+    7: {LOG_ADAPTED_FACTOR: None},  # without it, temperatures are the same before and after the inner steps
 }
 
 
@@ -119,5 +119,6 @@ def migrate_tensors(tensors: Mapping[str, Tensor], found: int, path: Path) -> di
         for name, default in NEW_TENSORS.get(version, {}).items():
             if name in tensors:
                 raise AdapterError(f"{path} is not what format version {found} is: {name} came with version {version}")
-            migrated[name] = default.clone()
+            if default is not None:
+                migrated[name] = default.clone()
     return migrated

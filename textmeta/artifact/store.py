@@ -39,7 +39,7 @@ from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
 from textmeta.model.conditioning import conditioning_shapes
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import LORA, SCOPE, is_scalar, lora_factors
+from textmeta.model.initialisation import LOG_ADAPTED_FACTOR, LORA, SCOPE, is_scalar, lora_factors
 from textmeta.model.lora import LoraSettings
 from textmeta.model.scope import RULE_SIZE
 from textmeta.model.task_encoder import CENTRE
@@ -212,8 +212,8 @@ def _check_scalars(
     if inner.conditioning is not None:  # shapes alone: a size that somebody made up must not take memory
         hidden_size = scalars[CENTRE].numel() if CENTRE in scalars else 0
         shapes |= conditioning_shapes(inner.conditioning, factor_shapes, hidden_size)
-    if SCOPE in scalars:  # where a rule was learned
-        shapes[SCOPE] = (RULE_SIZE,)
+    calibrated = {SCOPE: (RULE_SIZE,), LOG_ADAPTED_FACTOR: ()}  # not every adapter has them
+    shapes |= {name: shape for name, shape in calibrated.items() if name in scalars}
     given = {name: tuple(value.shape) for name, value in scalars.items()}
     if shapes != given:
         raise AdapterError(f"{path}: expected tensors {shapes}, found {given}")

@@ -164,7 +164,8 @@ def adapt(
     Each strength s of ``inner.strengths`` makes features with s·B in place of B; a task takes the one with the largest
     sum of its log prior and the log-likelihood of the support set, every example scored by the others. Where no example
     has company in its class, the prior alone decides. How many are told right by the others has its part in the
-    temperature. ``progress`` is the title of a bar over the steps, if they take long; None for none.
+    temperature; so have the steps, if any were taken. ``progress`` is the title of a bar over the steps, if they take
+    long; None for none.
     """
     start = task_start(encoder, parameters, support, inner, conditions)
     return take_steps(start, encoder, parameters, support, inner, progress)
@@ -216,8 +217,8 @@ def adaptation_path(
     The loss is the mean cross entropy of the examples' leave-one-out logits, by the head or by their neighbours
     (:func:`~textmeta.model.neighbours.leave_one_out_neighbours`); names are scored in none. A task in which
     every example is alone in its class, without its name even, has no loss, and stays at the initialisation. The
-    temperature of the others is multiplied by a factor that calibration alone sets, for steps make features surer of
-    themselves.
+    temperature of the others is multiplied by a factor, in adapters that calibration has given one, for steps make
+    features surer of themselves.
 
     Args:
         encoder: makes features.
@@ -288,8 +289,10 @@ def _path_from(
         second_order_steps=second_order_steps,
         checkpointed=checkpointed,
     )
-    factor = torch.where(learned, parameters[LOG_ADAPTED_FACTOR].detach().exp(), 1.0)
-    after = {**scalars, "temperature": factor * scalars["temperature"]}
+    after = scalars
+    if LOG_ADAPTED_FACTOR in parameters:
+        factor = torch.where(learned, parameters[LOG_ADAPTED_FACTOR].detach().exp(), 1.0)
+        after = {**scalars, "temperature": factor * scalars["temperature"]}
     for number, tensors in enumerate(path):
         moved = {name: value for name, value in tensors.items() if name != OFFSET}
         now = after if number else scalars

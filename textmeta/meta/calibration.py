@@ -56,7 +56,7 @@ __all__ = [
 
 # what calibration sets
 LINE = (LOG_TEMPERATURE, TEMPERATURE_SLOPES, EVIDENCE_SLOPES)  # of the log temperature before inner steps
-CALIBRATED = (*LINE, LOG_ADAPTED_FACTOR, LOG_RIDGE_WEIGHT, STRENGTH_PRIOR, SCOPE)
+CALIBRATED = (*LINE, LOG_RIDGE_WEIGHT, STRENGTH_PRIOR, LOG_ADAPTED_FACTOR, SCOPE)  # the last two where there is need
 RIDGE_WEIGHTS = (0.1, 0.3, 1.0, 3.0, 6.0)  # that are tried
 PRIORS = (-10.0, -5.0, -2.0, 0.0, 2.0, 5.0, 10.0)  # log weights that are tried
 ROUNDS = 3

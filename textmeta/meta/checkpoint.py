@@ -51,7 +51,7 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
     """Read a training state, in place.
 
     Raises:
-        SettingsError: if the file belongs to a run with other settings.
+        SettingsError: if the file belongs to a run with other settings, or of a textmeta with other parameters.
         AdapterError: if it is damaged.
     """
     try:
@@ -66,6 +66,12 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
         raise SettingsError(
             f"{path} belongs to a run with other settings ({'; '.join(differing[:5])}); give another output folder, "
             "or delete this one to start afresh"
+        )
+    names = {name.removeprefix("parameters/") for name in tensors if name.startswith("parameters/")}
+    if names != state.parameters.keys():
+        raise SettingsError(
+            f"{path} was written by another version of textmeta: {sorted(names ^ state.parameters.keys())[0]} is not a "
+            "parameter in both; give another output folder, or delete this one to start afresh"
         )
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():

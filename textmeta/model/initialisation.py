@@ -51,7 +51,7 @@ ALL_FACTORS = "lora"  # the group of all LoRA factors
 
 TEMPERATURE_SLOPES = "temperature_slopes"  # (2,): how the log temperature grows with log shots and log ways
 EVIDENCE_SLOPES = "evidence_slopes"  # (2,): how it grows with how well the support set predicts itself
-LOG_ADAPTED_FACTOR = "log_adapted_factor"  # scalar: on the temperature, once a task has taken inner steps
+LOG_ADAPTED_FACTOR = "log_adapted_factor"  # scalar: on the temperature after inner steps, where it was fitted
 STRENGTH_PRIOR = "strength_prior"  # (strengths,): log weights of LoRA's strengths, before a task is seen
 SCOPE = "scope"  # (features,): the rule for what is out of scope, where one was learned
 
@@ -89,7 +89,6 @@ def initial_parameters(
         **{HEAD_SCALARS[name]: torch.tensor(math.log(start)) for name, start in scalars.items()},
         TEMPERATURE_SLOPES: torch.zeros(2),
         EVIDENCE_SLOPES: torch.zeros(2),
-        LOG_ADAPTED_FACTOR: torch.tensor(0.0),
         STRENGTH_PRIOR: torch.zeros(strengths),
         **{
             LOG_STEP_SIZE + group: torch.tensor([math.log(start) for start in starts])
