@@ -159,9 +159,7 @@ def test_version_3_loads(inner: InnerLoopSettings, encoder: Encoder, tmp_path: P
     np.testing.assert_array_equal(again.predict_proba(["bal", "fim"]), loaded.predict_proba(["bal", "fim"]))
 
 
-@pytest.mark.parametrize(
-    ("as_older", "new"), [(as_version_4, NEW_IN_5), (as_version_6, {})], ids=["4", "6"]
-)
+@pytest.mark.parametrize(("as_older", "new"), [(as_version_4, NEW_IN_5), (as_version_6, {})], ids=["4", "6"])
 def test_version_that_lacks_tensors_loads(
     as_older: Callable[[Path], None], new: Parameters, encoder: Encoder, tmp_path: Path
 ) -> None:
