@@ -79,6 +79,7 @@ class AccuracySettings:
         episodes: of each cell, instead of the protocol's numbers.
         rows: texts of a class that are used, instead of all.
         steps: outer steps, instead of the recipe's.
+        device: that everything runs on: cpu, cuda.
         recipe: YAML with the sections encoder, lora, episodes, inner, training.
         protonet: the same, of the ProtoNet baseline; its number of steps follows from the time that ours takes.
         runs: folder of meta-training runs.
@@ -101,6 +102,7 @@ class AccuracySettings:
     episodes: int | None = None
     rows: int | None = None
     steps: int | None = None
+    device: str = "cpu"
     recipe: Path = HERE / "accuracy.yaml"
     protonet: Path = CONFIGS / "banking77_protonet.yaml"
     runs: Path = Path("runs/accuracy")
@@ -153,6 +155,7 @@ class Runs:
             protonet=replace(protonet, encoder=recipe.encoder),
             seeds=settings.seeds,
             adapters={"textmeta": settings.adapters, "protonet": settings.protonet_adapters},
+            device=settings.device,
         )
 
     def __iter__(self) -> Iterator[Run]:
@@ -225,7 +228,7 @@ def main(settings: AccuracySettings) -> None:
     assert path is not None
     lines = first_lines(read_lines(path))
     if not settings.tables:
-        told = {"versions": _versions(), "date": datetime.now(UTC).date().isoformat()}
+        told = {"versions": _versions(), "device": settings.device, "date": datetime.now(UTC).date().isoformat()}
         try:
             do_missing(Runs(settings, lines), lines, path, told)
         except KeyboardInterrupt:

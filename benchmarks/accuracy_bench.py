@@ -1,7 +1,7 @@
 """What the methods of the accuracy benchmark share: corpora, encoders, cached features, models, adapters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -39,6 +39,7 @@ class Bench:
         protonet: the recipe of the ProtoNet baseline.
         seeds: of meta-training.
         adapters: names of adapters for unseen corpora, by method.
+        device: that encoders run on.
     """
 
     corpora: Corpora
@@ -48,6 +49,7 @@ class Bench:
     protonet: RecipeSettings
     seeds: Sequence[int]
     adapters: dict[str, Sequence[str]]
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Let encoders and adapters be loaded once."""
@@ -56,7 +58,7 @@ class Bench:
         self._growing: tuple[str, Parameters, SharedFeatures] | None = None
 
     def _encoder(self, lora: LoraSettings) -> Encoder:
-        return Encoder(self.recipe.encoder, lora)
+        return Encoder(self.recipe.encoder, lora, self.device)
 
     def _adapters(self, method: str) -> dict[str, tuple[str, Adapter]]:
         """Return hash of the folder, and adapter, by name; those that are not there are left out with a word."""
@@ -67,6 +69,7 @@ class Bench:
             except TextMetaError as error:
                 print(f"no adapter {Path(name).name}: {method} is left out on unseen corpora ({type(error).__name__})")
                 continue
+            adapter = replace(adapter, parameters={n: v.to(self.device) for n, v in adapter.parameters.items()})
             if adapter.weights_sha256 != self.encoder(adapter.lora).weights_sha256:
                 raise AdapterError(f"the adapter {Path(name).name} belongs to another encoder than the recipe's")
             found[Path(name).name] = sha256((where.folder / MANIFEST).read_bytes()).hexdigest()[:12], adapter

@@ -52,7 +52,7 @@ class DiskCache:
         if (id(encoder), path) in self._warm:
             return
         if path.exists():
-            content = load_file(path)
+            content = load_file(path, str(encoder.device))
             states = list(torch.split(content["states"], content["lengths"].tolist()))
         else:
             chunks = [texts[first : first + AT_ONCE] for first in range(0, len(texts), AT_ONCE)]
@@ -66,7 +66,7 @@ class DiskCache:
 
     def _path(self, encoder: Encoder, corpus: Corpus, kind: str) -> Path:
         settings = encoder.settings
-        encoder_name = f"{encoder.weights_sha256[:12]}-{settings.pooling}-{settings.max_length}"
+        encoder_name = f"{encoder.weights_sha256[:12]}-{settings.pooling}-{settings.max_length}-{encoder.device.type}"
         return self.folder / f"{corpus.name}-{corpus.sha256[:12]}-{encoder_name}-{kind}.safetensors"
 
 

@@ -36,7 +36,7 @@ def has_setfit() -> bool:
 
 
 @cache
-def sentence_encoder(settings: EncoderSettings) -> Any:
+def sentence_encoder(settings: EncoderSettings, device: str = "cpu") -> Any:
     """Return textmeta's encoder as a SentenceTransformer: mean over the tokens, length 1, texts cut as everywhere."""
     from sentence_transformers import SentenceTransformer  # noqa: PLC0415 - an extra
     from sentence_transformers.sentence_transformer import modules  # noqa: PLC0415
@@ -49,12 +49,14 @@ def sentence_encoder(settings: EncoderSettings) -> Any:
         pretrained.tokenizer.save_pretrained(folder)
         words = modules.Transformer(folder, max_seq_length=settings.max_length)
         pooling = modules.Pooling(pretrained.model.config.hidden_size, "mean")
-        return SentenceTransformer(modules=[words, pooling, modules.Normalize()], device="cpu")
+        return SentenceTransformer(modules=[words, pooling, modules.Normalize()], device=device)
 
 
-def sentence_probabilities(settings: EncoderSettings, episodes: Sequence[Episode]) -> list[np.ndarray]:
+def sentence_probabilities(
+    settings: EncoderSettings, episodes: Sequence[Episode], device: str = "cpu"
+) -> list[np.ndarray]:
     """Return class probabilities as people get them: encode, then logistic regression."""
-    encoder, found = sentence_encoder(settings), []
+    encoder, found = sentence_encoder(settings, device), []
     for episode in episodes:
         head = LogisticRegression(**LOGISTIC)
         head.fit(encoder.encode(list(episode.support_texts), show_progress_bar=False), episode.support_labels)
@@ -63,10 +65,10 @@ def sentence_probabilities(settings: EncoderSettings, episodes: Sequence[Episode
 
 
 def setfit_probabilities(
-    settings: EncoderSettings, episodes: Sequence[Episode], seed: int
+    settings: EncoderSettings, episodes: Sequence[Episode], seed: int, device: str = "cpu"
 ) -> tuple[list[np.ndarray], float]:
     """Return SetFit's class probabilities, by its own defaults, and the mean seconds of a fit."""
-    encoder, found, seconds = sentence_encoder(settings), [], 0.0
+    encoder, found, seconds = sentence_encoder(settings, device), [], 0.0
     for episode in tqdm(episodes, desc="setfit", unit="episode", leave=False):
         with _quiet(seed):
             start = time.monotonic()

@@ -193,6 +193,7 @@ def _others(rows: Rows) -> None:
 
 
 def _seconds(lines: Sequence[Mapping[str, Any]]) -> None:
+    lines = [line for line in lines if line.get("device", "cpu") == "cpu"]
     table = [("", "meta-training: steps", "seconds", "of all processors", "seconds an episode, 1 / 5 / 10 shots")]
     for name in [name for name in COLUMNS if any(line["key"]["method"] == name for line in lines)]:
         own = [line for line in lines if line["key"]["method"] == name]
@@ -201,7 +202,7 @@ def _seconds(lines: Sequence[Mapping[str, Any]]) -> None:
             [line["result"].get("episode_seconds") for line in own if line["key"]["shots"] == n] for n in (1, 5, 10)
         ]
         table.append((COLUMNS[name], *told, " / ".join(_median(part) for part in by_shots)))
-    print("\nTime, medians over corpora and folds, on a machine that does other things too\n")
+    print("\nTime, medians over corpora and folds, on the CPUs of a machine that does other things too\n")
     print_table(table)
 
 

@@ -73,7 +73,7 @@ MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     6: _as_it_is,
 }
 
-# version → what textmeta.safetensors has from then on, and the value that an older adapter gets; None, if not all have it
+# version → what textmeta.safetensors has from then on, and the value that an older one gets; None, if not all have it
 NEW_TENSORS: Mapping[int, Mapping[str, Tensor | None]] = {
     # a name weighs as much as an example; one temperature for all tasks
     4: {LOG_NAME_WEIGHT: torch.tensor(0.0), TEMPERATURE_SLOPES: torch.zeros(2), STRENGTH_PRIOR: torch.zeros(1)},
