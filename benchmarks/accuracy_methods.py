@@ -36,7 +36,7 @@ SEED = 0  # of what is not meta-trained: LoRA's A, SetFit's pairs
 Most = Sequence[tuple[int, int]]
 ALL: Most = ((10**9, 10**9),)
 LORA_MOST: Most = ((10, 100), (30, 40), (60, 10))
-SETFIT_MOST: Most = ((5, 60), (30, 40), (60, 20))
+SETFIT_MOST: Most = ((5, 20), (10, 10), (30, 6), (60, 6))
 CHECK_MOST: Most = ((30, 10),)
 WHOLE_TIMES = 3  # so many times as many of an unseen corpus, which has one cell where others have five folds
 

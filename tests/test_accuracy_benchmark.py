@@ -99,7 +99,7 @@ def test_runs_are_lines_and_are_not_repeated(settings: Any, capsys: pytest.Captu
     lines = lines_of(settings)
     assert len(lines) == 2 * 7  # 1 and 5 shots, each method
     for line in lines:
-        assert {"key", "seconds", "date", "versions", "result"} == line.keys()
+        assert {"key", "seconds", "date", "versions", "device", "result"} == line.keys()
         result = line["result"]
         assert result["queries"] == 25
         assert [len(result[name]) for name in ("right", "nll", "f1")] == [3, 3, 3]

@@ -442,10 +442,13 @@ def test_recalibration_fits_the_scope_at_the_temperatures_after_the_steps() -> N
     """Whatever they were before: the factor makes up for it."""
     rng = np.random.default_rng(7)
     tasks = [task for task in (with_outside(rng) for _ in range(40)) if task.counts.any()]
-    before = calibrate(PARAMETERS, tasks)
-    lower = {**before, "log_temperature": before["log_temperature"] - 1}
-    one, other = recalibrate(before, tasks), recalibrate(lower, tasks)
-    assert float(other[LOG_ADAPTED_FACTOR] - one[LOG_ADAPTED_FACTOR]) == pytest.approx(1, abs=1e-3)
+    drawn = [(2 * task.queries[0] + rng.gumbel(size=task.queries[0].shape)).argmax(1) for task in tasks]
+    tasks = [replace(task, query_labels=labels) for task, labels in zip(tasks, drawn, strict=True)]
+    before = {**calibrate(PARAMETERS, tasks), TEMPERATURE_SLOPES: torch.zeros(2), EVIDENCE_SLOPES: torch.zeros(2)}
+    before["log_temperature"] = torch.tensor(0.5)
+    higher = {**before, "log_temperature": torch.tensor(1.5)}
+    one, other = recalibrate(before, tasks), recalibrate(higher, tasks)
+    assert float(one[LOG_ADAPTED_FACTOR] - other[LOG_ADAPTED_FACTOR]) == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(one[SCOPE], other[SCOPE], rtol=0.01, atol=0.01)
     assert not torch.allclose(one[SCOPE], recalibrate(before, tasks[:-1])[SCOPE], rtol=1e-3, atol=1e-3)
 
