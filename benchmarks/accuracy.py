@@ -3,7 +3,8 @@
 python benchmarks/accuracy.py --data-dir DIR
 
 DIR holds NAME.jsonl (text, label), and NAME.splits.json of the corpora with folds. Every finished run is a line of the
-results file, and is not repeated: the same command goes on where it was interrupted, and prints the tables. --quick is
+results file, and is not repeated: the same command goes on where it was interrupted, and prints the tables. With more
+episodes than a line has, those alone that it lacks are run, and a line of all is added. --quick is
 a small version of everything, whose figures are of no worth; --tables prints what there is and runs nothing.
 
 Two processes can share the work, if each has corpora (or folds) of its own, and a file of its own:
@@ -30,6 +31,7 @@ from accuracy_episodes import EPISODE_SEED, PARTS, QUERIES, Cell, Corpora
 from accuracy_methods import METHODS
 from accuracy_scope import SCOPE_METHODS
 from accuracy_scope_tables import print_scope_tables
+from accuracy_scores import joined
 from accuracy_tables import print_tables
 from accuracy_training import RecipeSettings, Trainer, digest, read_recipe
 
@@ -216,9 +218,23 @@ class Runs:
         for line in self.lines:  # the same episodes may be in two parts
             if {**line["key"], "part": None} == {**key, "part": None}:
                 return line["result"]
-        episodes = self.bench.corpora.episodes(cell)
+        before = self._first_episodes(key)
+        episodes = self.bench.corpora.episodes(cell)[before["key"]["episodes"] if before else 0 :]
         methods = SCOPE_METHODS if cell.part == "scope" else METHODS
-        return methods[method].run(self.bench, cell, episodes, variant).result
+        result = methods[method].run(self.bench, cell, episodes, variant).result
+        return joined(before["result"], result) if before else result
+
+    def _first_episodes(self, key: dict[str, Any]) -> Line | None:
+        """Return, of the lines of the same run on fewer episodes, and on the same device, the one with the most."""
+        key, device = {**key, "part": None}, self.settings.device
+        shorter = [
+            line
+            for line in self.lines
+            if line.get("device", "cpu") == device
+            and line["key"]["episodes"] < key["episodes"]
+            and {**line["key"], "part": None, "episodes": key["episodes"]} == key
+        ]
+        return max(shorter, key=lambda line: line["key"]["episodes"], default=None)
 
 
 def main(settings: AccuracySettings) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 from textmeta.data.episodes import Episode
 from textmeta.meta.evaluation import EpisodeScores
 
-__all__ = ["ScopeScores", "Series", "mean_series", "score", "to_result"]
+__all__ = ["ScopeScores", "Series", "joined", "mean_series", "score", "to_result"]
 
 BINS = 15
+PER_EPISODE = ("episode_seconds", "fit_seconds")  # of a result, means over its episodes
 
 
 def score(probabilities: Sequence[np.ndarray], episodes: Sequence[Episode]) -> EpisodeScores:
@@ -46,6 +47,20 @@ def to_result(scores: EpisodeScores) -> dict[str, Any]:
             "correct": np.bincount(bin_of, scores.correct, minlength=BINS).astype(int).tolist(),
         },
     }
+
+
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the result of two results' episodes one after the other; what is told beside scores is the second's."""
+    counts = [len(next(value for value in part.values() if isinstance(value, list))) for part in (first, second)]
+    found = dict(second)
+    for name, value in second.items():
+        if isinstance(value, list):
+            found[name] = first[name] + value
+        elif name in PER_EPISODE:
+            found[name] = round(float(np.average([first[name], value], weights=counts)), 4)
+        elif name == "bins":
+            found[name] = {of: np.add(first[name][of], rows).round(4).tolist() for of, rows in value.items()}
+    return found
 
 
 @dataclass(frozen=True)

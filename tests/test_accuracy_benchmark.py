@@ -425,6 +425,59 @@ def test_dear_methods_have_the_first_episodes() -> None:
     assert methods.METHODS["frozen"].count(1000, cell("corpora", "c", None, 5, 200, 600)) == 600
 
 
+def test_more_episodes_go_on_from_those_that_a_line_has(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy, ran = module("accuracy"), []
+    run = accuracy.METHODS["lora"].__class__.run
+
+    def counted(method: Any, bench: Any, cell: Any, episodes: list, variant: Any) -> Any:
+        ran.append((cell.episodes, len(episodes)))
+        return run(method, bench, cell, episodes, variant)
+
+    monkeypatch.setattr(accuracy.METHODS["lora"].__class__, "run", counted)
+    one = replace(settings, methods=["lora", "textmeta"])
+    for episodes in (2, 3, 5):
+        accuracy.main(replace(one, episodes=episodes))
+    assert ran == [(2, 2)] * 4 + [(3, 1)] * 4 + [(5, 2)] * 4
+    at_once = replace(one, episodes=5, results=settings.results.with_name("at-once.jsonl"))
+    accuracy.main(at_once)
+
+    for line, other in zip(lines_of(one)[-4:], lines_of(at_once), strict=True):
+        assert line["key"] == other["key"]
+        bins, at_once_bins = line["result"].pop("bins"), other["result"].pop("bins")
+        assert bins.pop("confidence") == pytest.approx(at_once_bins.pop("confidence"), abs=3e-4)  # rounded thrice
+        assert bins == at_once_bins
+        assert line["result"].pop("nll") == pytest.approx(other["result"].pop("nll"), abs=1)  # in other batches
+        assert {**line["result"], "episode_seconds": 0} == {**other["result"], "episode_seconds": 0}
+
+    # what ran elsewhere is not gone on with
+    elsewhere = [line | {"device": "cuda"} for line in lines_of(one)]
+    assert accuracy.Runs(one, lines_of(one))._first_episodes(elsewhere[-1]["key"])["key"]["episodes"] == 3
+    assert accuracy.Runs(one, elsewhere)._first_episodes(elsewhere[-1]["key"]) is None
+
+
+def test_joined_results() -> None:
+    scores = module("accuracy_scores")
+    first = {"right": [1], "nll": [5], "queries": 2, "episode_seconds": 1.0, "steps": 3, "bins": {"count": [1, 1]}}
+    second = {
+        "right": [2, 0],
+        "nll": [4, 9],
+        "queries": 2,
+        "episode_seconds": 4.0,
+        "steps": 4,
+        "bins": {"count": [0, 4]},
+    }
+    assert scores.joined(first, second) == {
+        "right": [1, 2, 0],
+        "nll": [5, 4, 9],
+        "queries": 2,
+        "episode_seconds": 3.0,
+        "steps": 4,
+        "bins": {"count": [1, 5]},
+    }
+    assert first["right"] == [1]
+    assert scores.joined({"auroc": [900]}, {"auroc": [800, 1000]}) == {"auroc": [900, 800, 1000]}
+
+
 def test_torn_lines(tmp_path: Path) -> None:
     runs = module("runs")
     path = tmp_path / "lines.jsonl"
