@@ -81,6 +81,7 @@ class AccuracySettings:
         episodes: of each cell, instead of the protocol's numbers.
         rows: texts of a class that are used, instead of all.
         steps: outer steps, instead of the recipe's.
+        all_episodes: of a cell, for the dear methods, too, as a GPU can afford.
         device: that everything runs on: cpu, cuda.
         recipe: YAML with the sections encoder, lora, episodes, inner, training.
         protonet: the same, of the ProtoNet baseline; its number of steps follows from the time that ours takes.
@@ -104,6 +105,7 @@ class AccuracySettings:
     episodes: int | None = None
     rows: int | None = None
     steps: int | None = None
+    all_episodes: bool = False
     device: str = "cpu"
     recipe: Path = HERE / "accuracy.yaml"
     protonet: Path = CONFIGS / "banking77_protonet.yaml"
@@ -169,7 +171,7 @@ class Runs:
                 method = methods[name]
                 if (method.parts and cell.part not in method.parts) or not (cell.shots or method.has_names):
                     continue
-                count = method.count(ways * cell.shots, cell)
+                count = cell.episodes if self.settings.all_episodes else method.count(ways * cell.shots, cell)
                 if self.settings.quick:
                     count = min(count, _quick_count(name, cell))
                 for variant in method.variants(self.bench, cell) if count else []:

@@ -425,6 +425,13 @@ def test_dear_methods_have_the_first_episodes() -> None:
     assert methods.METHODS["frozen"].count(1000, cell("corpora", "c", None, 5, 200, 600)) == 600
 
 
+def test_dear_methods_have_all_episodes_where_that_is_asked_for(settings: Any) -> None:
+    accuracy = module("accuracy")
+    for asked, found in ((False, {100}), (True, {150})):
+        asking = replace(settings, methods=["lora"], parts=["classes"], episodes=150, all_episodes=asked)
+        assert {run.key["episodes"] for run in accuracy.Runs(asking, []) if run.key["shots"] == 1} == found
+
+
 def test_more_episodes_go_on_from_those_that_a_line_has(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracy, ran = module("accuracy"), []
     run = accuracy.METHODS["lora"].__class__.run
