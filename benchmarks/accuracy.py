@@ -76,7 +76,8 @@ class AccuracySettings:
         methods: that are run; by default all.
         unseen: corpora that are for reporting alone, as wholes.
         seeds: of meta-training; figures are means over them, episode by episode.
-        adapters: for unseen corpora: folders, or names of adapters in the package; figures are means over them.
+        adapters: for unseen corpora: folders, or names of adapters in the package; figures are means over them. What a
+            name ends in tells them apart.
         protonet_adapters: the same for the ProtoNet baseline.
         episodes: of each cell, instead of the protocol's numbers.
         rows: texts of a class that are used, instead of all.
@@ -122,6 +123,11 @@ class AccuracySettings:
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise SettingsError(f"{kind} must be some of {list(known)}, given {unknown[0]!r}")
+        for adapters in (self.adapters, self.protonet_adapters):
+            ends = [Path(name).name for name in adapters]
+            twice = next((name for name, end in zip(adapters, ends, strict=True) if ends.count(end) > 1), None)
+            if twice is not None:
+                raise SettingsError(f"adapters must end in different names, given {twice!r} and another like it")
 
     def scaled(self) -> "AccuracySettings":
         """Return what --quick means, and where results go."""
@@ -218,7 +224,7 @@ class Runs:
 
     def _work(self, key: dict[str, Any], cell: Cell, method: str, variant: dict[str, Any]) -> dict[str, Any]:
         for line in self.lines:  # the same episodes may be in two parts
-            if {**line["key"], "part": None} == {**key, "part": None}:
+            if {**line["key"], "part": None} == {**key, "part": None} and self._is_made_here(line):
                 return line["result"]
         before = self._first_episodes(key)
         episodes = self.bench.corpora.episodes(cell)[before["key"]["episodes"] if before else 0 :]
@@ -227,16 +233,20 @@ class Runs:
         return joined(before["result"], result) if before else result
 
     def _first_episodes(self, key: dict[str, Any]) -> Line | None:
-        """Return, of the lines of the same run on fewer episodes, and on the same device, the one with the most."""
-        key, device = {**key, "part": None}, self.settings.device
+        """Return, of the lines of the same run on fewer episodes, and made alike, the one with the most."""
+        key = {**key, "part": None}
         shorter = [
             line
             for line in self.lines
-            if line.get("device", "cpu") == device
+            if self._is_made_here(line)
             and line["key"]["episodes"] < key["episodes"]
             and {**line["key"], "part": None, "episodes": key["episodes"]} == key
         ]
         return max(shorter, key=lambda line: line["key"]["episodes"], default=None)
+
+    def _is_made_here(self, line: Line) -> bool:
+        """Return whether what a line says of device and versions is true of this process, too."""
+        return line.get("device", "cpu") == self.settings.device and line["versions"] == _versions()
 
 
 def main(settings: AccuracySettings) -> None:
@@ -258,8 +268,20 @@ def main(settings: AccuracySettings) -> None:
         "method": settings.methods,
     }
     chosen = [line for line in lines if all(v is None or line["key"][k] in v for k, v in wanted.items())]
+    chosen = [line for line in chosen if _is_of(line["key"], settings)]
     print_tables(chosen, quick=settings.quick, pictures=None if settings.quick else path.parent)
     print_scope_tables(chosen)
+
+
+def _is_of(key: dict[str, Any], settings: AccuracySettings) -> bool:
+    """Return whether a run is of the seeds and adapters that are asked for; what is not meta-trained always is."""
+    model = key.get("model")
+    if model is None:
+        return True
+    if "adapter" in key:
+        asked = settings.protonet_adapters if model == "protonet" else settings.adapters
+        return key["adapter"] in {Path(name).name for name in asked}
+    return key["seed"] in settings.seeds
 
 
 def first_lines(lines: list[Line]) -> list[Line]:

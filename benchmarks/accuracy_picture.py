@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from accuracy_scores import Series
+from accuracy_tables import half_interval
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -35,7 +36,7 @@ def draw_curves(rows: Rows, titles: Mapping[str, str], path: Path) -> None:
                 continue
             values = [points[n, method] for n in shots]
             means = np.array([part.mean() for part in values])
-            halves = [1.96 * part.std(ddof=1) / np.sqrt(len(part)) if len(part) > 1 else 0.0 for part in values]
+            halves = [half_interval(part) or 0.0 for part in values]
             style = "--" if method.endswith("-names") else "-"
             axes.errorbar(
                 shots, means, halves, fmt=style, marker="o", markersize=3, color=f"C{colour}", label=titles[method]

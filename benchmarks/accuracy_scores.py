@@ -50,11 +50,16 @@ def to_result(scores: EpisodeScores) -> dict[str, Any]:
 
 
 def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the result of two results' episodes one after the other; what is told beside scores is the second's."""
+    """Return the result of two results' episodes one after the other; what is told beside scores is the second's.
+
+    A measure of episodes that the first has not is left out.
+    """
     counts = [len(next(value for value in part.values() if isinstance(value, list))) for part in (first, second)]
     found = dict(second)
     for name, value in second.items():
-        if isinstance(value, list):
+        if name not in first and (isinstance(value, list) or name in PER_EPISODE):
+            del found[name]
+        elif isinstance(value, list):
             found[name] = first[name] + value
         elif name in PER_EPISODE:
             found[name] = round(float(np.average([first[name], value], weights=counts)), 4)
@@ -123,7 +128,7 @@ class Series:
 
 
 def mean_series(parts: Sequence[Series]) -> Series:
-    """Return the mean over training seeds, episode by episode; of ECE's bins the sums."""
+    """Return the mean over training seeds, episode by episode, of those that all have; of all ECE's bins the sums."""
     count = min(len(part.accuracy) for part in parts)
     return Series(
         *(np.mean([getattr(part, name)[:count] for part in parts], axis=0) for name in ("accuracy", "macro_f1", "nll")),

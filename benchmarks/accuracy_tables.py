@@ -8,10 +8,24 @@ import numpy as np
 from accuracy_reference import print_references
 from accuracy_scores import Series, mean_series
 from measure import print_table
+from scipy.stats import t as student_t
 
-__all__ = ["COLUMNS", "counting_lines", "difference_text", "paired", "print_tables", "read_rows", "with_interval"]
+# where a folder `runs` lies beside, ruff sorts the package elsewhere
+# isort: split
+from textmeta.errors import DataError
 
-Z95 = 1.96
+__all__ = [
+    "COLUMNS",
+    "counting_lines",
+    "difference_text",
+    "half_interval",
+    "paired",
+    "print_tables",
+    "read_rows",
+    "with_interval",
+]
+
+FEWEST = 5  # of fewer episodes there is no interval
 # columns, in their order; what uses label names stands apart, at the end
 COLUMNS = {
     "frozen": "frozen prototypes",
@@ -33,6 +47,7 @@ TITLES = {
 }
 
 PLACE = ("corpus", "shots", "method", "fold")
+COMPARED = ("data", "encoder", "pooling", "max_length", "queries", "episode_seed")  # the same of all methods of a row
 
 Row = tuple[str, int]  # corpus, shots
 Folds = Mapping[str | None, Series]
@@ -43,8 +58,7 @@ def print_tables(lines: Sequence[Mapping[str, Any]], *, quick: bool = False, pic
     """Print a Markdown table of everything that has lines.
 
     Args:
-        lines: of the results file. Of those that differ in their settings alone, the one with the most episodes counts,
-            and of these the newest.
+        lines: of the results file; which of them count: :func:`counting_lines`.
         quick: whether they are of a small version.
         pictures: folder for the picture of the curve; None for none.
     """
@@ -77,9 +91,13 @@ def print_tables(lines: Sequence[Mapping[str, Any]], *, quick: bool = False, pic
 
 
 def read_rows(lines: Iterable[Mapping[str, Any]]) -> Rows:
-    """Return corpus and shots → method → fold → scores, means over training seeds."""
+    """Return corpus and shots → method → fold → scores, means over training seeds.
+
+    Raises:
+        DataError: if methods that would stand side by side were run on different data, encoders or episodes.
+    """
     found: dict[Row, dict[str, dict[str | None, list[Series]]]] = {}
-    for line in counting_lines(lines):
+    for line in check_comparable(counting_lines(lines)):
         corpus, shots, method, fold = (line["key"][name] for name in PLACE)
         seeds = found.setdefault((corpus, shots), {}).setdefault(method, {}).setdefault(fold, [])
         seeds.append(Series.of(line["result"]))
@@ -90,22 +108,45 @@ def read_rows(lines: Iterable[Mapping[str, Any]]) -> Rows:
 
 
 def counting_lines(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return, of lines that differ in their settings alone, the one with the most episodes, of these the newest."""
+    """Return one line of each corpus, number of shots, method, fold, seed and adapter.
+
+    Where several differ in their settings (a recipe, an adapter's hash), those of the newest count, however few
+    episodes they have; of lines that differ in the number of episodes alone, the one with the most.
+    """
     chosen: dict[tuple, Mapping[str, Any]] = {}
-    for line in lines:
+    for line in sorted(lines, key=lambda line: str(line.get("date", ""))):
         key = line["key"]
         place = *(key[name] for name in PLACE), *(key.get(name) for name in ("setting", "seed", "adapter"))
-        if place not in chosen or key["episodes"] >= chosen[place]["key"]["episodes"]:
+        more = place not in chosen or key["episodes"] >= chosen[place]["key"]["episodes"]
+        if more or _but_episodes(key) != _but_episodes(chosen[place]["key"]):
             chosen[place] = line
     return list(chosen.values())
 
 
-def paired(ours: Folds, other: Folds) -> tuple[np.ndarray, np.ndarray]:
-    """Return the accuracies of both on the episodes that both were scored on: of each common fold the first ones."""
+def _but_episodes(key: Mapping[str, Any]) -> dict[str, Any]:
+    return {**key, "part": None, "episodes": None}
+
+
+def check_comparable(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the lines, if all of a corpus and number of shots are of the same data, encoder and episodes."""
+    known: dict[tuple, Mapping[str, Any]] = {}
+    for key in [line["key"] for line in lines]:
+        for name in [name for name in COMPARED if name in key]:
+            other = known.setdefault((key["corpus"], key["shots"], name), key)
+            if key[name] != other[name]:
+                raise DataError(
+                    f"{key['corpus']}, {key['shots']} shots: {key['method']} was run with {name} {key[name]!r}, "
+                    f"{other['method']} with {other[name]!r}; take one of them out of the file of results"
+                )
+    return lines
+
+
+def paired(ours: Folds, other: Folds, measure: str = "accuracy") -> tuple[np.ndarray, np.ndarray]:
+    """Return a measure of both on the episodes that both were scored on: of each common fold the first ones."""
     folds = [fold for fold in ours if fold in other]
     counts = {fold: min(len(ours[fold].accuracy), len(other[fold].accuracy)) for fold in folds}
     one, two = (
-        np.concatenate([part[fold].accuracy[: counts[fold]] for fold in folds] or [np.empty(0)])
+        np.concatenate([getattr(part[fold], measure)[: counts[fold]] for fold in folds] or [np.empty(0)])
         for part in (ours, other)
     )
     return one, two
@@ -164,7 +205,7 @@ def difference_text(difference: np.ndarray) -> str:
     """Return a mean difference and its 95 % interval over the episodes."""
     if not len(difference):
         return "–"
-    mean, half = difference.mean(), _half(difference)
+    mean, half = difference.mean(), half_interval(difference)
     interval = "" if half is None else f" [{mean - half:+.2f}, {mean + half:+.2f}]"
     return f"{mean:+.2f}{interval}"
 
@@ -202,7 +243,8 @@ def _seconds(lines: Sequence[Mapping[str, Any]]) -> None:
             [line["result"].get("episode_seconds") for line in own if line["key"]["shots"] == n] for n in (1, 5, 10)
         ]
         table.append((COLUMNS[name], *told, " / ".join(_median(part) for part in by_shots)))
-    print("\nTime, medians over corpora and folds, on the CPUs of a machine that does other things too\n")
+    print("\nTime, medians over corpora and folds, on the CPUs of a machine that does other things too. What is on the")
+    print("disk beforehand is not counted: frozen features, and the states below the lowest LoRA.\n")
     print_table(table)
 
 
@@ -219,10 +261,10 @@ def _short(lines: Sequence[Mapping[str, Any]]) -> None:
     for part in ("classes", "corpora"):
         for row, methods in read_rows(line for line in lines if line["key"]["part"] == part).items():
             if {"frozen", "textmeta"} <= methods.keys():
-                one, two = (Series.joined(methods[name].values()) for name in ("frozen", "textmeta"))
+                one, two = paired(methods["frozen"], methods["textmeta"])
                 where = "unseen classes" if part == "classes" else "unseen corpus"
-                cells = (with_interval(100 * one.accuracy), with_interval(100 * two.accuracy))
-                nll = f"{one.nll.mean():.2f} → {two.nll.mean():.2f}"
+                cells = (with_interval(100 * one), with_interval(100 * two))
+                nll = " → ".join(f"{v.mean():.2f}" for v in paired(methods["frozen"], methods["textmeta"], "nll"))
                 table.append(
                     (f"{_name(row)}, {where}", *cells, _difference(methods["textmeta"], methods["frozen"]), nll)
                 )
@@ -252,9 +294,13 @@ def _name(row: Row) -> str:
 
 def with_interval(values: np.ndarray) -> str:
     """Return a mean and half its 95 % interval over the episodes."""
-    half = _half(values)
+    half = half_interval(values)
     return f"{values.mean():.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
-def _half(values: np.ndarray) -> float | None:
-    return float(Z95 * values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+def half_interval(values: np.ndarray) -> float | None:
+    """Return half the 95 % interval (Student's t) of the mean of episodes; None, if they are too few for one."""
+    count = len(values)
+    if count < FEWEST:
+        return None
+    return float(student_t.ppf(0.975, count - 1) * values.std(ddof=1) / np.sqrt(count))

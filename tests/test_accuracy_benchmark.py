@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from textmeta import Corpus, FewShotClassifier
 from textmeta.cli import parse_settings
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta.errors import DataError, SettingsError
 from textmeta.meta.evaluation import (
     EpisodeScores,
     expected_calibration_error,
@@ -112,7 +114,7 @@ def test_runs_are_lines_and_are_not_repeated(settings: Any, capsys: pytest.Captu
     first = capsys.readouterr().out
     rows = [line for line in first.splitlines() if line.startswith("| known, 5 |")]
     frozen = next(line["result"] for line in lines if line["key"]["method"] == "frozen" and line["key"]["shots"] == 5)
-    assert rows[0].split("|")[2].strip().startswith(f"{sum(frozen['right']) / 0.75:.2f} ±")
+    assert rows[0].split("|")[2].strip().startswith(f"{sum(frozen['right']) / 0.75:.2f}")
 
     before = settings.results.read_bytes()
     accuracy.main(settings)
@@ -374,7 +376,7 @@ def test_files_of_two_processes_put_together(settings: Any, capsys: pytest.Captu
     accuracy.main(replace(settings, methods=["frozen", "logistic"]))
     assert settings.results.read_bytes() == whole  # nothing is missing
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| known, 1 |"))
-    assert row.split("|")[2].strip().startswith(f"{sum(first['result']['right']) / 0.75:.2f} ±")
+    assert row.split("|")[2].strip().startswith(f"{sum(first['result']['right']) / 0.75:.2f}")
 
 
 @pytest.mark.parametrize("given", ["[01, 02]", "['01', '02']", "[1, 2]"])
@@ -457,9 +459,46 @@ def test_more_episodes_go_on_from_those_that_a_line_has(settings: Any, monkeypat
         assert {**line["result"], "episode_seconds": 0} == {**other["result"], "episode_seconds": 0}
 
     # what ran elsewhere is not gone on with
-    elsewhere = [line | {"device": "cuda"} for line in lines_of(one)]
-    assert accuracy.Runs(one, lines_of(one))._first_episodes(elsewhere[-1]["key"])["key"]["episodes"] == 3
-    assert accuracy.Runs(one, elsewhere)._first_episodes(elsewhere[-1]["key"]) is None
+    for other in ({"device": "cuda"}, {"versions": {"torch": "1.0"}}):
+        elsewhere = [line | other for line in lines_of(one)]
+        assert accuracy.Runs(one, lines_of(one))._first_episodes(elsewhere[-1]["key"])["key"]["episodes"] == 3
+        assert accuracy.Runs(one, elsewhere)._first_episodes(elsewhere[-1]["key"]) is None
+
+
+def test_a_line_of_another_part_counts_if_it_was_made_alike(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = module("accuracy")
+    curve = replace(settings, parts=["curve"], methods=["frozen"])
+    accuracy.main(replace(curve, parts=["corpora"]))
+    ran = []
+    monkeypatch.setattr(accuracy.METHODS["frozen"].__class__, "run", lambda *given: ran.append(given[2].shots))
+    runs = list(accuracy.Runs(curve, lines_of(settings)))
+    one_shot = next(run for run in runs if run.key["shots"] == 1)
+    assert one_shot.work()["right"] == lines_of(settings)[0]["result"]["right"]
+    elsewhere = [line | {"device": "cuda"} for line in lines_of(settings)]
+    one_shot = next(run for run in accuracy.Runs(curve, elsewhere) if run.key["shots"] == 1)
+    with pytest.raises(AttributeError):  # of what the stand-in returned
+        one_shot.work()
+    assert ran == [1]
+
+
+def test_adapters_that_end_in_one_name_are_refused(tmp_path: Path) -> None:
+    accuracy = module("accuracy")
+    with pytest.raises(SettingsError, match="different names, given 'a/minilm'"):
+        accuracy.AccuracySettings(tmp_path, adapters=["a/minilm", "b/minilm"])
+
+
+def test_tables_are_of_the_seeds_and_adapters_that_are_asked_for(settings: Any) -> None:
+    accuracy = module("accuracy")
+    asked = replace(settings, seeds=[1], adapters=["runs/one"], protonet_adapters=["other"])
+    for key, expected in (
+        ({"method": "setfit", "seed": 0}, True),
+        ({"model": "textmeta", "seed": 0}, False),
+        ({"model": "textmeta", "seed": 1}, True),
+        ({"model": "textmeta", "adapter": "one"}, True),
+        ({"model": "textmeta", "adapter": "other"}, False),
+        ({"model": "protonet", "adapter": "other"}, True),
+    ):
+        assert accuracy._is_of(key, asked) is expected
 
 
 def test_joined_results() -> None:
@@ -483,6 +522,7 @@ def test_joined_results() -> None:
     }
     assert first["right"] == [1]
     assert scores.joined({"auroc": [900]}, {"auroc": [800, 1000]}) == {"auroc": [900, 800, 1000]}
+    assert scores.joined({"auroc": [900]}, {"auroc": [800], "aupr": [700]}) == {"auroc": [900, 800]}
 
 
 def test_torn_lines(tmp_path: Path) -> None:
@@ -508,14 +548,51 @@ def test_paired_differences(capsys: pytest.CaptureFixture[str]) -> None:
     other = {"01": series(0.6, 0.6), "02": series(0.6, 0.2, 1.0), "03": series(0.0)}
     one, two = tables.paired(ours, other)
     assert (one - two).round(6).tolist() == [0.2, 0.0, -0.2, 0.4]
-    # mean 10, standard deviation 25.82, half-width 1.96 · 25.82 / 2
-    assert tables._difference(ours, other) == "+10.00 [-15.30, +35.30]"
+    assert tables._difference(ours, other) == "+10.00"  # of four episodes there is no interval
     assert tables._error_cut(ours, other) == "20"  # mean errors: 50 % before, 40 % after
     assert tables._difference({"04": series(1.0)}, other) == "–"
 
-    as_scores = [EpisodeScores(a, a, a, a, a) for a in (one, two)]
-    expected = paired_difference(*as_scores)
-    assert f"[{100 * expected['low']:+.2f}, {100 * expected['high']:+.2f}]" == "[-15.30, +35.30]"
+    many = np.random.default_rng(0).normal(size=(2, 500))
+    expected = paired_difference(*(EpisodeScores(a, a, a, a, a) for a in many))  # by the normal distribution
+    assert tables.half_interval(many[0] - many[1]) == pytest.approx((expected["high"] - expected["low"]) / 2, rel=5e-3)
+    few = np.array([0.2, 0.0, -0.2, 0.4, 0.1])
+    test = stats.ttest_1samp(few, 0).confidence_interval()
+    assert tables.half_interval(few) == pytest.approx((test.high - test.low) / 2)
+    assert tables.half_interval(few[:4]) is None
+
+
+def test_the_short_table_is_of_the_episodes_that_both_have(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = module("accuracy_tables")
+    key = {"part": "corpora", "corpus": "c", "shots": 1, "fold": None, "recipe": "a"}
+    right = {"frozen": [2, 0, 0], "textmeta": [2, 1]}
+    bins = {"bins": {name: [1] * 15 for name in ("count", "confidence", "correct")}}
+    lines = [
+        {"key": key | {"method": method, "episodes": len(own)}, "result": SERIES | bins | {"right": own, "nll": own}}
+        for method, own in right.items()
+    ]
+    tables._short(lines)
+    assert "| 50.00 | 75.00 | +25.00 | 0.00 → 0.00 |" in capsys.readouterr().out
+
+
+def test_lines_of_different_data_are_not_put_side_by_side() -> None:
+    tables = module("accuracy_tables")
+    key = {"corpus": "c", "shots": 1, "fold": None, "episodes": 1, "method": "frozen", "data": "a", "encoder": "e"}
+    other = {**key, "method": "textmeta", "data": "b"}
+    with pytest.raises(DataError, match=r"c, 1 shots: textmeta was run with data 'b', frozen with 'a'"):
+        tables.read_rows([{"key": key, "result": SERIES}, {"key": other, "result": SERIES}])
+
+
+def test_the_newest_settings_count_however_few_episodes_they_have() -> None:
+    tables = module("accuracy_tables")
+
+    def line(sha256: str, episodes: int, date: str) -> dict[str, Any]:
+        key = {"corpus": "c", "shots": 5, "method": "textmeta", "fold": None, "adapter": "a", "sha256": sha256}
+        return {"key": key | {"episodes": episodes}, "date": date}
+
+    old, new, more = line("a", 200, "2026-01-01"), line("b", 20, "2026-01-02"), line("b", 40, "2026-01-02")
+    for lines in ([old, new, more], [more, old, new], [new, more, old]):
+        assert tables.counting_lines(lines) == [more]
+    assert tables.counting_lines([new, old]) == [new]
 
 
 def test_lines_with_more_episodes_count_and_seeds_are_averaged() -> None:
