@@ -2,6 +2,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -164,6 +165,37 @@ def test_steps_on_neighbours_are_the_formula(head: Any, names: bool, encoder: En
     for name, value in expected.items():
         torch.testing.assert_close(found[name][0], value, rtol=1e-3, atol=1e-5)
         assert (value - parameters[LORA + name]).abs().max() > 1e-3  # the steps went somewhere
+
+
+def test_a_class_of_few_examples_among_others_takes_no_part_in_steps_on_neighbours(
+    encoder: Encoder, corpus: object
+) -> None:
+    parameters = moved_parameters(encoder)
+    episode = EpisodeSampler(corpus, EpisodeSettings(3, 5, 2), seed=0)[0]  # type: ignore[arg-type]
+    few = Episode(
+        "new",
+        episode.class_names,
+        episode.support_texts[:11],  # 5, 5 and 1
+        episode.support_labels[:11],
+        episode.query_texts,
+        episode.query_labels,
+    )
+    without = replace(
+        few,
+        class_names=episode.class_names[:2],
+        support_texts=few.support_texts[:10],
+        support_labels=few.support_labels[:10],
+    )
+    found, expected = (adapted_tensors(encoder, parameters, [e], NEIGHBOURS) for e in (few, without))
+    moved = 0
+    for name, value in expected.items():
+        if name != OFFSET:
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+            moved += int((value[0] - parameters[LORA + name]).abs().max() > 1e-3)
+    assert moved
+    alone = replace(few, support_labels=np.array([0] * 9 + [1, 2]))  # the first class would be the only one
+    for name, value in adapted_tensors(encoder, parameters, [alone], NEIGHBOURS).items():
+        assert name == OFFSET or torch.equal(value[0], parameters[LORA + name])
 
 
 @pytest.mark.parametrize("loss", ["head", "neighbours"])

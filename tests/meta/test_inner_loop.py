@@ -30,7 +30,7 @@ def squared_error(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return ((x @ weights - y).square().sum((1, 2))) / (2 * EXAMPLES)
 
 
-def support_loss(tensors: Mapping[str, Tensor]) -> Tensor:
+def support_loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
     return squared_error(X, Y, tensors["weights"])
 
 
@@ -104,7 +104,7 @@ def test_the_path_has_every_step_and_leaves_the_start_alone() -> None:
         )  # fmt: skip
         assert torch.equal(start, before)
         assert not start.requires_grad
-    losses = torch.stack([support_loss(tensors) for tensors in path])
+    losses = torch.stack([support_loss(0, tensors) for tensors in path])
     assert (losses[1:] < losses[:-1]).all()
 
 

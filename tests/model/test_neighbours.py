@@ -48,7 +48,9 @@ def test_an_example_alone_in_its_class_does_not_count() -> None:
     labels = torch.tensor([[0, 1, 1], [0, 1, 2]])
     logits, counts = leave_one_out_neighbours(features()[:, :3], labels, torch.ones(2, 3, dtype=torch.bool))
     assert counts.tolist() == [[False, True, True], [False] * 3]
-    assert logits.isfinite().all()
+    assert logits[1].isfinite().all()
+    assert logits[0].isfinite().all(0).tolist() == [True, True, False]
+    assert (logits[0, :, 2] == -math.inf).all(), "no row can be taken for a class that has none"
 
 
 def test_loss_of_a_balanced_task_is_that_of_scikit_learn() -> None:

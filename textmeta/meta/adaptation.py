@@ -20,6 +20,7 @@ from textmeta.meta.adapted import (
     task_weights,
 )
 from textmeta.meta.inner_loop import InnerLoopSettings, gradient_steps
+from textmeta.meta.step_rows import step_batches
 from textmeta.meta.strengths import at_best_strength
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.conditioning import conditioned_factors, conditioned_temperature, conditioning_start
@@ -215,8 +216,9 @@ def adaptation_path(
     """Take the inner steps on the support losses of T tasks (:func:`~textmeta.meta.inner_loop.gradient_steps`).
 
     The loss is the mean cross entropy of the examples' leave-one-out logits, by the head or by their neighbours
-    (:func:`~textmeta.model.neighbours.leave_one_out_neighbours`); names are scored in none. A task in which
-    every example is alone in its class, without its name even, has no loss, and stays at the initialisation. The
+    (:func:`~textmeta.model.neighbours.leave_one_out_neighbours`); names are scored in none. By neighbours, each step is
+    on some of the rows (:func:`~textmeta.meta.step_rows.rows_of_step`). A task in which every example of those is
+    alone in its class, without its name even, has no loss, and stays at the initialisation. The
     temperature of the others is multiplied by a factor, in adapters that calibration has given one, for steps make
     features surer of themselves.
 
@@ -251,8 +253,9 @@ def _path_from(
     checkpointed: bool = True,
 ) -> Iterator[AdaptedParameters]:
     factors, offset, scalars = start.factors, start.offset, start.scalars
-    learned = _can_learn(support)
-    if not inner.steps or not learned.any():
+    parts = step_batches(support, inner)
+    learned = _can_learn(parts[0]) if parts else None
+    if learned is None or not learned.any():
         yield start
         return
     tasks = len(support.ways)
@@ -266,17 +269,17 @@ def _path_from(
     if OFFSET in inner.adapt:
         fast[OFFSET] = offset
 
-    def loss(tensors: Mapping[str, Tensor]) -> Tensor:
-        features = tensors.get(FEATURES)
+    def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        part, features = parts[step], tensors.get(FEATURES)
         if features is None:
             used = {name: tensors[name] for name in factors}
-            features = support.pad(encoder.features(support.texts, used, support.row_task))
+            features = part.pad(encoder.features(part.texts, used, part.row_task))
         if inner.loss == "neighbours":
-            logits, counts = left_out_by_neighbours(features, support, tensors)
+            logits, counts = left_out_by_neighbours(features, part, tensors)
         else:
             now = tensors.get(OFFSET, torch.zeros_like(offset))
-            logits, counts = left_out(start, features, support, now, tensors)
-        return cross_entropy_per_task(logits, support.labels, counts)
+            logits, counts = left_out(start, features, part, now, tensors)
+        return cross_entropy_per_task(logits, part.labels, counts)
 
     path = gradient_steps(
         loss,

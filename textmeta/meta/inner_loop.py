@@ -115,7 +115,7 @@ def without_conditioning(inner: InnerLoopSettings) -> InnerLoopSettings:
 
 
 def gradient_steps(
-    loss: Callable[[Mapping[str, Tensor]], Tensor],
+    loss: Callable[[int, Mapping[str, Tensor]], Tensor],
     start: Mapping[str, Tensor],
     shared: Mapping[str, Tensor],
     sizes: Mapping[str, Tensor],
@@ -128,8 +128,8 @@ def gradient_steps(
     """Take the inner steps θ_{j+1} = θ_j - α_j ĝ_j, with ĝ = g / (rms(g) + ε) for each task and tensor, or ĝ = g.
 
     Args:
-        loss: (tensors by name, those of ``start`` and ``shared``) → (T,) losses; a task's loss depends on no other
-            task's tensors.
+        loss: (number of the step, from 0; tensors by name, those of ``start`` and ``shared``) → (T,) losses; a task's
+            loss depends on no other task's tensors.
         start: what the steps change: name → (T, …).
         shared: everything else that the loss depends on and that something is learned in.
         sizes: name → (steps,) step sizes α.
@@ -147,12 +147,13 @@ def gradient_steps(
     fast = dict(start)
     yield fast
     for step in range(inner.steps):
+        own = partial(loss, step)
         if step >= inner.steps - second_order_steps:
             # what starts as a constant, such as the offset's zeros, still takes part in the derivatives
             fast = {n: value if value.requires_grad else value.detach().requires_grad_() for n, value in fast.items()}
-            gradients = _differentiable_gradients(loss, fast, shared, checkpointed)
+            gradients = _differentiable_gradients(own, fast, shared, checkpointed)
         else:
-            gradients = _constant_gradients(loss, fast, shared)
+            gradients = _constant_gradients(own, fast, shared)
         directions = _directions(gradients, inner, entries or {})
         fast = {name: value - sizes[name][step] * directions[name] for name, value in fast.items()}
         yield fast

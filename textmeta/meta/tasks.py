@@ -1,7 +1,7 @@
 """Labelled texts of T tasks, prepared to go through the encoder together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -53,6 +53,20 @@ class TaskBatch:
         tasks, width = self.labels.shape
         padded = rows.new_zeros(tasks * width, rows.shape[1]).index_copy(0, self.slots, rows)
         return padded.view(tasks, width, -1)
+
+    def where(self, kept: Tensor) -> "TaskBatch":
+        """Return the rows that are kept (T, n) bool, at their places; the others become padding."""
+        if bool((kept | (self.labels < 0)).all()):
+            return self
+        own = kept.flatten()[self.slots]
+        return replace(
+            self,
+            texts=self.texts.where(own),
+            row_task=self.row_task[own],
+            slots=self.slots[own],
+            labels=self.labels.masked_fill(~kept, -1),
+            is_name=None if self.is_name is None else self.is_name & kept,
+        )
 
     def row_weights(self, scalars: Mapping[str, Tensor]) -> Tensor | None:
         """Return the (T, n) weights of the rows, or None for 1 each: :func:`~textmeta.model.heads.name_weights`."""

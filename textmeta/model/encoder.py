@@ -4,6 +4,7 @@ The layers below the lowest LoRA do not depend on anything that is learned, so t
 and cached. The rest, the adapted suffix, runs for any factors, of one task or of many at once.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,18 @@ class PreparedTexts:
     def count(self) -> int:
         """Number of texts."""
         return len(self.texts)
+
+    def where(self, kept: Tensor) -> "PreparedTexts":
+        """Return those of the texts that are kept (n,) bool, in their order."""
+        position = kept.cumsum(0) - 1
+        buckets = []
+        for bucket in self.buckets:
+            own = kept[bucket.rows]
+            if own.any():
+                length = int(bucket.mask[own].sum(1).max())
+                inputs, mask = bucket.inputs[own][:, :length], bucket.mask[own][:, :length]
+                buckets.append(Bucket(position[bucket.rows[own]], inputs, mask))
+        return PreparedTexts(tuple(itertools.compress(self.texts, kept.tolist())), tuple(buckets))
 
 
 class Encoder:

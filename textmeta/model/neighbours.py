@@ -16,7 +16,8 @@ def leave_one_out_neighbours(
 ) -> tuple[Tensor, Tensor]:
     """Return logits (T, n, C) of each support row by all others, and (T, n) bool: whether its class has others.
 
-    Row i has log Σ_j w_j exp(t f_i·f_j) / Σ_j w_j for class c, over its rows j ≠ i, with t = 10.
+    Row i has log Σ_j w_j exp(t f_i·f_j) / Σ_j w_j for class c, over its rows j ≠ i, with t = 10; -inf for a class
+    without rows.
 
     Source: Goldberger et al. (2005), "Neighbourhood Components Analysis", eq. 2 and 3; here with cosines, every class
     weighing the same however many rows it has.
@@ -39,4 +40,5 @@ def leave_one_out_neighbours(
     means = (near @ weights) / torch.where(has_others, of_class, 1.0)
     logits = NEIGHBOUR_TEMPERATURE + torch.where(has_others, means, 1.0).log()
     counts = (has_others & member.bool()).any(-1)
-    return logits.masked_fill(~mask[:, None], -torch.inf), counts
+    there = mask & member.any(1)
+    return logits.masked_fill(~there[:, None], -torch.inf), counts
