@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -169,6 +170,9 @@ class Trainer:
         samplers = _samplers(recipe, train_on, valid)
         with _timed(folder):
             result = train(encoder, *samplers, recipe.training, recipe.inner, folder)
+        if not (folder / TIMES).exists():  # all steps are of a run that was killed, and nobody knows what they took
+            shutil.rmtree(folder)
+            return self._train(folder, encoder, recipe, train_on, valid)
         result = calibrated(encoder, result, [valid], recipe.calibration, recipe.training.seed)
         save_adapter(folder, encoder, result.parameters, result.inner, result.record)
         times = json.loads((folder / TIMES).read_text())

@@ -22,6 +22,7 @@ from textmeta.cli import run_recipe
 from textmeta.data.bundled import load_bundled
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta.errors import SettingsError
 from textmeta.meta.calibration import (
     CALIBRATED,
     CalibrationSettings,
@@ -85,6 +86,9 @@ def main(settings: GeneralSettings) -> None:
     encoder = Encoder(settings.encoder, settings.lora)
     if settings.calibrated_as:
         other, _ = load_from(settings.calibrated_as)
+        used = settings.calibration.inner or settings.inner
+        if other.inner != used:
+            raise SettingsError(f"{settings.calibrated_as} is calibrated for {other.inner}, expected {used}")
         numbers = chosen(other.parameters)
     else:
         numbers = calibrate_by_leaving_out(settings, encoder, everything)

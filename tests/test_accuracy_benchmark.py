@@ -205,6 +205,21 @@ def test_equal_time(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert again is trained  # chosen once
 
 
+def test_a_training_whose_time_nobody_knows_is_done_again(settings: Any) -> None:
+    accuracy, training = module("accuracy"), module("accuracy_training")
+    bench = accuracy.Runs(settings, []).bench
+    parts = [bench.corpora.part("known", "01", part) for part in ("train", "valid")]
+    encoder = bench.encoder(bench.recipe.lora)
+    first = bench.trainer.train("t", encoder, bench.recipe, *parts)
+    (folder,) = settings.runs.glob("t-*")
+    (folder / "times.json").unlink()  # as if killed between the last checkpoint and the end
+    again = training.Trainer(settings.runs, bench.cache).train("t", encoder, bench.recipe, *parts)
+    assert again.steps == first.steps
+    assert json.loads((folder / "times.json").read_text())["steps"] == first.steps
+    for name, value in first.result.parameters.items():
+        assert torch.equal(value, again.result.parameters[name])
+
+
 def test_time_of_a_run_that_was_killed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = module("accuracy_training")
     steps: Iterator[int] = iter([0, 10, 15, 20])  # 5 steps of the second run are nowhere: it was killed after them

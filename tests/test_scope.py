@@ -137,6 +137,8 @@ def test_what_is_below_the_number_is_rejected(fitted: FewShotClassifier) -> None
     assert fitted.predict(TEXTS, reject=np.float32(1)).tolist() == [None] * len(TEXTS), "a number of numpy"
     assert fitted.predict(TEXTS, reject=1.0).tolist() == fitted.predict(TEXTS, reject=1).tolist() == [None] * len(TEXTS)
     assert fitted.predict([], reject=True).shape == (0,)
+    for reject in (True, False):
+        assert fitted.predict(TEXTS, reject=np.bool_(reject)).tolist() == fitted.predict(TEXTS, reject=reject).tolist()
 
 
 @pytest.mark.parametrize("constant", [-30.0, 30.0])

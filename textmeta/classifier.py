@@ -191,6 +191,7 @@ class FewShotClassifier:
             AdapterError: if the adapter has learned no rule to reject by.
             DataError: if a text is no string, or ``reject`` no number from 0 to 1.
         """
+        reject = bool(reject) if isinstance(reject, np.bool_) else reject
         if not isinstance(reject, Real) or not 0 <= reject <= 1:
             raise DataError(f"predict: reject must be True, False or a number from 0 to 1, given {reject!r:.60}")
         logits = self._logits(texts)

@@ -124,6 +124,11 @@ def test_training_is_told_with_corpora_classes_and_licences() -> None:
     assert "| mine | training | 70 | 7 | not known |" in card
     assert "| mine | validation | 30 | 3 | not known |" in card
     assert "fomaml, 1200 episodes in 300 outer steps, of which step 250 is kept (validation accuracy 96.72 %)" in card
+    seen = record()
+    seen["settings"]["valid"] = seen["settings"]["train"]
+    card = model_card(meta(record=seen))
+    assert "step 250 is kept (accuracy on the training classes 96.72 %)" in card
+    assert "validation" not in card
     assert "5 ways, 1 to 5 shots, 5 queries a class" in card
     assert f"`lab/tiny`, revision `{'abc' * 13}d`, sha256 of its weights `{'12' * 32}`" in card
     assert "2 inner steps on lora_B and offset by the loss of the head, prototype head" in card

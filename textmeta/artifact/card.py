@@ -185,11 +185,13 @@ def _training(record: Mapping[str, Any]) -> str:
     if not {"train", "training"} <= settings.keys():
         return "## Training\n\nNot meta-trained, or nothing is recorded of it."
     episodes, training = settings["train"]["episodes"], settings["training"]
+    seen = settings["train"].get("corpora") == settings["valid"].get("corpora")  # then it says nothing of new classes
+    measured = "accuracy on the training classes" if seen else "validation accuracy"
     lines = [
         "## Training",
         "",
         f"Algorithm: {training['algorithm']}, {record['episodes']} episodes in {record['steps']} outer steps, of which "
-        f"step {record['best_step']} is kept (validation accuracy {100 * record['valid_accuracy']:.2f} %).",
+        f"step {record['best_step']} is kept ({measured} {100 * record['valid_accuracy']:.2f} %).",
         f"Episodes: {_range(episodes['ways'])} ways, {_range(episodes['shots'])} shots, {_range(episodes['queries'])} "
         "queries a class.",
         "",
@@ -198,7 +200,7 @@ def _training(record: Mapping[str, Any]) -> str:
     ]
     lines += [
         f"| {_title(corpus)} | {part} | {corpus['texts']} | {corpus['classes']} | {_licence(corpus)} |"
-        for key, part in (("train", "training"), ("valid", "validation"))
+        for key, part in (("train", "training"), ("valid", "validation"))[: 1 if seen else 2]
         for corpus in corpora_of(record, key)
     ]
     if start := record.get("start"):
@@ -239,7 +241,8 @@ def _limits(meta: Mapping[str, Any]) -> str:
             "",
             f"* Only the first {meta['encoder']['max_length']} tokens of a text count, and only languages that the "
             "encoder knows.",
-            "* Every text gets one of the classes, also one that belongs to none of them.",
+            "* Every text gets one of the classes, also one that belongs to none of them, unless `predict` is told to "
+            "`reject` such texts, which an adapter can that was calibrated for it.",
             "* With a handful of examples a class, one wrong label weighs much; probabilities are less reliable far "
             "from the corpora above.",
             "* What the encoder and the corpora hold of prejudice, this adapter holds too: look at errors by group "
