@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 __all__ = ["curve_points", "draw_curves"]
 
+ENOUGH = 20  # episodes
+
 Rows = Mapping[tuple[str, int], Mapping[str, Mapping[str | None, Series]]]
 
 
@@ -60,7 +62,8 @@ def draw_curves(rows: Rows, titles: Mapping[str, str], path: Path) -> None:
 def curve_points(rows: Rows, corpus: str) -> dict[tuple[int, str], np.ndarray]:
     """Return the accuracies in per cent of a corpus's episodes by shots and method.
 
-    Where a method has fewer than half of the corpus's episodes, it has no point: an interval of two says nothing.
+    Where a method has fewer than half of the corpus's episodes, and fewer than :data:`ENOUGH`, it has no point: an
+    interval of two says nothing.
     """
     found = {
         (shots, method): 100 * Series.joined(folds.values()).accuracy
@@ -68,5 +71,5 @@ def curve_points(rows: Rows, corpus: str) -> dict[tuple[int, str], np.ndarray]:
         if name == corpus
         for method, folds in methods.items()
     }
-    most = max(map(len, found.values()))
-    return {key: values for key, values in found.items() if 2 * len(values) >= most}
+    least = min(ENOUGH, max(map(len, found.values())) / 2)
+    return {key: values for key, values in found.items() if len(values) >= least}

@@ -173,6 +173,8 @@ def test_a_curve_has_no_point_of_a_few_episodes() -> None:
         (1, "frozen"): 10, (1, "setfit"): 5, (10, "frozen"): 10,
     }  # fmt: skip
     assert (points[1, "setfit"] == 50).all()
+    rows = {("new", 1): {"frozen": of(200), "setfit": of(20)}, ("new", 10): {"frozen": of(200), "setfit": of(19)}}
+    assert picture.curve_points(rows, "new").keys() == {(1, "frozen"), (1, "setfit"), (10, "frozen")}
 
 
 def test_the_key_holds_what_the_result_depends_on(settings: Any) -> None:
