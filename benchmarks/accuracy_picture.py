@@ -38,7 +38,7 @@ def draw_curves(rows: Rows, titles: Mapping[str, str], path: Path) -> None:
                 continue
             values = [points[n, method] for n in shots]
             means = np.array([part.mean() for part in values])
-            halves = [half_interval(part) or 0.0 for part in values]
+            halves = [half_interval(part) or np.nan for part in values]
             style = "--" if method.endswith("-names") else "-"
             axes.errorbar(
                 shots, means, halves, fmt=style, marker="o", markersize=3, color=f"C{colour}", label=titles[method]

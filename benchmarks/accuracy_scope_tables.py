@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from accuracy_tables import COLUMNS, counting_lines, difference_text, with_interval
+from accuracy_tables import COLUMNS, check_comparable, counting_lines, difference_text, with_interval
 from measure import print_table
 
 __all__ = ["paired_auroc", "print_scope_tables"]
@@ -39,7 +39,8 @@ def print_scope_tables(lines: Sequence[Mapping[str, Any]]) -> None:
                 (name, *cells, *(difference_text(paired_auroc(ours, methods.get(other, {}))) for other in others))
             )
             pairs = [[_joined(methods[m], part) for part in ("aupr", "fpr95")] if m in methods else [] for m in columns]
-            accuracy = with_interval(_joined(ours, "accuracy")) if ours else "–"
+            told = bool(ours) and all("accuracy" in part for part in ours.values())
+            accuracy = with_interval(_joined(ours, "accuracy")) if told else "–"
             rest.append((name, *(" / ".join(f"{v.mean():.2f}" for v in pair) or "–" for pair in pairs), accuracy))
         hours = sum(line["seconds"] for line in own) / 3600
         print(f"\n## {title} ({len(own)} runs, {hours:.1f} hours)")
@@ -63,7 +64,7 @@ def paired_auroc(ours: Folds, other: Folds) -> np.ndarray:
 def _read(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, dict[str, Measures]]]:
     """Return corpus and shots → method → fold → measures in per cent, means over training seeds."""
     found: dict[tuple[str, int], dict[str, dict[str, list[Measures]]]] = {}
-    for line in counting_lines(lines):
+    for line in check_comparable(counting_lines(lines)):
         key, result = line["key"], line["result"]
         folds = found.setdefault((key["corpus"], key["shots"]), {}).setdefault(key["method"], {})
         folds.setdefault(key["fold"], []).append(
@@ -79,7 +80,8 @@ def _read(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str,
 
 def _mean(seeds: Sequence[Measures]) -> Measures:
     count = min(len(part["auroc"]) for part in seeds)
-    return {name: np.mean([part[name][:count] for part in seeds], axis=0) for name in seeds[0]}
+    names = [name for name in MEASURES if all(name in part for part in seeds)]
+    return {name: np.mean([part[name][:count] for part in seeds], axis=0) for name in names}
 
 
 def _joined(folds: Folds, measure: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from textmeta.errors import DataError
 
 __all__ = [
     "COLUMNS",
+    "check_comparable",
     "counting_lines",
     "difference_text",
     "half_interval",
@@ -47,7 +48,9 @@ TITLES = {
 }
 
 PLACE = ("corpus", "shots", "method", "fold")
-COMPARED = ("data", "encoder", "pooling", "max_length", "queries", "episode_seed")  # the same of all methods of a row
+# the same of all methods of a row, and of a fold
+COMPARED = ("data", "outside", "encoder", "pooling", "max_length", "ways", "queries", "episode_seed")
+COMPARED_FOLDS = ("classes",)
 
 Row = tuple[str, int]  # corpus, shots
 Folds = Mapping[str | None, Series]
@@ -110,17 +113,21 @@ def read_rows(lines: Iterable[Mapping[str, Any]]) -> Rows:
 def counting_lines(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return one line of each corpus, number of shots, method, fold, seed and adapter.
 
-    Where several differ in their settings (a recipe, an adapter's hash), those of the newest count, however few
-    episodes they have; of lines that differ in the number of episodes alone, the one with the most.
+    Where several differ in their settings (a recipe, an adapter's hash), those of the newest count, of one day the last
+    one's, however few episodes they have; of lines that differ in the number of episodes alone, the one with the most.
     """
-    chosen: dict[tuple, Mapping[str, Any]] = {}
+    found: dict[tuple, list[Mapping[str, Any]]] = {}
     for line in sorted(lines, key=lambda line: str(line.get("date", ""))):
         key = line["key"]
         place = *(key[name] for name in PLACE), *(key.get(name) for name in ("setting", "seed", "adapter"))
-        more = place not in chosen or key["episodes"] >= chosen[place]["key"]["episodes"]
-        if more or _but_episodes(key) != _but_episodes(chosen[place]["key"]):
-            chosen[place] = line
-    return list(chosen.values())
+        found.setdefault(place, []).append(line)
+    return [max(_like_the_last(own), key=lambda line: line["key"]["episodes"]) for own in found.values()]
+
+
+def _like_the_last(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return those with the settings of the last line, the last one first."""
+    last = _but_episodes(lines[-1]["key"])
+    return [line for line in reversed(lines) if _but_episodes(line["key"]) == last]
 
 
 def _but_episodes(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,11 +135,16 @@ def _but_episodes(key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_comparable(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return the lines, if all of a corpus and number of shots are of the same data, encoder and episodes."""
+    """Return the lines, if all of a corpus and number of shots are of the same data, encoder and episodes.
+
+    Raises:
+        DataError: if they are not.
+    """
     known: dict[tuple, Mapping[str, Any]] = {}
     for key in [line["key"] for line in lines]:
-        for name in [name for name in COMPARED if name in key]:
-            other = known.setdefault((key["corpus"], key["shots"], name), key)
+        for name in [name for name in (*COMPARED, *COMPARED_FOLDS) if name in key]:
+            fold = key["fold"] if name in COMPARED_FOLDS else None
+            other = known.setdefault((key["corpus"], key["shots"], name, fold), key)
             if key[name] != other[name]:
                 raise DataError(
                     f"{key['corpus']}, {key['shots']} shots: {key['method']} was run with {name} {key[name]!r}, "

@@ -47,6 +47,13 @@ def named(e: Episode) -> Episode:
     return replace(e, label_names=tuple(WORDS[12 * int(name.removeprefix("class"))] for name in e.class_names))
 
 
+def of_shots(corpus: Corpus, shots: list[int], seed: int = 0) -> Episode:
+    """An episode with so many examples of each class."""
+    e = EpisodeSampler(corpus, EpisodeSettings(len(shots), max(shots), 2), seed)[0]
+    kept = np.concatenate([np.flatnonzero(e.support_labels == c)[:n] for c, n in enumerate(shots)])
+    return replace(e, support_texts=tuple(e.support_texts[row] for row in kept), support_labels=e.support_labels[kept])
+
+
 def support_loss(
     encoder: Encoder, parameters: Parameters, factors: dict[str, Tensor], offset: Tensor, e: Episode
 ) -> Tensor:
@@ -124,6 +131,12 @@ def test_tasks_together_are_the_tasks_alone(inner: InnerLoopSettings, encoder: E
             torch.testing.assert_close(found, value[0].expand_as(found), rtol=1e-3, atol=1e-5)
 
 
+def is_of_step(labels: list[int], row: int, step: int) -> bool:
+    """Whether a step is on an example: the first on the first ten of its class, the next on the next ten, around."""
+    own = [i for i, label in enumerate(labels) if label == labels[row]]
+    return len(own) <= 10 or row in [own[(10 * step + i) % len(own)] for i in range(10)]
+
+
 def neighbours_by_hand(
     encoder: Encoder, parameters: Parameters, e: Episode, inner: InnerLoopSettings
 ) -> dict[str, Tensor]:
@@ -135,16 +148,20 @@ def neighbours_by_hand(
     weights = [1.0] * len(e.support_texts) + [kappa] * len(names)
     factors = lora_factors(parameters)
     fast = {name: value for name, value in factors.items() if "lora_B" in name}
+    mean = len(labels) / e.ways
+    taking = [c for c in range(e.ways) if labels.count(c) >= mean / 2]
     for step in range(inner.steps):
+        examples = [i for i in range(len(e.support_texts)) if is_of_step(e.support_labels.tolist(), i, step)]
+        on = [*examples, *range(len(e.support_texts), len(labels))]
         fast = {name: value.clone().requires_grad_() for name, value in fast.items()}
         features, losses = encoder.features(texts, factors | fast), []
-        for i in range(len(e.support_texts)):
+        for i in [i for i in examples if labels[i] in taking]:
             logits = []
-            for c in range(e.ways):
-                rows = [j for j, label in enumerate(labels) if label == c and j != i]
+            for c in taking:
+                rows = [j for j in on if labels[j] == c and j != i]
                 near = [weights[j] * torch.exp(10 * features[i] @ features[j]) for j in rows]
                 logits.append((torch.stack(near).sum() / sum(weights[j] for j in rows)).log())
-            losses.append(cross_entropy(torch.stack(logits), torch.tensor(labels[i])))
+            losses.append(cross_entropy(torch.stack(logits), torch.tensor(taking.index(labels[i]))))
         gradients = torch.autograd.grad(torch.stack(losses).mean(), list(fast.values()))
         size = parameters[LOG_STEP_SIZE + "lora"][step].exp()
         for (name, value), g in zip(list(fast.items()), gradients, strict=True):
@@ -152,12 +169,16 @@ def neighbours_by_hand(
     return fast
 
 
+@pytest.mark.parametrize("shots", [[3, 3, 3], [13, 12, 4]], ids=["few", "many, not of all"])
 @pytest.mark.parametrize("names", [False, True])
 @pytest.mark.parametrize("head", sorted(HEADS))
-def test_steps_on_neighbours_are_the_formula(head: Any, names: bool, encoder: Encoder, sampler: EpisodeSampler) -> None:
+def test_steps_on_neighbours_are_the_formula(
+    head: Any, names: bool, shots: list[int], encoder: Encoder, corpus: Corpus
+) -> None:
     """Whatever the head."""
     inner = replace(NEIGHBOURS, head=head)
-    parameters, episode = moved_parameters(encoder, inner), named(sampler[0]) if names else sampler[0]
+    episode = of_shots(corpus, shots)
+    parameters, episode = moved_parameters(encoder, inner), named(episode) if names else episode
     found = adapted_tensors(encoder, parameters, [episode], inner)
     expected = neighbours_by_hand(encoder, parameters, episode, inner)
     assert found.keys() == expected.keys() | {OFFSET}
@@ -168,34 +189,28 @@ def test_steps_on_neighbours_are_the_formula(head: Any, names: bool, encoder: En
 
 
 def test_a_class_of_few_examples_among_others_takes_no_part_in_steps_on_neighbours(
-    encoder: Encoder, corpus: object
+    encoder: Encoder, corpus: Corpus
 ) -> None:
-    parameters = moved_parameters(encoder)
-    episode = EpisodeSampler(corpus, EpisodeSettings(3, 5, 2), seed=0)[0]  # type: ignore[arg-type]
-    few = Episode(
-        "new",
-        episode.class_names,
-        episode.support_texts[:11],  # 5, 5 and 1
-        episode.support_labels[:11],
-        episode.query_texts,
-        episode.query_labels,
-    )
+    parameters, few = moved_parameters(encoder), of_shots(corpus, [5, 5, 1])
     without = replace(
         few,
-        class_names=episode.class_names[:2],
+        class_names=few.class_names[:2],
         support_texts=few.support_texts[:10],
         support_labels=few.support_labels[:10],
     )
-    found, expected = (adapted_tensors(encoder, parameters, [e], NEIGHBOURS) for e in (few, without))
-    moved = 0
-    for name, value in expected.items():
-        if name != OFFSET:
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
-            moved += int((value[0] - parameters[LORA + name]).abs().max() > 1e-3)
+    alone = of_shots(corpus, [9, 1, 1])  # the first class would be the only one
+    found = adapted_tensors(encoder, parameters, [few, alone], NEIGHBOURS)
+    expected = adapted_tensors(encoder, parameters, [without], NEIGHBOURS)
+    moved = [name for name in expected if name != OFFSET]
     assert moved
-    alone = replace(few, support_labels=np.array([0] * 9 + [1, 2]))  # the first class would be the only one
-    for name, value in adapted_tensors(encoder, parameters, [alone], NEIGHBOURS).items():
-        assert name == OFFSET or torch.equal(value[0], parameters[LORA + name])
+    for name in moved:
+        torch.testing.assert_close(found[name][0], expected[name][0], rtol=1e-4, atol=1e-6)
+        assert (found[name][0] - parameters[LORA + name]).abs().max() > 1e-3
+        assert torch.equal(found[name][1], parameters[LORA + name])
+    head = adapted_tensors(encoder, parameters, [few], INNER)  # this loss is of all rows
+    by_hand = steps_by_hand(encoder, parameters, few, INNER)
+    for name, value in by_hand.items():
+        torch.testing.assert_close(head[name][0], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["head", "neighbours"])

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.meta.test_adaptation import INNER, named
+from tests.meta.test_adaptation import INNER, named, of_shots
 from tests.meta.test_algorithms import start_for
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
@@ -151,6 +151,14 @@ def test_exact_algorithms(name: str, inner: InnerLoopSettings, encoder64: Encode
 @pytest.mark.parametrize("name", ["anil", "maml", "meta_sgd"])
 def test_plans(name: str, plan: MetaGradientPlan, encoder64: Encoder, corpus: Corpus) -> None:
     _, errors = exact_errors(name, encoder64, tasks(corpus), SMOOTH, plan)
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_rows_that_a_step_leaves_out(plan: MetaGradientPlan, encoder64: Encoder, corpus: Corpus) -> None:
+    """A class that takes no part, a task in which none does, and one with more examples than a step is on."""
+    episodes = [of_shots(corpus, shots, seed) for seed, shots in enumerate(([4, 4, 1], [5, 1, 1], [12, 11]))]
+    _, errors = exact_errors("maml", encoder64, episodes, INNER_LOOPS["neighbours"], plan)
     assert max(errors.values()) < 1e-5, errors
 
 

@@ -75,10 +75,12 @@ def test_a_batch_of_some_of_its_rows_is_as_if_made_of_them(encoder: Encoder, sam
     kept = torch.from_numpy(np.random.default_rng(1).random(tuple(batch.labels.shape)) < 0.5) & (batch.labels >= 0)
     part = batch.where(kept)
     features = part.pad(encoder.features(part.texts, factors))
-    assert torch.equal(part.labels >= 0, kept)
+    assert part.labels.shape[1] == kept.sum(1).max()
     for number, episode in enumerate(episodes):
         own = kept[number, : len(episode.support_texts)].numpy()
         texts = [text for text, is_kept in zip(episode.support_texts, own, strict=True) if is_kept]
-        torch.testing.assert_close(features[number][kept[number]], encoder.features(encoder.prepare(texts), factors))
-        assert not features[number][~kept[number]].any()
+        torch.testing.assert_close(features[number, : len(texts)], encoder.features(encoder.prepare(texts), factors))
+        assert not features[number, len(texts) :].any()
+        assert part.labels[number, : len(texts)].tolist() == episode.support_labels[own].tolist()
+        assert (part.labels[number, len(texts) :] == -1).all()
     assert batch.where(batch.labels >= 0) is batch

@@ -185,7 +185,8 @@ def _training(record: Mapping[str, Any]) -> str:
     if not {"train", "training"} <= settings.keys():
         return "## Training\n\nNot meta-trained, or nothing is recorded of it."
     episodes, training = settings["train"]["episodes"], settings["training"]
-    seen = settings["train"].get("corpora") == settings["valid"].get("corpora")  # then it says nothing of new classes
+    # of the training classes themselves it says nothing of new ones
+    seen = bool(corpora_of(record)) and corpora_of(record) == corpora_of(record, "valid")
     measured = "accuracy on the training classes" if seen else "validation accuracy"
     lines = [
         "## Training",

@@ -20,7 +20,7 @@ from textmeta.meta.adapted import (
     task_weights,
 )
 from textmeta.meta.inner_loop import InnerLoopSettings, gradient_steps
-from textmeta.meta.step_rows import step_batches
+from textmeta.meta.step_rows import batch_of_step
 from textmeta.meta.strengths import at_best_strength
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.conditioning import conditioned_factors, conditioned_temperature, conditioning_start
@@ -217,10 +217,10 @@ def adaptation_path(
 
     The loss is the mean cross entropy of the examples' leave-one-out logits, by the head or by their neighbours
     (:func:`~textmeta.model.neighbours.leave_one_out_neighbours`); names are scored in none. By neighbours, each step is
-    on some of the rows (:func:`~textmeta.meta.step_rows.rows_of_step`). A task in which every example of those is
-    alone in its class, without its name even, has no loss, and stays at the initialisation. The
-    temperature of the others is multiplied by a factor, in adapters that calibration has given one, for steps make
-    features surer of themselves.
+    on some of the rows (:func:`~textmeta.meta.step_rows.rows_of_step`). A task in which no example has company in its
+    class, a name at least, or only one class takes part, has no loss, and stays at the initialisation. The temperature
+    of the others is multiplied by a factor, in adapters that calibration has given one, for steps make features surer
+    of themselves.
 
     Args:
         encoder: makes features.
@@ -253,9 +253,8 @@ def _path_from(
     checkpointed: bool = True,
 ) -> Iterator[AdaptedParameters]:
     factors, offset, scalars = start.factors, start.offset, start.scalars
-    parts = step_batches(support, inner)
-    learned = _can_learn(parts[0]) if parts else None
-    if learned is None or not learned.any():
+    learned = _can_learn(batch_of_step(support, inner, 0))
+    if not inner.steps or not learned.any():
         yield start
         return
     tasks = len(support.ways)
@@ -270,7 +269,7 @@ def _path_from(
         fast[OFFSET] = offset
 
     def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
-        part, features = parts[step], tensors.get(FEATURES)
+        part, features = batch_of_step(support, inner, step), tensors.get(FEATURES)
         if features is None:
             used = {name: tensors[name] for name in factors}
             features = part.pad(encoder.features(part.texts, used, part.row_task))

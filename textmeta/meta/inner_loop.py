@@ -42,7 +42,8 @@ class InnerLoopSettings:
         head: prototype (cosine to the class means), ridge (ridge regression on the labels, R2-D2), or readout (both:
             prototypes that do not depend on the number of examples, plus a ridge regression).
         loss: what the steps lower: the mean cross entropy of the examples, each told by the head that the others make
-            (head) or by its neighbours among them (neighbours: neighbourhood components), which moves no offset.
+            (head) or by its neighbours among them (neighbours: neighbourhood components), which moves no offset, and
+            leaves out classes with few examples among others (:mod:`textmeta.meta.step_rows`).
         lora_step_size: step size of the LoRA factors before it is learned; a step moves an entry by about this much.
         offset_step_size: step size of the head's offset, likewise.
         schedule: how step sizes start: all the same (constant), or falling (linear), of N steps the last an Nth of the

@@ -13,18 +13,17 @@ from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.heads import class_mask, membership
 
-__all__ = ["EXAMPLES_A_STEP", "FAIR_SHARE", "rows_of_step", "step_batches"]
+__all__ = ["EXAMPLES_A_STEP", "FAIR_SHARE", "batch_of_step", "rows_of_step"]
 
 FAIR_SHARE = 0.5  # of the mean number of rows of a class: with fewer, it takes no part
 EXAMPLES_A_STEP = 10  # of a class, at most
 
 
-def step_batches(support: TaskBatch, inner: InnerLoopSettings) -> list[TaskBatch]:
-    """Return what each step is on: with the head's loss all rows, with that of neighbours :func:`rows_of_step`."""
+def batch_of_step(support: TaskBatch, inner: InnerLoopSettings, step: int) -> TaskBatch:
+    """Return what a step is on: with the head's loss all rows, with that of neighbours :func:`rows_of_step`."""
     if inner.loss == "head":
-        return [support] * inner.steps
-    rows = support.labels, support.is_name, support.ways
-    return [support.where(rows_of_step(*rows, step)) for step in range(inner.steps)]
+        return support
+    return support.where(rows_of_step(support.labels, support.is_name, support.ways, step))
 
 
 def rows_of_step(labels: Tensor, is_name: Tensor | None, ways: Tensor, step: int) -> Tensor:

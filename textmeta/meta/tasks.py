@@ -55,17 +55,24 @@ class TaskBatch:
         return padded.view(tasks, width, -1)
 
     def where(self, kept: Tensor) -> "TaskBatch":
-        """Return the rows that are kept (T, n) bool, at their places; the others become padding."""
+        """Return the rows that are kept (T, n) bool, in their order, padded no further than the longest task needs."""
         if bool((kept | (self.labels < 0)).all()):
             return self
         own = kept.flatten()[self.slots]
+        old, row_task, width = self.slots[own], self.row_task[own], int(kept.sum(1).max().clamp(min=1))
+        slots = row_task * width + (kept.cumsum(1) - 1).flatten()[old]
+
+        def moved(rows: Tensor, padding: int | bool) -> Tensor:
+            empty = rows.new_full((len(rows) * width,), padding)
+            return empty.index_copy(0, slots, rows.flatten()[old]).view(len(rows), width)
+
         return replace(
             self,
             texts=self.texts.where(own),
-            row_task=self.row_task[own],
-            slots=self.slots[own],
-            labels=self.labels.masked_fill(~kept, -1),
-            is_name=None if self.is_name is None else self.is_name & kept,
+            row_task=row_task,
+            slots=slots,
+            labels=moved(self.labels, -1),
+            is_name=None if self.is_name is None else moved(self.is_name, False),
         )
 
     def row_weights(self, scalars: Mapping[str, Tensor]) -> Tensor | None:
