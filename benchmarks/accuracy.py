@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from accuracy_bench import Bench
+from accuracy_bench import Bench, ending
 from accuracy_cache import DiskCache
 from accuracy_episodes import EPISODE_SEED, PARTS, QUERIES, Cell, Corpora
 from accuracy_methods import METHODS
@@ -124,7 +124,7 @@ class AccuracySettings:
             if unknown:
                 raise SettingsError(f"{kind} must be some of {list(known)}, given {unknown[0]!r}")
         for adapters in (self.adapters, self.protonet_adapters):
-            ends = [Path(name).name for name in adapters]
+            ends = list(map(ending, adapters))
             twice = next((name for name, end in zip(adapters, ends, strict=True) if ends.count(end) > 1), None)
             if twice is not None:
                 raise SettingsError(f"adapters must end in different names, given {twice!r} and another like it")
@@ -150,6 +150,7 @@ class Runs:
     def __init__(self, settings: AccuracySettings, lines: list[Line]) -> None:
         self.settings = settings
         self.lines = lines
+        self.told = {"versions": _versions(), "device": settings.device}
         cache = DiskCache(settings.cache, settings.states_mb)
         recipe = read_recipe(settings.recipe)
         protonet = read_recipe(settings.protonet)
@@ -246,7 +247,7 @@ class Runs:
 
     def _is_made_here(self, line: Line) -> bool:
         """Return whether what a line says of device and versions is true of this process, too."""
-        return line.get("device", "cpu") == self.settings.device and line["versions"] == _versions()
+        return {"versions": line["versions"], "device": line.get("device", "cpu")} == self.told
 
 
 def main(settings: AccuracySettings) -> None:
@@ -256,9 +257,9 @@ def main(settings: AccuracySettings) -> None:
     assert path is not None
     lines = first_lines(read_lines(path))
     if not settings.tables:
-        told = {"versions": _versions(), "device": settings.device, "date": datetime.now(UTC).date().isoformat()}
+        runs = Runs(settings, lines)
         try:
-            do_missing(Runs(settings, lines), lines, path, told)
+            do_missing(runs, lines, path, {**runs.told, "date": datetime.now(UTC).date().isoformat()})
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command goes on from here")
     wanted = {
@@ -280,7 +281,7 @@ def _is_of(key: dict[str, Any], settings: AccuracySettings) -> bool:
         return True
     if "adapter" in key:
         asked = settings.protonet_adapters if model == "protonet" else settings.adapters
-        return key["adapter"] in {Path(name).name for name in asked}
+        return key["adapter"] in map(ending, asked)
     return key["seed"] in settings.seeds
 
 

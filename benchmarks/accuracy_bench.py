@@ -24,7 +24,12 @@ from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import Parameters
 from textmeta.model.lora import LoraSettings
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "ending"]
+
+
+def ending(adapter: str) -> str:
+    """Return what a folder or name of an adapter ends in, by which lines and tables know it."""
+    return Path(adapter).name
 
 
 @dataclass
@@ -67,12 +72,12 @@ class Bench:
             try:
                 adapter, where = load_from(name, access=HubAccess(local_files_only=True))
             except TextMetaError as error:
-                print(f"no adapter {Path(name).name}: {method} is left out on unseen corpora ({type(error).__name__})")
+                print(f"no adapter {ending(name)}: {method} is left out on unseen corpora ({type(error).__name__})")
                 continue
             adapter = replace(adapter, parameters={n: v.to(self.device) for n, v in adapter.parameters.items()})
             if adapter.weights_sha256 != self.encoder(adapter.lora).weights_sha256:
-                raise AdapterError(f"the adapter {Path(name).name} belongs to another encoder than the recipe's")
-            found[Path(name).name] = sha256((where.folder / MANIFEST).read_bytes()).hexdigest()[:12], adapter
+                raise AdapterError(f"the adapter {ending(name)} belongs to another encoder than the recipe's")
+            found[ending(name)] = sha256((where.folder / MANIFEST).read_bytes()).hexdigest()[:12], adapter
         return found
 
     def trained(self, method: str, cell: Cell, seed: int) -> Trained:

@@ -48,9 +48,8 @@ TITLES = {
 }
 
 PLACE = ("corpus", "shots", "method", "fold")
-# the same of all methods of a row, and of a fold
-COMPARED = ("data", "outside", "encoder", "pooling", "max_length", "ways", "queries", "episode_seed")
-COMPARED_FOLDS = ("classes",)
+# the same of all methods of a row; the classes of a fold
+COMPARED = ("data", "outside", "classes", "encoder", "pooling", "max_length", "ways", "queries", "episode_seed")
 
 Row = tuple[str, int]  # corpus, shots
 Folds = Mapping[str | None, Series]
@@ -142,8 +141,8 @@ def check_comparable(lines: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str
     """
     known: dict[tuple, Mapping[str, Any]] = {}
     for key in [line["key"] for line in lines]:
-        for name in [name for name in (*COMPARED, *COMPARED_FOLDS) if name in key]:
-            fold = key["fold"] if name in COMPARED_FOLDS else None
+        for name in [name for name in COMPARED if name in key]:
+            fold = key["fold"] if name == "classes" else None
             other = known.setdefault((key["corpus"], key["shots"], name, fold), key)
             if key[name] != other[name]:
                 raise DataError(

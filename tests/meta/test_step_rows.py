@@ -7,11 +7,16 @@ from torch import Tensor
 from textmeta.data.episodes import EpisodeSampler
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.step_rows import EXAMPLES_A_STEP, rows_of_step
+from textmeta.meta.step_rows import EXAMPLES_A_STEP, rows_in_turn, rows_taking_part
 from textmeta.meta.tasks import support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import membership
 from textmeta.model.initialisation import lora_factors
+
+
+def rows_of_step(labels: Tensor, is_name: Tensor | None, ways: Tensor, step: int) -> Tensor:
+    """The rows that a step is on."""
+    return rows_taking_part(labels, ways) & rows_in_turn(labels, is_name, ways, step)
 
 
 def counted(rows: list[int], step: int = 0) -> tuple[Tensor, list[int]]:

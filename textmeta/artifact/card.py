@@ -186,7 +186,10 @@ def _training(record: Mapping[str, Any]) -> str:
         return "## Training\n\nNot meta-trained, or nothing is recorded of it."
     episodes, training = settings["train"]["episodes"], settings["training"]
     # of the training classes themselves it says nothing of new ones
-    seen = bool(corpora_of(record)) and corpora_of(record) == corpora_of(record, "valid")
+    parts = {"training": corpora_of(record), "validation": corpora_of(record, "valid")}
+    seen = bool(parts["training"]) and parts["training"] == parts["validation"]
+    if seen:
+        del parts["validation"]
     measured = "accuracy on the training classes" if seen else "validation accuracy"
     lines = [
         "## Training",
@@ -201,8 +204,8 @@ def _training(record: Mapping[str, Any]) -> str:
     ]
     lines += [
         f"| {_title(corpus)} | {part} | {corpus['texts']} | {corpus['classes']} | {_licence(corpus)} |"
-        for key, part in (("train", "training"), ("valid", "validation"))[: 1 if seen else 2]
-        for corpus in corpora_of(record, key)
+        for part, corpora in parts.items()
+        for corpus in corpora
     ]
     if start := record.get("start"):
         at = f" at revision `{start['start_revision']}`" if start.get("start_revision") else ""

@@ -20,7 +20,7 @@ from textmeta.meta.adapted import (
     task_weights,
 )
 from textmeta.meta.inner_loop import InnerLoopSettings, gradient_steps
-from textmeta.meta.step_rows import batch_of_step
+from textmeta.meta.step_rows import rows_in_turn, rows_taking_part
 from textmeta.meta.strengths import at_best_strength
 from textmeta.meta.tasks import TaskBatch
 from textmeta.model.conditioning import conditioned_factors, conditioned_temperature, conditioning_start
@@ -217,7 +217,7 @@ def adaptation_path(
 
     The loss is the mean cross entropy of the examples' leave-one-out logits, by the head or by their neighbours
     (:func:`~textmeta.model.neighbours.leave_one_out_neighbours`); names are scored in none. By neighbours, each step is
-    on some of the rows (:func:`~textmeta.meta.step_rows.rows_of_step`). A task in which no example has company in its
+    on some of the rows (:mod:`textmeta.meta.step_rows`). A task in which no example has company in its
     class, a name at least, or only one class takes part, has no loss, and stays at the initialisation. The temperature
     of the others is multiplied by a factor, in adapters that calibration has given one, for steps make features surer
     of themselves.
@@ -253,7 +253,9 @@ def _path_from(
     checkpointed: bool = True,
 ) -> Iterator[AdaptedParameters]:
     factors, offset, scalars = start.factors, start.offset, start.scalars
-    learned = _can_learn(batch_of_step(support, inner, 0))
+    by_neighbours = inner.loss == "neighbours"
+    whole = support.where(rows_taking_part(support.labels, support.ways)) if by_neighbours else support
+    learned = _can_learn(whole)
     if not inner.steps or not learned.any():
         yield start
         return
@@ -269,11 +271,13 @@ def _path_from(
         fast[OFFSET] = offset
 
     def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
-        part, features = batch_of_step(support, inner, step), tensors.get(FEATURES)
+        part, features = whole, tensors.get(FEATURES)
+        if by_neighbours:
+            part = whole.where(rows_in_turn(whole.labels, whole.is_name, whole.ways, step))
         if features is None:
             used = {name: tensors[name] for name in factors}
             features = part.pad(encoder.features(part.texts, used, part.row_task))
-        if inner.loss == "neighbours":
+        if by_neighbours:
             logits, counts = left_out_by_neighbours(features, part, tensors)
         else:
             now = tensors.get(OFFSET, torch.zeros_like(offset))
