@@ -20,7 +20,15 @@ from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import OFFSET, StepSizesPer
 
-__all__ = ["HeadName", "InnerLoopSettings", "LossName", "ScheduleName", "gradient_steps", "without_conditioning"]
+__all__ = [
+    "HeadName",
+    "InnerLoopSettings",
+    "LossName",
+    "ScheduleName",
+    "gradient_steps",
+    "inner_steps",
+    "without_conditioning",
+]
 
 Part = Literal["lora_A", "lora_B", "offset"]
 HeadName = Literal["prototype", "ridge", "readout"]
@@ -145,29 +153,66 @@ def gradient_steps(
     Yields:
         The changed tensors after 0, 1, …, ``inner.steps`` steps.
     """
+
+    def update(step: int, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor], _: Tensor) -> dict[str, Tensor]:
+        directions = _directions(gradients, inner, entries or {})
+        return {name: value - sizes[name][step] * directions[name] for name, value in fast.items()}
+
+    yield from inner_steps(
+        loss, start, shared, update, inner.steps, second_order_steps=second_order_steps, checkpointed=checkpointed
+    )
+
+
+def inner_steps(
+    loss: Callable[[int, Mapping[str, Tensor]], Tensor],
+    start: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    update: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Tensor], dict[str, Tensor]],
+    steps: int,
+    *,
+    second_order_steps: int = 0,
+    checkpointed: bool = True,
+) -> Iterator[dict[str, Tensor]]:
+    """Take inner steps by any rule: the loop that all adaptation goes through.
+
+    Args:
+        loss: (number of the step, from 0; tensors by name, those of ``start`` and ``shared``) → (T,) losses; a task's
+            loss depends on no other task's tensors.
+        start: what the steps change: name → (T, …).
+        shared: everything else that the loss depends on and that something is learned in. What ``loss`` holds besides is
+            differentiated through, too, in steps of second order that are not checkpointed.
+        update: (number of the step, changed tensors, their gradients, losses (T,)) → the tensors after the step.
+        steps: how many.
+        second_order_steps: the last so many steps are differentiated through; in those before, gradients and losses are
+            constants.
+        checkpointed: whether a step that is differentiated through is computed again in the backward pass.
+
+    Yields:
+        The changed tensors after 0, 1, …, ``steps`` steps.
+    """
     fast = dict(start)
     yield fast
-    for step in range(inner.steps):
+    for step in range(steps):
         own = partial(loss, step)
-        if step >= inner.steps - second_order_steps:
+        if step >= steps - second_order_steps:
             # what starts as a constant, such as the offset's zeros, still takes part in the derivatives
             fast = {n: value if value.requires_grad else value.detach().requires_grad_() for n, value in fast.items()}
-            gradients = _differentiable_gradients(own, fast, shared, checkpointed)
+            gradients, losses = _differentiable_gradients(own, fast, shared, checkpointed)
         else:
-            gradients = _constant_gradients(own, fast, shared)
-        directions = _directions(gradients, inner, entries or {})
-        fast = {name: value - sizes[name][step] * directions[name] for name, value in fast.items()}
+            gradients, losses = _constant_gradients(own, fast, shared)
+        fast = update(step, fast, gradients, losses)
         yield fast
 
 
 def _constant_gradients(
     loss: Callable[[Mapping[str, Tensor]], Tensor], fast: Mapping[str, Tensor], shared: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     with torch.enable_grad():
         # nothing but the gradient in the adapted parameters is needed: cut all else off
         leaves = {name: value.detach().requires_grad_() for name, value in fast.items()}
-        total = loss({**{name: value.detach() for name, value in shared.items()}, **leaves}).sum()
-        return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+        losses = loss({**{name: value.detach() for name, value in shared.items()}, **leaves})
+        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        return dict(zip(leaves, gradients, strict=True)), losses.detach()
 
 
 def _differentiable_gradients(
@@ -175,20 +220,20 @@ def _differentiable_gradients(
     fast: Mapping[str, Tensor],
     shared: Mapping[str, Tensor],
     checkpointed: bool,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     names = [*fast, *shared]
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         # set inside, so that a step run again in the backward pass uses the same attention
         with torch.enable_grad(), twice_differentiable():
-            total = loss(dict(zip(names, tensors, strict=True))).sum()
-            return torch.autograd.grad(total, tensors[: len(fast)], create_graph=True)
+            losses = loss(dict(zip(names, tensors, strict=True)))
+            return (*torch.autograd.grad(losses.sum(), tensors[: len(fast)], create_graph=True), losses)
 
     tensors = (*fast.values(), *shared.values())
     # nothing here is random, and the random state is the whole process's: it is left alone
     again = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-    found = again(*tensors) if checkpointed else run(*tensors)
-    return dict(zip(fast, found, strict=True))
+    *gradients, losses = again(*tensors) if checkpointed else run(*tensors)
+    return dict(zip(fast, gradients, strict=True)), losses
 
 
 def _directions(

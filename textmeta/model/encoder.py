@@ -109,6 +109,9 @@ class Encoder:
         factor_shapes: shape of each LoRA factor by name.
         peft_config: PEFT's configuration of the adapter.
         hidden_size: length of a feature vector.
+        total_layers: of the transformer.
+        frozen_layers: how many lie below the lowest LoRA; None where the model cannot be split there.
+        overhead: what one more forward costs, in tokens of another: launches on a GPU cost more.
 
     Raises:
         EncoderError: if the model cannot be loaded or has no layers that can carry the adapter.
@@ -145,13 +148,15 @@ class Encoder:
         _check_length(model, self.settings)
         self.weights_sha256 = weights_digest(model)
         layers_name = find_layers(model)
-        total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
+        self.total_layers = total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
         first = total - self.lora.layer_count(total)
         self.peft_config = lora_config(model, layers_name, first, self.lora)
         self.factor_shapes = inject(model, self.peft_config)
         self.hidden_size: int = model.config.hidden_size
         model.to(self.device)  # type: ignore[arg-type]
         self._prefix, self._suffix = split_model(model, layers_name, first)
+        self.frozen_layers = None if self._prefix is None else first
+        self.overhead = 128 if self.device.type == "cpu" else 4096
         # A text's states must not depend, to the bit, on which texts it came with, or a resumed run would differ from
         # an uninterrupted one. Matrix products round differently in batches of different shapes, on a CPU even in
         # different rows: so there each text goes alone. A GPU is too slow at that: it gets batches of one fixed shape.
@@ -168,10 +173,8 @@ class Encoder:
             remember: whether to cache their states, for texts that will come again.
         """
         states = self._states(texts, remember)
-        # One more forward costs about as much as this many tokens more in another: launches on a GPU cost more.
-        overhead = 128 if self.device.type == "cpu" else 4096
         buckets = []
-        for rows in length_buckets([len(state) for state in states], overhead, MAX_ROWS):
+        for rows in length_buckets([len(state) for state in states], self.overhead, MAX_ROWS):
             inputs = pad_sequence([states[row] for row in rows], batch_first=True)
             lengths = torch.tensor([len(states[row]) for row in rows], device=self.device)
             mask = (torch.arange(inputs.shape[1], device=self.device) < lengths[:, None]).long()
@@ -233,6 +236,34 @@ class Encoder:
         """Put into the cache what :meth:`states` returned, here or in another process with the same settings."""
         given = dict(zip(texts, states, strict=True))
         self._states_cache.get(texts, lambda missing: [given[text] for text in missing])
+
+    @torch.no_grad()
+    def lower_states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Return the states after 0, 1 … ``frozen_layers`` layers, of a model that is split.
+
+        Args:
+            ids: (rows, length) token ids.
+            mask: (rows, length) int64, 1 for tokens.
+        """
+        assert self._prefix is not None, "the model is not split"
+        return self._all_states(self._prefix, input_ids=ids, attention_mask=mask)
+
+    def upper_states(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Return the inputs and the states after each adapted layer, with the LoRA factors in use.
+
+        Args:
+            inputs: the last of :meth:`lower_states`; token ids where the model is not split, for the states of all
+                layers.
+            mask: (rows, length) int64, 1 for tokens.
+        """
+        key = "input_ids" if self._prefix is None else "inputs_embeds"
+        return self._all_states(self._suffix, **{key: inputs, "attention_mask": mask})
+
+    def _all_states(self, half: nn.Module, **inputs: Tensor) -> tuple[Tensor, ...]:
+        with self._autocast():
+            output = half(**inputs, output_hidden_states=True)
+        # some families report nothing where there is no layer: then the last states are the embeddings
+        return tuple(output.hidden_states) or (output.last_hidden_state,)
 
     def _pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))

@@ -1,0 +1,312 @@
+"""How adapters and frozen baselines do on the choose corpora, from recorded episodes; --run records those that are missing.
+
+    python benchmarks/choose.py --data-dir DATA                        # the table
+    python benchmarks/choose.py --data-dir DATA --by-corpus
+    python benchmarks/choose.py --data-dir DATA --run --adapters runs/core/base --variants plain names
+
+Episodes are the same for every method: 5 ways (all classes of a corpus with fewer), 5 queries a class, 256 tokens (0.1 at
+its own 64). Differences are paired by episode; intervals are of 95 %, over episodes, of means over corpora.
+"""
+
+import argparse
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from choose_episodes import EPISODE_SEED, SHOTS, Cell, ChooseCorpora, read_results, result_of
+from runs import Line, Run, do_missing
+from scipy import stats
+from torch import Tensor
+
+from textmeta.data.episodes import Episode, with_unlabelled
+from textmeta.data.labels import readable_name
+from textmeta.encoder.token_states import TokenStateReader, TokenStates
+from textmeta.meta.adapter import CoreAdapter
+from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.learner import TaskLearner
+
+RESULTS = Path(__file__).parent / "results"
+BASELINES, CORE = RESULTS / "v0_1.jsonl", RESULTS / "choose.jsonl"
+SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-core"
+TASKS, CHUNK, EPISODES = 16, 50, 200  # learned together; of a line; of a cell
+OTHER_DRAWS = 3  # third number of the seed that wrong names are drawn by
+
+
+def named(episode: Episode, names: Sequence[str]) -> Episode:
+    """Return an episode that comes with names."""
+    return replace(episode, label_names=tuple(names))
+
+
+def true_names(episode: Episode) -> Episode:
+    """Return an episode with the names of its classes."""
+    return named(episode, [readable_name(name) for name in episode.class_names])
+
+
+def permuted(episode: Episode, cell: Cell, number: int) -> Episode:
+    """Return an episode with the names of its classes in another order: each class has another's name."""
+    rng = np.random.default_rng((EPISODE_SEED, number, OTHER_DRAWS))
+    cycle = rng.permutation(episode.ways)
+    names = [""] * episode.ways
+    for own, other in zip(cycle, np.roll(cycle, 1), strict=True):
+        names[own] = readable_name(episode.class_names[other])
+    return named(episode, names)
+
+
+def codes(episode: Episode, cell: Cell, number: int) -> Episode:
+    """Return an episode whose classes have random codes of three letters for names."""
+    rng = np.random.default_rng((EPISODE_SEED, number, OTHER_DRAWS))
+    return named(episode, ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 3)) for _ in range(episode.ways)])
+
+
+def without_examples(episode: Episode) -> Episode:
+    """Return an episode without a support set."""
+    return replace(episode, support_texts=(), support_labels=episode.support_labels[:0])
+
+
+def unlabelled(mixture: str) -> Callable[[Episode, Cell, int], Episode]:
+    """Return what adds unlabelled texts to an episode."""
+    return lambda e, cell, number: with_unlabelled(e, cell.corpus, EPISODE_SEED, number, mixture=mixture)  # type: ignore[arg-type]
+
+
+Variant = Callable[[Episode, Cell, int], Episode]
+VARIANTS: dict[str, Variant] = {
+    "plain": lambda e, cell, number: e,
+    "names": lambda e, cell, number: true_names(e),
+    "permuted": permuted,
+    "codes": codes,
+    "unlabelled": unlabelled("same"),
+    "unlabelled-skewed": unlabelled("skewed"),
+    "unlabelled-others": unlabelled("others"),
+    "names-unlabelled": lambda e, cell, number: true_names(unlabelled("same")(e, cell, number)),
+    "names-unlabelled-skewed": lambda e, cell, number: true_names(unlabelled("skewed")(e, cell, number)),
+    "names-unlabelled-others": lambda e, cell, number: true_names(unlabelled("others")(e, cell, number)),
+    "names-alone": lambda e, cell, number: true_names(without_examples(e)),
+    "names-alone-unlabelled": lambda e, cell, number: without_examples(VARIANTS["names-unlabelled"](e, cell, number)),
+}
+
+
+class KnownStates:
+    """Token states of the texts of one corpus, each read once."""
+
+    def __init__(self, reader: TokenStateReader, factors: Mapping[str, Tensor]) -> None:
+        self.reader, self.factors = reader, factors
+        self.states: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def know(self, texts: Sequence[str]) -> None:
+        """Read the texts that are not known yet."""
+        new = sorted({text for text in texts if text not in self.states})
+        for start in range(0, len(new), 512):
+            part = new[start : start + 512]
+            found = self.reader.read(part, self.factors).unpadded()
+            self.states.update({text: state.clone() for text, state in zip(part, found, strict=True)})
+
+    def read(self, texts: Sequence[str], factors: object = None, row_task: Tensor | None = None) -> TokenStates:
+        """Return the states of texts that are known."""
+        if row_task is not None:
+            return self.reader.read(texts, factors, row_task)  # type: ignore[arg-type]
+        return TokenStates.padded([self.states[text] for text in texts], overhead=512)
+
+
+class Contestant:
+    """An adapter and what it has read of a corpus."""
+
+    def __init__(self, folder: Path, changes: Mapping[str, Any], rounds: int) -> None:
+        self.adapter, self.reader = CoreAdapter.load(folder)
+        self.name = folder.name
+        self.digest = hashlib.sha256((folder / "core.safetensors").read_bytes()).hexdigest()[:8]
+        self.settings, self.rounds = replace(self.adapter.learner, **changes), rounds
+        self.corpus, self.states = "", KnownStates(self.reader, {})
+
+    def answers(self, cell: Cell, episodes: Sequence[Episode]) -> list[np.ndarray]:
+        """Return the class probabilities of each episode's queries."""
+        if cell.corpus.name != self.corpus:
+            self.corpus, self.states = cell.corpus.name, KnownStates(self.reader, self.adapter.initialisation.lora)
+        for e in episodes:
+            self.states.know([*e.support_texts, *e.query_texts, *e.unlabelled_texts, *(e.label_names or ())])
+        learner = TaskLearner(self.states, self.adapter.initialisation, self.settings, self.rounds)
+        return [
+            row
+            for start in range(0, len(episodes), TASKS)
+            for row in probabilities(learner, episodes[start : start + TASKS])
+        ]
+
+
+@torch.no_grad()
+def probabilities(learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.ndarray]:
+    """Learn the tasks of episodes together, and classify their queries."""
+    batch = TaskBatch.of_episodes(episodes)
+    queries = Rows.of([e.query_texts for e in episodes], batch.ways.device)
+    states = learner.read(batch, queries)
+    learned = learner.learn(batch, states)
+    own = states.queries
+    if learned.factors is not learner.initialisation.lora:
+        own = learner.reader.read(queries.texts, learned.factors, queries.row_task)
+    found = learner.logits(learned, queries, own).double().softmax(-1).numpy()
+    return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
+
+
+def runs(corpora: ChooseCorpora, contestants: Sequence[Contestant], variants: Sequence[str], episodes: int, shots: Sequence[int], suffix: str) -> Iterator[Run]:
+    """Yield the runs of some contestants, corpus by corpus."""
+    for cell in corpora.cells(shots):
+        for who in contestants:
+            for variant in variants:
+                if "others" in variant and len(cell.corpus.class_names) <= 5:
+                    continue
+                if "alone" in variant and cell.shots != 1:
+                    continue
+                for first in range(0, episodes, CHUNK):
+                    key = {**cell.key(variant + suffix, first, CHUNK), "adapter": f"{who.name}-{who.digest}"}
+                    yield Run(key, lambda c=cell, w=who, v=variant, f=first: one(c, w, v, f))
+
+
+def one(cell: Cell, who: Contestant, variant: str, first: int) -> dict[str, Any]:
+    """Score a chunk of episodes."""
+    episodes = [VARIANTS[variant](cell.episode(n), cell, n) for n in range(first, first + CHUNK)]
+    start = time.perf_counter()
+    result = result_of(who.answers(cell, episodes), episodes)
+    return {**result, "episode_seconds": round((time.perf_counter() - start) / CHUNK, 4)}
+
+
+Cells = dict[tuple[str, int], np.ndarray]  # (corpus, shots) -> accuracy of each episode, in percent
+
+
+def accuracies(lines: Sequence[Line]) -> dict[str, Cells]:
+    """Return of each method its cells; a core method is VARIANT @ ADAPTER."""
+    parts: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
+    for line in lines:
+        key, result = line["key"], line["result"]
+        method = key["method"] + (f" @ {key['adapter']}" if "adapter" in key else "")
+        values = 100 * np.array(result["right"]) / np.array(result["queries"])
+        parts.setdefault((method, key["corpus"], key["shots"]), {})[key["first"]] = values
+    found: dict[str, Cells] = {}
+    for (method, corpus, shots), chunks in parts.items():
+        whole, at = [], 0
+        while at in chunks:  # a gap ends what can be paired
+            whole.append(chunks[at])
+            at += len(chunks[at])
+        if whole:
+            found.setdefault(method, {})[corpus, shots] = np.concatenate(whole)
+    return found
+
+
+def difference(one: Cells, other: Cells, keys: Sequence[tuple[str, int]]) -> tuple[float, float] | None:
+    """Return the mean over cells of the paired differences, and half its 95 % interval."""
+    pairs = [(one[key], other[key]) for key in keys if key in one and key in other]
+    rows = [a[: min(len(a), len(b))] - b[: min(len(a), len(b))] for a, b in pairs]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        return None
+    error = np.sqrt(sum(row.var(ddof=1) / len(row) for row in rows)) / len(rows)
+    freedom = sum(len(row) - 1 for row in rows)
+    return float(np.mean([row.mean() for row in rows])), float(stats.t.ppf(0.975, freedom) * error)
+
+
+def keys_at(found: Mapping[str, Cells], shots: int) -> list[tuple[str, int]]:
+    """Return the cells at a number of shots that any method has."""
+    return sorted({key for cells in found.values() for key in cells if key[1] == shots})
+
+
+def better_baseline(found: Mapping[str, Cells], shots: int) -> str:
+    """Return which of prototypes and logistic regression (last layer, 256 tokens) has the higher mean."""
+    names = [name for name in ("prototypes-last-256", "logistic-last-256") if name in found]
+    return max(names, key=lambda name: np.mean([v.mean() for key, v in found[name].items() if key[1] == shots]))
+
+
+def table(found: Mapping[str, Cells]) -> Iterator[str]:
+    """Yield the lines of the table: mean accuracy at each number of shots, and the difference to three others."""
+    width = max(map(len, found)) + 2
+    yield f"{'method':{width}}" + "".join(f"{k:>2} shots".rjust(16) for k in SHOTS) + "  (corpora x episodes)"
+    for method in sorted(found, key=lambda name: ("@" in name, name)):
+        cells = found[method]
+        parts = []
+        for k in SHOTS:
+            own = [values.mean() for key, values in cells.items() if key[1] == k]
+            parts.append(f"{np.mean(own):.2f}" if own else "-")
+        sizes = [len(v) for v in cells.values()]
+        yield f"{method:{width}}" + "".join(p.rjust(16) for p in parts) + f"  {len({c for c, _ in cells})} x {min(sizes)}"
+    yield ""
+    yield "Paired differences, points ± 95 %"
+    yield f"{'':{width}}" + "".join(f"{k:>2} shots".rjust(16) for k in SHOTS) + "pooled".rjust(16)
+    for method in sorted(name for name in found if "@" in name):
+        variant, _, adapter = method.partition(" @ ")
+        rivals = {"better of prototypes and logistic": None, "logistic-views-256": "logistic-views-256", "textmeta-0.1": "textmeta-0.1"}
+        if variant != "plain":
+            rivals = {"plain": f"plain @ {adapter}"}
+        yield method
+        for title, rival in rivals.items():
+            parts, pooled_one, pooled_other = [], {}, {}
+            for k in SHOTS:
+                other = rival or better_baseline(found, k)
+                keys = keys_at(found, k)
+                told = difference(found[method], found.get(other, {}), keys)
+                parts.append("-" if told is None else f"{told[0]:+.2f} ± {told[1]:.2f}")
+                for key in keys:
+                    if key in found[method] and key in found.get(other, {}):
+                        pooled_one[key], pooled_other[key] = found[method][key], found[other][key]
+            whole = difference(pooled_one, pooled_other, list(pooled_one))
+            parts.append("-" if whole is None else f"{whole[0]:+.2f} ± {whole[1]:.2f}")
+            yield f"{'  over ' + title:{width}}" + "".join(p.rjust(16) for p in parts)
+
+
+def by_corpus(found: Mapping[str, Cells], method: str) -> Iterator[str]:
+    """Yield, for each corpus, the accuracy of a method and its difference to the better baseline."""
+    yield f"{method}: accuracy (difference to the better of prototypes and logistic ± 95 %)"
+    for corpus in sorted({key[0] for key in found[method]}):
+        parts = []
+        for k in SHOTS:
+            key = (corpus, k)
+            if key not in found[method]:
+                parts.append("-")
+                continue
+            told = difference(found[method], found[better_baseline(found, k)], [key])
+            parts.append(f"{found[method][key].mean():.1f}" + ("" if told is None else f" ({told[0]:+.1f} ± {told[1]:.1f})"))
+        yield f"{corpus:24}" + "".join(p.rjust(22) for p in parts)
+
+
+def main() -> None:
+    """Print the table, after recording what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--run", action="store_true", help="record what is missing of the adapters and variants named")
+    parser.add_argument("--adapters", type=Path, nargs="+", default=[SHIPPED])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
+    parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
+    parser.add_argument("--episodes", type=int, default=EPISODES)
+    parser.add_argument("--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own")
+    parser.add_argument("--rounds", type=int, default=3, help="of soft labels for unlabelled texts")
+    parser.add_argument("--by-corpus", action="store_true")
+    parser.add_argument("--results", type=Path, default=CORE)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    datasets.disable_progress_bars()
+    lines = read_results(arguments.results)
+    if arguments.run:
+        changes = {"adapt": arguments.adapt} if arguments.adapt else {}
+        contestants = [Contestant(folder, changes, arguments.rounds) for folder in arguments.adapters]
+        suffix = (f" adapt={arguments.adapt}" if arguments.adapt else "") + (
+            f" rounds={arguments.rounds}" if arguments.rounds != 3 else ""
+        )
+        corpora = ChooseCorpora(arguments.data_dir, arguments.corpora)
+        do_missing(
+            list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),
+            lines,
+            arguments.results,
+        )
+    found = accuracies(read_results(BASELINES) + lines)
+    print("\n".join(table(found)))
+    if arguments.by_corpus:
+        for method in sorted(name for name in found if name.startswith(("plain @", "names @"))):
+            print("", *by_corpus(found, method), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

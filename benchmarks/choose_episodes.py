@@ -1,0 +1,102 @@
+"""The episodes that designs are chosen by: cells of the choose corpora, the same for every method and version."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+
+__all__ = ["QUERIES", "SHOTS", "Cell", "ChooseCorpora"]
+
+WAYS, QUERIES, SHOTS, EPISODE_SEED = 5, 5, (1, 2, 5, 10), 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A corpus at a number of shots, with the classes that have enough rows for it.
+
+    Args:
+        corpus: restricted to those classes.
+        shots: support examples of a class.
+    """
+
+    corpus: Corpus
+    shots: int
+
+    @cached_property
+    def _sampler(self) -> EpisodeSampler:
+        return EpisodeSampler(self.corpus, EpisodeSettings(WAYS, self.shots, QUERIES, at_most=True), EPISODE_SEED)
+
+    def episode(self, number: int) -> Episode:
+        """Return episode ``number``: a pure function of corpus, classes, shots and number."""
+        return self._sampler[number]
+
+    def key(self, method: str, first: int, count: int) -> dict[str, Any]:
+        """Return what a line of results is known by."""
+        classes = len(self.corpus.class_names)
+        return {
+            "method": method,
+            "corpus": self.corpus.name,
+            "classes": classes,
+            "sha256": self.corpus.sha256[:12],
+            "shots": self.shots,
+            "first": first,
+            "episodes": count,
+        }
+
+
+class ChooseCorpora:
+    """The corpora in the folder ``choose`` of a data folder.
+
+    Args:
+        data_dir: holds ``choose/NAME.jsonl``.
+        names: some of them; by default all.
+    """
+
+    def __init__(self, data_dir: Path, names: Sequence[str] | None = None) -> None:
+        self.paths = sorted(path for path in (data_dir / "choose").glob("*.jsonl") if not names or path.stem in names)
+        if not self.paths:
+            raise SystemExit(f"{data_dir / 'choose'} has no corpus NAME.jsonl" + (f" of {names}" if names else ""))
+
+    @cached_property
+    def corpora(self) -> list[Corpus]:
+        """All of them, whole."""
+        return [load_corpus(CorpusSettings(str(path))) for path in self.paths]
+
+    def cells(self, shots: Sequence[int] = SHOTS) -> Iterator[Cell]:
+        """Yield every cell that has at least two classes of k + 5 different texts."""
+        for corpus in self.corpora:
+            for k in shots:
+                names = [
+                    name for number, name in enumerate(corpus.class_names) if len(corpus.rows_of(number)) >= k + QUERIES
+                ]
+                if len(names) >= 2:
+                    yield Cell(corpus.restrict(names), k)
+
+
+def result_of(probabilities: Sequence[np.ndarray], episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Return, as JSON takes it, each episode's right answers and queries, mean NLL and macro-F1 (thousandths)."""
+    right, queries, nll, f1 = [], [], [], []
+    for rows, episode in zip(probabilities, episodes, strict=True):
+        labels, predicted = episode.query_labels, rows.argmax(1)
+        hit = predicted == labels
+        counts = [np.bincount(part, minlength=rows.shape[1]) for part in (labels[hit], labels, predicted)]
+        right.append(int(hit.sum()))
+        queries.append(len(labels))
+        own = rows[np.arange(len(labels)), labels]
+        nll.append(round(1000 * float(-np.log(np.maximum(own, 1e-300)).mean())))
+        f1.append(round(1000 * float((2 * counts[0] / np.maximum(counts[1] + counts[2], 1)).mean())))
+    return {"right": right, "queries": queries, "nll": nll, "f1": f1}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a results file; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,169 @@
+"""Episodes of every kind a user may have: what a general adapter is meta-trained on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from string import ascii_lowercase
+
+import numpy as np
+
+from textmeta.data.corpus import Corpus
+from textmeta.data.episodes import OUTSIDE, Episode, Mixture, draw_unlabelled, interleaved
+from textmeta.data.labels import readable_name
+from textmeta.errors import DataError, SettingsError
+
+__all__ = ["MixedEpisodes"]
+
+MAX_WAYS = 12  # ways are drawn from 2 to this
+QUERIES = 3  # queries of a class
+MAX_SUPPORT = 60  # support texts of an episode, which bound its memory
+SHOTS = (1, 1, 2, 3, 5, 5, 8, 10)  # shots of every class, all equally likely
+UNEQUAL = 0.25  # share of episodes whose classes each draw their own shots, from 1 to MAX_UNEQUAL
+MAX_UNEQUAL = 10
+NAME_ALONE = 0.15  # chance of a class to have no example, where classes are unequal and come with true names
+JOINED = 0.1  # share of episodes whose ways are 2 to 3 classes joined, where there are enough classes
+NAMES = ("permuted", "codes", "zero-shot", "true", "true", "true")  # kinds of names, all equally likely
+OUTSIDE_SHARE = 0.15  # share of episodes with queries that belong to none of the classes
+OUTSIDE_QUERIES = 5  # such queries of an episode
+UNLABELLED_PER_CLASS = 15  # unlabelled texts of a class, but for skewed ones
+MAX_UNLABELLED = 40  # unlabelled texts of an episode
+MIXTURES: tuple[Mixture, ...] = ("same", "skewed", "others")
+MIXTURE_SHARES = (0.4, 0.3, 0.3)  # of the episodes with unlabelled texts
+
+
+class MixedEpisodes:
+    """Draws mixed episodes. Episode ``i`` is a pure function of (corpora, seed, i).
+
+    They differ in ways, shots, names, unlabelled texts and queries of other classes; the constants above say how. Each
+    first draws its corpus, all equally likely. Texts that a corpus has in two classes are left out, and so are
+    classes with too few other texts. Names, queries of other classes, and unlabelled texts have random numbers of
+    their own: neither share changes another text of an episode, but names may take support texts away.
+
+    Args:
+        corpora: restricted to the classes that may be drawn.
+        seed: of all draws.
+        names: share of the episodes with names, true or not.
+        unlabelled: share of the episodes with unlabelled texts.
+
+    Raises:
+        DataError: if there is no corpus, or one has fewer than two classes of enough texts.
+        SettingsError: if the seed is negative, or a share not from 0 to 1.
+    """
+
+    def __init__(self, corpora: Sequence[Corpus], seed: int, *, names: float = 0.6, unlabelled: float = 0.2) -> None:
+        if seed < 0:
+            raise SettingsError(f"seed must not be negative, given {seed}")
+        for setting, share in (("names", names), ("unlabelled", unlabelled)):
+            if not 0 <= share <= 1:
+                raise SettingsError(f"{setting} is a share, from 0 to 1, given {share!r}")
+        if not corpora:
+            raise DataError("no corpus to draw episodes from")
+        self.corpora = tuple(map(_usable, corpora))
+        self.seed = seed
+        self.names = names
+        self.unlabelled = unlabelled
+
+    def __getitem__(self, index: int) -> Episode:
+        """Return episode ``index`` (0, 1, 2, … without end)."""
+        if index < 0:
+            raise IndexError(f"episodes are numbered from 0, asked for {index}")
+        rng, names_rng, outside_rng, unlabelled_rng = np.random.default_rng((self.seed, index)).spawn(4)
+        corpus = self.corpora[rng.integers(len(self.corpora))]
+        n_classes = len(corpus.class_names)
+        ways = min(int(rng.integers(2, MAX_WAYS + 1)), n_classes)
+        order = rng.permutation(n_classes)
+        joined = rng.random() < JOINED and n_classes >= 2 * ways
+        sizes = rng.integers(2, 4, ways) if joined else np.ones(ways, dtype=np.int64)
+        groups = [order[way::ways][:size] for way, size in enumerate(sizes)]
+        pools = [interleaved(rng, [corpus.rows_of(c) for c in group]) for group in groups]
+
+        most = MAX_SUPPORT // ways
+        shots = np.full(ways, min(rng.choice(SHOTS), most))
+        unequal = rng.random() < UNEQUAL
+        if unequal:
+            shots = rng.integers(1, min(MAX_UNEQUAL, most) + 1, ways)
+        shots = np.minimum(shots, [len(pool) - QUERIES for pool in pools])
+        # shuffled again, lest queries and support texts of joined classes be of one class each
+        drawn = [rng.permutation(pool[: QUERIES + n]) for pool, n in zip(pools, shots, strict=True)]
+        left = [pool[QUERIES + n :] for pool, n in zip(pools, shots, strict=True)]
+
+        words = tuple(" or ".join(readable_name(corpus.class_names[c]) for c in group) for group in groups)
+        label_names = None
+        if names_rng.random() < self.names:
+            label_names, has_examples = _draw_names(names_rng, words, unequal)
+            shots = np.where(has_examples, shots, 0)
+
+        others = [corpus.rows_of(c) for c in np.setdiff1d(order, np.concatenate(groups))]
+        other_rows = outside_rng.permutation(np.concatenate([np.empty(0, dtype=np.int64), *others]))
+        n_outside = OUTSIDE_QUERIES if outside_rng.random() < OUTSIDE_SHARE else 0
+        query_rows = np.concatenate([*(rows[:QUERIES] for rows in drawn), other_rows[:n_outside]])
+        query_labels = np.full(len(query_rows), OUTSIDE)
+        query_labels[: ways * QUERIES] = np.repeat(np.arange(ways), QUERIES)
+        shuffled = outside_rng.permutation(len(query_rows))
+
+        unlabelled_rows = np.empty(0, dtype=np.int64)
+        if unlabelled_rng.random() < self.unlabelled:
+            mixture = MIXTURES[unlabelled_rng.choice(len(MIXTURES), p=MIXTURE_SHARES)]
+            # skewed ones are twice as many as a class's, whatever the number of classes
+            per_class = (
+                UNLABELLED_PER_CLASS if mixture == "skewed" else min(UNLABELLED_PER_CLASS, MAX_UNLABELLED // ways)
+            )
+            unlabelled_rows = draw_unlabelled(unlabelled_rng, left, other_rows[n_outside:], per_class, mixture)
+
+        def texts(rows: np.ndarray) -> tuple[str, ...]:
+            return tuple(corpus.texts[row] for row in rows)
+
+        return Episode(
+            corpus=corpus.name,
+            class_names=words if joined else tuple(corpus.class_names[group[0]] for group in groups),
+            support_texts=texts(
+                np.concatenate([rows[QUERIES : QUERIES + n] for rows, n in zip(drawn, shots, strict=True)])
+            ),
+            support_labels=np.repeat(np.arange(ways), shots),
+            query_texts=texts(query_rows[shuffled]),
+            query_labels=query_labels[shuffled],
+            label_names=label_names,
+            unlabelled_texts=texts(unlabelled_rows),
+        )
+
+    def take(self, count: int, start: int = 0) -> list[Episode]:
+        """Return episodes ``start`` to ``start + count - 1``."""
+        return [self[index] for index in range(start, start + count)]
+
+
+def _draw_names(rng: np.random.Generator, words: tuple[str, ...], unequal: bool) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names an episode comes with, and (ways,) bool, which classes keep their examples."""
+    ways = len(words)
+    has_examples = np.ones(ways, dtype=bool)
+    match NAMES[rng.integers(len(NAMES))]:
+        case "permuted":
+            return tuple(words[way] for way in rng.permutation(ways)), has_examples
+        case "codes":
+            letters = np.transpose(np.unravel_index(rng.choice(26**3, ways, replace=False), (26, 26, 26)))
+            return tuple("".join(ascii_lowercase[letter] for letter in code) for code in letters), has_examples
+        case "zero-shot":
+            return words, ~has_examples
+    kept = rng.random(ways) >= NAME_ALONE
+    return words, kept if unequal and kept.sum() >= 2 else has_examples
+
+
+def _usable(corpus: Corpus) -> Corpus:
+    """Return the corpus with different texts of one class each, and with classes of enough of them."""
+    label_of: dict[str, int] = {}
+    for text, label in zip(corpus.texts, corpus.labels.tolist(), strict=True):
+        if label_of.setdefault(text, label) != label:
+            label_of[text] = OUTSIDE  # of two classes: right and wrong at once
+    labels = np.array(list(label_of.values()), dtype=np.int64)
+    sizes = np.bincount(labels[labels != OUTSIDE], minlength=len(corpus.class_names))
+    classes = np.flatnonzero(sizes > QUERIES)
+    if len(classes) < 2:
+        raise DataError(
+            f"corpus {corpus.name!r} has {len(classes)} classes with at least {QUERIES + 1} different texts (that "
+            "are in no other class), expected at least 2"
+        )
+    kept = np.isin(labels, classes)
+    return replace(
+        corpus,
+        texts=[text for text, keep in zip(label_of, kept, strict=True) if keep],
+        labels=np.searchsorted(classes, labels[kept]),
+        class_names=tuple(corpus.class_names[c] for c in classes),
+    )

@@ -1,0 +1,222 @@
+"""Token states: what chosen layers of the encoder make of each token of a batch of texts, from one forward."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from textmeta.errors import SettingsError
+from textmeta.model.encoder import Encoder
+from textmeta.model.lora import using_factors
+from textmeta.model.padding import length_buckets
+
+__all__ = ["StateBatch", "TokenStateReader", "TokenStates"]
+
+MAX_TOKENS = 4096  # of one forward, with padding
+BAR_AFTER = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class StateBatch:
+    """The token states of r texts of similar length.
+
+    Attributes:
+        rows: (r,) int64, position of each text in the sequence of texts.
+        states: (r, V, L, d), zeros at padding.
+        mask: (r, L) bool, True for tokens.
+    """
+
+    rows: Tensor
+    states: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """The token states of a sequence of texts.
+
+    Attributes:
+        count: number of texts.
+        batches: every text is in exactly one.
+    """
+
+    count: int
+    batches: tuple[StateBatch, ...]
+
+    def unpadded(self) -> list[Tensor]:
+        """Return the states (V, length, d) of each text, in the order of the texts; views that keep the graph."""
+        found: dict[int, Tensor] = {}
+        for batch in self.batches:
+            for row, states, length in zip(batch.rows.tolist(), batch.states, batch.mask.sum(1).tolist(), strict=True):
+                found[row] = states[:, :length]
+        return [found[row] for row in range(self.count)]
+
+    def where(self, rows: Tensor) -> "TokenStates":
+        """Return the states of the texts (m,) int64 at these positions, each named once; in that order."""
+        position = torch.full((self.count,), -1, device=rows.device).index_copy(
+            0, rows, torch.arange(len(rows), device=rows.device)
+        )
+        batches = []
+        for batch in self.batches:
+            own = position[batch.rows]
+            kept = (own >= 0).nonzero()[:, 0]
+            if len(kept) == len(own):
+                batches.append(StateBatch(own, batch.states, batch.mask))
+            elif len(kept):
+                mask = batch.mask.index_select(0, kept)
+                length = int(mask.sum(1).max())
+                states = batch.states.index_select(0, kept)[:, :, :length]
+                batches.append(StateBatch(own[kept], states, mask[:, :length]))
+        return TokenStates(len(rows), tuple(batches))
+
+    @classmethod
+    def padded(cls, states: Sequence[Tensor], max_tokens: int = MAX_TOKENS, overhead: int = 128) -> "TokenStates":
+        """Return the states (V, length, d) of each text as padded batches.
+
+        Args:
+            states: of each text.
+            max_tokens: most tokens of a batch, with padding.
+            overhead: what one more batch costs, in tokens.
+        """
+        batches = []
+        for numbers in length_buckets([state.shape[1] for state in states], overhead, len(states), max_tokens):
+            together, mask = _pad([states[number] for number in numbers])
+            batches.append(StateBatch(torch.tensor(numbers, device=mask.device), together, mask))
+        return cls(len(states), tuple(batches))
+
+
+class TokenStateReader:
+    """Reads the token states of texts: the hidden states of chosen layers, with or without LoRA.
+
+    Layers are numbered as in transformers' ``hidden_states``: 0 is after the embeddings, ℓ after layer ℓ.
+
+    Args:
+        encoder: whose states.
+        layers: numbers of the chosen layers, ascending.
+        max_tokens: most tokens of one forward, with padding; a longer text goes alone.
+
+    Attributes:
+        layers: the chosen ones.
+        views: how many they are.
+    """
+
+    def __init__(self, encoder: Encoder, layers: Sequence[int], *, max_tokens: int = MAX_TOKENS) -> None:
+        total = encoder.total_layers
+        if not layers or list(layers) != sorted(set(layers) & set(range(total + 1))):
+            raise SettingsError(f"layers must be ascending numbers from 0 to {total}, given {list(layers)}")
+        if max_tokens < 1:
+            raise SettingsError(f"max_tokens must be at least 1, given {max_tokens}")
+        self.encoder, self.layers, self.views, self.max_tokens = encoder, tuple(layers), len(layers), max_tokens
+        # The last of the frozen layers is kept besides those chosen, where an adapted one is: its states enter these.
+        frozen = encoder.frozen_layers
+        self._adapted = frozen is None or self.layers[-1] > frozen
+        below = () if frozen is None else (layer for layer in layers if layer < frozen + (not self._adapted))
+        self._lower: tuple[int, ...] = (*below, *((frozen,) if self._adapted and frozen is not None else ()))
+        self._kept: dict[str, Tensor] = {}  # text -> (len(self._lower), length, d)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of what :meth:`cache` keeps."""
+        return sum(state.nbytes for state in self._kept.values())
+
+    def cache(self, texts: Sequence[str]) -> None:
+        """Keep what the frozen layers make of texts, in half precision, for every later :meth:`read` of them.
+
+        Their bits depend on the set of these texts alone, so that a resumed run has the same. Where the model cannot
+        be split, nothing is kept.
+        """
+        if self.encoder.frozen_layers is None:
+            return
+        distinct = sorted(set(texts))
+        with torch.no_grad(), tqdm(total=len(distinct), desc="frozen layers", leave=False, delay=BAR_AFTER) as bar:
+            ids = self._tokenise(distinct)
+            for numbers in self._buckets([len(row) for row in ids]):
+                if not all(distinct[number] in self._kept for number in numbers):
+                    states, mask = self._run_lower([ids[number] for number in numbers])
+                    if states.dtype != torch.float64:
+                        states = states.clamp(-65504, 65504).half()  # an outlier must not become infinite
+                    for number, state, length in zip(numbers, states, mask.sum(1).tolist(), strict=True):
+                        self._kept[distinct[number]] = state[:, :length].clone()  # a view would keep the whole batch
+                bar.update(len(numbers))
+
+    def read(
+        self, texts: Sequence[str], factors: Mapping[str, Tensor] | None = None, row_task: Tensor | None = None
+    ) -> TokenStates:
+        """Return the token states of texts, at least float32.
+
+        They are differentiable in the factors where gradients are enabled and a factor requires one.
+
+        Args:
+            texts: n texts; equal ones are computed again.
+            factors: every LoRA factor, (out, in) or (tasks, out, in); without LoRA where left out.
+            row_task: (n,) int64, task of each text, where a factor has a task dimension.
+        """
+        differentiated = factors is not None and any(factor.requires_grad for factor in factors.values())
+        batches = []
+        with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
+            for numbers, inputs, mask in self._lower_batches(texts):
+                rows = torch.tensor(numbers, device=mask.device)
+                task = None if row_task is None else row_task[rows]
+                with nullcontext() if factors is None else using_factors(factors, task):
+                    states = self._run_upper(inputs, mask)
+                batches.append(StateBatch(rows, states.masked_fill(~mask[:, None, :, None], 0), mask))
+        return TokenStates(len(texts), tuple(batches))
+
+    def _lower_batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yield the rows, inputs and mask of each batch; one is either cached or not, so that none is run in part."""
+        kept = [number for number, text in enumerate(texts) if text in self._kept]
+        fresh = [number for number, text in enumerate(texts) if text not in self._kept]
+        states = [self._kept[texts[number]] for number in kept]
+        for bucket in self._buckets([state.shape[1] for state in states]):
+            inputs, mask = _pad([states[i] for i in bucket])
+            yield [kept[i] for i in bucket], _at_least_float32(inputs), mask
+        ids = self._tokenise([texts[number] for number in fresh])
+        for bucket in self._buckets([len(row) for row in ids]):
+            yield [fresh[i] for i in bucket], *self._run_lower([ids[i] for i in bucket])
+
+    def _buckets(self, lengths: list[int]) -> list[list[int]]:
+        return length_buckets(lengths, self.encoder.overhead, len(lengths), self.max_tokens)
+
+    def _tokenise(self, texts: list[str]) -> list[Tensor]:
+        if not texts:
+            return []
+        ids = self.encoder.tokenizer(texts, truncation=True, max_length=self.encoder.settings.max_length)["input_ids"]
+        return [torch.tensor(row, device=self.encoder.device) for row in ids]
+
+    def _run_lower(self, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the inputs of :meth:`_run_upper`, states (r, lower, L, d) or else the ids (r, L), and their mask."""
+        inputs, mask = pad_sequence(ids, batch_first=True), _mask([len(row) for row in ids], ids[0].device)
+        if self.encoder.frozen_layers is None:
+            return inputs, mask
+        states = self.encoder.lower_states(inputs, mask.long())
+        return torch.stack([_at_least_float32(states[layer]) for layer in self._lower], 1), mask
+
+    def _run_upper(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        """Return the states (r, V, L, d) of the chosen layers, whatever at padding."""
+        frozen = self.encoder.frozen_layers
+        found = {} if frozen is None else dict(zip(self._lower, inputs.unbind(1), strict=True))
+        if self._adapted:
+            entering = inputs if frozen is None else inputs[:, -1]
+            upper = self.encoder.upper_states(entering, mask.long())
+            found |= dict(zip(itertools.count(frozen or 0), upper, strict=False))
+        return torch.stack([_at_least_float32(found[layer]) for layer in self.layers], 1)
+
+
+def _at_least_float32(states: Tensor) -> Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def _mask(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+
+
+def _pad(states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return states (V, length, d) together, (r, V, L, d) with zeros at padding, and their mask (r, L)."""
+    mask = _mask([state.shape[1] for state in states], states[0].device)
+    padded = [nn.functional.pad(state, (0, 0, 0, mask.shape[1] - state.shape[1])) for state in states]
+    return torch.stack(padded), mask

@@ -1,0 +1,1 @@
+"""From token states to logits: pure functions over T tasks at once, padded to the largest."""

@@ -1,0 +1,111 @@
+"""What all heads share: which example is in which class, how much each weighs, and means over classes.
+
+Shapes, here and in all of :mod:`textmeta.heads`: T tasks, n examples (padded to the largest task, label -1), C classes
+(padded to the most ways), V views, d dimensions. A row whose weight is 0 takes no part: padding, examples that a fold
+leaves out, or those that a user gives no weight.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from textmeta.model.heads import class_mask, membership
+
+__all__ = ["Examples", "float64", "log_shots", "mean_over_classes", "temperature"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Which example is in which class, and how much it counts, of T tasks.
+
+    Args:
+        member: (T, n, C), 1 where an example is in a class; rows of 0 for padding.
+        weights: (T, n), how much each example counts; 0 for padding.
+        classes: (T, C) bool, whether a task has that class.
+    """
+
+    member: Tensor
+    weights: Tensor
+    classes: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, ways: Tensor, dtype: torch.dtype) -> "Examples":
+        """Make them of labels (T, n), -1 for padding, and ways (T,); every example counts 1."""
+        member = membership(labels, int(ways.max())).to(dtype)
+        return cls(member, member.sum(-1), class_mask(ways))
+
+    def weighted(self, weights: Tensor) -> "Examples":
+        """Return the same examples with their weights (T, n) times these."""
+        return Examples(self.member, self.weights * weights, self.classes)
+
+    @property
+    def counts(self) -> Tensor:
+        """(T, C), how much the examples of each class count together."""
+        return (self.member * self.weights[..., None]).sum(1)
+
+    @property
+    def total(self) -> Tensor:
+        """(T,), n: how much all examples count together."""
+        return self.weights.sum(1)
+
+    @property
+    def present(self) -> Tensor:
+        """(T, C) bool, the classes that have examples."""
+        return self.counts > 0
+
+    @property
+    def number(self) -> Tensor:
+        """(T,), C₁: number of classes that have examples; 1 at least, so that it can be divided by."""
+        return self.present.sum(1).clamp(min=1)
+
+    @property
+    def balanced(self) -> Tensor:
+        """(T, n), ω_i = n / (C₁ n_c): weights by which classes weigh alike, and which add up to n."""
+        counts = self.counts
+        share = torch.where(counts > 0, 1 / torch.where(counts > 0, counts, 1.0), 0.0)  # (T, C)
+        own = torch.einsum("tnc,tc->tn", self.member, share)
+        return self.weights * own * (self.total / self.number)[:, None]
+
+    @property
+    def targets(self) -> Tensor:
+        """(T, n, C), one-hot - 1/C₁ over the classes that have examples; 0 for other classes and for padding."""
+        there = (self.weights > 0).to(self.member.dtype)[..., None]
+        return there * (self.member - self.present[:, None] / self.number[:, None, None])
+
+
+def log_shots(examples: Examples) -> Tensor:
+    """Return (T,) log(1 + k), with k = n / C₁ examples a class; 0 at zero shots."""
+    return (examples.total / examples.number).log1p()
+
+
+def mean_over_classes(values: Tensor, examples: Examples) -> Tensor:
+    """Return (T, …): the mean over classes of the mean of each class's values, by the examples' weights.
+
+    Args:
+        values: (T, …, n) of each example, finite where its weight is 0 too.
+        examples: of the T tasks; a task without any gives 0.
+    """
+    share = examples.balanced / torch.where(examples.total > 0, examples.total, 1.0)[:, None]
+    return (values * share.view(len(share), *[1] * (values.ndim - 2), -1)).sum(-1)
+
+
+def temperature(coefficients: Tensor, shots: Tensor, ways: Tensor, stepped: Tensor, nll: Tensor) -> Tensor:
+    """Return (T,) t, with log t = t₀ + t₁ log(1 + k) + t₂ log(C/5) + t₃ [steps taken] + t₄ NLL.
+
+    Args:
+        coefficients: (5,) t₀ … t₄.
+        shots: (T,) log(1 + k).
+        ways: (T,) C.
+        stepped: (T,) whether the inner loop took steps.
+        nll: (T,) of the mixture before the steps.
+    """
+    inputs = torch.stack(
+        [torch.ones_like(shots), shots, (ways / 5).log().to(shots.dtype), stepped.to(shots.dtype), nll]
+    )
+    return (coefficients @ inputs).exp()
+
+
+def float64(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in float64, on the CPU where their device has none; small systems are solved there exactly."""
+    return tuple(t.cpu().double() if t.device.type == "mps" else t.double() for t in tensors)

@@ -1,0 +1,137 @@
+"""Evidence: how well parts of a support set are told by the rest, on each view; and the mixture of views that follows.
+
+Folds leave out one part of *every* class together. Leaving out one example alone is dishonest here: centred features
+and centred targets both sum to zero, so the others tell the class of the one that is missing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from textmeta.heads.common import Examples, float64, mean_over_classes
+from textmeta.heads.pooling import LENGTH_EPSILON
+from textmeta.heads.ridge import dual_coefficients
+
+__all__ = ["Folds", "fold_nll", "folds_of", "left_out_scores", "mixture"]
+
+MOST_FOLDS = 10
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Which examples are left out together, of T tasks.
+
+    Args:
+        of: (T, n) int64, the fold that leaves an example out; -1 for examples of classes that have no others.
+        examples: those of classes with two examples or more; the others' weights are 0.
+        any: (T,) bool, whether there are two such classes; without, there is no evidence.
+    """
+
+    of: Tensor
+    examples: Examples
+    any: Tensor
+
+    @property
+    def number(self) -> int:
+        """The most folds of any task."""
+        return int(self.of.max()) + 1 if self.of.numel() else 0
+
+
+def folds_of(examples: Examples) -> Folds:
+    """Split each class with two examples or more into K near-equal parts, in the order of the rows.
+
+    K = min(10, the fewest examples of such a class).
+    """
+    counted = examples.member * (examples.weights > 0).to(examples.member.dtype)[..., None]
+    counts = counted.sum(1)  # (T, C)
+    several = counts >= 2
+    enough = several.sum(1) >= 2
+    several = several & enough[:, None]
+    smallest = torch.where(several, counts, torch.inf).amin(1)
+    number = torch.where(enough, smallest.clamp(max=MOST_FOLDS), 1).long()
+    position = ((counted.cumsum(1) - counted) * counted).sum(-1).long()  # among those of its class
+    taking_part = (counted * several[:, None]).sum(-1) > 0
+    of = torch.where(taking_part, position % number[:, None], -1)
+    return Folds(of, examples.weighted(taking_part.to(examples.weights.dtype)), enough)
+
+
+def left_out_scores(
+    views: Tensor, folds: Folds, prior: Tensor, strength: Tensor, penalty: Tensor, mixtures: Tensor
+) -> Tensor:
+    """Return (T, M, n, C) float64: of each example the scores by ridge regressions that have not seen its fold.
+
+    Centre and weights are made anew from what stays, as :func:`~textmeta.heads.pooling.centre` and
+    :attr:`~textmeta.heads.common.Examples.balanced` make them. All kernels of centred views follow from the products of
+    the views among themselves, so that the views are read once, whatever the number of folds.
+
+    Args:
+        views: (T, n, V, d) of length 1, not centred.
+        folds: of the T tasks; scores of examples in none are 0.
+        prior: (V, d) μ.
+        strength: () n₀.
+        penalty: () λ.
+        mixtures: (T, M, V) weights of the views, M regressions a task.
+    """
+    examples = folds.examples
+    views, prior, strength, penalty, mixtures = float64(views, prior, strength, penalty, mixtures)
+    grams = torch.einsum("tnvd,tmvd->tvnm", views, views)
+    with_prior = torch.einsum("tnvd,vd->tvn", views, prior)
+    prior_square = prior.square().sum(-1)  # (V,)
+    scores = views.new_zeros(*mixtures.shape[:2], *examples.member.shape[1:])
+    for fold in range(folds.number):
+        left_out = folds.of == fold
+        rest = examples.weighted((~left_out).to(examples.weights.dtype))
+        balanced = rest.balanced.double()
+        number = rest.total.double() + strength
+        number = torch.where(number > 0, number, 1.0)[:, None]
+        # products of all views with the centre m = (Σ ω u + n₀ μ) / (n + n₀), and of the centre with itself
+        product = torch.einsum("tvnm,tm->tvn", grams, balanced)
+        of_prior = torch.einsum("tvn,tn->tv", with_prior, balanced)
+        along = (product + strength * with_prior) / number[..., None]
+        own = torch.einsum("tvn,tn->tv", product, balanced) + 2 * strength * of_prior + strength**2 * prior_square
+        own = (own / number**2)[..., None]
+        square = (grams.diagonal(dim1=-2, dim2=-1) - 2 * along + own).clamp(min=0)
+        scale = (square + LENGTH_EPSILON).rsqrt()
+        kernels = grams - along[..., None] - along[..., None, :] + own[..., None]
+        kernels = kernels * scale[..., None] * scale[..., None, :]
+        mixed = torch.einsum("tmv,tvij->tmij", mixtures, kernels)
+        shape = (*mixed.shape[:2], -1, -1)
+        targets = rest.targets.double()[:, None].expand(shape)
+        solved = dual_coefficients(mixed, targets, balanced[:, None].expand(shape[:-1]), penalty)
+        scores = torch.where(left_out[:, None, :, None], mixed @ solved, scores)
+    return scores
+
+
+def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:
+    """Return (T, M) the mean over classes of the mean cross entropy of left-out examples; log C where there are none.
+
+    Args:
+        scores: (T, M, n, C) of :func:`left_out_scores`.
+        folds: of the T tasks.
+        scale: () factor on the scores.
+    """
+    examples = folds.examples
+    logits = (scale.to(scores) * scores).masked_fill(~examples.present[:, None, None], -torch.inf)
+    logits = torch.where(folds.any[:, None, None, None], logits, 0.0)  # rows of -inf alone have no softmax
+    own = (examples.weights > 0)[:, None] & folds.any[:, None, None]
+    chosen = log_softmax(logits, -1).gather(
+        -1, examples.member.argmax(-1)[:, None, :, None].expand(*own.shape[:1], scores.shape[1], -1, 1)
+    )
+    nll = mean_over_classes(-torch.where(own, chosen[..., 0], 0.0), examples).to(examples.weights.dtype)
+    return torch.where(folds.any[:, None], nll, examples.classes.sum(1, keepdim=True).log().to(nll))
+
+
+def mixture(prior: Tensor, strength: Tensor, half: Tensor, nll: Tensor, folds: Folds) -> Tensor:
+    """Return (T, V) w = softmax(a_v - β s NLL_v) with s = n₂ / (n₂ + n_s): the more examples, the more evidence counts.
+
+    Args:
+        prior: (V,) a.
+        strength: () β.
+        half: () n_s > 0, so many examples count half.
+        nll: (T, V) of each view alone.
+        folds: of the T tasks; n₂ examples take part in them.
+    """
+    number = folds.examples.total
+    return (prior - strength * (number / (number + half))[:, None] * nll).softmax(-1)

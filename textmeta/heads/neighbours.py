@@ -1,0 +1,38 @@
+"""The loss of the inner loop: how well each support text is told by the texts beside it."""
+
+import torch
+from torch import Tensor
+
+from textmeta.heads.common import Examples, mean_over_classes
+
+__all__ = ["neighbourhood_loss"]
+
+
+def neighbourhood_loss(views: Tensor, examples: Examples, view_weights: Tensor, scale: Tensor) -> Tensor:
+    """Return (T,) the loss of neighbourhood components; log C₁ where neighbours tell nothing.
+
+    Each text is told by the softmax over the others' cosines, Σ_v w_v u_v · u_v times a scale. Classes weigh alike in
+    the vote and in the mean. A text that is alone in its class votes and is not told; 0 where fewer than two classes
+    have two texts.
+
+    Source: Goldberger et al. (2005), "Neighbourhood Components Analysis", eq. 2 and 3, with cosines.
+
+    Args:
+        views: (T, n, V, d) of length 1, not centred.
+        examples: of the T tasks.
+        view_weights: (V,), positive, their sum 1.
+        scale: () factor on the cosines.
+    """
+    cosines = torch.einsum("tnvd,v,tmvd->tnm", views, view_weights, views)
+    others = examples.weights[:, None] * (1 - torch.eye(views.shape[1], dtype=views.dtype, device=views.device))
+    votes = others * ((cosines - 1) * scale).exp()  # no larger than 1: a cosine is none larger
+    weights = others @ examples.member  # (T, n, C): how much the others of each class count
+    means = (votes @ examples.member) / torch.where(weights > 0, weights, 1.0)
+    log_means = torch.where(means > 0, means, 1.0).log().masked_fill(~(means > 0), -torch.inf)
+    own = (examples.member * weights).sum(-1) > 0  # has company
+    told = examples.weighted(own.to(examples.weights.dtype))
+    told = told.weighted((told.present.sum(1, keepdim=True) >= 2).to(told.weights.dtype))
+    counts = told.weights > 0
+    log_means = torch.where(counts[..., None], log_means, 0.0)
+    likelihood = (examples.member * torch.where(examples.member > 0, log_means, 0.0)).sum(-1) - log_means.logsumexp(-1)
+    return mean_over_classes(-torch.where(counts, likelihood, 0.0), told)

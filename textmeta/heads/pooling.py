@@ -1,0 +1,85 @@
+"""Views: a layer's token states pooled by a query, scaled to length 1, and centred."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from textmeta.encoder.token_states import TokenStates
+from textmeta.heads.common import Examples
+
+__all__ = ["centre", "centred", "pool", "with_unlabelled_centre"]
+
+STATE_EPSILON, LENGTH_EPSILON = 1e-6, 1e-12
+
+
+def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -> Tensor:
+    """Pool the tokens of each text by a query a view, and scale the result to length 1.
+
+    p_ℓ(x) = Σ_t softmax_t(q_ℓ · ĥ_ℓt / √d) h_ℓt with ĥ = h / √(mean(h²) + 1e-6), then u = p / √(|p|² + 1e-12). A query of
+    zeros is mean pooling.
+
+    Args:
+        states: token states of N texts.
+        queries: (V, d), the same for all; or (T, V, d), one a task.
+        row_task: (N,) int64, task of each text, where each task has its own queries.
+
+    Returns:
+        (N, V, d).
+    """
+    if not states.batches:
+        return queries.new_zeros(0, *queries.shape[-2:])
+    parts = []
+    for batch in states.batches:
+        hidden = batch.states  # (r, V, L, d)
+        own = queries if row_task is None else queries.index_select(0, row_task[batch.rows])
+        scale = (hidden.square().mean(-1) + STATE_EPSILON).rsqrt() / math.sqrt(hidden.shape[-1])
+        scores = (hidden @ own[..., None])[..., 0] * scale  # (r, V, L)
+        attention = scores.masked_fill(~batch.mask[:, None], -torch.inf).softmax(-1)
+        parts.append((attention[..., None, :] @ hidden)[..., 0, :])
+    rows = torch.cat([batch.rows for batch in states.batches])
+    pooled = torch.cat(parts).index_select(0, torch.argsort(rows))
+    return _to_length_one(pooled)
+
+
+def centre(views: Tensor, examples: Examples, prior: Tensor, strength: Tensor) -> Tensor:
+    """Return (T, V, d) m = (n c̄ + n₀ μ) / (n + n₀): the mean of the class means, drawn to a learned one.
+
+    0 where n + n₀ is 0.
+
+    Args:
+        views: (T, n, V, d) of length 1.
+        examples: of the T tasks; classes weigh alike.
+        prior: (V, d) μ.
+        strength: () n₀ ≥ 0.
+    """
+    total = torch.einsum("tn,tnvd->tvd", examples.balanced, views) + strength * prior
+    return _divided(total, examples.total + strength)
+
+
+def with_unlabelled_centre(middle: Tensor, number: Tensor, unlabelled: Tensor, there: Tensor, share: Tensor) -> Tensor:
+    """Return the centre (T, V, d) that unlabelled texts have joined: the mean of all, each of them weighing ν.
+
+    Args:
+        middle: (T, V, d) without them.
+        number: (T,) n + n₀, what it weighs.
+        unlabelled: (T, r, V, d) their views.
+        there: (T, r), 1 for a text, 0 for padding.
+        share: () ν ≥ 0.
+    """
+    total = number[:, None, None] * middle + share * torch.einsum("tr,trvd->tvd", there, unlabelled)
+    return _divided(total, number + share * there.sum(1))
+
+
+def centred(views: Tensor, middle: Tensor) -> Tensor:
+    """Return (T, n, V, d) z = (u - m) / √(|u - m|² + 1e-12), of views (T, n, V, d) and centres (T, V, d)."""
+    return _to_length_one(views - middle[:, None])
+
+
+def _to_length_one(vectors: Tensor) -> Tensor:
+    return vectors * (vectors.square().sum(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
+
+
+def _divided(total: Tensor, number: Tensor) -> Tensor:
+    positive = number > 0
+    return torch.where(positive[:, None, None], total / torch.where(positive, number, 1.0)[:, None, None], 0.0)

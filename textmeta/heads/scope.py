@@ -1,0 +1,41 @@
+"""Out of scope: the probability that a text belongs to any of a task's classes, a logistic function of a few numbers."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["SCOPE_INPUTS", "scope_inputs", "scope_probability"]
+
+SCOPE_INPUTS = (
+    "largest probability",
+    "nearest class mean",
+    "nearest name",
+    "has names",
+    "nll",
+    "log shots",
+    "log ways",
+)
+
+
+def scope_inputs(
+    logits: Tensor, to_means: Tensor, to_names: Tensor, has_names: Tensor, nll: Tensor, shots: Tensor, ways: Tensor
+) -> Tensor:
+    """Return (T, n, 7) of each text what its scope is told by, in the order of :data:`SCOPE_INPUTS`.
+
+    Args:
+        logits: (T, n, C), -inf for classes that a task does not have.
+        to_means: (T, n, C) cosines to the class means, -inf for classes without; no class at all gives 0.
+        to_names: (T, n, C) cosines to the names, likewise.
+        has_names: (T,) bool.
+        nll: (T,) of the mixture.
+        shots: (T,) log(1 + k).
+        ways: (T,) C.
+    """
+    largest = logits.softmax(-1).amax(-1)
+    nearest = [torch.nan_to_num(part.amax(-1), neginf=0.0) for part in (to_means, to_names)]
+    task = torch.stack([has_names.to(nll), nll, shots, ways.log().to(nll)], -1)  # (T, 4)
+    return torch.cat([torch.stack([largest, *nearest], -1), task[:, None].expand(-1, largest.shape[1], -1)], -1)
+
+
+def scope_probability(rule: Tensor, inputs: Tensor) -> Tensor:
+    """Return (T, n) probabilities, from the rule (8,), whose last number is the constant, and inputs (T, n, 7)."""
+    return (inputs @ rule[:-1] + rule[-1]).sigmoid()

@@ -1,0 +1,82 @@
+"""Unlabelled texts of the same source: soft labels that the classifier gives them, weighed by how sure it is."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from textmeta.heads.common import Examples
+from textmeta.heads.ridge import weighted_ridge
+
+__all__ = ["ROUNDS", "soft_labelled_ridge", "soft_labels", "unlabelled_weight"]
+
+ROUNDS = 3
+
+
+def soft_labelled_ridge(
+    weights: Tensor,
+    views: Tensor,
+    unlabelled: Tensor,
+    there: Tensor,
+    mixture: Tensor,
+    examples: Examples,
+    penalty: Tensor,
+    share: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    rounds: int = ROUNDS,
+) -> Tensor:
+    """Return the ridge's weights (T, V, d, C) after some rounds of soft labels for the unlabelled texts.
+
+    In each round the classifier of the last one gives probabilities p and confidence c = 1 - H(p) / log C; then the
+    ridge is fitted to all texts: labelled ones as before, unlabelled ones with targets p - 1/C and weights ρ c.
+
+    Args:
+        weights: (T, V, d, C) of the ridge on the labelled texts, 0 where there are none.
+        views: (T, n, V, d) centred views of the labelled texts.
+        unlabelled: (T, r, V, d) of the unlabelled texts.
+        there: (T, r), 1 for a text, 0 for padding.
+        mixture: (T, V).
+        examples: of the T tasks.
+        penalty: () λ.
+        share: (T,) ρ.
+        logits: weights (T, V, d, C) → (T, r, C) logits of the unlabelled texts, those by names included.
+        rounds: how many.
+    """
+    classes = examples.classes.to(views)
+    chance = classes / classes.sum(1, keepdim=True)
+    labelled = examples.member - chance[:, None] * (examples.weights > 0).to(views)[..., None]
+    both = torch.cat([views, unlabelled], 1)
+    for _ in range(rounds):
+        probabilities, confidence = soft_labels(logits(weights), examples.classes)
+        targets = torch.cat([labelled, there[..., None] * (probabilities - chance[:, None])], 1)
+        row_weights = torch.cat([examples.balanced, there * share[:, None] * confidence], 1)
+        weights = weighted_ridge(both, mixture, targets, row_weights, penalty)
+    return weights
+
+
+def soft_labels(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return probabilities p (T, r, C) and confidence 1 - H(p) / log C (T, r), from 0 to 1.
+
+    Args:
+        logits: (T, r, C).
+        classes: (T, C) bool, the classes that a task has.
+    """
+    logs = log_softmax(logits.masked_fill(~classes[:, None], -torch.inf), -1).masked_fill(~classes[:, None], 0.0)
+    probabilities = logs.exp() * classes[:, None].to(logs)
+    entropy = -(probabilities * logs).sum(-1)
+    # of one class there is no doubt, and log 1 is 0
+    return probabilities, (1 - entropy / classes.sum(1).clamp(min=2).log().to(logs)[:, None]).clamp(min=0)
+
+
+def unlabelled_weight(coefficients: Tensor, shots: Tensor, examples: Examples, number: Tensor) -> Tensor:
+    """Return (T,) ρ, with log ρ = r₀ + r₁ log(1 + k) + r₂ log(1 + r / (n + C)), for r unlabelled texts.
+
+    Args:
+        coefficients: (3,) r₀ … r₂.
+        shots: (T,) log(1 + k).
+        examples: of the T tasks.
+        number: (T,) r.
+    """
+    crowd = (number / (examples.total + examples.classes.sum(1))).log1p()
+    return (coefficients @ torch.stack([torch.ones_like(shots), shots, crowd.to(shots)])).exp()

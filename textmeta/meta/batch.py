@@ -1,0 +1,120 @@
+"""Texts and labels of T tasks, padded to the largest."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from textmeta.data.episodes import Episode
+
+__all__ = ["Rows", "TaskBatch"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Texts of T tasks one after the other, and where each stands in a padded (T, n) layout.
+
+    Args:
+        texts: N of them.
+        row_task: (N,) int64, task of each text.
+        place: (N,) int64, position of each text in its task.
+        there: (T, n) bool, whether a place holds a text.
+    """
+
+    texts: tuple[str, ...]
+    row_task: Tensor
+    place: Tensor
+    there: Tensor
+
+    @classmethod
+    def of(cls, texts: Sequence[Sequence[str]], device: torch.device) -> "Rows":
+        """Lay out the texts of each task."""
+        sizes = torch.tensor([len(part) for part in texts])
+        width = int(sizes.max()) if len(sizes) else 0
+        places = [torch.arange(len(part)) for part in texts]
+        return cls(
+            tuple(text for part in texts for text in part),
+            torch.repeat_interleave(torch.arange(len(texts)), sizes).to(device),
+            torch.cat([*places, torch.zeros(0, dtype=torch.long)]).to(device),
+            (torch.arange(width) < sizes[:, None]).to(device),
+        )
+
+    def widened(self, width: int) -> "Rows":
+        """Return the same texts in a wider layout."""
+        return replace(self, there=pad(self.there, (0, width - self.there.shape[1])))
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """Lay flat rows (N, …) out as (T, n, …), zeros for padding."""
+        tasks, width = self.there.shape
+        padded = flat.new_zeros(tasks * width, *flat.shape[1:])
+        return padded.index_copy(0, self.row_task * width + self.place, flat).view(tasks, width, *flat.shape[1:])
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """T tasks: their support sets, the names of their classes, and unlabelled texts.
+
+    Args:
+        support: the labelled texts, in an order that depends on the texts alone, so that what is learned does not depend
+            on the order they were given in.
+        labels: (T, n) int64, -1 for padding.
+        ways: (T,) int64.
+        names: of the classes, in the order of the labels; none for a task that comes without.
+        unlabelled: of each task.
+    """
+
+    support: Rows
+    labels: Tensor
+    ways: Tensor
+    names: Rows
+    unlabelled: Rows
+
+    @classmethod
+    def of(
+        cls,
+        texts: Sequence[Sequence[str]],
+        labels: Sequence[Sequence[int]],
+        ways: Sequence[int],
+        names: Sequence[Sequence[str] | None] | None = None,
+        unlabelled: Sequence[Sequence[str]] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "TaskBatch":
+        """Lay out T tasks.
+
+        Args:
+            texts: labelled texts of each task.
+            labels: of each task, from 0 to its ways - 1.
+            ways: of each task.
+            names: of each task the names of all its classes, or None.
+            unlabelled: texts of each task.
+            device: of the tensors.
+        """
+        device = torch.device(device)
+        sorted_tasks = [
+            sorted(zip(part, numbers, strict=True), key=lambda pair: (zlib.crc32(pair[0].encode()), pair))
+            for part, numbers in zip(texts, labels, strict=True)
+        ]
+        support = Rows.of([[text for text, _ in task] for task in sorted_tasks], device)
+        flat = torch.tensor([label for task in sorted_tasks for _, label in task], dtype=torch.long, device=device)
+        return cls(
+            support,
+            support.pad(flat + 1) - 1,
+            torch.tensor(list(ways), device=device),
+            Rows.of([part or () for part in names or [()] * len(texts)], device),
+            Rows.of(unlabelled or [()] * len(texts), device),
+        )
+
+    @classmethod
+    def of_episodes(cls, episodes: Sequence[Episode], device: str | torch.device = "cpu") -> "TaskBatch":
+        """Lay out the tasks of episodes, with names and unlabelled texts of those that come with them."""
+        return cls.of(
+            [e.support_texts for e in episodes],
+            [e.support_labels.tolist() for e in episodes],
+            [e.ways for e in episodes],
+            [e.label_names for e in episodes],
+            [e.unlabelled_texts for e in episodes],
+            device,
+        )

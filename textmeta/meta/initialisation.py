@@ -1,0 +1,175 @@
+"""What meta-training learns by gradient: the start of every task, as one object of named tensors.
+
+Numbers that must be positive are kept as logarithms. Shapes: V views, d dimensions, J inner steps.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from textmeta.errors import AdapterError, SettingsError
+from textmeta.model.initialisation import layer_of
+from textmeta.model.lora import zero_start
+
+__all__ = ["Adapt", "Initialisation", "LearnerSettings"]
+
+Adapt = Literal["none", "pooling", "lora", "pooling+lora"]
+ADAPT: tuple[Adapt, ...] = ("none", "pooling", "lora", "pooling+lora")
+LORA = "lora."
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """How a task is learned.
+
+    Args:
+        layers: of the encoder, whose token states are the views; ascending, 0 is what enters the first layer.
+        adapt: what the inner steps change: where each view looks in a text (pooling), LoRA, both, or nothing.
+        steps: inner steps.
+        head: what makes logits of views: ridge, or prototype.
+        entry_step_sizes: a learned step size for each entry of a pooling query (Meta-SGD), not one a query.
+    """
+
+    layers: tuple[int, ...] = (3, 4, 5, 6)
+    adapt: Adapt = "pooling"
+    steps: int = 6
+    head: Literal["ridge", "prototype"] = "ridge"
+    entry_step_sizes: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.adapt not in ADAPT:
+            raise SettingsError(f"adapt must be one of {ADAPT}, given {self.adapt!r}")
+        if self.head not in ("ridge", "prototype"):
+            raise SettingsError(f"head must be 'ridge' or 'prototype', given {self.head!r}")
+        if self.steps < 0:
+            raise SettingsError(f"steps must not be negative, given {self.steps}")
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """Everything that is learned by gradient.
+
+    Args:
+        lora: LoRA factors by name, shared by all tasks.
+        queries: (V, d) q₀, the pooling queries that tasks start from.
+        log_step_sizes: (J, V) or (J, V, d) log α of the pooling queries.
+        lora_log_step_sizes: (J, layers with LoRA) log α of LoRA's factors.
+        pull: () logit of δ, the share by which each step goes back towards the start.
+        step_gate: (2,) γ₀, γ₁ of γ(k) = sigmoid(γ₀ + γ₁ log(1 + k)).
+        loss_view_weights: (V,) logits of the views' weights in the neighbourhood loss.
+        loss_log_scale: () of the cosines in it.
+        centre: (V, d) μ, the learned mean of texts.
+        log_centre_strength: () log n₀.
+        log_penalty: () log λ.
+        view_prior: (V,) a.
+        log_evidence_strength: () log β.
+        log_evidence_half: () log n_s.
+        log_evidence_scale: () of left-out scores.
+        temperature: (5,) t₀ … t₄.
+        name_view_weights: (V,) logits of the views' weights in names.
+        name_centre: (V, d) the learned mean of names.
+        log_name_centre_strength: ().
+        log_name_scale: () log t_n.
+        log_zero_shot_scale: () the same where names are alone.
+        name_gate: (3,) b₀ … b₂.
+        log_unlabelled_share: () log ν.
+        unlabelled_weight: (3,) r₀ … r₂.
+    """
+
+    lora: dict[str, Tensor]
+    queries: Tensor
+    log_step_sizes: Tensor
+    lora_log_step_sizes: Tensor
+    pull: Tensor
+    step_gate: Tensor
+    loss_view_weights: Tensor
+    loss_log_scale: Tensor
+    centre: Tensor
+    log_centre_strength: Tensor
+    log_penalty: Tensor
+    view_prior: Tensor
+    log_evidence_strength: Tensor
+    log_evidence_half: Tensor
+    log_evidence_scale: Tensor
+    temperature: Tensor
+    name_view_weights: Tensor
+    name_centre: Tensor
+    log_name_centre_strength: Tensor
+    log_name_scale: Tensor
+    log_zero_shot_scale: Tensor
+    name_gate: Tensor
+    log_unlabelled_share: Tensor
+    unlabelled_weight: Tensor
+
+    @classmethod
+    def start(
+        cls, factor_shapes: Mapping[str, tuple[int, ...]], hidden_size: int, settings: LearnerSettings, seed: int
+    ) -> "Initialisation":
+        """Return what training begins with: LoRA's usual start, mean pooling, and numbers that are about right.
+
+        Args:
+            factor_shapes: shape of each LoRA factor by name.
+            hidden_size: d.
+            settings: how tasks are learned.
+            seed: of LoRA's random A.
+        """
+        views, steps = len(settings.layers), settings.steps
+        last = torch.full((views,), -1.0)  # the last layer is the usual one: it starts with the most weight
+        last[-1] = 0.0
+        entries = (hidden_size,) if settings.entry_step_sizes else ()
+        layers = len({layer_of(name) for name in factor_shapes})
+
+        def log(value: float, *shape: int) -> Tensor:
+            return torch.full(shape, math.log(value))
+
+        return cls(
+            lora=zero_start(factor_shapes, seed),
+            queries=torch.zeros(views, hidden_size),
+            log_step_sizes=log(0.3, steps, views, *entries),
+            lora_log_step_sizes=log(0.005, steps, layers),
+            pull=torch.tensor(-3.0),
+            step_gate=torch.zeros(2),
+            loss_view_weights=last.clone(),
+            loss_log_scale=log(10.0),
+            centre=torch.zeros(views, hidden_size),
+            log_centre_strength=log(1.0),
+            log_penalty=log(1.0),
+            view_prior=last.clone(),
+            log_evidence_strength=log(4.0),
+            log_evidence_half=log(20.0),
+            log_evidence_scale=log(8.0),
+            temperature=torch.tensor([2.6, -0.2, 0.3, 0.0, 0.0]),
+            name_view_weights=last.clone(),
+            name_centre=torch.zeros(views, hidden_size),
+            log_name_centre_strength=log(1.0),
+            log_name_scale=log(15.0),
+            log_zero_shot_scale=log(15.0),
+            name_gate=torch.tensor([-1.4, 0.19, -0.38]),
+            log_unlabelled_share=log(1.0),
+            unlabelled_weight=torch.tensor([math.log(0.3), 0.0, 0.0]),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name; LoRA's factors by their names after ``lora.``."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "lora"}
+        return {**{LORA + name: value for name, value in self.lora.items()}, **plain}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Initialisation":
+        """Return one like this, made of other tensors; the inverse of :meth:`tensors`.
+
+        Raises:
+            AdapterError: if a tensor is missing, unknown, or of another shape than here.
+        """
+        own = self.tensors()
+        for name in sorted(own.keys() | tensors.keys()):
+            if name not in own or name not in tensors:
+                raise AdapterError(f"the tensor {name!r} is {'not known' if name not in own else 'missing'}")
+            if own[name].shape != tensors[name].shape:
+                raise AdapterError(f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}")
+        plain = {name: value for name, value in tensors.items() if not name.startswith(LORA)}
+        return replace(self, lora={name: tensors[LORA + name] for name in self.lora}, **plain)
