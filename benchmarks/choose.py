@@ -1,11 +1,11 @@
-"""How adapters and frozen baselines do on the choose corpora, from recorded episodes; --run records those that are missing.
+"""How adapters and frozen baselines do on the choose corpora, from recorded episodes; --run records what is missing.
 
     python benchmarks/choose.py --data-dir DATA                        # the table
     python benchmarks/choose.py --data-dir DATA --by-corpus
     python benchmarks/choose.py --data-dir DATA --run --adapters runs/core/base --variants plain names
 
-Episodes are the same for every method: 5 ways (all classes of a corpus with fewer), 5 queries a class, 256 tokens (0.1 at
-its own 64). Differences are paired by episode; intervals are of 95 %, over episodes, of means over corpora.
+Episodes are the same for every method: 5 ways (all classes of a corpus with fewer), 5 queries a class, 256 tokens (0.1
+at its own 64). Differences are paired by episode; intervals are of 95 %, over episodes, of means over corpora.
 """
 
 import argparse
@@ -152,7 +152,14 @@ def probabilities(learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.
     return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
 
 
-def runs(corpora: ChooseCorpora, contestants: Sequence[Contestant], variants: Sequence[str], episodes: int, shots: Sequence[int], suffix: str) -> Iterator[Run]:
+def runs(
+    corpora: ChooseCorpora,
+    contestants: Sequence[Contestant],
+    variants: Sequence[str],
+    episodes: int,
+    shots: Sequence[int],
+    suffix: str,
+) -> Iterator[Run]:
     """Yield the runs of some contestants, corpus by corpus."""
     for cell in corpora.cells(shots):
         for who in contestants:
@@ -230,13 +237,19 @@ def table(found: Mapping[str, Cells]) -> Iterator[str]:
             own = [values.mean() for key, values in cells.items() if key[1] == k]
             parts.append(f"{np.mean(own):.2f}" if own else "-")
         sizes = [len(v) for v in cells.values()]
-        yield f"{method:{width}}" + "".join(p.rjust(16) for p in parts) + f"  {len({c for c, _ in cells})} x {min(sizes)}"
+        yield (
+            f"{method:{width}}" + "".join(p.rjust(16) for p in parts) + f"  {len({c for c, _ in cells})} x {min(sizes)}"
+        )
     yield ""
     yield "Paired differences, points ± 95 %"
     yield f"{'':{width}}" + "".join(f"{k:>2} shots".rjust(16) for k in SHOTS) + "pooled".rjust(16)
     for method in sorted(name for name in found if "@" in name):
         variant, _, adapter = method.partition(" @ ")
-        rivals = {"better of prototypes and logistic": None, "logistic-views-256": "logistic-views-256", "textmeta-0.1": "textmeta-0.1"}
+        rivals = {
+            "better of prototypes and logistic": None,
+            "logistic-views-256": "logistic-views-256",
+            "textmeta-0.1": "textmeta-0.1",
+        }
         if variant != "plain":
             rivals = {"plain": f"plain @ {adapter}"}
         yield method
@@ -266,7 +279,9 @@ def by_corpus(found: Mapping[str, Cells], method: str) -> Iterator[str]:
                 parts.append("-")
                 continue
             told = difference(found[method], found[better_baseline(found, k)], [key])
-            parts.append(f"{found[method][key].mean():.1f}" + ("" if told is None else f" ({told[0]:+.1f} ± {told[1]:.1f})"))
+            parts.append(
+                f"{found[method][key].mean():.1f}" + ("" if told is None else f" ({told[0]:+.1f} ± {told[1]:.1f})")
+            )
         yield f"{corpus:24}" + "".join(p.rjust(22) for p in parts)
 
 
@@ -280,7 +295,9 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
     parser.add_argument("--episodes", type=int, default=EPISODES)
-    parser.add_argument("--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own")
+    parser.add_argument(
+        "--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of soft labels for unlabelled texts")
     parser.add_argument("--by-corpus", action="store_true")
     parser.add_argument("--results", type=Path, default=CORE)

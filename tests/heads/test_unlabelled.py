@@ -20,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def examples_of(labels: list[list[int]], ways: list[int]) -> Examples:
     width = max(map(len, labels))
     rows = [part + [-1] * (width - len(part)) for part in labels]
-    return Examples.of(torch.tensor(rows), torch.tensor(ways), torch.float64)
+    return Examples.of(torch.tensor(rows, dtype=torch.long), torch.tensor(ways), torch.float64)
 
 
 LABELS, WAYS = [[0, 0, 1], [0, 1, 2, 2], []], [2, 3, 3]
@@ -86,7 +86,9 @@ def test_confidence_is_from_none_to_full():
 
 
 def test_one_class_has_nothing_to_doubt():
-    probabilities, confidence = soft_labels(torch.zeros(1, 2, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool))
+    probabilities, confidence = soft_labels(
+        torch.zeros(1, 2, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    )
     assert probabilities.flatten().tolist() == [1.0, 1.0]
     assert confidence.flatten().tolist() == [1.0, 1.0]
 

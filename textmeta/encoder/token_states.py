@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ __all__ = ["StateBatch", "TokenStateReader", "TokenStates"]
 
 MAX_TOKENS = 4096  # of one forward, with padding
 BAR_AFTER = 5.0  # seconds
+STATE_EPSILON = 1e-6  # the state of padding is 0
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,19 @@ class StateBatch:
         rows: (r,) int64, position of each text in the sequence of texts.
         states: (r, V, L, d), zeros at padding.
         mask: (r, L) bool, True for tokens.
+        inverse_rms: (r, V, L) 1 / √(mean(h²) + 1e-6) of each token's state; made of the states where left out. Every
+            pooling of them needs it.
     """
 
     rows: Tensor
     states: Tensor
     mask: Tensor
+    inverse_rms: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Make what is left out."""
+        if self.inverse_rms is None:
+            object.__setattr__(self, "inverse_rms", (self.states.square().mean(-1) + STATE_EPSILON).rsqrt())
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,12 @@ class TokenStates:
             own = position[batch.rows]
             kept = (own >= 0).nonzero()[:, 0]
             if len(kept) == len(own):
-                batches.append(StateBatch(own, batch.states, batch.mask))
+                batches.append(replace(batch, rows=own))
             elif len(kept):
                 mask = batch.mask.index_select(0, kept)
                 length = int(mask.sum(1).max())
-                states = batch.states.index_select(0, kept)[:, :, :length]
-                batches.append(StateBatch(own[kept], states, mask[:, :length]))
+                states, rms = (part.index_select(0, kept)[:, :, :length] for part in (batch.states, batch.inverse_rms))
+                batches.append(StateBatch(own[kept], states, mask[:, :length], rms))
         return TokenStates(len(rows), tuple(batches))
 
     @classmethod

@@ -57,7 +57,7 @@ class Examples:
     @property
     def number(self) -> Tensor:
         """(T,), C₁: number of classes that have examples; 1 at least, so that it can be divided by."""
-        return self.present.sum(1).clamp(min=1)
+        return self.present.to(self.member.dtype).sum(1).clamp(min=1)
 
     @property
     def balanced(self) -> Tensor:
@@ -71,7 +71,7 @@ class Examples:
     def targets(self) -> Tensor:
         """(T, n, C), one-hot - 1/C₁ over the classes that have examples; 0 for other classes and for padding."""
         there = (self.weights > 0).to(self.member.dtype)[..., None]
-        return there * (self.member - self.present[:, None] / self.number[:, None, None])
+        return there * (self.member - self.present[:, None].to(there) / self.number[:, None, None])
 
 
 def log_shots(examples: Examples) -> Tensor:
@@ -100,9 +100,7 @@ def temperature(coefficients: Tensor, shots: Tensor, ways: Tensor, stepped: Tens
         stepped: (T,) whether the inner loop took steps.
         nll: (T,) of the mixture before the steps.
     """
-    inputs = torch.stack(
-        [torch.ones_like(shots), shots, (ways / 5).log().to(shots.dtype), stepped.to(shots.dtype), nll]
-    )
+    inputs = torch.stack([torch.ones_like(shots), shots, (ways.to(shots) / 5).log(), stepped.to(shots.dtype), nll])
     return (coefficients @ inputs).exp()
 
 

@@ -4,6 +4,7 @@ Folds leave out one part of *every* class together. Leaving out one example alon
 and centred targets both sum to zero, so the others tell the class of the one that is missing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from textmeta.heads.common import Examples, float64, mean_over_classes
-from textmeta.heads.pooling import LENGTH_EPSILON
-from textmeta.heads.ridge import dual_coefficients
+from textmeta.heads.pooling import LENGTH_EPSILON, centre, centred
+from textmeta.heads.ridge import dual_coefficients, primal_weights
 
 __all__ = ["Folds", "fold_nll", "folds_of", "left_out_scores", "mixture"]
 
@@ -58,13 +59,12 @@ def folds_of(examples: Examples) -> Folds:
 
 
 def left_out_scores(
-    views: Tensor, folds: Folds, prior: Tensor, strength: Tensor, penalty: Tensor, mixtures: Tensor
+    views: Tensor, folds: Folds, prior: Tensor, strength: Tensor, penalty: Tensor, mixed: Tensor | None = None
 ) -> Tensor:
     """Return (T, M, n, C) float64: of each example the scores by ridge regressions that have not seen its fold.
 
     Centre and weights are made anew from what stays, as :func:`~textmeta.heads.pooling.centre` and
-    :attr:`~textmeta.heads.common.Examples.balanced` make them. All kernels of centred views follow from the products of
-    the views among themselves, so that the views are read once, whatever the number of folds.
+    :attr:`~textmeta.heads.common.Examples.balanced` make them.
 
     Args:
         views: (T, n, V, d) of length 1, not centred.
@@ -72,19 +72,38 @@ def left_out_scores(
         prior: (V, d) μ.
         strength: () n₀.
         penalty: () λ.
-        mixtures: (T, M, V) weights of the views, M regressions a task.
+        mixed: (T, V) weights of the views in one regression, M = 1; by default one for each view alone, M = V.
     """
-    examples = folds.examples
-    views, prior, strength, penalty, mixtures = float64(views, prior, strength, penalty, mixtures)
+    views, prior, strength, penalty = float64(views, prior, strength, penalty)
+    mixed = None if mixed is None else float64(mixed)[0]
+    tasks, n, v, d = views.shape
+    # products of many texts would take more memory than the texts themselves
+    make = _dual_scores if n <= v * d else _primal_scores
+    solve = make(views, prior, strength, penalty, mixed)
+    of, classes = folds.of.to(views.device), folds.examples.classes.to(views.device)
+    examples = Examples(*float64(folds.examples.member, folds.examples.weights), classes)
+    scores = views.new_zeros(tasks, v if mixed is None else 1, n, examples.member.shape[-1])
+    for fold in range(folds.number):
+        left_out = of == fold
+        rest = examples.weighted((~left_out).double())
+        scores = torch.where(left_out[:, None, :, None], solve(rest), scores)
+    return scores
+
+
+def _dual_scores(
+    views: Tensor, prior: Tensor, strength: Tensor, penalty: Tensor, mixed: Tensor | None
+) -> Callable[[Examples], Tensor]:
+    """Return what makes scores (T, M, n, C) of some of the examples, from the products of all views.
+
+    All kernels of centred views follow from these, so the views are read once, whatever the number of folds.
+    """
     grams = torch.einsum("tnvd,tmvd->tvnm", views, views)
     with_prior = torch.einsum("tnvd,vd->tvn", views, prior)
     prior_square = prior.square().sum(-1)  # (V,)
-    scores = views.new_zeros(*mixtures.shape[:2], *examples.member.shape[1:])
-    for fold in range(folds.number):
-        left_out = folds.of == fold
-        rest = examples.weighted((~left_out).to(examples.weights.dtype))
-        balanced = rest.balanced.double()
-        number = rest.total.double() + strength
+
+    def scores(rest: Examples) -> Tensor:
+        balanced = rest.balanced
+        number = rest.total + strength
         number = torch.where(number > 0, number, 1.0)[:, None]
         # products of all views with the centre m = (Σ ω u + n₀ μ) / (n + n₀), and of the centre with itself
         product = torch.einsum("tvnm,tm->tvn", grams, balanced)
@@ -96,12 +115,32 @@ def left_out_scores(
         scale = (square + LENGTH_EPSILON).rsqrt()
         kernels = grams - along[..., None] - along[..., None, :] + own[..., None]
         kernels = kernels * scale[..., None] * scale[..., None, :]
-        mixed = torch.einsum("tmv,tvij->tmij", mixtures, kernels)
-        shape = (*mixed.shape[:2], -1, -1)
-        targets = rest.targets.double()[:, None].expand(shape)
-        solved = dual_coefficients(mixed, targets, balanced[:, None].expand(shape[:-1]), penalty)
-        scores = torch.where(left_out[:, None, :, None], mixed @ solved, scores)
+        if mixed is not None:
+            kernels = torch.einsum("tv,tvij->tij", mixed, kernels)[:, None]
+        targets, weights = _expanded(rest, kernels.shape[1])
+        return kernels @ dual_coefficients(kernels, targets, weights, penalty)
+
     return scores
+
+
+def _primal_scores(
+    views: Tensor, prior: Tensor, strength: Tensor, penalty: Tensor, mixed: Tensor | None
+) -> Callable[[Examples], Tensor]:
+    """Return what makes scores as :func:`_dual_scores` does, from the views themselves."""
+
+    def scores(rest: Examples) -> Tensor:
+        z = centred(views, centre(views, rest, prior, strength))
+        if mixed is not None:
+            z = (z * mixed.clamp(min=1e-12).sqrt()[:, None, :, None]).flatten(2)[:, :, None]
+        design = z.transpose(1, 2)  # (T, M, n, D)
+        return design @ primal_weights(design, *_expanded(rest, design.shape[1]), penalty)
+
+    return scores
+
+
+def _expanded(rest: Examples, number: int) -> tuple[Tensor, Tensor]:
+    """Return targets (T, M, n, C) and balanced weights (T, M, n) of as many regressions."""
+    return rest.targets[:, None].expand(-1, number, -1, -1), rest.balanced[:, None].expand(-1, number, -1)
 
 
 def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:
@@ -113,6 +152,7 @@ def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:
         scale: () factor on the scores.
     """
     examples = folds.examples
+    scores = scores.to(scale.device)
     logits = (scale.to(scores) * scores).masked_fill(~examples.present[:, None, None], -torch.inf)
     logits = torch.where(folds.any[:, None, None, None], logits, 0.0)  # rows of -inf alone have no softmax
     own = (examples.weights > 0)[:, None] & folds.any[:, None, None]
@@ -120,7 +160,7 @@ def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:
         -1, examples.member.argmax(-1)[:, None, :, None].expand(*own.shape[:1], scores.shape[1], -1, 1)
     )
     nll = mean_over_classes(-torch.where(own, chosen[..., 0], 0.0), examples).to(examples.weights.dtype)
-    return torch.where(folds.any[:, None], nll, examples.classes.sum(1, keepdim=True).log().to(nll))
+    return torch.where(folds.any[:, None], nll, examples.classes.sum(1, keepdim=True).to(nll).log())
 
 
 def mixture(prior: Tensor, strength: Tensor, half: Tensor, nll: Tensor, folds: Folds) -> Tensor:

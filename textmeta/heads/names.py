@@ -1,4 +1,4 @@
-"""Class names: how near a text is to what a class is called, and how much that counts, by what the examples say of it."""
+"""Class names: how near a text is to what a class is called, and how much that counts, by what the examples say."""
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def name_evidence(logits: Tensor, examples: Examples) -> Tensor:
     """
     logs = log_softmax(logits.masked_fill(~examples.classes[:, None], -torch.inf), -1)
     nll = mean_over_classes(-logs.gather(-1, examples.member.argmax(-1)[..., None])[..., 0], examples)
-    return torch.where(examples.total > 0, examples.classes.sum(1).log().to(nll) - nll, 0.0)
+    return torch.where(examples.total > 0, examples.classes.sum(1).to(nll).log() - nll, 0.0)
 
 
 def name_gate(coefficients: Tensor, evidence: Tensor, examples: Examples) -> Tensor:

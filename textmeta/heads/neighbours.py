@@ -23,12 +23,17 @@ def neighbourhood_loss(views: Tensor, examples: Examples, view_weights: Tensor, 
         view_weights: (V,), positive, their sum 1.
         scale: () factor on the cosines.
     """
+    if not views.shape[1]:
+        return views.sum((1, 2, 3))  # 0
     cosines = torch.einsum("tnvd,v,tmvd->tnm", views, view_weights, views)
     others = examples.weights[:, None] * (1 - torch.eye(views.shape[1], dtype=views.dtype, device=views.device))
-    votes = others * ((cosines - 1) * scale).exp()  # no larger than 1: a cosine is none larger
+    near = ((cosines - 1) * scale).masked_fill(others == 0, -torch.inf)
+    # relative to the nearest, so that a large scale does not make all votes 0
+    nearest = near.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(near.dtype).min)
+    votes = others * (near - nearest).exp()
     weights = others @ examples.member  # (T, n, C): how much the others of each class count
     means = (votes @ examples.member) / torch.where(weights > 0, weights, 1.0)
-    log_means = torch.where(means > 0, means, 1.0).log().masked_fill(~(means > 0), -torch.inf)
+    log_means = means.clamp(min=torch.finfo(means.dtype).tiny).log().masked_fill(weights == 0, -torch.inf)
     own = (examples.member * weights).sum(-1) > 0  # has company
     told = examples.weighted(own.to(examples.weights.dtype))
     told = told.weighted((told.present.sum(1, keepdim=True) >= 2).to(told.weights.dtype))

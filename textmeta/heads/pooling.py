@@ -10,14 +10,14 @@ from textmeta.heads.common import Examples
 
 __all__ = ["centre", "centred", "pool", "with_unlabelled_centre"]
 
-STATE_EPSILON, LENGTH_EPSILON = 1e-6, 1e-12
+LENGTH_EPSILON = 1e-12
 
 
 def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -> Tensor:
     """Pool the tokens of each text by a query a view, and scale the result to length 1.
 
-    p_ℓ(x) = Σ_t softmax_t(q_ℓ · ĥ_ℓt / √d) h_ℓt with ĥ = h / √(mean(h²) + 1e-6), then u = p / √(|p|² + 1e-12). A query of
-    zeros is mean pooling.
+    p_ℓ(x) = Σ_t softmax_t(q_ℓ · ĥ_ℓt / √d) h_ℓt with ĥ = h / √(mean(h²) + 1e-6), then u = p / √(|p|² + 1e-12). A query
+    of zeros is mean pooling.
 
     Args:
         states: token states of N texts.
@@ -33,8 +33,7 @@ def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -
     for batch in states.batches:
         hidden = batch.states  # (r, V, L, d)
         own = queries if row_task is None else queries.index_select(0, row_task[batch.rows])
-        scale = (hidden.square().mean(-1) + STATE_EPSILON).rsqrt() / math.sqrt(hidden.shape[-1])
-        scores = (hidden @ own[..., None])[..., 0] * scale  # (r, V, L)
+        scores = (hidden @ own[..., None])[..., 0] * batch.inverse_rms / math.sqrt(hidden.shape[-1])  # (r, V, L)
         attention = scores.masked_fill(~batch.mask[:, None], -torch.inf).softmax(-1)
         parts.append((attention[..., None, :] @ hidden)[..., 0, :])
     rows = torch.cat([batch.rows for batch in states.batches])

@@ -1,4 +1,4 @@
-"""Out of scope: the probability that a text belongs to any of a task's classes, a logistic function of a few numbers."""
+"""Out of scope: the probability that a text belongs to any of a task's classes, by a logistic function."""
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def scope_inputs(
     """
     largest = logits.softmax(-1).amax(-1)
     nearest = [torch.nan_to_num(part.amax(-1), neginf=0.0) for part in (to_means, to_names)]
-    task = torch.stack([has_names.to(nll), nll, shots, ways.log().to(nll)], -1)  # (T, 4)
+    task = torch.stack([has_names.to(nll), nll, shots, ways.to(nll).log()], -1)  # (T, 4)
     return torch.cat([torch.stack([largest, *nearest], -1), task[:, None].expand(-1, largest.shape[1], -1)], -1)
 
 

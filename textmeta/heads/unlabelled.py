@@ -47,11 +47,12 @@ def soft_labelled_ridge(
     chance = classes / classes.sum(1, keepdim=True)
     labelled = examples.member - chance[:, None] * (examples.weights > 0).to(views)[..., None]
     both = torch.cat([views, unlabelled], 1)
+    some = there.any(1)[:, None, None, None]  # a task without unlabelled texts keeps what it has
     for _ in range(rounds):
         probabilities, confidence = soft_labels(logits(weights), examples.classes)
         targets = torch.cat([labelled, there[..., None] * (probabilities - chance[:, None])], 1)
         row_weights = torch.cat([examples.balanced, there * share[:, None] * confidence], 1)
-        weights = weighted_ridge(both, mixture, targets, row_weights, penalty)
+        weights = torch.where(some, weighted_ridge(both, mixture, targets, row_weights, penalty), weights)
     return weights
 
 
@@ -66,7 +67,7 @@ def soft_labels(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     probabilities = logs.exp() * classes[:, None].to(logs)
     entropy = -(probabilities * logs).sum(-1)
     # of one class there is no doubt, and log 1 is 0
-    return probabilities, (1 - entropy / classes.sum(1).clamp(min=2).log().to(logs)[:, None]).clamp(min=0)
+    return probabilities, (1 - entropy / classes.sum(1).clamp(min=2).to(logs).log()[:, None]).clamp(min=0)
 
 
 def unlabelled_weight(coefficients: Tensor, shots: Tensor, examples: Examples, number: Tensor) -> Tensor:
@@ -78,5 +79,5 @@ def unlabelled_weight(coefficients: Tensor, shots: Tensor, examples: Examples, n
         examples: of the T tasks.
         number: (T,) r.
     """
-    crowd = (number / (examples.total + examples.classes.sum(1))).log1p()
+    crowd = (number / (examples.total + examples.classes.to(number).sum(1))).log1p()
     return (coefficients @ torch.stack([torch.ones_like(shots), shots, crowd.to(shots)])).exp()

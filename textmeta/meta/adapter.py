@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError
+from textmeta.errors import AdapterError, SettingsError
 from textmeta.files import write_atomically
+from textmeta.heads.scope import SCOPE_INPUTS
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings
@@ -77,30 +78,28 @@ class CoreAdapter:
             told = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
             if told["format"] != FORMAT:
                 raise AdapterError(f"{folder} has format {told['format']}, expected {FORMAT}")
+            sha256, record = told["encoder_sha256"], told["record"]
             tensors = load_file(folder / TENSORS, device=device)
             encoder_settings = EncoderSettings(**told["encoder"])
             lora = LoraSettings(**{**told["lora"], "targets": _tuple(told["lora"]["targets"])})
             settings = LearnerSettings(**{**told["learner"], "layers": tuple(told["learner"]["layers"])})
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise AdapterError(f"cannot read the adapter {folder}: {error}") from error
+        except (OSError, SafetensorError, SettingsError, ValueError, KeyError, TypeError) as error:
+            raise AdapterError(f"cannot read the adapter {folder}: {error!r}") from error
         encoder = Encoder(encoder_settings, lora, device, precision)
-        if encoder.weights_sha256 != told["encoder_sha256"]:
+        if encoder.weights_sha256 != sha256:
             raise AdapterError(f"{folder} was trained on another encoder than {encoder_settings.model} is")
+        try:
+            reader = TokenStateReader(encoder, settings.layers)
+        except SettingsError as error:
+            raise AdapterError(f"{folder}: {error}") from error
+        for name, value in tensors.items():
+            if value.dtype != torch.float32 or not torch.isfinite(value).all():
+                raise AdapterError(f"{folder}: {name} is not float32, or not finite")
         rule = tensors.pop(SCOPE_RULE, None)
+        if rule is not None and rule.shape != (len(SCOPE_INPUTS) + 1,):
+            raise AdapterError(f"{folder}: the scope rule is {tuple(rule.shape)}, expected ({len(SCOPE_INPUTS) + 1},)")
         shape = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
-        broken = sorted(name for name, value in tensors.items() if not torch.isfinite(value).all())
-        if broken:
-            raise AdapterError(f"{folder}: {broken[0]} is not finite")
-        adapter = cls(
-            encoder_settings,
-            told["encoder_sha256"],
-            lora,
-            settings,
-            shape.with_tensors(tensors),
-            rule,
-            told["record"],
-        )
-        return adapter, TokenStateReader(encoder, settings.layers)
+        return cls(encoder_settings, sha256, lora, settings, shape.with_tensors(tensors), rule, record), reader
 
 
 def _tuple(values: list[str] | None) -> tuple[str, ...] | None:

@@ -58,8 +58,8 @@ class TaskBatch:
     """T tasks: their support sets, the names of their classes, and unlabelled texts.
 
     Args:
-        support: the labelled texts, in an order that depends on the texts alone, so that what is learned does not depend
-            on the order they were given in.
+        support: the labelled texts, in an order that depends on the texts alone, so that what is learned does not
+            depend on the order they were given in.
         labels: (T, n) int64, -1 for padding.
         ways: (T,) int64.
         names: of the classes, in the order of the labels; none for a task that comes without.

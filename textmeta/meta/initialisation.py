@@ -31,6 +31,7 @@ class LearnerSettings:
         adapt: what the inner steps change: where each view looks in a text (pooling), LoRA, both, or nothing.
         steps: inner steps.
         head: what makes logits of views: ridge, or prototype.
+        evidence: whether the mixture is by evidence of the views before the steps, or after them.
         entry_step_sizes: a learned step size for each entry of a pooling query (Meta-SGD), not one a query.
     """
 
@@ -38,6 +39,7 @@ class LearnerSettings:
     adapt: Adapt = "pooling"
     steps: int = 6
     head: Literal["ridge", "prototype"] = "ridge"
+    evidence: Literal["before", "after"] = "before"
     entry_step_sizes: bool = False
 
     def __post_init__(self) -> None:
@@ -46,6 +48,8 @@ class LearnerSettings:
             raise SettingsError(f"adapt must be one of {ADAPT}, given {self.adapt!r}")
         if self.head not in ("ridge", "prototype"):
             raise SettingsError(f"head must be 'ridge' or 'prototype', given {self.head!r}")
+        if not all(isinstance(layer, int) for layer in self.layers):
+            raise SettingsError(f"layers must be numbers, given {self.layers}")
         if self.steps < 0:
             raise SettingsError(f"steps must not be negative, given {self.steps}")
 

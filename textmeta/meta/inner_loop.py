@@ -179,8 +179,8 @@ def inner_steps(
         loss: (number of the step, from 0; tensors by name, those of ``start`` and ``shared``) → (T,) losses; a task's
             loss depends on no other task's tensors.
         start: what the steps change: name → (T, …).
-        shared: everything else that the loss depends on and that something is learned in. What ``loss`` holds besides is
-            differentiated through, too, in steps of second order that are not checkpointed.
+        shared: everything else that the loss depends on and that something is learned in. What ``loss`` holds besides
+            is differentiated through, too, in steps of second order that are not checkpointed.
         update: (number of the step, changed tensors, their gradients, losses (T,)) → the tensors after the step.
         steps: how many.
         second_order_steps: the last so many steps are differentiated through; in those before, gradients and losses are

@@ -15,6 +15,7 @@ from textmeta.heads.neighbours import neighbourhood_loss
 from textmeta.heads.pooling import centre, centred, pool, with_unlabelled_centre
 from textmeta.heads.prototype import prototypes
 from textmeta.heads.ridge import ridge
+from textmeta.heads.scope import scope_inputs
 from textmeta.heads.unlabelled import soft_labelled_ridge, unlabelled_weight
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
@@ -61,11 +62,12 @@ class LearnedTasks:
         name_scale: (T,) factor on the cosines to names; 0 where a task has none.
         class_means: (T, V, d, C) prototypes, for the scope.
         mixture: (T, V).
-        classes: (T, C) bool.
+        classes: (T, C) bool, those that a task has.
+        present: (T, C) bool, those that have examples.
         nll: (T,) of the mixture, of left-out examples before the steps.
         view_nll: (T, V) of each view, likewise.
         name_evidence: (T,) E.
-        examples: which example is in which class.
+        shots: (T,) log(1 + k).
         factors: LoRA's, shared or one set a task.
     """
 
@@ -79,10 +81,11 @@ class LearnedTasks:
     class_means: Tensor
     mixture: Tensor
     classes: Tensor
+    present: Tensor
     nll: Tensor
     view_nll: Tensor
     name_evidence: Tensor
-    examples: Examples
+    shots: Tensor
     factors: Mapping[str, Tensor]
 
 
@@ -93,7 +96,7 @@ class TaskLearner:
         reader: gives token states.
         initialisation: where tasks start.
         settings: how they are learned; ``steps`` at most those of the initialisation.
-        rounds: of soft labels for unlabelled texts; 0 lets these move the centre alone.
+        rounds: of soft labels for unlabelled texts, which the ridge takes; 0 lets them move the centre alone.
     """
 
     def __init__(
@@ -148,6 +151,8 @@ class TaskLearner:
             first = pool(states.support, init.queries)
         row_task = batch.support.row_task if queries.ndim == 3 else None
         views = batch.support.pad(first if row_task is None else pool(states.support, queries, row_task))
+        if self.settings.evidence == "after" and row_task is not None:
+            _, _, mixed = self._evidence(views, folds)
         strength = init.log_centre_strength.exp()
         middle = centre(views, examples, init.centre, strength)
         extra = batch.unlabelled if batch.unlabelled.texts else None
@@ -162,7 +167,7 @@ class TaskLearner:
         scale = temperature(init.temperature, shots, batch.ways, stepped, nll)
 
         names, name_middle, name_scale, told = self._names(batch, states, examples, first, folds)
-        if extra is not None and self.rounds:
+        if extra is not None and self.rounds and self.settings.head == "ridge":
             name_logits: Tensor | float = 0.0
             if batch.names.texts:
                 at_start = extra.pad(pool(states.unlabelled, init.queries))
@@ -192,10 +197,11 @@ class TaskLearner:
             prototypes(support, mixed, examples),
             mixed,
             examples.classes,
+            examples.present,
             nll,
             view_nll,
             told,
-            examples,
+            shots,
             init.lora if factors is None else factors,
         )
 
@@ -211,6 +217,21 @@ class TaskLearner:
         scores = torch.einsum("tnvd,tvdc->tnc", z, learned.weights)
         logits = learned.scale[:, None, None] * scores + learned.name_scale[:, None, None] * names
         return logits.masked_fill(~learned.classes[:, None], -torch.inf)
+
+    def scope_inputs(self, learned: LearnedTasks, rows: Rows, states: TokenStates) -> Tensor:
+        """Return (T, n, 7) what the scope of queries is told by (:data:`~textmeta.heads.scope.SCOPE_INPUTS`)."""
+        z, names = self._query_scores(learned, rows, states)
+        to_means = torch.einsum("tnvd,tvdc->tnc", z, learned.class_means)
+        has_names = learned.name_scale > 0
+        return scope_inputs(
+            self.logits(learned, rows, states),
+            to_means.masked_fill(~learned.present[:, None], -torch.inf),
+            names.masked_fill(~(learned.classes & has_names[:, None])[:, None], -torch.inf),
+            has_names,
+            learned.nll,
+            learned.shots,
+            learned.classes.sum(1),
+        )
 
     def _query_scores(self, learned: LearnedTasks, rows: Rows, states: TokenStates) -> tuple[Tensor, Tensor]:
         """Return the centred views (T, n, V, d) of queries, and their cosines (T, n, C) to the names."""
@@ -231,19 +252,17 @@ class TaskLearner:
         init = self.initialisation
         scale = init.log_evidence_scale.exp()
 
-        def nll_of(mixtures: Tensor) -> Tensor:
+        def nll_of(mixed: Tensor | None) -> Tensor:
             if not folds.any.any():
-                chance = folds.examples.classes.sum(1).log().to(views)
-                return chance[:, None].expand(mixtures.shape[:2])
+                chance = folds.examples.classes.sum(1, keepdim=True).to(views).log()
+                return chance.expand(-1, views.shape[2] if mixed is None else 1)
             numbers = (init.centre, init.log_centre_strength.exp(), init.log_penalty.exp())
-            return fold_nll(left_out_scores(views, folds, *numbers, mixtures), folds, scale)
+            return fold_nll(left_out_scores(views, folds, *numbers, mixed), folds, scale)
 
-        number = views.shape[2]
-        alone = torch.eye(number, dtype=views.dtype, device=views.device).expand(len(views), -1, -1)
-        view_nll = nll_of(alone)
+        view_nll = nll_of(None)
         strength, half = init.log_evidence_strength.exp(), init.log_evidence_half.exp()
         mixed = mixture(init.view_prior, strength, half, view_nll, folds)
-        return view_nll, nll_of(mixed[:, None])[:, 0], mixed
+        return view_nll, nll_of(mixed)[:, 0], mixed
 
     def _names(
         self, batch: TaskBatch, states: GroupStates, examples: Examples, first: Tensor, folds: Folds
@@ -395,12 +414,12 @@ def rows_in_turn(examples: Examples, step: int) -> Tensor:
     first = torch.where(several, member.argmax(1), member.shape[1])
     rank = first.argsort(1).argsort(1)
     take = number.clamp(max=MOST_CLASSES)
-    chosen = several & ((rank - step * take[:, None]) % number[:, None] < take[:, None])
+    turns = [several & ((rank - s * take[:, None]) % number[:, None] < take[:, None]) for s in range(step + 1)]
+    chosen, before = turns[-1], torch.stack(turns).sum(0) - turns[-1].long()  # how often a class had its turn
     each = (MOST_ROWS // take).clamp(min=2)
-    turn = (step * take // number)[:, None] * each[:, None]
     position = ((member.cumsum(1) - member) * member).sum(-1).long()
     own = member.argmax(-1)
     size = counts.gather(1, own).long().clamp(min=1)
-    in_turn = (position - turn) % size < each[:, None]
+    in_turn = (position - before.gather(1, own) * each[:, None]) % size < each[:, None]
     large = (there.sum(1) > MOST_ROWS)[:, None]
     return there & (~large | (chosen.gather(1, own) & in_turn))

@@ -19,6 +19,7 @@ from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.interruption import stop_requests
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.record import Record
+from textmeta.model.pretrained import tensors_digest
 
 __all__ = ["CORE_ALGORITHMS", "CoreAlgorithm", "MetaTrainer", "OuterSettings", "query_losses"]
 
@@ -67,7 +68,7 @@ class OuterSettings:
         """Check the ranges."""
         if self.algorithm not in CORE_ALGORITHMS:
             raise SettingsError(f"algorithm must be one of {sorted(CORE_ALGORITHMS)}, given {self.algorithm!r}")
-        for name in ("episodes", "tasks_per_step", "checkpoint_every"):
+        for name in ("episodes", "tasks_per_step", "warmup", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, given {getattr(self, name)}")
 
@@ -151,10 +152,10 @@ def reptile(
     with torch.no_grad():
         states = learner.read(batch, Rows.of([()] * len(both), device))
         learned = learner.learn(batch, states)
-        if learned.queries.ndim == 3:
+        if learned.queries.ndim == 3 and "queries" in leaves:
             gradients["queries"] = (learner.initialisation.queries - learned.queries).mean(0)
         for name, value in learned.factors.items():
-            if value.ndim == 3:
+            if value.ndim == 3 and LORA + name in leaves:
                 gradients[LORA + name] = (learner.initialisation.lora[name] - value).mean(0)
     return gradients, loss, accuracy
 
@@ -210,6 +211,9 @@ class MetaTrainer:
         self.shape = Initialisation.start(
             reader.encoder.factor_shapes, reader.encoder.hidden_size, self.learner, settings.seed
         )
+        unknown = [name for name in settings.fixed if not any(own.startswith(name) for own in self.shape.tensors())]
+        if unknown:
+            raise SettingsError(f"fixed names {unknown[0]!r}, but there are {', '.join(self.shape.tensors())}")
 
     def train(
         self,
@@ -220,8 +224,8 @@ class MetaTrainer:
     ) -> Initialisation:
         """Learn an initialisation; step s uses episodes s·T to s·T + T - 1.
 
-        ``output`` gets a checkpoint and ``record.jsonl``; where it has a checkpoint of a run with the same settings, the
-        run goes on from there.
+        ``output`` gets a checkpoint and ``record.jsonl``; where it has a checkpoint of a run with the same settings,
+        the run goes on from there.
 
         Args:
             episodes: to learn from.
@@ -243,6 +247,8 @@ class MetaTrainer:
         optimiser = torch.optim.Adam(self._groups(parameters, learned))
         state = TrainingState(parameters, optimiser)
         fingerprint = {"learner": _plain(self.learner), "outer": _plain(settings), **(told or {})}
+        if start:
+            fingerprint["start"] = tensors_digest(start)
         output.mkdir(parents=True, exist_ok=True)
         if (output / CHECKPOINT).exists():
             restore_state(state, output / CHECKPOINT, fingerprint)
@@ -284,12 +290,16 @@ class MetaTrainer:
         own = [episodes[number] for number in range(first, min(first + settings.tasks_per_step, settings.episodes))]
         leaves = {name: state.parameters[name] for name in learned}
         learner = TaskLearner(self.reader, shape.with_tensors(state.parameters), self.learner)
-        gradients, loss, accuracy = self.algorithm.gradient(learner, own, leaves)
+        where = f"step {state.step + 1}, on {[e.corpus for e in own]}"
+        try:
+            gradients, loss, accuracy = self.algorithm.gradient(learner, own, leaves)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise DivergedError(f"{where}: {error}; try smaller learning rates") from error
         norm = torch.stack([part.square().sum() for part in gradients.values()]).sum().sqrt()
         if not (norm.isfinite() and loss.isfinite().all()):
             raise DivergedError(
-                f"step {state.step + 1}: losses {loss.tolist()} on {[e.corpus for e in own]}, gradient norm "
-                f"{float(norm)}; try smaller learning rates (the last checkpoint is from before)"
+                f"{where}: losses {loss.tolist()}, gradient norm {float(norm)}; try smaller learning rates (the last "
+                "checkpoint is from before)"
             )
         factor = settings.max_gradient_norm / norm.clamp(min=settings.max_gradient_norm)
         for name, leaf in leaves.items():

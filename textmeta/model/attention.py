@@ -64,15 +64,10 @@ def _switched_attention(
         given = {"scaling": scaling, "is_causal": is_causal, **other}
         if query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
             # the fused kernel's backward in bfloat16 is twenty times as slow on a CPU as in float32
+            query, key, value = query.float(), key.float(), value.float()
             with torch.autocast("cpu", enabled=False):
-                mask = (
-                    attention_mask.float()
-                    if attention_mask is not None and attention_mask.is_floating_point()
-                    else attention_mask
-                )
-                whole = (part.float() for part in (query, key, value))
-                output, weights = sdpa_attention_forward(module, *whole, mask, **given)
-            return output.to(query.dtype), weights
+                output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+            return output.bfloat16(), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     if other.get("position_bias") is not None:
         raise EncoderError(f"{type(module).__name__} has a position bias, with which second order is not implemented")

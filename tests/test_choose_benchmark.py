@@ -1,0 +1,92 @@
+"""The benchmark that designs are chosen by: records episodes, resumes, prints paired differences."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from textmeta.data.corpus import Corpus
+from textmeta.meta.adapter import CoreAdapter
+from textmeta.meta.initialisation import Initialisation, LearnerSettings
+from textmeta.model.encoder import Encoder
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("choose")
+
+
+@pytest.fixture
+def data_dir(corpus: Corpus, tmp_path: Path) -> Path:
+    (tmp_path / "data" / "choose").mkdir(parents=True)
+    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
+    path = tmp_path / "data" / "choose" / "toy.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def adapter(encoder: Encoder, tmp_path: Path) -> Path:
+    settings = LearnerSettings(layers=(2, 4), steps=2)
+    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
+    folder = tmp_path / "tiny"
+    CoreAdapter(encoder.settings, encoder.weights_sha256, encoder.lora, settings, start).save(folder)
+    return folder
+
+
+def run(
+    choose: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    monkeypatch.setattr(sys, "argv", ["choose.py", *arguments])
+    choose.main()
+    return capsys.readouterr().out
+
+
+def test_every_variant_is_recorded_once_and_told(
+    choose: ModuleType,
+    data_dir: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(choose, "CHUNK", 3)
+    results = tmp_path / "results.jsonl"
+    command = ["--data-dir", str(data_dir), "--results", str(results), "--shots", "1", "5", "--episodes", "6"]
+    command += ["--run", "--adapters", str(adapter)]
+    out = run(choose, monkeypatch, capsys, *command, "--by-corpus")
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    alone = sum("alone" in name for name in choose.VARIANTS)
+    assert len(lines) == 2 * (2 * (len(choose.VARIANTS) - alone) + alone)
+    assert all(len(line["result"]["right"]) == 3 for line in lines)
+    assert "toy" in out
+    assert "names @ tiny-" in out
+    assert "over plain" in out
+    run(choose, monkeypatch, capsys, *command)
+    assert len(results.read_text().splitlines()) == len(lines)
+
+
+def test_differences_are_paired_by_episode(choose: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(20, 90, 200)
+    better = {("a", 1): hard + 1 + rng.normal(0, 0.1, 200)}
+    mean, half = choose.difference(better, {("a", 1): hard[:150]}, [("a", 1), ("b", 1)])
+    assert mean == pytest.approx(1, abs=0.05)
+    assert 0 < half < 0.05
+    assert choose.difference(better, {}, [("a", 1)]) is None
+
+
+def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
+    def line(first: int) -> dict:
+        key = {"method": "plain", "adapter": "x", "corpus": "a", "shots": 1, "first": first}
+        return {"key": key, "result": {"right": [5, 10], "queries": [25, 25]}}
+
+    found = choose.accuracies([line(0), line(4)])
+    assert found["plain @ x"]["a", 1].tolist() == [20, 40]
