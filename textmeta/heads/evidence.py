@@ -81,7 +81,8 @@ def left_out_scores(
     make = _dual_scores if n <= v * d else _primal_scores
     solve = make(views, prior, strength, penalty, mixed)
     of, classes = folds.of.to(views.device), folds.examples.classes.to(views.device)
-    examples = Examples(*float64(folds.examples.member, folds.examples.weights), classes)
+    member, weights = float64(folds.examples.member, folds.examples.weights)
+    examples = Examples(member, weights, classes)
     scores = views.new_zeros(tasks, v if mixed is None else 1, n, examples.member.shape[-1])
     for fold in range(folds.number):
         left_out = of == fold
