@@ -120,7 +120,7 @@ class Contestant:
     def __init__(self, folder: Path, changes: Mapping[str, Any], rounds: int) -> None:
         self.adapter, self.reader = CoreAdapter.load(folder)
         self.name = folder.name
-        self.digest = hashlib.sha256((folder / "core.safetensors").read_bytes()).hexdigest()[:8]
+        self.digest = hashlib.sha256((folder / "core.safetensors").read_bytes()).hexdigest()[:12]
         self.settings, self.rounds = replace(self.adapter.learner, **changes), rounds
         self.corpus, self.states = "", KnownStates(self.reader, {})
 
@@ -169,7 +169,7 @@ def runs(
                 if "alone" in variant and cell.shots != 1:
                     continue
                 for first in range(0, episodes, CHUNK):
-                    key = {**cell.key(variant + suffix, first, CHUNK), "adapter": f"{who.name}-{who.digest}"}
+                    key = {**cell.key(variant + suffix, first, CHUNK), "adapter": who.name}
                     yield Run(key, lambda c=cell, w=who, v=variant, f=first: one(c, w, v, f))
 
 
@@ -178,7 +178,7 @@ def one(cell: Cell, who: Contestant, variant: str, first: int) -> dict[str, Any]
     episodes = [VARIANTS[variant](cell.episode(n), cell, n) for n in range(first, first + CHUNK)]
     start = time.perf_counter()
     result = result_of(who.answers(cell, episodes), episodes)
-    return {**result, "episode_seconds": round((time.perf_counter() - start) / CHUNK, 4)}
+    return {**result, "sha256": who.digest, "episode_seconds": round((time.perf_counter() - start) / CHUNK, 4)}
 
 
 Cells = dict[tuple[str, int], np.ndarray]  # (corpus, shots) -> accuracy of each episode, in percent
@@ -309,6 +309,9 @@ def main() -> None:
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
         contestants = [Contestant(folder, changes, arguments.rounds) for folder in arguments.adapters]
+        for who in contestants:
+            if any(line["key"]["adapter"] == who.name and line["result"]["sha256"] != who.digest for line in lines):
+                raise SystemExit(f"{arguments.results} has lines of another adapter named {who.name}: rename this one")
         suffix = (f" adapt={arguments.adapt}" if arguments.adapt else "") + (
             f" rounds={arguments.rounds}" if arguments.rounds != 3 else ""
         )

@@ -67,10 +67,13 @@ def test_every_variant_is_recorded_once_and_told(
     assert len(lines) == 2 * (2 * (len(choose.VARIANTS) - alone) + alone)
     assert all(len(line["result"]["right"]) == 3 for line in lines)
     assert "toy" in out
-    assert "names @ tiny-" in out
+    assert "names @ tiny" in out
     assert "over plain" in out
     run(choose, monkeypatch, capsys, *command)
     assert len(results.read_text().splitlines()) == len(lines)
+    results.write_text(results.read_text().replace(lines[0]["result"]["sha256"], "another"))
+    with pytest.raises(SystemExit, match="another adapter"):
+        run(choose, monkeypatch, capsys, *command)
 
 
 def test_differences_are_paired_by_episode(choose: ModuleType) -> None:

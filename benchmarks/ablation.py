@@ -1,0 +1,127 @@
+"""The choices that decide the core's design, each an arm trained for 15 minutes and judged on the choose corpora.
+
+    python benchmarks/ablation.py                          # the table, from recorded episodes
+    python benchmarks/ablation.py --data-dir DATA --run    # trains and judges what is missing, one arm after another
+
+Each line is the difference to the base arm (mean of its three seeds), paired by episode, pooled over 1, 2, 5 and 10
+shots and all corpora, ± 95 %. What does not gain 0.2 points beyond its interval and the base arm's spread is left out.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from choose import CORE, SHOTS, Cells, accuracies, difference
+from choose_episodes import read_results
+from train_core import ARMS
+
+HERE = Path(__file__).parent
+BASE = ("base-0", "base-1", "base-2")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A line of the table.
+
+    Args:
+        adapter: name of its folder: the arm and its seed.
+        variant: of the episodes.
+        options: of choose.py.
+    """
+
+    adapter: str
+    variant: str = "plain"
+    options: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """What choose.py calls it."""
+        values = dict(zip(self.options[::2], self.options[1::2], strict=True))
+        suffix = "".join(f" {name}={values['--' + name]}" for name in ("adapt", "rounds") if "--" + name in values)
+        return f"{self.variant}{suffix} @ {self.adapter}"
+
+
+LINES = [
+    *(Judged(name, variant) for variant in ("plain", "names") for name in BASE),
+    *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("first", "base", "no-names", "names-after")),
+    Judged("no-names-0"),
+    Judged("names-after-0", "names"),
+    *(Judged("base-0", "unlabelled", ("--rounds", rounds)) for rounds in ("0", "1")),
+    Judged("base-0", "unlabelled"),
+    Judged("base-0", "plain", ("--adapt", "pooling+lora", "--shots", "5", "--episodes", "50")),
+]
+
+
+def run(data_dir: Path, folder: Path, lines: Sequence[Judged]) -> None:
+    """Train and judge what is missing."""
+    for line in lines:
+        arm, _, seed = line.adapter.rpartition("-")
+        output = folder / line.adapter
+        told = ["--data-dir", str(data_dir)]
+        judge = ["choose.py", *told, "--run", "--adapters", str(output), "--variants", line.variant, *line.options]
+        if _complete(line):
+            continue
+        if not (output / "core.json").exists():
+            after = ARMS[arm].after
+            start = ["--start", str(folder / f"{after}-{seed}")] if after else []
+            _call("train_core.py", *told, "--arm", arm, "--seed", seed, "--output", str(output), *start)
+        _call(*judge)
+
+
+def _complete(line: Judged) -> bool:
+    """Whether all cells of a line are recorded."""
+    found = accuracies(read_results(CORE)).get(line.method, {})
+    return len(found) >= 25 * (1 if "--shots" in line.options else len(SHOTS)) - 10 and not any(
+        len(values) < (50 if "--episodes" in line.options else 200) for values in found.values()
+    )
+
+
+def _call(script: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
+
+
+def table(found: dict[str, Cells]) -> Iterator[str]:
+    """Yield the lines of the table, as Markdown."""
+    yield "| arm | 1 shot | 2 | 5 | 10 | pooled |"
+    yield "|---|---|---|---|---|---|"
+    for line in LINES:
+        own = found.get(line.method)
+        rivals = [found[f"{line.variant} @ {name}"] for name in BASE if f"{line.variant} @ {name}" in found]
+        if not own or not rivals:
+            continue
+        base = {
+            key: np.mean([part[key][: min(len(r[key]) for r in rivals)] for part in rivals], axis=0)
+            for key in own
+            if all(key in part for part in rivals)
+        }
+        told = [difference(own, base, [key for key in base if key[1] == k]) for k in SHOTS]
+        pooled = difference(own, base, list(base))
+        cells = ["-" if part is None else f"{part[0]:+.2f} ± {part[1]:.2f}" for part in (*told, pooled)]
+        yield f"| {line.method} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Print the table, after running what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--run", action="store_true")
+    parser.add_argument("--arms", nargs="+", help="adapters to run, such as base-0; by default all")
+    parser.add_argument("--folder", type=Path, default=Path("runs/core"), help="of the adapters")
+    arguments = parser.parse_args()
+    if arguments.run:
+        if arguments.data_dir is None:
+            parser.error("--run needs --data-dir")
+        run(
+            arguments.data_dir,
+            arguments.folder,
+            [line for line in LINES if not arguments.arms or line.adapter in arguments.arms],
+        )
+    print("\n".join(table(accuracies(read_results(CORE)))))
+
+
+if __name__ == "__main__":
+    main()
