@@ -124,6 +124,9 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--arm", choices=ARMS, default="first")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/frozen"), help="states of the frozen layers: about 3 GB"
+    )
     parser.add_argument("--start", type=Path, help="adapter of the arm that this one comes after")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -134,9 +137,8 @@ def main() -> None:
     corpora = training_corpora(arguments.data_dir)
     encoder = Encoder(ENCODER, arm.lora, precision="bf16")
     reader = TokenStateReader(encoder, arm.learner.layers)
-    if arm.outer.episodes >= EPISODES:  # a short run does not read enough texts twice
-        for corpus in tqdm(corpora, desc="frozen layers", unit="corpus"):
-            reader.cache(corpus.texts)
+    for corpus in tqdm(corpora, desc="frozen layers", unit="corpus"):
+        reader.cache(corpus.texts, arguments.cache)
     trainer = MetaTrainer(reader, arm.learner, replace(arm.outer, seed=arguments.seed))
     told = {"arm": arguments.arm, "corpora": [corpus.summary for corpus in corpora]}
     start = {} if arm.after is None else CoreAdapter.load(arguments.start)[0].initialisation.tensors()

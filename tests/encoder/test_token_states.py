@@ -149,8 +149,21 @@ def test_cache_keeps_half_precision(encoder: Encoder, layers: list[int], monkeyp
     check(one.read(mixed, factors).unpadded(), fresh.read(mixed, factors).unpadded(), 5e-3)
     with monkeypatch.context() as patch:
         patch.setattr(encoder, "lower_states", None)  # not called any more
-        one.cache(TEXTS)
         assert all(map(torch.equal, found, one.read(TEXTS, factors).unpadded()))
+
+
+def test_cache_in_a_folder_serves_other_runs(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, three = (TokenStateReader(encoder, layers) for layers in ([1, 4], [1, 4], [0, 4]))
+    one.cache(TEXTS, tmp_path)
+    found = one.read(TEXTS, moved(encoder, 0)).unpadded()
+    assert len(list(tmp_path.iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "lower_states", None)  # not called by the second
+        two.cache(TEXTS, tmp_path)
+        assert all(map(torch.equal, found, two.read(TEXTS, moved(encoder, 0)).unpadded()))
+    three.cache(TEXTS, tmp_path)  # of other layers
+    two.cache(TEXTS[1:], tmp_path)  # of other texts
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_bfloat16_states_come_as_float32(tiny_model: str, encoder: Encoder) -> None:

@@ -1,11 +1,16 @@
 """Token states: what chosen layers of the encoder make of each token of a batch of texts, from one forward."""
 
+import hashlib
 import itertools
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -133,25 +138,54 @@ class TokenStateReader:
         """Memory of what :meth:`cache` keeps."""
         return sum(state.nbytes for state in self._kept.values())
 
-    def cache(self, texts: Sequence[str]) -> None:
+    def cache(self, texts: Sequence[str], folder: Path | None = None) -> None:
         """Keep what the frozen layers make of texts, in half precision, for every later :meth:`read` of them.
 
         Their bits depend on the set of these texts alone, so that a resumed run has the same. Where the model cannot
         be split, nothing is kept.
+
+        Args:
+            texts: to be kept.
+            folder: where they are kept as a file, for other runs with this encoder, these layers and this length.
         """
-        if self.encoder.frozen_layers is None:
-            return
         distinct = sorted(set(texts))
-        with torch.no_grad(), tqdm(total=len(distinct), desc="frozen layers", leave=False, delay=BAR_AFTER) as bar:
-            ids = self._tokenise(distinct)
+        if self.encoder.frozen_layers is None or not distinct:
+            return
+        if folder is None:
+            states = self._frozen_states(distinct)
+        else:
+            path = folder / f"{self._digest(distinct)}.safetensors"
+            if not path.exists():
+                states = self._frozen_states(distinct)
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                lengths = torch.tensor([state.shape[1] for state in states])
+                save_file({"states": torch.cat(states, 1).contiguous(), "lengths": lengths}, temporary)
+                os.replace(temporary, path)
+            stored = load_file(path)  # mapped into memory, read when it is used
+            states = list(torch.split(stored["states"], stored["lengths"].tolist(), 1))
+        self._kept.update(zip(distinct, states, strict=True))
+
+    @torch.no_grad()
+    def _frozen_states(self, texts: Sequence[str]) -> list[Tensor]:
+        """Return the states (lower, length, d) of each text, in half precision but for an encoder in float64."""
+        found: list[Tensor | None] = [None] * len(texts)
+        ids = self._tokenise(texts)
+        with tqdm(total=len(texts), desc="frozen layers", leave=False, delay=BAR_AFTER) as bar:
             for numbers in self._buckets([len(row) for row in ids]):
-                if not all(distinct[number] in self._kept for number in numbers):
-                    states, mask = self._run_lower([ids[number] for number in numbers])
-                    if states.dtype != torch.float64:
-                        states = states.clamp(-65504, 65504).half()  # an outlier must not become infinite
-                    for number, state, length in zip(numbers, states, mask.sum(1).tolist(), strict=True):
-                        self._kept[distinct[number]] = state[:, :length].clone()  # a view would keep the whole batch
+                states, mask = self._run_lower([ids[number] for number in numbers])
+                if states.dtype != torch.float64:
+                    states = states.clamp(-65504, 65504).half()  # an outlier must not become infinite
+                for number, state, length in zip(numbers, states, mask.sum(1).tolist(), strict=True):
+                    found[number] = state[:, :length].clone()  # a view would keep the whole batch
                 bar.update(len(numbers))
+        return found  # type: ignore[return-value]
+
+    def _digest(self, texts: Sequence[str]) -> str:
+        """Return what the frozen states of texts are known by: all that they depend on."""
+        encoder = self.encoder
+        told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower, self.max_tokens]
+        return hashlib.sha256(json.dumps([*told, *texts]).encode()).hexdigest()[:32]
 
     def read(
         self, texts: Sequence[str], factors: Mapping[str, Tensor] | None = None, row_task: Tensor | None = None
@@ -191,10 +225,12 @@ class TokenStateReader:
     def _buckets(self, lengths: list[int]) -> list[list[int]]:
         return length_buckets(lengths, self.encoder.overhead, len(lengths), self.max_tokens)
 
-    def _tokenise(self, texts: list[str]) -> list[Tensor]:
+    def _tokenise(self, texts: Sequence[str]) -> list[Tensor]:
         if not texts:
             return []
-        ids = self.encoder.tokenizer(texts, truncation=True, max_length=self.encoder.settings.max_length)["input_ids"]
+        ids = self.encoder.tokenizer(list(texts), truncation=True, max_length=self.encoder.settings.max_length)[
+            "input_ids"
+        ]
         return [torch.tensor(row, device=self.encoder.device) for row in ids]
 
     def _run_lower(self, ids: list[Tensor]) -> tuple[Tensor, Tensor]:

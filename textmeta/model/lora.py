@@ -161,6 +161,7 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[int, .
         for factor in ("lora_A", "lora_B"):
             maps = getattr(module, factor, None)
             if isinstance(maps, nn.ModuleDict) and "default" in maps:
+                module.cast_input_dtype_enabled = False  # under autocast it would make float32 of bfloat16, and back
                 name = f"{module_name}.{factor}.weight"
                 weight: nn.Parameter = maps["default"].weight  # type: ignore[assignment]
                 shapes[name] = tuple(weight.shape)
