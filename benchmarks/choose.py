@@ -2,7 +2,7 @@
 
     python benchmarks/choose.py --data-dir DATA                        # the table
     python benchmarks/choose.py --data-dir DATA --by-corpus
-    python benchmarks/choose.py --data-dir DATA --run --adapters runs/core/base --variants plain names
+    python benchmarks/choose.py --data-dir DATA --run --adapters runs/core/base-0 --variants plain names
 
 Episodes are the same for every method: 5 ways (all classes of a corpus with fewer), 5 queries a class, 256 tokens (0.1
 at its own 64). Differences are paired by episode; intervals are of 95 %, over episodes, of means over corpora.
@@ -270,7 +270,7 @@ def table(found: Mapping[str, Cells]) -> Iterator[str]:
 
 def by_corpus(found: Mapping[str, Cells], method: str) -> Iterator[str]:
     """Yield, for each corpus, the accuracy of a method and its difference to the better baseline."""
-    yield f"{method}: accuracy (difference to the better of prototypes and logistic ± 95 %)"
+    yield f"{method}: accuracy (difference to the better of prototypes and logistic ± 95 %; ! is wholly below -1)"
     for corpus in sorted({key[0] for key in found[method]}):
         parts = []
         for k in SHOTS:
@@ -279,8 +279,10 @@ def by_corpus(found: Mapping[str, Cells], method: str) -> Iterator[str]:
                 parts.append("-")
                 continue
             told = difference(found[method], found[better_baseline(found, k)], [key])
+            below = told is not None and told[0] + told[1] < -1
             parts.append(
-                f"{found[method][key].mean():.1f}" + ("" if told is None else f" ({told[0]:+.1f} ± {told[1]:.1f})")
+                f"{found[method][key].mean():.1f}"
+                + ("" if told is None else f" ({told[0]:+.1f} ± {told[1]:.1f}){'!' * below}")
             )
         yield f"{corpus:24}" + "".join(p.rjust(22) for p in parts)
 
@@ -321,7 +323,12 @@ def main() -> None:
             lines,
             arguments.results,
         )
-    found = accuracies(read_results(BASELINES) + lines)
+    names = [folder.name for folder in arguments.adapters]
+    found = {
+        method: cells
+        for method, cells in accuracies(read_results(BASELINES) + lines).items()
+        if "@" not in method or method.partition(" @ ")[2] in names
+    }
     print("\n".join(table(found)))
     if arguments.by_corpus:
         for method in sorted(name for name in found if name.startswith(("plain @", "names @"))):
