@@ -3,8 +3,9 @@
     python benchmarks/ablation.py                          # the table, from recorded episodes
     python benchmarks/ablation.py --data-dir DATA --run    # trains and judges what is missing, one arm after another
 
-Each line is the difference to the base arm (mean of its three seeds), paired by episode, pooled over 1, 2, 5 and 10
-shots and all corpora, ± 95 %. What does not gain 0.2 points beyond its interval and the base arm's spread is left out.
+Each line is the difference to the base arm (mean of its three seeds), or, where nothing was trained, to the same
+adapter without it; paired by episode, pooled over 1, 2, 5 and 10 shots and all corpora, ± 95 %. What does not gain 0.2
+points beyond its interval and the base arm's spread is left out.
 """
 
 import argparse
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from choose import CORE, SHOTS, Cells, accuracies, difference
-from choose_episodes import read_results
+from choose import CORE, EPISODES, SHOTS, Cells, accuracies, difference
+from choose_episodes import ChooseCorpora
+from runs import read_lines
 from train_core import ARMS
 
 HERE = Path(__file__).parent
@@ -44,6 +46,13 @@ class Judged:
         suffix = "".join(f" {name}={values['--' + name]}" for name in ("adapt", "rounds") if "--" + name in values)
         return f"{self.variant}{suffix} @ {self.adapter}"
 
+    @property
+    def rivals(self) -> list[str]:
+        """What it is compared with: the base arm's seeds, or what the same adapter does without the options."""
+        if self.options or self.variant == "unlabelled":
+            return [f"plain @ {self.adapter}"]
+        return [f"{self.variant} @ {name}" for name in BASE]
+
 
 LINES = [
     *(Judged(name, variant) for variant in ("plain", "names") for name in BASE),
@@ -63,7 +72,7 @@ def run(data_dir: Path, folder: Path, lines: Sequence[Judged]) -> None:
         output = folder / line.adapter
         told = ["--data-dir", str(data_dir)]
         judge = ["choose.py", *told, "--run", "--adapters", str(output), "--variants", line.variant, *line.options]
-        if _complete(line):
+        if _complete(line, data_dir):
             continue
         if not (output / "core.json").exists():
             after = ARMS[arm].after
@@ -72,12 +81,14 @@ def run(data_dir: Path, folder: Path, lines: Sequence[Judged]) -> None:
         _call(*judge)
 
 
-def _complete(line: Judged) -> bool:
+def _complete(line: Judged, data_dir: Path) -> bool:
     """Whether all cells of a line are recorded."""
-    found = accuracies(read_results(CORE)).get(line.method, {})
-    return len(found) >= 25 * (1 if "--shots" in line.options else len(SHOTS)) - 10 and not any(
-        len(values) < (50 if "--episodes" in line.options else 200) for values in found.values()
-    )
+    options = dict(zip(line.options[::2], line.options[1::2], strict=True))
+    shots = [int(options["--shots"])] if "--shots" in options else SHOTS
+    episodes = int(options.get("--episodes", EPISODES))
+    found = accuracies(read_lines(CORE, mend=False)).get(line.method, {})
+    wanted = {(cell.corpus.name, cell.shots) for cell in ChooseCorpora(data_dir).cells(shots)}
+    return all(len(found.get(key, ())) >= episodes for key in wanted)
 
 
 def _call(script: str, *arguments: str) -> None:
@@ -90,7 +101,7 @@ def table(found: dict[str, Cells]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for line in LINES:
         own = found.get(line.method)
-        rivals = [found[f"{line.variant} @ {name}"] for name in BASE if f"{line.variant} @ {name}" in found]
+        rivals = [found[name] for name in line.rivals if name in found]
         if not own or not rivals:
             continue
         base = {
@@ -120,7 +131,7 @@ def main() -> None:
             arguments.folder,
             [line for line in LINES if not arguments.arms or line.adapter in arguments.arms],
         )
-    print("\n".join(table(accuracies(read_results(CORE)))))
+    print("\n".join(table(accuracies(read_lines(CORE, mend=False)))))
 
 
 if __name__ == "__main__":

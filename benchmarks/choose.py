@@ -19,22 +19,24 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from choose_episodes import EPISODE_SEED, SHOTS, Cell, ChooseCorpora, read_results, result_of
-from runs import Line, Run, do_missing
+from choose_episodes import EPISODE_SEED, SHOTS, Cell, ChooseCorpora, result_of
+from runs import Line, Run, do_missing, read_lines
 from scipy import stats
 from torch import Tensor
 
 from textmeta.data.episodes import Episode, with_unlabelled
 from textmeta.data.labels import readable_name
 from textmeta.encoder.token_states import TokenStateReader, TokenStates
+from textmeta.heads.unlabelled import ROUNDS
 from textmeta.meta.adapter import CoreAdapter
-from textmeta.meta.batch import Rows, TaskBatch
-from textmeta.meta.learner import TaskLearner
+from textmeta.meta.batch import TaskBatch
+from textmeta.meta.learner import Adapted, TaskLearner
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES, CORE = RESULTS / "v0_1.jsonl", RESULTS / "choose.jsonl"
 SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-core"
 TASKS, CHUNK, EPISODES = 16, 50, 200  # learned together; of a line; of a cell
+MOST_CHARACTERS = 400_000  # of the texts of tasks that are learned together: their token states take some 600 MB
 OTHER_DRAWS = 3  # third number of the seed that wrong names are drawn by
 
 
@@ -120,36 +122,52 @@ class Contestant:
     def __init__(self, folder: Path, changes: Mapping[str, Any], rounds: int) -> None:
         self.adapter, self.reader = CoreAdapter.load(folder)
         self.name = folder.name
-        self.digest = hashlib.sha256((folder / "core.safetensors").read_bytes()).hexdigest()[:12]
+        content = [(folder / name).read_bytes() for name in ("core.safetensors", "core.json")]
+        self.digest = hashlib.sha256(b"".join(content)).hexdigest()[:12]
         self.settings, self.rounds = replace(self.adapter.learner, **changes), rounds
         self.corpus, self.states = "", KnownStates(self.reader, {})
+        self.adapted: dict[tuple[str, ...], Adapted] = {}  # by the support texts of tasks that are learned together
 
-    def answers(self, cell: Cell, episodes: Sequence[Episode]) -> list[np.ndarray]:
-        """Return the class probabilities of each episode's queries."""
+    def answers(self, cell: Cell, episodes: Sequence[Episode]) -> tuple[list[np.ndarray], float]:
+        """Return the class probabilities of each episode's queries, and the seconds of an episode, its texts read."""
         if cell.corpus.name != self.corpus:
             self.corpus, self.states = cell.corpus.name, KnownStates(self.reader, self.adapter.initialisation.lora)
-        for e in episodes:
-            self.states.know([*e.support_texts, *e.query_texts, *e.unlabelled_texts, *(e.label_names or ())])
+        texts = [[*e.support_texts, *e.query_texts, *e.unlabelled_texts, *(e.label_names or ())] for e in episodes]
+        self.states.know([text for part in texts for text in part])
+        if "lora" in self.settings.adapt:  # these steps read the support set again and again
+            self.reader.cache([text for part in texts for text in part])
         learner = TaskLearner(self.states, self.adapter.initialisation, self.settings, self.rounds)
-        return [
-            row
-            for start in range(0, len(episodes), TASKS)
-            for row in probabilities(learner, episodes[start : start + TASKS])
-        ]
+        start, answers = time.perf_counter(), []
+        for together in in_parts(episodes, [sum(map(len, part)) for part in texts]):
+            answers += self.probabilities(learner, together)
+        return answers, (time.perf_counter() - start) / len(episodes)
+
+    @torch.no_grad()
+    def probabilities(self, learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.ndarray]:
+        """Learn the tasks of episodes together, and classify their queries."""
+        key = tuple(text for e in episodes for text in (*e.support_texts, ""))
+        if key not in self.adapted:
+            batch = TaskBatch.of_episodes(episodes)
+            states = learner.reader.read(batch.support.texts, self.adapter.initialisation.lora)
+            if len(self.adapted) >= CHUNK:  # variants of a chunk come one after another
+                self.adapted.clear()
+            self.adapted[key] = learner.adapt(batch, states)
+        learned = learner.learn_episodes(episodes, adapted=self.adapted[key])
+        found = learner.logits(*learned).double().softmax(-1).numpy()
+        return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
 
 
-@torch.no_grad()
-def probabilities(learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.ndarray]:
-    """Learn the tasks of episodes together, and classify their queries."""
-    batch = TaskBatch.of_episodes(episodes)
-    queries = Rows.of([e.query_texts for e in episodes], batch.ways.device)
-    states = learner.read(batch, queries)
-    learned = learner.learn(batch, states)
-    own = states.queries
-    if learned.factors is not learner.initialisation.lora:
-        own = learner.reader.read(queries.texts, learned.factors, queries.row_task)
-    found = learner.logits(learned, queries, own).double().softmax(-1).numpy()
-    return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
+def in_parts(episodes: Sequence[Episode], characters: Sequence[int]) -> Iterator[list[Episode]]:
+    """Yield episodes that are learned together: 16 tasks, fewer where texts are many and long."""
+    together: list[Episode] = []
+    number = 0
+    for episode, size in zip(episodes, characters, strict=True):
+        if together and (len(together) == TASKS or number + size > MOST_CHARACTERS):
+            yield together
+            together, number = [], 0
+        together.append(episode)
+        number += size
+    yield together
 
 
 def runs(
@@ -163,12 +181,12 @@ def runs(
     """Yield the runs of some contestants, corpus by corpus."""
     for cell in corpora.cells(shots):
         for who in contestants:
-            for variant in variants:
-                if "others" in variant and len(cell.corpus.class_names) <= 5:
-                    continue
-                if "alone" in variant and cell.shots != 1:
-                    continue
-                for first in range(0, episodes, CHUNK):
+            for first in range(0, episodes, CHUNK):
+                for variant in variants:
+                    if "others" in variant and len(cell.corpus.class_names) <= 5:
+                        continue
+                    if "alone" in variant and cell.shots != 1:
+                        continue
                     key = {**cell.key(variant + suffix, first, CHUNK), "adapter": who.name}
                     yield Run(key, lambda c=cell, w=who, v=variant, f=first: one(c, w, v, f))
 
@@ -176,21 +194,26 @@ def runs(
 def one(cell: Cell, who: Contestant, variant: str, first: int) -> dict[str, Any]:
     """Score a chunk of episodes."""
     episodes = [VARIANTS[variant](cell.episode(n), cell, n) for n in range(first, first + CHUNK)]
-    start = time.perf_counter()
-    result = result_of(who.answers(cell, episodes), episodes)
-    return {**result, "sha256": who.digest, "episode_seconds": round((time.perf_counter() - start) / CHUNK, 4)}
+    answers, seconds = who.answers(cell, episodes)
+    return {**result_of(answers, episodes), "adapter_sha256": who.digest, "episode_seconds": round(seconds, 4)}
 
 
 Cells = dict[tuple[str, int], np.ndarray]  # (corpus, shots) -> accuracy of each episode, in percent
 
 
-def accuracies(lines: Sequence[Line]) -> dict[str, Cells]:
-    """Return of each method its cells; a core method is VARIANT @ ADAPTER."""
+def accuracies(lines: Sequence[Line], measure: str = "accuracy") -> dict[str, Cells]:
+    """Return of each method its cells; a core method is VARIANT @ ADAPTER. Accuracy and F1 in percent, NLL in nats."""
     parts: dict[tuple[str, str, int], dict[int, np.ndarray]] = {}
+    classes: dict[tuple[str, int], tuple[int, str]] = {}
     for line in lines:
         key, result = line["key"], line["result"]
+        drawn_from = (key["classes"], key["sha256"])
+        if classes.setdefault((key["corpus"], key["shots"]), drawn_from) != drawn_from:
+            raise SystemExit(f"{key['corpus']} at {key['shots']} shots was recorded on two versions of the corpus")
         method = key["method"] + (f" @ {key['adapter']}" if "adapter" in key else "")
         values = 100 * np.array(result["right"]) / np.array(result["queries"])
+        if measure != "accuracy":
+            values = np.array(result[measure]) / {"nll": 1000, "f1": 10}[measure]
         parts.setdefault((method, key["corpus"], key["shots"]), {})[key["first"]] = values
     found: dict[str, Cells] = {}
     for (method, corpus, shots), chunks in parts.items():
@@ -250,8 +273,10 @@ def table(found: Mapping[str, Cells]) -> Iterator[str]:
             "logistic-views-256": "logistic-views-256",
             "textmeta-0.1": "textmeta-0.1",
         }
-        if variant != "plain":
-            rivals = {"plain": f"plain @ {adapter}"}
+        if variant != "plain":  # with names or without, unlabelled texts are compared with none
+            other = variant.partition("unlabelled")[0].rstrip("-") or "plain"
+            other = "plain" if other == variant else other
+            rivals = {other: f"{other} @ {adapter}"}
         yield method
         for title, rival in rivals.items():
             parts, pooled_one, pooled_other = [], {}, {}
@@ -300,23 +325,25 @@ def main() -> None:
     parser.add_argument(
         "--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of soft labels for unlabelled texts")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of soft labels for unlabelled texts")
     parser.add_argument("--by-corpus", action="store_true")
+    parser.add_argument("--measure", choices=("accuracy", "f1", "nll"), default="accuracy")
     parser.add_argument("--results", type=Path, default=CORE)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     datasets.disable_progress_bars()
-    lines = read_results(arguments.results)
+    lines = read_lines(arguments.results)
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
         contestants = [Contestant(folder, changes, arguments.rounds) for folder in arguments.adapters]
         for who in contestants:
-            if any(line["key"]["adapter"] == who.name and line["result"]["sha256"] != who.digest for line in lines):
+            if any(
+                line["key"]["adapter"] == who.name and line["result"]["adapter_sha256"] != who.digest for line in lines
+            ):
                 raise SystemExit(f"{arguments.results} has lines of another adapter named {who.name}: rename this one")
-        suffix = (f" adapt={arguments.adapt}" if arguments.adapt else "") + (
-            f" rounds={arguments.rounds}" if arguments.rounds != 3 else ""
-        )
+        suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
+        suffix += f" rounds={arguments.rounds}" if arguments.rounds != ROUNDS else ""
         corpora = ChooseCorpora(arguments.data_dir, arguments.corpora)
         do_missing(
             list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),
@@ -326,7 +353,7 @@ def main() -> None:
     names = [folder.name for folder in arguments.adapters]
     found = {
         method: cells
-        for method, cells in accuracies(read_results(BASELINES) + lines).items()
+        for method, cells in accuracies(read_lines(BASELINES, mend=False) + lines, arguments.measure).items()
         if "@" not in method or method.partition(" @ ")[2] in names
     }
     print("\n".join(table(found)))

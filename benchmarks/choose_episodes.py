@@ -1,6 +1,5 @@
 """The episodes that designs are chosen by: cells of the choose corpora, the same for every method and version."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ import numpy as np
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 
-__all__ = ["QUERIES", "SHOTS", "Cell", "ChooseCorpora"]
+__all__ = ["EPISODE_SEED", "QUERIES", "SHOTS", "Cell", "ChooseCorpora", "result_of"]
 
 WAYS, QUERIES, SHOTS, EPISODE_SEED = 5, 5, (1, 2, 5, 10), 2
 
@@ -93,10 +92,3 @@ def result_of(probabilities: Sequence[np.ndarray], episodes: Sequence[Episode]) 
         nll.append(round(1000 * float(-np.log(np.maximum(own, 1e-300)).mean())))
         f1.append(round(1000 * float((2 * counts[0] / np.maximum(counts[1] + counts[2], 1)).mean())))
     return {"right": right, "queries": queries, "nll": nll, "f1": f1}
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a results file; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

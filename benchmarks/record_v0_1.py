@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from choose_episodes import Cell, ChooseCorpora, read_results, result_of
-from runs import Run, do_missing
+from choose_episodes import Cell, ChooseCorpora, result_of
+from runs import Run, do_missing, read_lines
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
@@ -135,7 +135,7 @@ def main() -> None:
     corpora = ChooseCorpora(arguments.data_dir)
     do_missing(
         list(runs(corpora, arguments.parts)),
-        read_results(arguments.output),
+        read_lines(arguments.output),
         arguments.output,
         {"commit": arguments.commit},
     )

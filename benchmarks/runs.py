@@ -55,11 +55,16 @@ def do_missing(runs: Iterable[Run], lines: list[Line], path: Path, told: Mapping
         lines.append(line)
 
 
-def read_lines(path: Path) -> list[Line]:
-    """Return the lines of a results file, without a last one that a crash cut short, which is taken off the file."""
+def read_lines(path: Path, *, mend: bool = True) -> list[Line]:
+    """Return the lines of a results file, without a last one that a crash cut short.
+
+    Args:
+        path: of the file.
+        mend: whether to take the cut line off the file; not, where another process may be writing it.
+    """
     if not path.exists():
         return []
     whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
-    if torn:
+    if torn and mend:
         write_atomically(path, (whole + "\n" * bool(whole)).encode())
     return [json.loads(line) for line in whole.splitlines()]

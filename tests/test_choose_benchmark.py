@@ -71,7 +71,7 @@ def test_every_variant_is_recorded_once_and_told(
     assert "over plain" in out
     run(choose, monkeypatch, capsys, *command)
     assert len(results.read_text().splitlines()) == len(lines)
-    results.write_text(results.read_text().replace(lines[0]["result"]["sha256"], "another"))
+    results.write_text(results.read_text().replace(lines[0]["result"]["adapter_sha256"], "another"))
     with pytest.raises(SystemExit, match="another adapter"):
         run(choose, monkeypatch, capsys, *command)
 
@@ -89,7 +89,25 @@ def test_differences_are_paired_by_episode(choose: ModuleType) -> None:
 def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
     def line(first: int) -> dict:
         key = {"method": "plain", "adapter": "x", "corpus": "a", "shots": 1, "first": first}
+        key |= {"classes": 2, "sha256": "0"}
         return {"key": key, "result": {"right": [5, 10], "queries": [25, 25]}}
 
     found = choose.accuracies([line(0), line(4)])
     assert found["plain @ x"]["a", 1].tolist() == [20, 40]
+
+
+def test_arms_are_compared_with_the_mean_of_the_base_arms_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    ablation = importlib.import_module("ablation")
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(20, 90, (3, 200))
+    found = {f"plain @ base-{seed}": {("a", 1): hard[seed]} for seed in range(3)}
+    found["plain @ steps-3-0"] = {("a", 1): hard.mean(0) + 2 + rng.normal(0, 0.1, 200)}
+    found["plain adapt=pooling+lora @ base-0"] = {("a", 1): hard[0] + rng.normal(0, 0.1, 200)}
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in ablation.table(found)}
+    assert rows["plain @ steps-3-0"].startswith("+2.0")
+    assert rows["plain adapt=pooling+lora @ base-0"] in ("+0.00 ± 0.01", "-0.00 ± 0.01", "+0.01 ± 0.01", "-0.01 ± 0.01")
+    adapters = {line.adapter.rpartition("-")[0] for line in ablation.LINES}
+    assert adapters | {"first"} == set(ablation.ARMS)

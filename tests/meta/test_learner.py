@@ -16,9 +16,9 @@ from textmeta.data.episodes import Episode
 from textmeta.encoder.token_states import TokenStateReader, TokenStates
 from textmeta.heads.common import Examples
 from textmeta.meta import learner as learner_module
-from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.batch import Rows, TaskBatch, rows_in_turn
 from textmeta.meta.initialisation import ADAPT, Initialisation, LearnerSettings
-from textmeta.meta.learner import LearnedTasks, Reader, TaskLearner, rows_in_turn
+from textmeta.meta.learner import LearnedTasks, Reader, TaskLearner
 from textmeta.meta.trainer import fomaml, maml, query_losses, reptile
 from textmeta.model.encoder import Encoder
 
@@ -541,3 +541,14 @@ def test_a_query_of_no_class_has_no_part_in_the_loss(encoder64: Encoder, corpus:
     )
     one, other = (query_losses(learner, [e], second_order=False) for e in (episode, more))
     torch.testing.assert_close(one, other)
+
+
+def test_one_labelled_class_is_nothing_to_regress_on_with_unlabelled_texts_either(encoder64: Encoder, corpus: Corpus):
+    learner = make_learner(encoder64, "none", steps=1)
+    texts = corpus.texts[:6]
+    batch = TaskBatch.of([texts[:1]], [[0]], [3], None, [texts[1:]])
+    queries = Rows.of([texts[:2]], torch.device("cpu"))
+    with torch.no_grad():
+        states = learner.read(batch, queries)
+        found = learner.logits(learner.learn(batch, states), queries, states.queries).softmax(-1)
+    torch.testing.assert_close(found, torch.full_like(found, 1 / 3))

@@ -217,7 +217,8 @@ class TokenStateReader:
         states = [self._kept[texts[number]] for number in kept]
         for bucket in self._buckets([state.shape[1] for state in states]):
             inputs, mask = _pad([states[i] for i in bucket])
-            yield [kept[i] for i in bucket], _at_least_float32(inputs), mask
+            device = self.encoder.device  # what came from a file is elsewhere
+            yield [kept[i] for i in bucket], _at_least_float32(inputs.to(device)), mask.to(device)
         ids = self._tokenise([texts[number] for number in fresh])
         for bucket in self._buckets([len(row) for row in ids]):
             yield [fresh[i] for i in bucket], *self._run_lower([ids[i] for i in bucket])

@@ -153,8 +153,8 @@ def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:
         scale: () factor on the scores.
     """
     examples = folds.examples
-    scores = scores.to(scale.device)
-    logits = (scale.to(scores) * scores).masked_fill(~examples.present[:, None, None], -torch.inf)
+    scores = scores.to(scale)
+    logits = (scale * scores).masked_fill(~examples.present[:, None, None], -torch.inf)
     logits = torch.where(folds.any[:, None, None, None], logits, 0.0)  # rows of -inf alone have no softmax
     own = (examples.weights > 0)[:, None] & folds.any[:, None, None]
     chosen = log_softmax(logits, -1).gather(

@@ -29,7 +29,8 @@ def soft_labelled_ridge(
     """Return the ridge's weights (T, V, d, C) after some rounds of soft labels for the unlabelled texts.
 
     In each round the classifier of the last one gives probabilities p and confidence c = 1 - H(p) / log C; then the
-    ridge is fitted to all texts: labelled ones as before, unlabelled ones with targets p - 1/C and weights ρ c.
+    ridge is fitted to all texts: unlabelled ones with targets p - 1/C and weights ρ c, labelled ones with one-hot - 1/C
+    and weights as before, where there are two classes of them.
 
     Args:
         weights: (T, V, d, C) of the ridge on the labelled texts, 0 where there are none.
@@ -47,11 +48,12 @@ def soft_labelled_ridge(
     chance = classes / classes.sum(1, keepdim=True)
     labelled = examples.member - chance[:, None] * (examples.weights > 0).to(views)[..., None]
     both = torch.cat([views, unlabelled], 1)
+    several = (examples.present.sum(1, keepdim=True) >= 2).to(views)  # one class alone is nothing to regress on
     some = there.any(1)[:, None, None, None]  # a task without unlabelled texts keeps what it has
     for _ in range(rounds):
         probabilities, confidence = soft_labels(logits(weights), examples.classes)
         targets = torch.cat([labelled, there[..., None] * (probabilities - chance[:, None])], 1)
-        row_weights = torch.cat([examples.balanced, there * share[:, None] * confidence], 1)
+        row_weights = torch.cat([several * examples.balanced, there * share[:, None] * confidence], 1)
         weights = torch.where(some, weighted_ridge(both, mixture, targets, row_weights, penalty), weights)
     return weights
 

@@ -9,8 +9,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from textmeta.data.episodes import Episode
+from textmeta.errors import DataError
+from textmeta.heads.common import Examples
 
-__all__ = ["Rows", "TaskBatch"]
+__all__ = ["Rows", "TaskBatch", "parts_in_turn", "rows_in_turn"]
+
+MOST_ROWS, MOST_CLASSES = 128, 64  # of a task in one inner step: memory stays bounded
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,9 @@ class TaskBatch:
             device: of the tensors.
         """
         device = torch.device(device)
+        for number, (part, count) in enumerate(zip(names or [None] * len(ways), ways, strict=True)):
+            if part is not None and len(part) != count:
+                raise DataError(f"task {number}: {len(part)} names for {count} classes; expected one each, or none")
         sorted_tasks = [
             sorted(zip(part, numbers, strict=True), key=lambda pair: (zlib.crc32(pair[0].encode()), pair))
             for part, numbers in zip(texts, labels, strict=True)
@@ -118,3 +125,59 @@ class TaskBatch:
             [e.unlabelled_texts for e in episodes],
             device,
         )
+
+
+def parts_in_turn(batch: TaskBatch, examples: Examples, steps: int) -> list[tuple[Rows, Tensor, Tensor | None]]:
+    """Return of each inner step its support rows, their labels (T, m), and their numbers (M,) among all, None for all.
+
+    Args:
+        batch: T tasks.
+        examples: of these.
+        steps: how many; which rows a step sees is said in :func:`rows_in_turn`.
+    """
+    rows = batch.support
+    if int(rows.there.sum(1).max()) <= MOST_ROWS:
+        return [(rows, batch.labels, None)] * steps
+    parts: list[tuple[Rows, Tensor, Tensor | None]] = []
+    for step in range(steps):
+        kept = rows_in_turn(examples, step)
+        chosen = kept[rows.row_task, rows.place].nonzero()[:, 0]
+        numbers = chosen.tolist()
+        there = torch.arange(int(kept.sum(1).max()), device=kept.device) < kept.sum(1, keepdim=True)
+        place = (kept.cumsum(1) - 1)[rows.row_task[chosen], rows.place[chosen]]
+        own = Rows(tuple(rows.texts[i] for i in numbers), rows.row_task[chosen], place, there)
+        parts.append((own, own.pad(batch.labels[rows.row_task[chosen], rows.place[chosen]] + 1) - 1, chosen))
+    return parts
+
+
+def rows_in_turn(examples: Examples, step: int) -> Tensor:
+    """Choose the support rows of one inner step: all of a small task; classes and their texts in turn of a large one.
+
+    Of a task with more than 128 texts a step sees at most 64 classes of two texts or more, at least two texts of each,
+    and about 128 texts in all.
+
+    Args:
+        examples: of the T tasks.
+        step: its number; each sees the next classes, and of a class the next texts.
+
+    Returns:
+        (T, n) bool.
+    """
+    member = examples.member
+    counts = member.sum(1)  # (T, C)
+    there = member.sum(-1) > 0
+    several = counts >= 2
+    number = several.sum(1).clamp(min=1)  # classes to choose from
+    # classes in the order of their first text, which does not depend on how they are numbered
+    first = torch.where(several, member.argmax(1), member.shape[1])
+    rank = first.argsort(1).argsort(1)
+    take = number.clamp(max=MOST_CLASSES)
+    turns = [several & ((rank - s * take[:, None]) % number[:, None] < take[:, None]) for s in range(step + 1)]
+    chosen, before = turns[-1], torch.stack(turns).sum(0) - turns[-1].long()  # how often a class had its turn
+    each = (MOST_ROWS // take).clamp(min=2)
+    position = ((member.cumsum(1) - member) * member).sum(-1).long()
+    own = member.argmax(-1)
+    size = counts.gather(1, own).long().clamp(min=1)
+    in_turn = (position - before.gather(1, own) * each[:, None]) % size < each[:, None]
+    large = (there.sum(1) > MOST_ROWS)[:, None]
+    return there & (~large | (chosen.gather(1, own) & in_turn))

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from textmeta.data.episodes import Episode
 from textmeta.encoder.token_states import TokenStates
 from textmeta.heads.common import Examples, log_shots, temperature
 from textmeta.heads.evidence import Folds, fold_nll, folds_of, left_out_scores, mixture
@@ -16,15 +17,14 @@ from textmeta.heads.pooling import centre, centred, pool, with_unlabelled_centre
 from textmeta.heads.prototype import prototypes
 from textmeta.heads.ridge import ridge
 from textmeta.heads.scope import scope_inputs
-from textmeta.heads.unlabelled import soft_labelled_ridge, unlabelled_weight
-from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.heads.unlabelled import ROUNDS, soft_labelled_ridge, unlabelled_weight
+from textmeta.meta.batch import Rows, TaskBatch, parts_in_turn
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.inner_loop import inner_steps
 from textmeta.model.initialisation import layer_of
 
-__all__ = ["GroupStates", "LearnedTasks", "Reader", "TaskLearner", "rows_in_turn"]
+__all__ = ["Adapted", "GroupStates", "LearnedTasks", "Reader", "TaskLearner"]
 
-MOST_ROWS, MOST_CLASSES = 128, 64  # of a task in one inner step: memory stays bounded
 GRADIENT_EPSILON = 1e-4
 QUERIES, FACTOR = "queries", "lora."
 
@@ -56,7 +56,7 @@ class LearnedTasks:
         queries: (T, V, d) pooling queries after the steps; the initial ones at (V, d) where no task took any.
         centre: (T, V, d) of texts pooled so.
         weights: (T, V, d, C): a text's scores are Σ_v z_v · W_v.
-        scale: (T,) temperature t of these scores; 0 where there is nothing to regress on.
+        scale: (T,) temperature t of these scores.
         names: (T, C, V, d) centred views of the names, 0 where a task has none.
         name_centre: (T, V, d), the centre of texts that names are compared with, pooled by the initial queries.
         name_scale: (T,) factor on the cosines to names; 0 where a task has none.
@@ -89,6 +89,29 @@ class LearnedTasks:
     factors: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What the labelled texts of T tasks say by themselves, without names and unlabelled texts.
+
+    Args:
+        examples: which is in which class.
+        queries: (T, V, d) pooling queries after the steps; the initial ones (V, d) where no task took any.
+        factors: LoRA's of each task, where they were adapted.
+        stepped: (T,) bool, whether a task took steps.
+        mixture: (T, V).
+        nll: (T,) of the mixture.
+        view_nll: (T, V) of each view.
+    """
+
+    examples: Examples
+    queries: Tensor
+    factors: Mapping[str, Tensor] | None
+    stepped: Tensor
+    mixture: Tensor
+    nll: Tensor
+    view_nll: Tensor
+
+
 class TaskLearner:
     """Learns tasks from their support sets, and classifies their queries.
 
@@ -100,7 +123,7 @@ class TaskLearner:
     """
 
     def __init__(
-        self, reader: Reader, initialisation: Initialisation, settings: LearnerSettings, rounds: int = 3
+        self, reader: Reader, initialisation: Initialisation, settings: LearnerSettings, rounds: int = ROUNDS
     ) -> None:
         self.reader = reader
         self.initialisation = initialisation
@@ -129,61 +152,77 @@ class TaskLearner:
             first += len(group.texts)
         return GroupStates(*parts)
 
-    def learn(self, batch: TaskBatch, states: GroupStates, second_order: bool = False) -> LearnedTasks:
+    def adapt(self, batch: TaskBatch, states: TokenStates, second_order: bool = False) -> Adapted:
+        """Return what the labelled texts of T tasks say by themselves: evidence of the views, and the inner steps.
+
+        Args:
+            batch: the tasks.
+            states: of their support sets.
+            second_order: whether to differentiate through the gradients of the inner steps; else these are constants.
+        """
+        init = self.initialisation
+        views = batch.support.pad(pool(states, init.queries))
+        examples = Examples.of(batch.labels, batch.ways, views.dtype)
+        folds = folds_of(examples)
+        view_nll, nll, mixed = self._evidence(views, folds)
+        queries, factors, stepped = self._take_steps(batch, states, examples, second_order)
+        if self.settings.evidence == "after" and queries.ndim == 3:
+            _, _, mixed = self._evidence(batch.support.pad(pool(states, queries, batch.support.row_task)), folds)
+        return Adapted(examples, queries, factors, stepped, mixed, nll, view_nll)
+
+    def learn(
+        self, batch: TaskBatch, states: GroupStates, second_order: bool = False, adapted: Adapted | None = None
+    ) -> LearnedTasks:
         """Learn T tasks.
 
         Args:
             batch: the tasks.
             states: of its texts.
-            second_order: whether to differentiate through the gradients of the inner steps; else these are constants.
+            second_order: as for :meth:`adapt`.
+            adapted: what :meth:`adapt` returned for the same labelled texts, where that is known.
         """
         init = self.initialisation
-        first = pool(states.support, init.queries)  # (N, V, d)
-        views = batch.support.pad(first)
-        examples = Examples.of(batch.labels, batch.ways, views.dtype)
-        shots = log_shots(examples)
-        folds = folds_of(examples)
-        view_nll, nll, mixed = self._evidence(views, folds)
+        adapted = adapted or self.adapt(batch, states.support, second_order)
+        examples, queries = adapted.examples, adapted.queries
+        if adapted.factors is not None:
+            states = self.read(batch, Rows.of([()] * len(batch.ways), batch.ways.device), adapted.factors)
+        own_queries = queries.ndim == 3
 
-        queries, factors, stepped = self._take_steps(batch, states, examples, second_order)
-        if factors is not None:
-            states = self.read(batch, Rows.of([()] * len(batch.ways), batch.ways.device), factors)
-            first = pool(states.support, init.queries)
-        row_task = batch.support.row_task if queries.ndim == 3 else None
-        views = batch.support.pad(first if row_task is None else pool(states.support, queries, row_task))
-        if self.settings.evidence == "after" and row_task is not None:
-            _, _, mixed = self._evidence(views, folds)
-        strength = init.log_centre_strength.exp()
-        middle = centre(views, examples, init.centre, strength)
-        extra = batch.unlabelled if batch.unlabelled.texts else None
-        if extra is not None:
-            there = extra.there.to(views.dtype)
-            share, number = init.log_unlabelled_share.exp(), examples.total + strength
-            own = extra.pad(pool(states.unlabelled, queries, None if row_task is None else extra.row_task))
-            middle = with_unlabelled_centre(middle, number, own, there, share)
-        support = centred(views, middle)
+        def views_of(rows: Rows, own: TokenStates) -> tuple[Tensor, Tensor]:
+            """Return views (T, n, V, d) by the initial queries, and by the adapted ones."""
+            first = rows.pad(pool(own, init.queries))
+            return first, rows.pad(pool(own, queries, rows.row_task)) if own_queries else first
+
+        first, views = views_of(batch.support, states.support)
+        extra_first, extra = views_of(batch.unlabelled, states.unlabelled)
+        there = batch.unlabelled.there.to(views.dtype)
+        strength, share = init.log_centre_strength.exp(), init.log_unlabelled_share.exp()
+
+        def centre_of(labelled: Tensor, unlabelled: Tensor) -> Tensor:
+            middle = centre(labelled, examples, init.centre, strength)
+            if not batch.unlabelled.texts:
+                return middle
+            return with_unlabelled_centre(middle, examples.total + strength, unlabelled, there, share)
+
+        middle, first_middle = centre_of(views, extra), centre_of(first, extra_first)
+        names, name_scale, evidence = self._names(batch, states.names, examples, centred(first, first_middle))
+        scale = temperature(init.temperature, log_shots(examples), batch.ways, adapted.stepped, adapted.nll)
+        support, extra = centred(views, middle), centred(extra, middle)
         make = {"ridge": self._ridge, "prototype": prototypes}[self.settings.head]
-        weights = make(support, mixed, examples)
-        scale = temperature(init.temperature, shots, batch.ways, stepped, nll)
-
-        names, name_middle, name_scale, told = self._names(batch, states, examples, first, folds)
-        if extra is not None and self.rounds and self.settings.head == "ridge":
-            name_logits: Tensor | float = 0.0
-            if batch.names.texts:
-                at_start = extra.pad(pool(states.unlabelled, init.queries))
-                scores = name_scores(centred(at_start, name_middle), names, init.name_view_weights.softmax(0))
-                name_logits = name_scale[:, None, None] * scores
-            z = centred(own, middle)
+        weights = make(support, adapted.mixture, examples)
+        if batch.unlabelled.texts and self.rounds and self.settings.head == "ridge":
+            by_name = name_scores(centred(extra_first, first_middle), names, init.name_view_weights.softmax(0))
+            by_name = name_scale[:, None, None] * by_name
             weights = soft_labelled_ridge(
                 weights,
                 support,
-                z,
+                extra,
                 there,
-                mixed,
+                adapted.mixture,
                 examples,
                 init.log_penalty.exp(),
-                unlabelled_weight(init.unlabelled_weight, shots, examples, there.sum(1)),
-                lambda w: scale[:, None, None] * torch.einsum("trvd,tvdc->trc", z, w) + name_logits,
+                unlabelled_weight(init.unlabelled_weight, log_shots(examples), examples, there.sum(1)),
+                lambda w: scale[:, None, None] * torch.einsum("trvd,tvdc->trc", extra, w) + by_name,
                 self.rounds,
             )
         return LearnedTasks(
@@ -192,18 +231,36 @@ class TaskLearner:
             weights,
             scale,
             names,
-            name_middle,
+            first_middle,
             name_scale,
-            prototypes(support, mixed, examples),
-            mixed,
+            prototypes(support, adapted.mixture, examples),
+            adapted.mixture,
             examples.classes,
             examples.present,
-            nll,
-            view_nll,
-            told,
-            shots,
-            init.lora if factors is None else factors,
+            adapted.nll,
+            adapted.view_nll,
+            evidence,
+            log_shots(examples),
+            init.lora if adapted.factors is None else adapted.factors,
         )
+
+    def learn_episodes(
+        self, episodes: Sequence[Episode], second_order: bool = False, adapted: Adapted | None = None
+    ) -> tuple[LearnedTasks, Rows, TokenStates]:
+        """Learn the tasks of episodes; return them, their queries, and the token states of these.
+
+        Args:
+            episodes: T of them.
+            second_order: as for :meth:`adapt`.
+            adapted: as for :meth:`learn`.
+        """
+        device = self.initialisation.queries.device
+        batch, queries = TaskBatch.of_episodes(episodes, device), Rows.of([e.query_texts for e in episodes], device)
+        states = self.read(batch, queries)
+        learned = self.learn(batch, states, second_order, adapted)
+        if learned.factors is self.initialisation.lora:
+            return learned, queries, states.queries
+        return learned, queries, self.reader.read(queries.texts, learned.factors, queries.row_task)
 
     def logits(self, learned: LearnedTasks, rows: Rows, states: TokenStates) -> Tensor:
         """Return (T, n, C) logits of queries, -inf for classes that a task does not have.
@@ -213,10 +270,7 @@ class TaskLearner:
             rows: their queries.
             states: of these, read with the factors that were learned.
         """
-        z, names = self._query_scores(learned, rows, states)
-        scores = torch.einsum("tnvd,tvdc->tnc", z, learned.weights)
-        logits = learned.scale[:, None, None] * scores + learned.name_scale[:, None, None] * names
-        return logits.masked_fill(~learned.classes[:, None], -torch.inf)
+        return _logits(learned, *self._query_scores(learned, rows, states))
 
     def scope_inputs(self, learned: LearnedTasks, rows: Rows, states: TokenStates) -> Tensor:
         """Return (T, n, 7) what the scope of queries is told by (:data:`~textmeta.heads.scope.SCOPE_INPUTS`)."""
@@ -224,7 +278,7 @@ class TaskLearner:
         to_means = torch.einsum("tnvd,tvdc->tnc", z, learned.class_means)
         has_names = learned.name_scale > 0
         return scope_inputs(
-            self.logits(learned, rows, states),
+            _logits(learned, z, names),
             to_means.masked_fill(~learned.present[:, None], -torch.inf),
             names.masked_fill(~(learned.classes & has_names[:, None])[:, None], -torch.inf),
             has_names,
@@ -265,50 +319,34 @@ class TaskLearner:
         return view_nll, nll_of(mixed)[:, 0], mixed
 
     def _names(
-        self, batch: TaskBatch, states: GroupStates, examples: Examples, first: Tensor, folds: Folds
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return centred names (T, C, V, d), the centre of texts (T, V, d), names' scale and evidence (T,)."""
+        self, batch: TaskBatch, states: TokenStates, examples: Examples, support: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return centred names (T, C, V, d), 0 where there are none, their scale (T,) and their evidence (T,).
+
+        ``support`` are the centred views (T, n, V, d) of the labelled texts, by the initial queries.
+        """
         init = self.initialisation
-        views = batch.support.pad(first)
-        strength = init.log_centre_strength.exp()
-        middle = centre(views, examples, init.centre, strength)
-        nothing = views.new_zeros(len(batch.ways))
-        if not batch.names.texts:
-            return views.new_zeros(*examples.classes.shape, *views.shape[2:]), middle, nothing, nothing
-        if batch.unlabelled.texts:
-            extra = batch.unlabelled
-            middle = with_unlabelled_centre(
-                middle,
-                examples.total + strength,
-                extra.pad(pool(states.unlabelled, init.queries)),
-                extra.there.to(views.dtype),
-                init.log_unlabelled_share.exp(),
-            )
         rows = batch.names.widened(examples.classes.shape[1])
         named = rows.there.any(1)
-        names = rows.pad(pool(states.names, init.queries))
+        names = rows.pad(pool(states, init.queries))
         # every name is a class of its own
         numbers = torch.arange(rows.there.shape[1], device=rows.there.device)
         own = Examples.of(torch.where(rows.there, numbers, -1), batch.ways, names.dtype)
-        name_strength = init.log_name_centre_strength.exp()
-        names = centred(names, centre(names, own, init.name_centre, name_strength))
+        names = centred(names, centre(names, own, init.name_centre, init.log_name_centre_strength.exp()))
         names = names * rows.there[..., None, None]
         scale = init.log_name_scale.exp()
-        scores = name_scores(centred(views, middle), names, init.name_view_weights.softmax(0))
+        scores = name_scores(support, names, init.name_view_weights.softmax(0))
         evidence = torch.where(named, name_evidence(scale * scores, examples), 0.0)
         several = examples.present.sum(1) >= 2
-        factor = torch.where(
-            several, name_gate(init.name_gate, evidence, examples) * scale, init.log_zero_shot_scale.exp()
-        )
-        return names, middle, torch.where(named, factor, 0.0), evidence
+        few_shot = name_gate(init.name_gate, evidence, examples) * scale
+        return names, torch.where(named, torch.where(several, few_shot, init.log_zero_shot_scale.exp()), 0.0), evidence
 
     def _take_steps(
-        self, batch: TaskBatch, states: GroupStates, examples: Examples, second_order: bool
+        self, batch: TaskBatch, states: TokenStates, examples: Examples, second_order: bool
     ) -> tuple[Tensor, dict[str, Tensor] | None, Tensor]:
         """Return pooling queries, LoRA's factors if they were adapted, and (T,) whether a task took steps."""
         init, settings = self.initialisation, self.settings
-        counts = examples.member.sum(1)
-        can_learn = (counts >= 2).sum(1) >= 2
+        can_learn = (examples.member.sum(1) >= 2).sum(1) >= 2
         steps = 0 if settings.adapt == "none" else settings.steps
         if not steps or not can_learn.any():
             return init.queries, None, torch.zeros_like(can_learn)
@@ -321,7 +359,7 @@ class TaskLearner:
             adapted = {name: value for name, value in init.lora.items() if ".lora_B." in name}
             start |= {FACTOR + name: value.expand(tasks, -1, -1) for name, value in adapted.items()}
         scale, weights = init.loss_log_scale.exp(), init.loss_view_weights.softmax(0)
-        parts = _parts(batch, examples, steps)
+        parts = parts_in_turn(batch, examples, steps)
 
         def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
             rows, labels, chosen = parts[step]
@@ -329,17 +367,15 @@ class TaskLearner:
                 factors = {name: tensors.get(FACTOR + name, value) for name, value in init.lora.items()}
                 own = self.reader.read(rows.texts, factors, rows.row_task)
             else:
-                own = states.support if chosen is None else states.support.where(chosen)
+                own = states if chosen is None else states.where(chosen)
             queries = tensors.get(QUERIES)
             pooled = pool(own, init.queries) if queries is None else pool(own, queries, rows.row_task)
             views = rows.pad(pooled)
             return neighbourhood_loss(views, Examples.of(labels, batch.ways, views.dtype), weights, scale)
 
         chance = [Examples.of(labels, batch.ways, scale.dtype).number.clamp(min=2).log() for _, labels, _ in parts]
-        size = log_shots(examples)
-        gate = torch.sigmoid(init.step_gate[0] + init.step_gate[1] * size)  # (T,)
+        gate = torch.sigmoid(init.step_gate[0] + init.step_gate[1] * log_shots(examples))  # (T,)
         pull = torch.sigmoid(init.pull)
-        origin = {**start}
 
         def update(
             step: int, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor], losses: Tensor
@@ -353,7 +389,7 @@ class TaskLearner:
                 direction = gradients[name] * (square + GRADIENT_EPSILON**2).rsqrt()
                 size = self._step_sizes(name)[step].exp()
                 size = size if size.ndim == 2 else size[..., None] if name == QUERIES else size
-                moved[name] = value - far[:, None, None] * size * direction - pull * (value - origin[name])
+                moved[name] = value - far[:, None, None] * size * direction - pull * (value - start[name])
             return moved
 
         *_, last = inner_steps(
@@ -375,51 +411,8 @@ class TaskLearner:
         return init.lora_log_step_sizes[:, layers.index(layer_of(name.removeprefix(FACTOR)))]
 
 
-def _parts(batch: TaskBatch, examples: Examples, steps: int) -> list[tuple[Rows, Tensor, Tensor | None]]:
-    """Return of each step its support rows, their labels (T, m), and their numbers (M,) among all, None for all."""
-    rows = batch.support
-    if int(rows.there.sum(1).max()) <= MOST_ROWS:
-        return [(rows, batch.labels, None)] * steps
-    parts: list[tuple[Rows, Tensor, Tensor | None]] = []
-    for step in range(steps):
-        kept = rows_in_turn(examples, step)
-        chosen = kept[rows.row_task, rows.place].nonzero()[:, 0]
-        numbers = chosen.tolist()
-        there = torch.arange(int(kept.sum(1).max()), device=kept.device) < kept.sum(1, keepdim=True)
-        place = (kept.cumsum(1) - 1)[rows.row_task[chosen], rows.place[chosen]]
-        own = Rows(tuple(rows.texts[i] for i in numbers), rows.row_task[chosen], place, there)
-        parts.append((own, own.pad(batch.labels[rows.row_task[chosen], rows.place[chosen]] + 1) - 1, chosen))
-    return parts
-
-
-def rows_in_turn(examples: Examples, step: int) -> Tensor:
-    """Choose the support rows of one inner step: all of a small task; classes and their texts in turn of a large one.
-
-    Of a task with more than 128 texts a step sees at most 64 classes of two texts or more, at least two texts of each,
-    and about 128 texts in all.
-
-    Args:
-        examples: of the T tasks.
-        step: its number; each sees the next classes, and of a class the next texts.
-
-    Returns:
-        (T, n) bool.
-    """
-    member = examples.member
-    counts = member.sum(1)  # (T, C)
-    there = member.sum(-1) > 0
-    several = counts >= 2
-    number = several.sum(1).clamp(min=1)  # classes to choose from
-    # classes in the order of their first text, which does not depend on how they are numbered
-    first = torch.where(several, member.argmax(1), member.shape[1])
-    rank = first.argsort(1).argsort(1)
-    take = number.clamp(max=MOST_CLASSES)
-    turns = [several & ((rank - s * take[:, None]) % number[:, None] < take[:, None]) for s in range(step + 1)]
-    chosen, before = turns[-1], torch.stack(turns).sum(0) - turns[-1].long()  # how often a class had its turn
-    each = (MOST_ROWS // take).clamp(min=2)
-    position = ((member.cumsum(1) - member) * member).sum(-1).long()
-    own = member.argmax(-1)
-    size = counts.gather(1, own).long().clamp(min=1)
-    in_turn = (position - before.gather(1, own) * each[:, None]) % size < each[:, None]
-    large = (there.sum(1) > MOST_ROWS)[:, None]
-    return there & (~large | (chosen.gather(1, own) & in_turn))
+def _logits(learned: LearnedTasks, z: Tensor, names: Tensor) -> Tensor:
+    """Return logits (T, n, C) from centred views (T, n, V, d) and cosines (T, n, C) to the names."""
+    scores = torch.einsum("tnvd,tvdc->tnc", z, learned.weights)
+    logits = learned.scale[:, None, None] * scores + learned.name_scale[:, None, None] * names
+    return logits.masked_fill(~learned.classes[:, None], -torch.inf)

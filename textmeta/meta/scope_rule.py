@@ -9,7 +9,6 @@ from torch import Tensor
 
 from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.errors import DataError
-from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.learner import TaskLearner
 
 __all__ = ["fit_scope_rule"]
@@ -29,11 +28,8 @@ def fit_scope_rule(learner: TaskLearner, episodes: Iterable[Episode]) -> Tensor:
         DataError: if no query is, or every one.
     """
     inputs, inside = [], []
-    device = learner.initialisation.queries.device
     for episode in episodes:
-        batch, queries = TaskBatch.of_episodes([episode], device), Rows.of([episode.query_texts], device)
-        states = learner.read(batch, queries)
-        inputs.append(learner.scope_inputs(learner.learn(batch, states), queries, states.queries)[0].double().cpu())
+        inputs.append(learner.scope_inputs(*learner.learn_episodes([episode]))[0].double().cpu())
         inside.append(episode.query_labels != OUTSIDE)
     labels = np.concatenate([*inside, np.zeros(0, bool)])
     if labels.all() or not labels.any():

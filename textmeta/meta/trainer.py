@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -13,7 +14,6 @@ from tqdm import tqdm
 from textmeta.data.episodes import Episode
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted
-from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.checkpoint import TrainingState, restore_state, save_state
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.interruption import stop_requests
@@ -80,16 +80,9 @@ class OuterSettings:
 
 def query_losses(learner: TaskLearner, episodes: Sequence[Episode], second_order: bool) -> tuple[Tensor, Tensor]:
     """Return the mean cross entropy (T,) and the accuracy (T,) of the episodes' queries, after the inner steps."""
-    device = learner.initialisation.queries.device
-    batch = TaskBatch.of_episodes(episodes, device)
-    queries = Rows.of([e.query_texts for e in episodes], device)
-    states = learner.read(batch, queries)
-    learned = learner.learn(batch, states, second_order)
-    if learned.factors is not learner.initialisation.lora:  # each task has LoRA factors of its own
-        own = learner.reader.read(queries.texts, learned.factors, queries.row_task)
-        states = replace(states, queries=own)
-    logits = learner.logits(learned, queries, states.queries)
-    flat = torch.cat([torch.as_tensor(e.query_labels) for e in episodes]).to(device)
+    learned, queries, states = learner.learn_episodes(episodes, second_order)
+    logits = learner.logits(learned, queries, states)
+    flat = torch.cat([torch.as_tensor(e.query_labels) for e in episodes]).to(logits.device)
     labels = queries.pad(flat + 1) - 1  # -1 for padding, and for queries of no class
     counts = labels >= 0
     losses = cross_entropy(logits.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none").view_as(labels)
@@ -131,7 +124,6 @@ def reptile(
     Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms".
     """
     gradients, loss, accuracy = _gradient(learner, episodes, leaves, second_order=False)
-    device = learner.initialisation.queries.device
     inside = [e for e in episodes if len(e.support_texts)]
     if not inside:
         return gradients, loss, accuracy
@@ -140,18 +132,14 @@ def reptile(
             e,
             support_texts=e.support_texts
             + tuple(t for t, c in zip(e.query_texts, e.query_labels, strict=True) if c >= 0),
-            support_labels=torch.cat(
-                [torch.as_tensor(e.support_labels), torch.as_tensor(e.query_labels[e.query_labels >= 0])]
-            ).numpy(),
+            support_labels=np.concatenate([e.support_labels, e.query_labels[e.query_labels >= 0]]),
             label_names=None,
             unlabelled_texts=(),
         )
         for e in inside
     ]
-    batch = TaskBatch.of_episodes(both, device)
     with torch.no_grad():
-        states = learner.read(batch, Rows.of([()] * len(both), device))
-        learned = learner.learn(batch, states)
+        learned, _, _ = learner.learn_episodes([replace(e, query_texts=()) for e in both])
         if learned.queries.ndim == 3 and "queries" in leaves:
             gradients["queries"] = (learner.initialisation.queries - learned.queries).mean(0)
         for name, value in learned.factors.items():
