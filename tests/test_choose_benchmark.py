@@ -106,8 +106,8 @@ def test_arms_are_compared_with_the_mean_of_the_base_arms_seeds(
     found = {f"plain @ base-{seed}": {("a", 1): hard[seed]} for seed in range(3)}
     found["plain @ steps-3-0"] = {("a", 1): hard.mean(0) + 2 + rng.normal(0, 0.1, 200)}
     found["plain adapt=pooling+lora @ base-0"] = {("a", 1): hard[0] + rng.normal(0, 0.1, 200)}
-    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in ablation.table(found)}
-    assert rows["plain @ steps-3-0"].startswith("+2.0")
-    assert rows["plain adapt=pooling+lora @ base-0"] in ("+0.00 ± 0.01", "-0.00 ± 0.01", "+0.01 ± 0.01", "-0.01 ± 0.01")
+    rows = {line.split("|")[1].strip(): line.split("|")[2].split()[0] for line in list(ablation.table(found))[2:]}
+    assert float(rows["plain @ steps-3-0"]) == pytest.approx(2, abs=0.03)
+    assert float(rows["plain adapt=pooling+lora @ base-0"]) == pytest.approx(0, abs=0.03)
     adapters = {line.adapter.rpartition("-")[0] for line in ablation.LINES}
     assert adapters | {"first"} == set(ablation.ARMS)
