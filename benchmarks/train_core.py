@@ -82,22 +82,23 @@ def _arm(learner: Mapping[str, Any] = {}, outer: Mapping[str, Any] = {}, **other
     return Arm(LearnerSettings(**learner), OuterSettings(**{"episodes": ARM_EPISODES, **outer}), **others)
 
 
+# All arms take as long as 1,000 episodes of the base arm: numbers of episodes are by time measured on equal episodes.
 ARMS: dict[str, Arm] = {
     "first": _arm(outer={"episodes": EPISODES}),
     "base": _arm(),
     "layers-6": _arm({"layers": (6,)}),
     "layers-3-6": _arm({"layers": (3, 6)}),
     "layers-2-4-6": _arm({"layers": (2, 4, 6)}),
-    "layers-0-6": _arm({"layers": (0, 1, 2, 3, 4, 5, 6)}),
-    "steps-0": _arm({"adapt": "none"}),
-    "steps-3": _arm({"steps": 3}),
-    "steps-12": _arm({"steps": 12}),
+    "layers-0-6": _arm({"layers": (0, 1, 2, 3, 4, 5, 6)}, {"episodes": 740}),
+    "steps-0": _arm({"adapt": "none"}, {"episodes": 1290}),
+    "steps-3": _arm({"steps": 3}, {"episodes": 1110}),
+    "steps-12": _arm({"steps": 12}, {"episodes": 720}),
     "evidence-after": _arm({"evidence": "after"}),
-    "no-lora": _arm(outer={"fixed": ("lora.",)}),
-    "fomaml": _arm(outer={"algorithm": "fomaml"}),
-    "reptile": _arm(outer={"algorithm": "reptile"}),
-    "meta-sgd": _arm(outer={"algorithm": "meta_sgd"}),
-    "protonet": _arm(outer={"algorithm": "protonet"}),
+    "no-lora": _arm(outer={"fixed": ("lora.",), "episodes": 2000}),
+    "fomaml": _arm(outer={"algorithm": "fomaml", "episodes": 1060}),
+    "reptile": _arm(outer={"algorithm": "reptile", "episodes": 780}),
+    "meta-sgd": _arm(outer={"algorithm": "meta_sgd", "episodes": 910}),
+    "protonet": _arm(outer={"algorithm": "protonet", "episodes": 1290}),
     "no-centre": _arm(outer={"fixed": ("centre", "log_centre_strength")}, start={"log_centre_strength": -30.0}),
     "no-names": _arm(shares={"names": 0.0}),
     # the names' own numbers alone, learned once all else is
