@@ -6,6 +6,7 @@ from pathlib import Path
 
 # before any library reads them: no test may reach a network
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # the Hub of the tests has plain LFS alone
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np

@@ -35,10 +35,8 @@ def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path) 
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_TELEMETRY": True,
-        "HF_HUB_DISABLE_XET": True,
         "HF_HOME": str(cache),
         "HF_HUB_CACHE": str(cache / "hub"),
-        "HF_XET_CACHE": str(cache / "xet"),
         "HF_TOKEN_PATH": str(cache / "token"),
         "HF_STORED_TOKENS_PATH": str(cache / "stored_tokens"),
     }
@@ -62,27 +60,20 @@ def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path) 
         monkeypatch.setattr(datasets.config, name, value)
 
 
-def skip_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Let clients try again at once; the seconds that they would have waited are listed."""
-    waits: list[float] = []
-    clock = SimpleNamespace(**{**vars(time), "sleep": waits.append})
-    for module in (_http, huggingface_hub.file_download):
-        monkeypatch.setattr(module, "time", clock)
-    return waits
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """An empty Hub that the clients of this process use, with a cache of their own, without a token and without Xet."""
+    """An empty Hub that the clients of this process use, with a cache and no token of their own."""
     with HubServer() as server, warnings.catch_warnings():
         # the client sends files to the storage in a way that its own HTTP library calls outdated
         warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
         point_clients(monkeypatch, server, tmp_path / "huggingface")
-        skip_waits(monkeypatch)
+        no_waits = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+        for module in (_http, huggingface_hub.file_download):
+            monkeypatch.setattr(module, "time", no_waits)  # clients try again at once
         yield server
 
 
-def environment(hub: HubServer, cache: Path, token: str | None = None, *, xet: bool = False) -> dict[str, str]:
+def environment(hub: HubServer, cache: Path, token: str | None = None) -> dict[str, str]:
     """Variables for a process that is to use a Hub, to be added to those of this process; empty ones count as unset."""
     return {
         **dict.fromkeys(TOKEN_VARIABLES, ""),
@@ -90,13 +81,11 @@ def environment(hub: HubServer, cache: Path, token: str | None = None, *, xet: b
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(cache),
         "HF_HUB_CACHE": str(cache / "hub"),
-        "HF_XET_CACHE": str(cache / "xet"),
         "HF_DATASETS_CACHE": str(cache / "datasets"),
         "HF_HUB_OFFLINE": "0",
         "TRANSFORMERS_OFFLINE": "0",
         "HF_DATASETS_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "0" if xet else "1",
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         **dict.fromkeys(PROXY_VARIABLES, "127.0.0.1"),
     }

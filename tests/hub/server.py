@@ -1,69 +1,412 @@
-"""A Hugging Face Hub on this machine, in memory, for tests that speak to it with the real clients.
+"""A plain Hugging Face Hub on this machine, in memory, for tests that speak to it with the real clients.
 
-Each handler of a request is in a table of routes: those of reading are in `reading`, those of writing in `writing`.
 Large files are served from a second address, as the Hub serves them from other hosts than its own: clients treat that
 differently, and must not send their token there.
 """
 
+import base64
+import contextlib
+import hashlib
+import json
 import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
-from tests.hub import reading, writing
-from tests.hub.state import PAGE, READ_TOKEN, REPO, TOKEN, USER, Hub, Route
-from tests.hub.store import StoreError
-from tests.hub.wire import Call, Fault, HubError, Listener, Reply, Request, shortened
-from tests.hub.xet import XetStore
+from tests.hub import cards
 
-__all__ = ["PAGE", "READ_TOKEN", "REPO", "TOKEN", "USER", "Call", "Fault", "HubServer", "Route"]
+USER = "tester"
+TOKEN = "hf_" + "writes" * 5
+READ_TOKEN = "hf_" + "reads" * 6
+ROLES = {TOKEN: "write", READ_TOKEN: "read"}  # of the user's tokens
+LARGE = ("*.arrow", "*.bin", "*.gz", "*.npy", "*.npz", "*.parquet", "*.pt", "*.safetensors", "*.zip")
+REGULAR_LIMIT = 10_000_000  # bytes above which a file is a large one
+ATTRIBUTES = {".gitattributes": "".join(f"{p} filter=lfs diff=lfs merge=lfs -text\n" for p in LARGE).encode()}
 
 
-class HubServer(Hub):
-    """The server, to be used in a `with` statement."""
+class Request(NamedTuple):
+    """What a client sent."""
+
+    method: str
+    path: str  # percent-encoded, with the query
+    headers: Mapping[str, str]  # names are in lower case
+    body: bytes
+
+
+class Reply(NamedTuple):
+    """What the server answers."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: Mapping[str, str] = {}
+
+
+class HubError(Exception):
+    """A request that is refused; `code` is what clients tell the kinds of refusals apart by."""
+
+    def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
+        super().__init__(message)
+        headers = {"X-Error-Message": message, "X-Error-Code": code, **headers}
+        self.reply = Reply(status, json.dumps({"error": message}).encode(), headers)
+
+
+def as_json(value: Any, status: int = 200) -> Reply:
+    body = json.dumps(value, default=str)  # dates of a YAML header are sent as text
+    return Reply(status, body.encode(), {"Content-Type": "application/json"})
+
+
+@dataclass
+class Fault:
+    """A failure to be played: the first `times` requests that match are affected.
+
+    In a "truncate" the headers agree with the shorter body, in a "cut" the connection ends before all that they
+    announced; with a "stale_parent" someone else commits right before the client's commit is applied.
+    """
+
+    kind: Literal["status", "cut", "truncate", "stale_parent"]
+    path: str = ""  # regular expression, searched in the decoded path with its query
+    method: str | None = None
+    status: int = 503
+    times: int = 1
+    after: int = 0
+
+
+class File(NamedTuple):
+    """A file in a commit."""
+
+    data: bytes
+    large: bool
+
+    @property
+    def etag(self) -> str:
+        """What versions of the file are told apart by: the SHA-256, or the name that git gives a regular file."""
+        if self.large:
+            return hashlib.sha256(self.data).hexdigest()
+        return hashlib.sha1(f"blob {len(self.data)}\0".encode() + self.data).hexdigest()
+
+
+def is_large(path: str, data: bytes, size: int | None = None) -> bool:
+    """Whether a file goes to the storage of large files: by its name, its size or because it is not text."""
+    named = any(fnmatch(path.rpartition("/")[2], pattern) for pattern in LARGE)
+    return named or (len(data) if size is None else size) > REGULAR_LIMIT or b"\0" in data[:512]
+
+
+@dataclass
+class Repo:
+    """A repository of models or of data, with its commits and the branches and tags that point to them."""
+
+    kind: str
+    id: str
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def web_path(self) -> str:
+        return f"/{self.id}" if self.kind == "model" else f"/{self.kind}s/{self.id}"
+
+    def find(self, revision: str) -> str:
+        """Return the hash of the commit that a client names."""
+        commit = self.refs.get(revision, revision)
+        if commit not in self.commits:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return commit
+
+    def put(self, branch: str, files: dict[str, File]) -> str:
+        """Put a commit with these files on a branch."""
+        state = [len(self.commits), self.refs.get(branch), sorted((path, file.etag) for path, file in files.items())]
+        commit = hashlib.sha1(json.dumps([self.id, *state]).encode()).hexdigest()
+        self.commits[commit], self.refs[branch] = files, commit
+        return commit
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Reads a request from a connection and sends what the Hub replies."""
+
+    def _answer(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        with contextlib.suppress(ConnectionError):  # a client may leave at any time
+            body = self.rfile.read(int(headers.get("content-length", 0)))
+            reply, cut = self.server.hub.answer(Request(self.command, self.path, headers, body))
+            self.send_response(reply.status)
+            for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(reply.body[:cut])
+
+    do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+class HubServer:
+    """The server, to be used in a `with` statement; its methods arrange what is there, without a request."""
 
     def __init__(self) -> None:
-        self._listeners = [Listener(self._answer), Listener(self._answer)]
-        super().__init__(*(listener.url for listener in self._listeners))
-        self.xet = XetStore()  # whether clients use it is their setting
-        self.routes: list[Route] = [*reading.ROUTES, *writing.ROUTES, *self.xet.routes()]
-        self.requests: list[Call] = []
-        self.errors: list[Exception] = []  # mistakes of the server itself
+        self.repos: dict[tuple[str, str], Repo] = {}  # by kind and name
+        self.storage: dict[str, bytes] = {}  # large files by SHA-256
+        self.faults: list[Fault] = []
+        self.requests: list[Request] = []
+        self._errors: list[Exception] = []  # mistakes of the server itself
+        self._lock = threading.Lock()
+        self._listeners = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        self.url, self._storage_url = (f"http://127.0.0.1:{listener.server_port}" for listener in self._listeners)
 
     def __enter__(self) -> "HubServer":
         for listener in self._listeners:
-            listener.start()
+            listener.hub = self
+            threading.Thread(target=listener.serve_forever, args=(0.005,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for listener in self._listeners:
-            listener.stop()
-        if self.errors:
-            raise self.errors[0]
+            listener.shutdown()
+            listener.server_close()
+        if self._errors:
+            raise self._errors[0]
 
-    def _answer(self, request: Request) -> tuple[Reply, int | None]:
-        with self.lock:
-            self.requests.append(Call(request.method, request.target, request.headers))
-            if fault := self.take_fault(request, "status"):
-                return HubError(fault.status, "A failure that the test ordered").reply(), None
-            reply = self._handle(request)
+    # what tests arrange
+
+    def add_repo(
+        self, repo_id: str, files: Mapping[str, bytes] | None = None, *, repo_type: str = "model", **rights: bool
+    ) -> str:
+        """Create a repository, maybe private or gated, with these files and the Hub's own; the hash of its commit."""
+        self.repos[repo_type, repo_id] = repo = Repo(repo_type, repo_id, **rights)
+        repo.put("main", {})
+        return self.commit(repo_id, {**ATTRIBUTES, **(files or {})}, repo_type=repo_type)
+
+    def commit(
+        self, repo_id: str, files: Mapping[str, bytes], *, repo_type: str = "model", revision: str = "main"
+    ) -> str:
+        """Commit files to a branch; the hash of the commit."""
+        repo = self.repos[repo_type, repo_id]
+        new = {path: File(data, is_large(path, data)) for path, data in files.items()}
+        return repo.put(revision, {**repo.commits[repo.refs[revision]], **new})
+
+    def files(self, repo_id: str, revision: str = "main", *, repo_type: str = "model") -> dict[str, bytes]:
+        repo = self.repos[repo_type, repo_id]
+        return {path: file.data for path, file in repo.commits[repo.find(revision)].items()}
+
+    def tag(self, repo_id: str, name: str, *, repo_type: str = "model") -> None:
+        repo = self.repos[repo_type, repo_id]
+        repo.refs[name] = repo.refs["main"]
+
+    # every request
+
+    def answer(self, request: Request) -> tuple[Reply, int | None]:
+        """Reply to a request; the number is how many bytes of the body to send before the connection is cut."""
+        with self._lock:
+            self.requests.append(request)
+            if fault := self._fault(request, "status"):
+                return HubError(fault.status, "A failure that the test ordered").reply, None
+            try:
+                reply = self._handle(request)
+            except HubError as error:
+                reply = error.reply
+            except Exception as error:
+                self._errors.append(error)
+                reply = Reply(500)
             if request.method == "HEAD" or reply.status >= 300 or not reply.body:
                 return reply, None
-            fault = self.take_fault(request, "cut", "truncate")
-            if fault is None:
-                return reply, None
-            return (reply, fault.after) if fault.kind == "cut" else (shortened(reply, fault.after), None)
+            fault = self._fault(request, "cut", "truncate")
+            if fault is not None and fault.kind == "truncate":
+                return reply._replace(body=reply.body[: fault.after]), None
+            return reply, fault and fault.after
+
+    def _fault(self, request: Request, *kinds: str) -> Fault | None:
+        """Return the fault to be played for a request, which is used up once by this."""
+        for fault in self.faults:
+            here = fault.kind in kinds and fault.times > 0 and fault.method in (None, request.method)
+            if here and re.search(fault.path, unquote(request.path)):
+                fault.times -= 1
+                return fault
+        return None
 
     def _handle(self, request: Request) -> Reply:
-        try:
-            for route in self.routes:
-                method = "GET" if request.method == "HEAD" else request.method
-                if route.method == method and (match := re.fullmatch(route.path, request.path)):
-                    groups = {name: unquote(value) if value else value for name, value in match.groupdict().items()}
-                    return route.handler(self, request, **groups)
-            raise HubError(404, f"Sorry, nothing is at {request.path}")
-        except HubError as error:
-            return error.reply()
-        except StoreError as error:
-            return HubError(400, str(error)).reply()
-        except Exception as error:
-            self.errors.append(error)
-            return HubError(500, f"{type(error).__name__}: {error}").reply()
+        method, path = request.method.replace("HEAD", "GET"), request.path.partition("?")[0]
+        for wanted, pattern, handler in ROUTES:
+            if wanted == method and (match := re.fullmatch(pattern, path)):
+                return handler(self, request, **{name: unquote(part or "") for name, part in match.groupdict().items()})
+        raise HubError(404, f"Sorry, nothing is at {path}")
+
+    # who may do what
+
+    def _role(self, request: Request) -> str | None:
+        authorization = request.headers.get("authorization")
+        if authorization is not None and (token := authorization.removeprefix("Bearer ")) not in ROLES:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        return ROLES[token] if authorization is not None else None
+
+    def _readable(self, request: Request, kind: str, id: str) -> Repo:
+        role, repo = self._role(request), self.repos.get((kind or "model", id))
+        if repo is None or (repo.private and not (role and id.startswith(f"{USER}/"))):
+            # who is not known learns nothing, not even whether it exists
+            raise HubError(404 if role else 401, "Repository not found", "RepoNotFound")
+        return repo
+
+    def _check_write(self, request: Request, id: str) -> None:
+        role = self._role(request)
+        if role != "write" or not id.startswith(f"{USER}/"):
+            raise HubError(403 if role else 401, f"Forbidden: a write token of the owner of {id} is needed")
+
+    def _writable(self, request: Request, kind: str, id: str) -> Repo:
+        repo = self._readable(request, kind, id)
+        self._check_write(request, id)
+        return repo
+
+    # reading
+
+    def repo_info(self, request: Request, kind: str, id: str, revision: str) -> Reply:
+        repo = self._readable(request, kind, id)
+        commit = repo.find(revision or "main")
+        info = {"id": id, "sha": commit, "private": repo.private, "gated": repo.gated, "tags": []}
+        files = repo.commits[commit]
+        if "README.md" in files and (card := cards.metadata(files["README.md"].data.decode())):
+            info["cardData"] = card
+        return as_json({**info, "siblings": [{"rfilename": path} for path in files]})
+
+    def tree(self, request: Request, kind: str, id: str, revision: str, path: str) -> Reply:
+        """Files and folders below a folder."""
+        repo = self._readable(request, kind, id)
+        files = repo.commits[repo.find(revision)]
+        folders = {name[: i.start()] for name in files for i in re.finditer("/", name)}
+        if path and path not in folders:
+            raise HubError(404, f'{path} does not exist on "{revision}"', "EntryNotFound")
+        found: list[dict[str, Any]] = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": p} for p in folders]
+        for name, file in files.items():
+            found.append({"type": "file", "oid": file.etag[:40], "size": len(file.data), "path": name})
+            if file.large:
+                found[-1]["lfs"] = {"oid": file.etag, "size": len(file.data), "pointerSize": 134}
+        inside = [entry for entry in found if not path or entry["path"].startswith(f"{path}/")]
+        if "recursive=true" not in request.path:
+            inside = [entry for entry in inside if entry["path"].rpartition("/")[0] == path]
+        return as_json(inside)
+
+    def resolve(self, request: Request, kind: str, id: str, revision: str, path: str) -> Reply:
+        """Return a file, or for a large one the way to the storage."""
+        repo = self._readable(request, kind, id)
+        if repo.gated and not (self._role(request) and id.startswith(f"{USER}/")):
+            raise HubError(403 if self._role(request) else 401, f"Access to {id} is restricted.", "GatedRepo")
+        headers = {"X-Repo-Commit": (commit := repo.find(revision))}
+        file = repo.commits[commit].get(path)
+        if file is None:
+            raise HubError(404, "Entry not found", "EntryNotFound", **headers)
+        headers["ETag"] = f'"{file.etag}"'
+        if not file.large:
+            return content(request, file.data, headers)
+        self.storage[file.etag] = file.data
+        headers |= {"X-Linked-Size": str(len(file.data)), "X-Linked-Etag": headers["ETag"]}
+        return Reply(302, b"", {**headers, "Location": f"{self._storage_url}/storage/{file.etag}?filename={path}"})
+
+    def stored(self, request: Request, sha256: str) -> Reply:
+        """Receive a large file, or send one; clients may not give their token away here."""
+        if "authorization" in request.headers:
+            raise HubError(400, "No Authorization header is allowed here")
+        if request.method != "PUT":
+            return content(request, self.storage[sha256], {"ETag": f'"{sha256}"'})
+        if hashlib.sha256(request.body).hexdigest() != sha256:
+            raise HubError(400, "The content has another SHA-256")
+        self.storage[sha256] = request.body
+        return Reply()
+
+    def validate_card(self, request: Request) -> Reply:
+        body = json.loads(request.body)
+        errors = cards.errors(body["content"]) if body["repoType"] == "model" else []
+        return as_json({"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200)
+
+    # writing
+
+    def create(self, request: Request) -> Reply:
+        """Make a repository; where there is one already, the client learns its address."""
+        body = json.loads(request.body)
+        kind, id = body.get("type", "model"), f"{body.get('organization') or USER}/{body['name']}"
+        self._check_write(request, id)
+        if not (exists := (kind, id) in self.repos):
+            self.add_repo(id, repo_type=kind, private=bool(body.get("private")) or body.get("visibility") == "private")
+        return as_json({"url": self.url + self.repos[kind, id].web_path, "name": id}, 409 if exists else 200)
+
+    def create_branch(self, request: Request, kind: str, id: str, name: str) -> Reply:
+        """Let a new branch point to the head of main."""
+        repo = self._writable(request, kind, id)
+        if name in repo.refs:
+            raise HubError(409, f"Reference already exists: refs/heads/{name}")
+        repo.refs[name] = repo.refs["main"]
+        return as_json({})
+
+    def preupload(self, request: Request, kind: str, id: str, revision: str) -> Reply:
+        """Tell how each file is to be sent, and what the repository has at its place."""
+        repo = self._writable(request, kind, id)
+        head = repo.commits[repo.find(revision)]
+        files = []
+        for file in json.loads(request.body)["files"]:
+            large = is_large(path := file["path"], base64.b64decode(file["sample"]), file["size"])
+            oid = {"oid": head[path].etag} if path in head else {}
+            files.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, **oid})
+        return as_json({"files": files, "commitOid": repo.refs[revision]})
+
+    def batch(self, request: Request, kind: str, id: str) -> Reply:
+        self._writable(request, kind, id)
+        objects = json.loads(request.body)["objects"]
+        for item in objects:
+            item["actions"] = {"upload": {"href": f"{self._storage_url}/storage/{item['oid']}"}}
+        return as_json({"transfer": "basic", "objects": objects})
+
+    def apply(self, request: Request, kind: str, id: str, revision: str) -> Reply:
+        """Put a commit on a branch: a header and the operations, one JSON object per line."""
+        repo = self._writable(request, kind, id)
+        header, *operations = [json.loads(line) for line in request.body.splitlines()]
+        if self._fault(request, "stale_parent"):
+            self.commit(id, {"intruder.txt": b"someone else was here\n"}, repo_type=kind, revision=revision)
+        if header["value"].get("parentCommit") not in (None, repo.refs[revision]):
+            raise HubError(412, "A commit has happened since. Please refresh and try again.")
+        files = dict(repo.commits[repo.refs[revision]])
+        for operation in operations:
+            value, key = operation["value"], operation["key"]
+            if key == "file":
+                files[value["path"]] = File(base64.b64decode(value["content"]), large=False)
+            elif key == "lfsFile":
+                files[value["path"]] = File(self.storage[value["oid"]], large=True)
+            else:
+                assert key == "deletedFile", key
+                del files[value["path"]]
+        commit = repo.put(revision, files)
+        url = f"{self.url}{repo.web_path}/commit/{commit}"
+        return as_json({"success": True, "commitOid": commit, "commitUrl": url})
+
+
+def content(request: Request, data: bytes, headers: Mapping[str, str]) -> Reply:
+    """Return the content of a file, or the range of it that was asked for."""
+    headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers}
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+    if match is None:
+        return Reply(200, data, headers)
+    start, end = int(match[1]), min(int(match[2] or len(data)) + 1, len(data))
+    if start >= end:
+        raise HubError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{len(data)}"})
+    return Reply(206, data[start:end], {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})
+
+
+ID = "(?P<id>[^/]+(?:/[^/]+)?)"
+REPO = rf"(?P<kind>model|dataset)s/{ID}"  # as the API names a repository
+PAGE = rf"(?:(?P<kind>dataset)s/)?{ID}"  # as web pages and files do
+AT = "(?P<revision>[^/]+)"
+ROUTES: list[tuple[str, str, Callable[..., Reply]]] = [  # method, all of the encoded path, who answers
+    ("POST", "/api/validate-yaml", HubServer.validate_card),
+    ("POST", "/api/repos/create", HubServer.create),
+    ("GET", f"/api/{REPO}/tree/{AT}(?:/(?P<path>.+))?", HubServer.tree),
+    ("GET", f"/api/{REPO}(?:/revision/{AT})?", HubServer.repo_info),
+    ("GET", f"/{PAGE}/resolve/{AT}/(?P<path>.+)", HubServer.resolve),
+    ("GET", "/storage/(?P<sha256>[0-9a-f]{64})", HubServer.stored),
+    ("PUT", "/storage/(?P<sha256>[0-9a-f]{64})", HubServer.stored),
+    ("POST", f"/api/{REPO}/branch/(?P<name>[^/]+)", HubServer.create_branch),
+    ("POST", f"/api/{REPO}/preupload/{AT}", HubServer.preupload),
+    ("POST", f"/api/{REPO}/commit/{AT}", HubServer.apply),
+    ("POST", rf"/{PAGE}\.git/info/lfs/objects/batch", HubServer.batch),
+]
