@@ -1,6 +1,6 @@
 """All algorithms at equal training time: how long each config trains, and what its run reached.
 
-for name in protonet anil fomaml maml meta_sgd reptile maml_plus_plus ridge; do
+for name in protonet anil fomaml maml meta_sgd reptile ridge; do
     python recipes/meta_train.py --config recipes/configs/banking77_$name.yaml --data banking77.jsonl \
         --splits recipes/splits/banking77.splits.json --fold 01 --output runs/$name
 done
@@ -27,7 +27,7 @@ from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.algorithms import ALGORITHMS, Algorithm
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientPlan, MetaGradientSettings
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
@@ -81,11 +81,10 @@ def training_seconds(settings: AlgorithmsSettings, content: dict[str, Any]) -> d
             sampler = EpisodeSampler(corpus, EpisodeSettings(**ranges), seed=0)
             algorithm = ALGORITHMS[training["algorithm"]]
             inner = algorithm.inner(InnerLoopSettings(**config["inner"]))
-            plans = MetaGradientSettings(**training.get("meta_gradient", {}))
-
+            plan = MetaGradientSettings(**training.get("meta_gradient", {}))
             steps, tasks = training["steps"], training["tasks_per_step"]
             starts = [part * steps // settings.timed_steps + repeat for part in range(settings.timed_steps)]
-            run = partial(outer_steps, encoder, algorithm, inner, sampler, tasks, {s: plans.at(s) for s in starts})
+            run = partial(outer_steps, encoder, algorithm, inner, sampler, tasks, starts, plan)
             times[name].append(timed(run, encoder) / settings.timed_steps * steps)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -96,11 +95,12 @@ def outer_steps(
     inner: InnerLoopSettings,
     sampler: EpisodeSampler,
     tasks: int,
-    plans: dict[int, MetaGradientPlan],
+    starts: list[int],
+    plan: MetaGradientSettings,
 ) -> None:
     """Take the meta-gradients of some outer steps, by number, at the start of training."""
     parameters = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
-    for step, plan in plans.items():
+    for step in starts:
         episodes = [sampler[step * tasks + task] for task in range(tasks)]
         algorithm.gradient(encoder, parameters, episodes, inner, plan)
 

@@ -31,7 +31,7 @@ from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import LORA, Parameters
 from textmeta.model.lora import LoraSettings
@@ -178,7 +178,7 @@ def peak_memory(settings: EngineSettings, side: str, algorithm: str, steps: str)
         run = partial(rival.meta_gradient, parameters, episodes, algorithm == "maml")
     else:
         prepare(encoder, episodes)
-        plan = MetaGradientPlan(checkpointed=side == "textmeta")
+        plan = MetaGradientSettings(checkpointed=side == "textmeta")
         run = partial(ALGORITHMS[algorithm].gradient, encoder, parameters, episodes, inner, plan)
     if encoder.device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -248,7 +248,7 @@ def gradient_of(
     algorithm: str, encoder: Encoder, parameters: Parameters, episodes: Sequence[Episode], inner: InnerLoopSettings
 ) -> Parameters:
     """Return textmeta's meta-gradient."""
-    return ALGORITHMS[algorithm].gradient(encoder, parameters, episodes, inner, MetaGradientPlan()).gradient
+    return ALGORITHMS[algorithm].gradient(encoder, parameters, episodes, inner, MetaGradientSettings()).gradient
 
 
 def filling(settings: EngineSettings, corpus: Corpus) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import torch
 from tests.meta.test_adaptation import INNER, moved_parameters
 from textmeta.data.episodes import EpisodeSampler
 from textmeta.meta.algorithms import ALGORITHMS
-from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.lora import LoraSettings
 
@@ -21,7 +21,7 @@ def test_meta_gradients(
 ) -> None:
     settings = EncoderSettings(tiny_model, max_length=32)
     on_gpu = Encoder(settings, LoraSettings(rank=4), device="cuda", precision=precision)
-    algorithm, plan = ALGORITHMS[name], MetaGradientPlan(checkpointed=checkpointed)
+    algorithm, plan = ALGORITHMS[name], MetaGradientSettings(checkpointed=checkpointed)
     inner = algorithm.inner(INNER)
     parameters = moved_parameters(encoder, inner)
     expected = algorithm.gradient(encoder, parameters, sampler.take(4), inner, plan).gradient

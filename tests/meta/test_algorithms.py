@@ -19,7 +19,7 @@ from textmeta.errors import SettingsError
 from textmeta.meta.adaptation import adapt
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient, episode_chunks
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientPlan, MetaGradientSettings
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.tasks import support_and_query_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import HEADS
@@ -32,7 +32,7 @@ from textmeta.model.initialisation import (
     Parameters,
 )
 
-EVALUATE = MetaGradientPlan()
+EVALUATE = MetaGradientSettings()
 CALIBRATED = (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, STRENGTH_PRIOR)  # set by no gradient
 each_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 INNER_LOOPS = {
@@ -49,10 +49,10 @@ def meta_gradient(
     parameters: Parameters,
     episodes: list[Episode],
     inner: InnerLoopSettings = INNER,
-    plan: MetaGradientPlan | None = None,
+    plan: MetaGradientSettings | None = None,
 ) -> MetaGradient:
     algorithm = ALGORITHMS[name]
-    return algorithm.gradient(encoder, parameters, episodes, algorithm.inner(inner), plan or MetaGradientPlan())
+    return algorithm.gradient(encoder, parameters, episodes, algorithm.inner(inner), plan or MetaGradientSettings())
 
 
 def start_for(name: str, encoder: Encoder, inner: InnerLoopSettings = INNER) -> Parameters:
@@ -152,7 +152,7 @@ def test_the_result_does_not_depend_on_chunks(
 ) -> None:
     episodes = mixed_episodes(corpus)
     parameters = start_for(name, encoder64)
-    plan = MetaGradientPlan(texts_at_once=texts_at_once)
+    plan = MetaGradientSettings(texts_at_once=texts_at_once)
     assert 1 < len(list(episode_chunks(episodes, texts_at_once))) <= len(episodes)
     assert_equal(
         meta_gradient(name, encoder64, parameters, episodes),
@@ -282,19 +282,7 @@ def test_anil_runs_the_encoder_on_the_support_set_once(
     assert len(calls) == 2  # support and query
 
 
-def test_plans_follow_the_settings() -> None:
-    settings = MetaGradientSettings(second_order_steps=2, first_order_until=10, multi_step_until=20)
-    assert [settings.at(step).second_order_steps for step in (0, 9, 10)] == [0, 0, 2]
-    assert [settings.at(step).multi_step_share for step in (0, 5, 20, 30)] == [1.0, 0.75, 0.0, 0.0]
-    assert settings.at(0).loss_weights(4) == [0.0, 0.25, 0.25, 0.25, 0.25]
-    assert settings.at(10).loss_weights(4) == [0.0, 0.125, 0.125, 0.125, 0.625]
-    assert settings.at(20).loss_weights(2) == [0.0, 0.0, 1.0]
-    assert MetaGradientSettings().at(0) == MetaGradientPlan()
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"second_order_steps": -1}, {"first_order_until": -1}, {"multi_step_until": -2}, {"texts_at_once": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"second_order_steps": -1}, {"texts_at_once": 0}])
 def test_settings_out_of_range_are_named(wrong: dict[str, int]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
         MetaGradientSettings(**wrong)
@@ -307,9 +295,9 @@ def test_the_result_does_not_depend_on_what_is_recomputed(
 ) -> None:
     """Whole inner steps, and forwards of many texts, with each other and alone."""
     parameters = start_for(name, encoder64)
-    kept = meta_gradient(name, encoder64, parameters, sampler.take(2), plan=MetaGradientPlan(checkpointed=False))
+    kept = meta_gradient(name, encoder64, parameters, sampler.take(2), plan=MetaGradientSettings(checkpointed=False))
     monkeypatch.setattr(encoder_module, "CHECKPOINT_ROWS", 4)
-    plan = MetaGradientPlan(checkpointed=checkpointed)
+    plan = MetaGradientSettings(checkpointed=checkpointed)
     random_state = torch.get_rng_state()
     assert_equal(kept, meta_gradient(name, encoder64, parameters, sampler.take(2), plan=plan), 1e-12)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -322,12 +310,12 @@ def test_the_random_state_of_the_process_is_left_alone(
     """Not even set to what it was: another thread may have drawn from it meanwhile."""
     monkeypatch.setattr(torch, "set_rng_state", lambda _: pytest.fail("set"))
     monkeypatch.setattr(encoder_module, "CHECKPOINT_ROWS", 4 if checkpointed else 1024)
-    plan = MetaGradientPlan(checkpointed=checkpointed)
+    plan = MetaGradientSettings(checkpointed=checkpointed)
     meta_gradient("maml", encoder, moved_parameters(encoder), sampler.take(1), plan=plan)
 
 
 def test_large_second_order_steps_are_recomputed() -> None:
-    assert not MetaGradientPlan().saves_memory(texts=100, steps=5)
-    assert MetaGradientPlan().saves_memory(texts=100, steps=6)
-    assert not MetaGradientPlan(checkpointed=False).saves_memory(texts=100, steps=60)
-    assert MetaGradientPlan(checkpointed=True).saves_memory(texts=1, steps=1)
+    assert not MetaGradientSettings().saves_memory(texts=100, steps=5)
+    assert MetaGradientSettings().saves_memory(texts=100, steps=6)
+    assert not MetaGradientSettings(checkpointed=False).saves_memory(texts=100, steps=60)
+    assert MetaGradientSettings(checkpointed=True).saves_memory(texts=1, steps=1)

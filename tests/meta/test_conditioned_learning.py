@@ -25,7 +25,7 @@ from textmeta.meta.adaptation import (
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.inner_loop import InnerLoopSettings, without_conditioning
-from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.self_supervision import SelfSupervisionSettings, by_condition
 from textmeta.meta.tasks import query_batch, support_and_query_batch, support_batch
 from textmeta.meta.training import TrainingResult, train
@@ -61,9 +61,9 @@ def moved(encoder: Encoder, inner: InnerLoopSettings, scale: float = 0.05) -> Pa
 )
 def test_meta_gradients_against_finite_differences(name: str, title: str, encoder64: Encoder, corpus: Corpus) -> None:
     inner = ALGORITHMS[name].inner(replace(SMOOTH, conditioning=CONDITIONED[title]))
-    parameters, episodes, plan = moved(encoder64, inner), tasks(corpus), MetaGradientPlan()
+    parameters, episodes, plan = moved(encoder64, inner), tasks(corpus), MetaGradientSettings()
     found = ALGORITHMS[name].gradient(encoder64, parameters, episodes, inner, plan).gradient
-    errors = relative_errors(lambda p: objective(encoder64, p, episodes, inner, plan), parameters, found)
+    errors = relative_errors(lambda p: objective(encoder64, p, episodes, inner), parameters, found)
     assert max(errors.values()) < 1e-5, errors
     assert any(key.startswith(TASK_ENCODER) and value.norm() > 1e-4 for key, value in found.items())
 
@@ -74,7 +74,9 @@ def test_every_algorithm_teaches_memory_and_task_encoder(
 ) -> None:
     algorithm = ALGORITHMS[name]
     inner = algorithm.inner(INNER)
-    found = algorithm.gradient(encoder64, moved(encoder64, inner), sampler.take(3), inner, MetaGradientPlan()).gradient
+    found = algorithm.gradient(
+        encoder64, moved(encoder64, inner), sampler.take(3), inner, MetaGradientSettings()
+    ).gradient
     assert all(found[key].any() for key in found if key.startswith((KEYS, BANK)))
     assert found[TASK_ENCODER + "prototype"].any()
     assert found[TASK_ENCODER + "hidden"].any()
@@ -85,8 +87,8 @@ def test_tasks_together_are_tasks_apart(name: str, encoder64: Encoder, corpus: C
     algorithm = ALGORITHMS[name]
     inner = algorithm.inner(replace(INNER, conditioning=CONDITIONED["banks and temperature"]))
     parameters, episodes = moved(encoder64, inner), tasks(corpus)
-    together = algorithm.gradient(encoder64, parameters, episodes, inner, MetaGradientPlan())
-    apart = [algorithm.gradient(encoder64, parameters, [e], inner, MetaGradientPlan()) for e in episodes]
+    together = algorithm.gradient(encoder64, parameters, episodes, inner, MetaGradientSettings())
+    apart = [algorithm.gradient(encoder64, parameters, [e], inner, MetaGradientSettings()) for e in episodes]
     torch.testing.assert_close(together.loss, torch.cat([part.loss for part in apart]))
     for key, value in together.gradient.items():
         expected = sum((part.gradient[key] for part in apart), torch.zeros_like(value))
@@ -98,7 +100,7 @@ def test_reptiles_gradient_of_a_bank_is_its_share_of_what_the_tasks_moved(
 ) -> None:
     inner = ALGORITHMS["reptile"].inner(INNER)
     parameters, episodes = moved(encoder64, inner), sampler.take(3)
-    found = ALGORITHMS["reptile"].gradient(encoder64, parameters, episodes, inner, MetaGradientPlan()).gradient
+    found = ALGORITHMS["reptile"].gradient(encoder64, parameters, episodes, inner, MetaGradientSettings()).gradient
     both = support_and_query_batch(encoder64, episodes)
     with torch.no_grad():
         conditions = embed_tasks(encoder64, parameters, both, inner)

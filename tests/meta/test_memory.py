@@ -10,7 +10,7 @@ from tests.meta.test_adaptation import INNER, moved_parameters
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.algorithms import ALGORITHMS
-from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.model.encoder import Encoder
 
 STEPS, WARM_UP = 200, 50
@@ -24,7 +24,7 @@ def test_memory_stays_the_same_over_200_steps(name: str, checkpointed: bool, enc
     encoder.prepare(list(corpus.texts))  # fills the cache, which is meant to grow
     tensors, resident = [], []
     for step in range(STEPS):
-        plan = MetaGradientPlan(checkpointed=checkpointed)
+        plan = MetaGradientSettings(checkpointed=checkpointed)
         found = algorithm.gradient(encoder, parameters, [sampler[step]], INNER, plan).gradient
         parameters = {key: value - 1e-3 * found[key] for key, value in parameters.items()}
         if step in (WARM_UP, STEPS - 1):

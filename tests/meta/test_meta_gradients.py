@@ -29,7 +29,7 @@ from textmeta.meta import inner_loop
 from textmeta.meta.adaptation import adaptation_path, query_logits, start_parameters, task_weights
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.tasks import query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import cross_entropy_per_task
@@ -57,9 +57,8 @@ INNER_LOOPS: dict[str, InnerLoopSettings] = {
     "three steps": replace(SMOOTH, steps=3),
 }
 PLANS = {
-    "kept": MetaGradientPlan(checkpointed=False),
-    "checkpointed": MetaGradientPlan(checkpointed=True),
-    "multi-step": MetaGradientPlan(multi_step_share=0.7),
+    "kept": MetaGradientSettings(checkpointed=False),
+    "checkpointed": MetaGradientSettings(checkpointed=True),
 }
 
 
@@ -75,18 +74,13 @@ def tasks(corpus: Corpus) -> list[Episode]:
 CALIBRATED = (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, STRENGTH_PRIOR)
 
 
-def objective(
-    encoder: Encoder, parameters: Parameters, episodes: list[Episode], inner: InnerLoopSettings, plan: MetaGradientPlan
-) -> float:
+def objective(encoder: Encoder, parameters: Parameters, episodes: list[Episode], inner: InnerLoopSettings) -> float:
     """The function whose gradient an exact algorithm claims to return, by plain evaluation."""
     with torch.no_grad():
         support, query = support_batch(encoder, episodes), query_batch(encoder, episodes)
-        path = list(adaptation_path(encoder, parameters, support, inner))
-        total = 0.0
-        for adapted, weight in zip(path, plan.loss_weights(inner.steps), strict=True):
-            logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)
-            total += weight * float(cross_entropy_per_task(logits, query.labels, query.labels >= 0).sum())
-        return total
+        *_, adapted = adaptation_path(encoder, parameters, support, inner)
+        logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)
+        return float(cross_entropy_per_task(logits, query.labels, query.labels >= 0).sum())
 
 
 def central_difference(
@@ -119,12 +113,12 @@ def relative_errors(
 
 
 def exact_errors(
-    name: str, encoder: Encoder, episodes: list[Episode], inner: InnerLoopSettings, plan: MetaGradientPlan
+    name: str, encoder: Encoder, episodes: list[Episode], inner: InnerLoopSettings, plan: MetaGradientSettings
 ) -> tuple[Parameters, dict[str, float]]:
     inner = ALGORITHMS[name].inner(inner)
     parameters = start_for(name, encoder, inner)
     found = ALGORITHMS[name].gradient(encoder, parameters, episodes, inner, plan).gradient
-    return found, relative_errors(lambda p: objective(encoder, p, episodes, inner, plan), parameters, found)
+    return found, relative_errors(lambda p: objective(encoder, p, episodes, inner), parameters, found)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +134,7 @@ def exact_errors(
     ],
 )
 def test_exact_algorithms(name: str, inner: InnerLoopSettings, encoder64: Encoder, corpus: Corpus) -> None:
-    found, errors = exact_errors(name, encoder64, tasks(corpus), inner, MetaGradientPlan())
+    found, errors = exact_errors(name, encoder64, tasks(corpus), inner, MetaGradientSettings())
     assert max(errors.values()) < 1e-5, errors
     learned = {key: value for key, value in found.items() if value.numel() and key not in CALIBRATED}
     assert set(errors) == set(learned)
@@ -149,13 +143,13 @@ def test_exact_algorithms(name: str, inner: InnerLoopSettings, encoder64: Encode
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("name", ["anil", "maml", "meta_sgd"])
-def test_plans(name: str, plan: MetaGradientPlan, encoder64: Encoder, corpus: Corpus) -> None:
+def test_plans(name: str, plan: MetaGradientSettings, encoder64: Encoder, corpus: Corpus) -> None:
     _, errors = exact_errors(name, encoder64, tasks(corpus), SMOOTH, plan)
     assert max(errors.values()) < 1e-5, errors
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_rows_that_a_step_leaves_out(plan: MetaGradientPlan, encoder64: Encoder, corpus: Corpus) -> None:
+def test_rows_that_a_step_leaves_out(plan: MetaGradientSettings, encoder64: Encoder, corpus: Corpus) -> None:
     """A class that takes no part, a task in which none does, and one with more examples than a step is on."""
     episodes = [of_shots(corpus, shots, seed) for seed, shots in enumerate(([4, 4, 1], [5, 1, 1], [12, 11]))]
     _, errors = exact_errors("maml", encoder64, episodes, INNER_LOOPS["neighbours"], plan)
@@ -168,10 +162,9 @@ def frozen_direction_errors(
     """Errors against the objective in which the directions of the first steps stay what they are at the parameters."""
     recorded: list[dict[str, Tensor]] = []
     original = inner_loop._directions
-    plan = MetaGradientPlan()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inner_loop, "_directions", lambda *given: recorded.append(original(*given)) or recorded[-1])
-        objective(encoder, parameters, episodes, SMOOTH, plan)
+        objective(encoder, parameters, episodes, SMOOTH)
 
         def held(values: Parameters) -> float:
             step = iter(range(SMOOTH.steps))
@@ -181,7 +174,7 @@ def frozen_direction_errors(
                 return recorded[number] if number < constant_steps else original(*given)  # type: ignore[arg-type]
 
             patch.setattr(inner_loop, "_directions", direction)
-            return objective(encoder, values, episodes, SMOOTH, plan)
+            return objective(encoder, values, episodes, SMOOTH)
 
         return relative_errors(held, parameters, found)
 
@@ -190,7 +183,7 @@ def frozen_direction_errors(
 def test_first_order_and_truncated(name: str, constant_steps: int, encoder64: Encoder, corpus: Corpus) -> None:
     """FOMAML's formula holds every ĝ constant; one second-order step of two holds the first."""
     episodes, parameters = tasks(corpus), start_for(name, encoder64, SMOOTH)
-    plan = MetaGradientPlan(second_order_steps=SMOOTH.steps - constant_steps)
+    plan = MetaGradientSettings(second_order_steps=SMOOTH.steps - constant_steps)
     found = ALGORITHMS[name].gradient(encoder64, parameters, episodes, SMOOTH, plan).gradient
     errors = frozen_direction_errors(encoder64, episodes, constant_steps, found, parameters)
     assert max(errors.values()) < 1e-5, errors
@@ -200,7 +193,7 @@ def test_first_order_and_truncated(name: str, constant_steps: int, encoder64: En
 def test_the_check_tells_the_orders_apart(encoder64: Encoder, corpus: Corpus) -> None:
     episodes, parameters = tasks(corpus), start_for("maml", encoder64, SMOOTH)
     gradients = [
-        ALGORITHMS["maml"].gradient(encoder64, parameters, episodes, SMOOTH, MetaGradientPlan(steps)).gradient
+        ALGORITHMS["maml"].gradient(encoder64, parameters, episodes, SMOOTH, MetaGradientSettings(steps)).gradient
         for steps in (0, 1, 2)
     ]
     first, truncated, second = gradients
@@ -209,9 +202,7 @@ def test_the_check_tells_the_orders_apart(encoder64: Encoder, corpus: Corpus) ->
         if key not in (f"{LOG_STEP_SIZE}offset", *CALIBRATED):
             assert (first[key] - value).norm() > 0.01 * value.norm(), key
     for wrong in (first, truncated):
-        as_maml = relative_errors(
-            lambda p: objective(encoder64, p, episodes, SMOOTH, MetaGradientPlan()), parameters, wrong
-        )
+        as_maml = relative_errors(lambda p: objective(encoder64, p, episodes, SMOOTH), parameters, wrong)
         assert max(as_maml.values()) > 0.01
     as_fomaml = frozen_direction_errors(encoder64, episodes, 2, second, parameters)
     assert max(as_fomaml.values()) > 0.01
@@ -225,7 +216,7 @@ def test_where_a_gradient_is_zero(clipped: float | None, encoder64: Encoder, cor
         key: value.double()
         for key, value in start_parameters(encoder64.factor_shapes, inner, encoder64.hidden_size).items()
     }
-    episodes, plan = tasks(corpus), MetaGradientPlan()
+    episodes, plan = tasks(corpus), MetaGradientSettings()
     found = ALGORITHMS["maml"].gradient(encoder64, start, episodes, inner, plan).gradient
-    errors = relative_errors(lambda p: objective(encoder64, p, episodes, inner, plan), start, found, h=1e-5)
+    errors = relative_errors(lambda p: objective(encoder64, p, episodes, inner), start, found, h=1e-5)
     assert max(errors.values()) < 1e-4, errors

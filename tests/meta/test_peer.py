@@ -21,7 +21,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.model.encoder import Encoder
 from textmeta.model.initialisation import LORA
 
@@ -101,7 +101,7 @@ def test_meta_gradients_are_the_peers(second_order: bool, encoder64: Encoder, co
     expected = dict(zip(start, torch.autograd.grad(total, list(start.values())), strict=True))
 
     name = "maml" if second_order else "fomaml"
-    found = ALGORITHMS[name].gradient(encoder64, parameters, episodes, PLAIN, MetaGradientPlan())
+    found = ALGORITHMS[name].gradient(encoder64, parameters, episodes, PLAIN, MetaGradientSettings())
     torch.testing.assert_close(found.loss.sum(), total, rtol=1e-9, atol=0)
     for peer_name, value in expected.items():
         assert value.norm() > 1e-4

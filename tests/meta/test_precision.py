@@ -7,7 +7,7 @@ from tests.meta.test_adaptation import INNER, moved_parameters
 from textmeta.data.episodes import EpisodeSampler
 from textmeta.meta.adaptation import adapt, task_weights
 from textmeta.meta.algorithms import ALGORITHMS
-from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.tasks import support_batch
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import LORA, Parameters
@@ -30,7 +30,7 @@ def test_meta_gradients(
 ) -> None:
     algorithm = ALGORITHMS[name]
     inner = algorithm.inner(INNER)
-    parameters, plan = moved_parameters(encoder, inner), MetaGradientPlan(checkpointed=checkpointed)
+    parameters, plan = moved_parameters(encoder, inner), MetaGradientSettings(checkpointed=checkpointed)
     one, two = (algorithm.gradient(each, parameters, sampler.take(2), inner, plan).gradient for each in (encoder, half))
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in two.values())
     difference = (flat(one) - flat(two)).norm() / flat(one).norm()

@@ -20,7 +20,7 @@ from textmeta.meta import training
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.evaluation import frozen_prototypes, paired_difference, score_episodes
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientPlan, MetaGradientSettings
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.training import CHECKPOINT, RECORD, TrainingResult, train
 from textmeta.meta.training_settings import TrainingSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
@@ -54,9 +54,7 @@ def assert_same(one: TrainingResult, two: TrainingResult) -> None:
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(
     algorithm: str, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # schedules that change before, at and after the interruptions
-    changing = MetaGradientSettings(first_order_until=4, multi_step_until=5)
-    settings = replace(SETTINGS, algorithm=algorithm, meta_gradient=changing)
+    settings = replace(SETTINGS, algorithm=algorithm)
     whole = run(tiny_model, corpus, tmp_path / "whole", settings)
     original, count = training.outer_step, iter(range(100))
 
@@ -241,10 +239,10 @@ def test_gradients_can_be_left_unclipped(tiny_model: str, corpus: Corpus, tmp_pa
     assert any(not torch.equal(value, free.parameters[name]) for name, value in clipped.parameters.items())
 
 
-def test_each_outer_step_follows_its_plan(
+def test_each_outer_step_takes_the_meta_gradient_that_is_set(
     tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans: list[MetaGradientPlan] = []
+    plans: list[MetaGradientSettings] = []
     row = ALGORITHMS["maml"]
 
     def recording(encoder: Encoder, *arguments: object) -> object:
@@ -252,10 +250,9 @@ def test_each_outer_step_follows_its_plan(
         return row.gradient(encoder, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setitem(ALGORITHMS, "maml", replace(row, gradient=recording))
-    changing = MetaGradientSettings(first_order_until=2, multi_step_until=4, texts_at_once=20)
-    run(tiny_model, corpus, tmp_path, replace(SETTINGS, algorithm="maml", meta_gradient=changing))
-    assert plans == [changing.at(step) for step in range(6)]
-    assert [plan.second_order_steps for plan in plans] == [0, 0, None, None, None, None]
+    given = MetaGradientSettings(second_order_steps=1, texts_at_once=20)
+    run(tiny_model, corpus, tmp_path, replace(SETTINGS, algorithm="maml", meta_gradient=given))
+    assert plans == [given] * 6
 
 
 def test_second_order_and_first_order_learn_something_else(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
@@ -263,11 +260,11 @@ def test_second_order_and_first_order_learn_something_else(tiny_model: str, corp
         run(tiny_model, corpus, tmp_path / name, replace(SETTINGS, algorithm=name)).parameters
         for name in ("maml", "fomaml")
     ]
-    annealed = replace(SETTINGS, algorithm="maml", meta_gradient=MetaGradientSettings(first_order_until=6))
-    results.append(run(tiny_model, corpus, tmp_path / "annealed", annealed).parameters)
+    truncated = replace(SETTINGS, algorithm="maml", meta_gradient=MetaGradientSettings(second_order_steps=0))
+    results.append(run(tiny_model, corpus, tmp_path / "truncated", truncated).parameters)
     name = next(name for name in results[0] if ".lora_B." in name)
     assert not torch.equal(results[0][name], results[1][name])
-    assert torch.equal(results[1][name], results[2][name])  # first order to the end is FOMAML
+    assert torch.equal(results[1][name], results[2][name])  # through no step is FOMAML
 
 
 def test_a_run_can_go_on_with_less_memory(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
@@ -275,5 +272,5 @@ def test_a_run_can_go_on_with_less_memory(tiny_model: str, corpus: Corpus, tmp_p
     frugal = replace(settings, meta_gradient=MetaGradientSettings(checkpointed=True, texts_at_once=20))
     first = run(tiny_model, corpus, tmp_path, settings)
     assert_same(run(tiny_model, corpus, tmp_path, frugal), first)  # finished already
-    with pytest.raises(SettingsError, match="first_order_until: 0 there, 1 now"):
-        run(tiny_model, corpus, tmp_path, replace(settings, meta_gradient=MetaGradientSettings(first_order_until=1)))
+    with pytest.raises(SettingsError, match="second_order_steps: None there, 1 now"):
+        run(tiny_model, corpus, tmp_path, replace(settings, meta_gradient=MetaGradientSettings(second_order_steps=1)))

@@ -28,7 +28,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.errors import EncoderError
 from textmeta.meta.algorithms import ALGORITHMS
-from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.model.encoder import Encoder, EncoderSettings
 from textmeta.model.initialisation import (
     EVIDENCE_SLOPES,
@@ -74,7 +74,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
 }
 TEXTS = [" ".join(WORDS[start : start + 1 + start % 20]) for start in range(40)]
-PLAN = MetaGradientPlan()
+PLAN = MetaGradientSettings()
 SMOOTH = replace(INNER, lora_epsilon=1e-2, offset_epsilon=1e-2)  # smooth on the scale of a finite difference
 each_family = pytest.mark.parametrize("family", FAMILIES)
 

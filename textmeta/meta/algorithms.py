@@ -18,7 +18,7 @@ from torch import Tensor
 from textmeta.data.episodes import Episode
 from textmeta.meta.adaptation import AdaptedParameters, adapt, adaptation_path, query_logits, task_weights
 from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientPlan
+from textmeta.meta.meta_gradient import MetaGradientSettings
 from textmeta.meta.tasks import TaskBatch, query_batch, support_and_query_batch, support_batch
 from textmeta.model.encoder import Encoder
 from textmeta.model.heads import cross_entropy_per_task
@@ -54,7 +54,7 @@ class MetaGradient:
 
 
 AlgorithmFunction = Callable[
-    [Encoder, Parameters, Sequence[Episode], InnerLoopSettings, MetaGradientPlan], MetaGradient
+    [Encoder, Parameters, Sequence[Episode], InnerLoopSettings, MetaGradientSettings], MetaGradient
 ]
 
 
@@ -63,7 +63,7 @@ def protonet(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan,
+    plan: MetaGradientSettings,
 ) -> MetaGradient:
     """Gradient of the query loss of prototypes, without inner steps: ∇_θ Σ_i L_i^query(θ).
 
@@ -77,7 +77,7 @@ def fomaml(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan,
+    plan: MetaGradientSettings,
 ) -> MetaGradient:
     """Gradient of the query loss after the inner steps, these taken as constants.
 
@@ -93,7 +93,7 @@ def maml(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan,
+    plan: MetaGradientSettings,
 ) -> MetaGradient:
     """Exact gradient of the query loss after the inner steps, through the inner gradients.
 
@@ -109,7 +109,7 @@ def meta_sgd(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan,
+    plan: MetaGradientSettings,
 ) -> MetaGradient:
     """MAML's gradient, with a learned step size for each tensor p and step: θ_{j+1}^p = θ_j^p - α_j^p ĝ_j^p.
 
@@ -126,7 +126,7 @@ def anil(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan,
+    plan: MetaGradientSettings,
 ) -> MetaGradient:
     """MAML's exact gradient where the inner steps change the head's offset δ alone.
 
@@ -144,7 +144,7 @@ def reptile(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan,
+    plan: MetaGradientSettings,
 ) -> MetaGradient:
     """Pseudo-gradient Σ_i (θ - θ_i), with θ_i the LoRA factors adapted to support and query together.
 
@@ -214,7 +214,7 @@ def _query_gradient(
     parameters: Parameters,
     episodes: Sequence[Episode],
     inner: InnerLoopSettings,
-    plan: MetaGradientPlan,
+    plan: MetaGradientSettings,
 ) -> MetaGradient:
     """Differentiate the query loss after the inner steps, chunk by chunk."""
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
@@ -224,22 +224,16 @@ def _query_gradient(
     second_order_steps = min(wanted, inner.steps)
     for chunk in episode_chunks(episodes, plan.texts_at_once):
         support, query = support_batch(encoder, chunk), query_batch(encoder, chunk)
-        path = list(
-            adaptation_path(
-                encoder,
-                leaves,
-                support,
-                inner,
-                second_order_steps=second_order_steps,
-                checkpointed=plan.saves_memory(support.texts.count, second_order_steps),
-            )
+        *_, adapted = adaptation_path(
+            encoder,
+            leaves,
+            support,
+            inner,
+            second_order_steps=second_order_steps,
+            checkpointed=plan.saves_memory(support.texts.count, second_order_steps),
         )
-        objective = torch.zeros((), device=encoder.device)
-        for adapted, weight in zip(path, plan.loss_weights(len(path) - 1), strict=True):
-            if weight:  # the last one always has some
-                loss, accuracy = _query_loss(encoder, adapted, support, query)
-                objective = objective + weight * loss.sum()
-        _add_gradient(total, objective, leaves)
+        loss, accuracy = _query_loss(encoder, adapted, support, query)
+        _add_gradient(total, loss.sum(), leaves)
         losses.append(loss.detach())
         accuracies.append(accuracy)
     return MetaGradient(total, torch.cat(losses), torch.cat(accuracies))

@@ -57,7 +57,7 @@ class InnerLoopSettings:
         schedule: how step sizes start: all the same (constant), or falling (linear), of N steps the last an Nth of the
             first. Normalised steps of one size, however small what is left to learn, go to and fro on noisy tasks.
         step_sizes: what has learned step sizes of its own, one for each step: all LoRA factors together (part), those
-            of each layer (layer, as MAML++ has them), or each one (tensor; Meta-SGD always). The offset has its own.
+            of each layer (layer, as in MAML++), or each one (tensor; Meta-SGD always). The offset has its own.
         normalise: divide each task's gradient of each tensor by its root mean square, so that one step size fits all
             ways and shots; otherwise plain gradient steps, whose step sizes are of another magnitude.
         lora_epsilon: root mean square of a LoRA factor's gradient at which its normalised step is half of the step

@@ -86,9 +86,9 @@ def _own_share(
     mine = range(first + accelerator.process_index, first + settings.tasks_per_step, accelerator.num_processes)
     sums = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
     totals = torch.zeros(4, device=encoder.device)  # loss, accuracy, tasks, processes asked to stop
-    plan = settings.meta_gradient.at(state.step)
     for loop, indices in by_condition(inner, settings.unconditioned, settings.seed, mine):
-        result = algorithm.gradient(encoder, state.parameters, [sampler[index] for index in indices], loop, plan)
+        episodes = [sampler[index] for index in indices]
+        result = algorithm.gradient(encoder, state.parameters, episodes, loop, settings.meta_gradient)
         sums = {name: value + result.gradient[name] for name, value in sums.items()}
         totals[:3] += torch.stack([result.loss.sum(), result.accuracy.sum(), totals.new_tensor(len(indices))])
     if inner.conditioning is not None and settings.self_supervision.episodes and accelerator.is_main_process:

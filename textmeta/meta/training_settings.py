@@ -27,7 +27,7 @@ class TrainingSettings:
         validate_every: steps between validations; the parameters with the best validation accuracy are the result.
         validation_episodes: episodes of a validation, the same each time.
         checkpoint_every: steps between checkpoints.
-        meta_gradient: second order, multi-step loss, memory.
+        meta_gradient: second order, memory.
         self_supervision: what else teaches the task encoder, where the inner loop has one.
         unconditioned: share of the episodes that start from what no task embedding has a say in, so that this start
             stays good.
