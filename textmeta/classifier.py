@@ -114,7 +114,7 @@ class FewShotClassifier:
         adapter, loaded = load_with_encoder(name, revision, subfolder, access, device, encoder)
         classifier = cls(loaded, adapter.parameters, adapter.inner, adapter.record, adapter.known_tasks)
         if adapter.fitted is not None:
-            classifier._learned = adapter.fitted.learned(loaded.device, classifier._parameters)
+            classifier._learned = adapter.fitted.learned(loaded.device)
             classifier.task_embedding_ = adapter.fitted.task
             classifier.classes_ = label_array(adapter.fitted.classes)
             classifier.support_ = adapter.fitted.examples

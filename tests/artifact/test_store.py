@@ -22,8 +22,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from textmeta import FewShotClassifier
 from textmeta.artifact.adapter import FittedHead
 from textmeta.artifact.folder import MANIFEST
-from textmeta.artifact.migrations import FORMAT_VERSION
-from textmeta.artifact.store import load_adapter, save_adapter
+from textmeta.artifact.store import FORMAT_VERSION, load_adapter, save_adapter
 from textmeta.errors import AdapterError
 from textmeta.meta.adaptation import start_parameters
 from textmeta.meta.inner_loop import InnerLoopSettings
@@ -423,11 +422,11 @@ def test_unknown_member_is_refused(folder: Path, name: str) -> None:
     assert "unexpected 'surprise'" in refused(folder, naming=name)
 
 
-def test_newer_format_with_other_files_is_called_newer_and_not_damaged(folder: Path) -> None:
+def test_newer_format_with_other_files_is_called_that_and_not_damaged(folder: Path) -> None:
     rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=FORMAT_VERSION + 1))
     with (folder / MANIFEST).open("a") as manifest:
         manifest.write(f"{'0' * 64}  zbank.safetensors\n")
-    assert "a newer textmeta is needed" in refused(folder, naming="textmeta.json")
+    assert "made by another version of textmeta: train it again" in refused(folder, naming="textmeta.json")
 
 
 @pytest.mark.parametrize(
@@ -595,9 +594,23 @@ def test_unexpected_tensor_is_found(folder: Path, name: str) -> None:
     refused(folder, naming=name)
 
 
-def test_missing_scalar_is_found(folder: Path) -> None:
-    rewrite_tensors(folder, "textmeta.safetensors", lambda tensors: tensors.pop("log_temperature"))
-    refused(folder, naming="textmeta.safetensors")
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        *(
+            ("textmeta.safetensors", name)
+            for name in (
+                *("log_temperature", "log_name_weight", "temperature_slopes", "evidence_slopes", "strength_prior"),
+                "probe",
+            )
+        ),
+        ("classifier.safetensors", "temperature"),
+        ("classifier.safetensors", "weights"),
+    ],
+)
+def test_missing_tensor_is_found(folder: Path, file: str, name: str) -> None:
+    rewrite_tensors(folder, file, lambda tensors: tensors.pop(name))
+    assert name in refused(folder, naming=file)
 
 
 def test_file_that_is_no_safetensors_is_named(folder: Path) -> None:
@@ -612,15 +625,20 @@ def test_file_that_is_no_json_object_is_named(folder: Path, name: str, content: 
     refused(folder, naming=name)
 
 
-def test_newer_format_is_refused(folder: Path) -> None:
-    rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=FORMAT_VERSION + 1))
-    assert "a newer textmeta is needed" in refused(folder, naming="textmeta.json")
-
-
-@pytest.mark.parametrize("found", [None, "1", 0])
-def test_unknown_format_is_refused(folder: Path, found: object) -> None:
+@pytest.mark.parametrize(
+    "found", [FORMAT_VERSION + 1, 10**30, FORMAT_VERSION - 1, 1, 0, -1, float(FORMAT_VERSION), True, "7", None, [7]]
+)
+def test_another_format_is_refused(folder: Path, found: object) -> None:
     rewrite_json(folder, "textmeta.json", lambda meta: meta.update(format_version=found))
-    assert repr(found) in refused(folder, naming="textmeta.json")
+    message = refused(folder, naming="textmeta.json")
+    assert f"has format version {found!r}" in message
+    assert "made by another version of textmeta: train it again" in message
+
+
+def test_the_factor_after_inner_steps_comes_back(tiny_model: str, tmp_path: Path) -> None:
+    encoder, factor = make_encoder(tiny_model), torch.tensor(0.3)
+    save_adapter(tmp_path, encoder, random_parameters(encoder) | {"log_adapted_factor": factor}, INNER, {})
+    assert torch.equal(load_adapter(tmp_path).parameters["log_adapted_factor"], factor)
 
 
 @pytest.mark.parametrize("group", ["encoder", "lora", "inner"])

@@ -15,7 +15,7 @@ from textmeta.hub import HubAccess
 from textmeta.meta.inner_loop import InnerLoopSettings
 from textmeta.meta.task_learner import LearnedTask
 from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import Parameters, head_scalars, lora_factors
+from textmeta.model.initialisation import Parameters, lora_factors
 from textmeta.model.lora import LoraSettings
 from textmeta.model.task_encoder import CENTRE
 from textmeta.tasks import KnownTasks, TaskEmbedding
@@ -39,7 +39,7 @@ class FittedHead:
         weights: (C, d), the head.
         classes: labels in the order of the head's rows.
         support: text and class (index) of each example that it was fitted on; None where they are not kept.
-        temperature: (), the task's; None in formats 1 and 2, where it is the adapter's.
+        temperature: (), the task's.
         task: the task's embedding, where the adapter has a task encoder.
         scope: (4,), the rule for what is out of the task's scope, where the adapter has one.
     """
@@ -48,7 +48,7 @@ class FittedHead:
     weights: Tensor
     classes: list[Any]
     support: list[tuple[str, int]] | None = None
-    temperature: Tensor | None = None
+    temperature: Tensor = field(kw_only=True)
     task: TaskEmbedding | None = None
     scope: Tensor | None = None
 
@@ -63,20 +63,21 @@ class FittedHead:
         """Make the head of what was learned; ``support`` are texts with their labels."""
         index = {label: number for number, label in enumerate(classes)}
         rows = None if support is None else [(text, index[label]) for text, label in support]
-        return cls(learned.factors, learned.weights, classes, rows, learned.temperature, task, learned.scope)
+        return cls(
+            learned.factors, learned.weights, classes, rows, task, learned.scope, temperature=learned.temperature
+        )
 
     @property
     def examples(self) -> list[tuple[str, Any]] | None:
         """The support set, text and label each; None where it is not kept."""
         return None if self.support is None else [(text, self.classes[index]) for text, index in self.support]
 
-    def learned(self, device: torch.device, parameters: Mapping[str, Tensor]) -> LearnedTask:
-        """Return what ``fit`` had learned, on a device; ``parameters`` are the adapter's."""
-        temperature = head_scalars(parameters)["temperature"] if self.temperature is None else self.temperature
+    def learned(self, device: torch.device) -> LearnedTask:
+        """Return what ``fit`` had learned, on a device."""
         return LearnedTask(
             {name: value.to(device) for name, value in self.factors.items()},
             self.weights.to(device),
-            temperature.to(device),
+            self.temperature.to(device),
             None if self.scope is None else self.scope.to(device),
         )
 
@@ -95,7 +96,7 @@ class Adapter:
         record: how it was trained.
         fitted: of a fitted classifier.
         versions: of the libraries that it was written with.
-        probe: what the encoder made of some texts, to know it by (:func:`probe`); None in format 1.
+        probe: what the encoder made of some texts, to know it by (:func:`probe`).
         known_tasks: index of the tasks that it was trained on, where it has one.
     """
 
@@ -108,7 +109,7 @@ class Adapter:
     record: dict[str, Any] = field(default_factory=dict)
     fitted: FittedHead | None = None
     versions: dict[str, str | None] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
-    probe: Tensor | None = None
+    probe: Tensor = field(default_factory=lambda: torch.empty(0))
     known_tasks: KnownTasks | None = None
 
     @classmethod
@@ -199,8 +200,6 @@ class Adapter:
 
         Weights are not all that matters: a tokenizer or a configuration that was changed would go unnoticed.
         """
-        if self.probe is None:
-            return
         found = probe(encoder, self.parameters)
         likeness = (found * self.probe).sum(1).min() if found.shape == self.probe.shape else torch.tensor(0.0)
         if not likeness >= LIKENESS:  # which NaN is not, either

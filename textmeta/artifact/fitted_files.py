@@ -33,10 +33,10 @@ def fitted_files(fitted: FittedHead) -> dict[str, bytes]:
     Raises:
         AdapterError: if a value is not finite, or a label is none that can be stored.
     """
-    head = {**{LORA + name: value for name, value in fitted.factors.items()}, WEIGHTS: fitted.weights}
-    for name, value in ((TEMPERATURE, fitted.temperature), (SCOPE, fitted.scope)):
-        if value is not None:
-            head[name] = value
+    head = {LORA + name: value for name, value in fitted.factors.items()}
+    head |= {WEIGHTS: fitted.weights, TEMPERATURE: fitted.temperature}
+    if fitted.scope is not None:
+        head[SCOPE] = fitted.scope
     if fitted.task is not None:
         head |= {
             TASK_VECTOR: torch.from_numpy(fitted.task.vector),
@@ -97,10 +97,10 @@ def _read_support(content: Mapping[str, Any], ways: int, path: Path) -> list[tup
     return [(text, label) for text, label in rows]
 
 
-def _pop_temperature(tensors: dict[str, Tensor], path: Path) -> Tensor | None:
-    """Take a fitted head's temperature out of its tensors; None, where it is of an older format."""
-    value = tensors.pop(TEMPERATURE, None)
-    if value is not None and (value.shape != () or not value > 0):
+def _pop_temperature(tensors: dict[str, Tensor], path: Path) -> Tensor:
+    """Take a fitted head's temperature out of its tensors."""
+    value = tensors.pop(TEMPERATURE, torch.empty(0))
+    if value.shape != () or not value > 0:
         raise AdapterError(f"{path}: {TEMPERATURE} must be one positive number, found {value!s:.60}")
     return value
 

@@ -22,7 +22,6 @@ from textmeta.artifact.card import CARD, is_edited, model_card
 from textmeta.artifact.fitted_files import FITTED_FILES, fitted_files, read_fitted
 from textmeta.artifact.folder import read_file, read_folder
 from textmeta.artifact.index_files import INDEX_FILES, index_files, read_index
-from textmeta.artifact.migrations import FORMAT_VERSION, migrate, migrate_tensors
 from textmeta.artifact.parsing import (
     check_members,
     finite_tensors,
@@ -45,8 +44,9 @@ from textmeta.model.scope import RULE_SIZE
 from textmeta.model.task_encoder import CENTRE
 from textmeta.tasks import KnownTasks
 
-__all__ = ["ADAPTER_FILES", "adapter_files", "load_adapter", "save_adapter"]
+__all__ = ["ADAPTER_FILES", "FORMAT_VERSION", "adapter_files", "load_adapter", "save_adapter"]
 
+FORMAT_VERSION = 7  # of what is written, and all that is read
 META, SCALARS = "textmeta.json", "textmeta.safetensors"
 OLD_CARD = "README.old.md"
 PROBE = "probe"  # beside the scalars
@@ -114,7 +114,7 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
         peft_files.WEIGHTS: save_tensors(peft_files.tensor_names(factors), metadata={"format": "pt"}),
         SCALARS: save_tensors(
             {name: value for name, value in tensors.items() if not name.startswith(LORA)}
-            | ({} if adapter.probe is None else finite_tensors({PROBE: adapter.probe}))
+            | finite_tensors({PROBE: adapter.probe})
         ),
         META: write_json(meta),
     }
@@ -142,10 +142,12 @@ def load_adapter(folder: str | Path) -> Adapter:
     for name in sorted(REQUIRED - files.keys()):
         raise AdapterError(f"{folder} is no whole textmeta adapter: it has no {name}")
     meta = read_json(files[META], folder / META)
-    adapter = _read_meta(migrate(meta, folder / META), folder / META)
+    _check_format(meta, folder / META)
+    adapter = _read_meta(meta, folder / META)
     factors, scalars = _read_factors(files, folder, adapter), read_tensors(files[SCALARS], folder / SCALARS)
-    scalars = migrate_tensors(scalars, meta["format_version"], folder / SCALARS)
-    adapter = replace(adapter, probe=scalars.pop(PROBE, None))
+    if PROBE not in scalars:
+        raise AdapterError(f"{folder / SCALARS} has no {PROBE}")
+    adapter = replace(adapter, probe=scalars.pop(PROBE))
     _check_scalars(scalars, factors, adapter.inner, folder / SCALARS)
     adapter = replace(adapter, parameters={**{LORA + name: value for name, value in factors.items()}, **scalars})
     adapter = replace(adapter, fitted=read_fitted(files, folder, adapter))
@@ -159,11 +161,20 @@ def _refuse_newer(folder: Path) -> None:
     except AdapterError:
         return  # whatever is wrong will be found, and named, in its turn
     if isinstance(meta.get("format_version"), int) and meta["format_version"] > FORMAT_VERSION:
-        migrate(meta, folder / META)
+        _check_format(meta, folder / META)
+
+
+def _check_format(meta: Mapping[str, Any], path: Path) -> None:
+    found = meta.get("format_version")
+    if type(found) is not int or found != FORMAT_VERSION:
+        raise AdapterError(
+            f"{path} has format version {found!r:.40}, this textmeta reads {FORMAT_VERSION}: the adapter was made by "
+            "another version of textmeta: train it again"
+        )
 
 
 def _read_meta(meta: Mapping[str, Any], path: Path) -> Adapter:
-    """Return what a ``textmeta.json`` of today's format says: an adapter without tensors."""
+    """Return what a ``textmeta.json`` says: an adapter without tensors."""
     check_members(meta, ("format_version", "versions", "encoder", "lora", "inner", "record"), path)
     encoder = member(meta, "encoder", dict, path)
     settings = {key: value for key, value in encoder.items() if key not in ("commit", "weights_sha256")}
