@@ -127,13 +127,10 @@ def test_columns_are_in_the_order_of_classes(classifier: FewShotClassifier) -> N
         (["b", "f", "k"], "U"),
         ([3, 1, 2], "i"),
         ([0.5, -1.5, 2.0], "f"),
-        ([("b", 1), ("f", 2), ("k", 3)], "O"),
-        ([("b",), ("f", 2), ("k", 3)], "O"),
-        (["b", 1, ("k", None)], "O"),
+        (["b", 2.5, True], "O"),
         ([1, "1", 2.5], "O"),
-        ([frozenset("b"), frozenset("f"), frozenset("k")], "O"),
     ],
-    ids=["str", "int", "float", "tuple", "tuples of different length", "mixed", "int and str", "sets"],
+    ids=["str", "int", "float", "mixed", "int and str"],
 )
 def test_labels_come_back_as_they_went_in(classifier: FewShotClassifier, labels: list, kind: str) -> None:
     texts = ["bal bel bil", "fim fon", "kut kon"]
@@ -196,8 +193,8 @@ def test_string_label_with_a_trailing_null_comes_back(classifier: FewShotClassif
 
 
 def test_classes_are_in_the_order_given_where_they_cannot_be_sorted(classifier: FewShotClassifier) -> None:
-    classifier.fit(["bal bel bil", "fim fon", "kut kon", "bal"], ["z", 1, ("a",), "z"])
-    assert classifier.classes_.tolist() == ["z", 1, ("a",)]
+    classifier.fit(["bal bel bil", "fim fon", "kut kon", "bal"], ["z", 1, 2.5, "z"])
+    assert classifier.classes_.tolist() == ["z", 1, 2.5]
 
 
 def test_texts_may_be_any_sequence(fitted: FewShotClassifier) -> None:
@@ -329,7 +326,7 @@ def lora_of(parameters: Parameters) -> Parameters:
     return {name: value for name, value in parameters.items() if name.startswith("lora.")}
 
 
-@pytest.mark.parametrize("labels", [[3, 1], [("b", 1), ("f", 2)], [frozenset("b"), frozenset("f")], [True, False]])
+@pytest.mark.parametrize("labels", [[3, 1], [2.5, "f"], [True, False]])
 def test_names_of_labels_of_any_type(classifier: FewShotClassifier, labels: list) -> None:
     classifier.fit(label_names=dict(zip(labels, ["bum", "fon"], strict=True)))
     assert set(classifier.classes_.tolist()) == set(labels)
@@ -428,13 +425,19 @@ def test_classes_are_not_there_before_fit(classifier: FewShotClassifier) -> None
         (["bal", "fim"], ["b", None], "row 1: the label is missing"),
         (["bal", "fim"], [float("nan"), "b"], "row 0: the label is missing"),
         (["bal", "fim"], np.array([1.0, np.nan]), "row 1: the label is missing"),
-        (["bal", "fim"], ["b", pd.NA], "row 1: the label is missing"),
-        (["bal", "fim"], ["b", pd.NaT], "row 1: the label is missing"),
-        (["bal", "fim"], ["b", ["f"]], "row 1: label .* of type list is not hashable"),
-        (["bal", "fim"], ["b", {}], "row 1: label .* of type dict is not hashable"),
-        (["bal", "fim"], ["b", ("f", [])], "row 1: label .* of type tuple is not hashable"),
-        (["bal", "fim"], ["b", np.array([1, 2])], "row 1: label .* of type ndarray is not hashable"),
-        (["bal", "fim"], np.eye(2), "row 0: label .* of type ndarray is not hashable"),
+        (["bal", "fim"], ["b", pd.NA], "row 1: label <NA> is of type NAType"),
+        (["bal", "fim"], ["b", pd.NaT], "row 1: label NaT is of type NaTType"),
+        (["bal", "fim"], ["b", torch.tensor(float("nan"))], "row 1: the label is missing"),
+        (["bal", "fim"], ["b", ["f"]], r"row 1: label \['f'\] is of type list; labels are strings, whole numbers"),
+        (["bal", "fim"], ["b", {}], "row 1: label .* is of type dict"),
+        (["bal", "fim"], [("b", 1), "f"], r"row 0: label \('b', 1\) is of type tuple"),
+        (["bal", "fim"], ["b", frozenset("f")], "row 1: label .* is of type frozenset"),
+        (["bal", "fim"], ["b", b"f"], "row 1: label b'f' is of type bytes"),
+        (["bal", "fim"], ["b", 1j], "row 1: label 1j is of type complex"),
+        (["bal", "fim"], ["b", np.datetime64("2020-01-01")], "row 1: label .* is of type datetime64"),
+        (["bal", "fim"], ["b", np.array([1, 2])], "row 1: label .* is of type ndarray"),
+        (["bal", "fim"], np.eye(2), "row 0: label .* is of type ndarray"),
+        (["bal", "fim"], torch.eye(2), "row 0: label .* is of type Tensor"),
         (["bal", "fim"], ["b"], "2 texts but 1 labels"),
         (["bal", "fim"], ["b", "f", "f"], "2 texts but 3 labels"),
         (["bal", "fim"], ["b", "b"], "at least 2 classes, found 1"),
@@ -537,11 +540,6 @@ def test_score_is_the_share_that_is_right(fitted: FewShotClassifier) -> None:
     assert isinstance(fitted.score(texts, predicted), float)
 
 
-def test_score_compares_tuples_whole(classifier: FewShotClassifier) -> None:
-    classifier.fit(["bal bel bil", "fim fon"], [("b", 1), ("f", 2)])
-    assert classifier.score(["bal bel bil", "fim fon"], [("b", 1), ("f", 3)]) == 0.5
-
-
 @pytest.mark.parametrize(("texts", "labels"), [(["bal"], ["b", "f"]), ([], [])], ids=["lengths", "nothing"])
 def test_score_of_unequal_lengths_or_nothing_is_an_error(
     fitted: FewShotClassifier, texts: list[str], labels: list[str]
@@ -589,15 +587,13 @@ def test_classifier_that_is_not_fitted_can_be_saved(
         [2, 1],
         [True, False],
         [0.1, 1e300],
-        [("b", (1, True)), ("f", 2.5)],
         ["b", 1],
         [1, 2.5],
         [True, "True"],
-        [(), ("b",)],
         ["ünï\0\n", "\u2028"],
         [float("inf"), 1.0],
     ],
-    ids=["str", "int", "bool", "float", "nested", "mixed", "int, float", "bool, str", "empty tuple", "unusual", "inf"],
+    ids=["str", "int", "bool", "float", "mixed", "int, float", "bool, str", "unusual", "inf"],
 )
 def test_labels_come_back_from_a_folder(classifier: FewShotClassifier, tmp_path: Path, labels: list) -> None:
     texts = ["bal bel bil", "fim fon"]
@@ -605,18 +601,6 @@ def test_labels_come_back_from_a_folder(classifier: FewShotClassifier, tmp_path:
     loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
     assert loaded.classes_.dtype == classifier.classes_.dtype
     assert repr(loaded.predict(texts).tolist()) == repr(labels)
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [[frozenset("b"), frozenset("f")], [b"b", b"f"], [("b", None), ("f", None)], ["b", 1j]],
-    ids=["set", "bytes", "None in a tuple", "complex number"],
-)
-def test_labels_that_json_cannot_hold_are_refused(classifier: FewShotClassifier, tmp_path: Path, labels: list) -> None:
-    classifier.fit(["bal", "fim"], labels)
-    with pytest.raises(AdapterError, match="cannot save a classifier whose label"):
-        classifier.save_pretrained(tmp_path / "adapter")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_texts_of_fit_are_not_stored(classifier: FewShotClassifier, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from textmeta.artifact.locate import DEFAULT_ADAPTER, load_with_encoder
 from textmeta.artifact.merged import write_merged
 from textmeta.artifact.publish import Destination, push_adapter
 from textmeta.artifact.store import save_adapter
-from textmeta.data.labels import LabelNames, checked_labels, label_array, task_classes
+from textmeta.data.labels import Label, LabelNames, checked_labels, label_array, task_classes
 from textmeta.data.texts import checked_texts
 from textmeta.errors import AdapterError, DataError, NotFittedError, SettingsError
 from textmeta.hub import HubAccess
@@ -121,13 +121,13 @@ class FewShotClassifier:
         return classifier
 
     def fit(
-        self, texts: Sequence[str] = (), labels: Iterable[Hashable] = (), *, label_names: LabelNames = None
+        self, texts: Sequence[str] = (), labels: Iterable[Label] = (), *, label_names: LabelNames = None
     ) -> "FewShotClassifier":
         """Adapt to a task: at least two classes, each with a text or more, a name, or both.
 
         Args:
             texts: the support examples.
-            labels: label of each, of any hashable type.
+            labels: label of each: a string, a number or a truth value.
             label_names: what classes are called, as further support: a mapping from label to name, of any of the
                 classes, and of classes without examples (zero shots); ``"labels"`` for the labels themselves, as words;
                 None for no names. A name weighs as much as the adapter has learned.
@@ -136,8 +136,8 @@ class FewShotClassifier:
             The classifier itself.
 
         Raises:
-            DataError: naming the place, if a text or a name is no string or empty, a label is missing, not hashable, or
-                equal to one of another type, ``label_names`` is something else, or there are fewer than two classes.
+            DataError: naming the place, if a text or a name is no string or empty, a label is missing, of another type
+                or equal to one of another type, ``label_names`` is something else, or there are fewer than two classes.
             AdapterError: if the adapter makes a head of this task that is not finite.
         """
         texts, rows = checked_texts(texts, "fit"), checked_labels(labels)
@@ -203,7 +203,7 @@ class FewShotClassifier:
         pairs = zip(predicted.tolist(), scores, strict=True)
         return label_array([outside if score < threshold else label for label, score in pairs])
 
-    def score(self, texts: Sequence[str], labels: Iterable[Hashable]) -> float:
+    def score(self, texts: Sequence[str], labels: Iterable[Label]) -> float:
         """Return the share of texts whose label is predicted right."""
         rows, predicted = checked_labels(labels), self.predict(texts)
         if len(predicted) != len(rows) or not rows:
@@ -234,8 +234,7 @@ class FewShotClassifier:
                 to read; the model card says so.
 
         Raises:
-            AdapterError: if a label is no string, number, truth value, or tuple of these, the folder cannot be written,
-                or there are no support texts to include.
+            AdapterError: if the folder cannot be written, or there are no support texts to include.
         """
         save_adapter(folder, *self._content(include_support))
 

@@ -1,6 +1,6 @@
 """Tasks as things to compare: how alike two are, and which of those trained on a new one is most like."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from textmeta.data.corpus import Corpus
-from textmeta.data.labels import readable_name
+from textmeta.data.labels import Label, readable_name
 from textmeta.data.texts import plain
 from textmeta.errors import AdapterError, DataError, SettingsError
 from textmeta.meta.inner_loop import InnerLoopSettings
@@ -32,7 +32,7 @@ class TaskEmbedding:
 
     vector: np.ndarray
     classes: np.ndarray
-    labels: tuple[Hashable, ...]
+    labels: tuple[Label, ...]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ClassMatch:
         cosine: of their vectors.
     """
 
-    label: Hashable
+    label: Label
     known: str
     cosine: float
 
@@ -141,7 +141,7 @@ def embed_task(
     parameters: Mapping[str, Tensor],
     inner: InnerLoopSettings,
     support: TaskBatch,
-    labels: Sequence[Hashable],
+    labels: Sequence[Label],
 ) -> TaskEmbedding | None:
     """Return the embedding of a single task; None, where there is no task encoder.
 

@@ -31,7 +31,7 @@ def fitted_files(fitted: FittedHead) -> dict[str, bytes]:
     """Return the files of a fitted classifier: name to content.
 
     Raises:
-        AdapterError: if a value is not finite, or a label is none that can be stored.
+        AdapterError: if a value is not finite.
     """
     head = {LORA + name: value for name, value in fitted.factors.items()}
     head |= {WEIGHTS: fitted.weights, TEMPERATURE: fitted.temperature}

@@ -1,8 +1,8 @@
-"""Labels of any hashable type, as a classifier is given them, returns them and stores them."""
+"""Labels (strings, numbers, truth values), as a classifier is given them, returns them and stores them."""
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from textmeta.data.texts import checked_text
 from textmeta.errors import AdapterError, DataError
 
 __all__ = [
+    "Label",
     "LabelNames",
     "checked_labels",
     "label_array",
@@ -23,40 +24,35 @@ __all__ = [
     "task_classes",
 ]
 
-LabelNames = Mapping[Hashable, str] | Literal["labels"] | None
-MAX_DEPTH = 20  # of tuples in tuples
+Label = str | int | float | bool
+LabelNames = Mapping[Any, str] | Literal["labels"] | None
 
 
-def checked_labels(labels: Iterable[Hashable], where: str = "row") -> list[Any]:
-    """Return labels as Python's own values.
+def checked_labels(labels: Iterable[Label], where: str = "row") -> list[Any]:
+    """Return labels as Python's own strings, whole numbers, floats and truth values.
 
     Args:
-        labels: to check.
+        labels: to check; scalars of NumPy and PyTorch may stand for Python's.
         where: what the message calls the place of one, before its number.
 
     Raises:
-        DataError: naming the row, if one is missing or not hashable.
+        DataError: naming the row, if one is missing or of another type.
     """
     if isinstance(labels, str):
         raise DataError("expected a list of labels, given one string; put it into a list")
-    # scalars of NumPy and PyTorch, the latter hashed by identity, become Python's own
-    checked = [label.item() if isinstance(label, np.generic | Tensor) else label for label in labels]
-    for row, label in enumerate(checked):
-        try:
-            hash(label)
-        except TypeError as error:
-            given = f"label {label!r:.60} of type {type(label).__name__}"
-            raise DataError(f"{where} {row}: {given} is not hashable") from error
-        if _is_missing(label):
+    checked: list[Any] = []
+    for row, given in enumerate(labels):
+        scalar = isinstance(given, np.generic) or (isinstance(given, Tensor) and given.ndim == 0)
+        label: Any = given.item() if scalar else given  # type: ignore[union-attr]
+        if label is None or (type(label) is float and math.isnan(label)):
             raise DataError(f"{where} {row}: the label is missing ({label})")
+        if type(label) not in (str, int, float, bool):
+            raise DataError(
+                f"{where} {row}: label {given!r:.60} is of type {type(given).__name__}; labels are strings, whole "
+                "numbers, floats or truth values"
+            )
+        checked.append(label)
     return checked
-
-
-def _is_missing(label: Any) -> bool:
-    try:
-        return label is None or bool(label != label)
-    except TypeError:
-        return True  # pandas' NA, which has no truth value
 
 
 def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[Any], list[str | None]]:
@@ -126,22 +122,9 @@ def label_array(labels: list[Any]) -> np.ndarray:
     return array
 
 
-def label_to_json(label: Any) -> Any:
-    """Return a label as JSON holds it.
-
-    Raises:
-        AdapterError: if it is no string, number, truth value, or tuple of these.
-    """
-    if isinstance(label, tuple):
-        return {"tuple": [label_to_json(part) for part in label]}
-    if isinstance(label, float) and math.isinf(label):
-        return {"float": str(label)}
-    if type(label) in (str, int, float, bool) and not _is_missing(label):
-        return label
-    raise AdapterError(
-        f"cannot save a classifier whose label {label!r:.60} is a {type(label).__name__}; labels that can be saved are "
-        "strings, numbers, truth values, and tuples of these"
-    )
+def label_to_json(label: Label) -> Any:
+    """Return a label as JSON holds it."""
+    return {"float": str(label)} if isinstance(label, float) and math.isinf(label) else label
 
 
 def read_labels(stored: Sequence[Any], path: Path) -> list[Any]:
@@ -163,10 +146,8 @@ def read_labels(stored: Sequence[Any], path: Path) -> list[Any]:
     return labels
 
 
-def _label_from_json(label: Any, path: Path, depth: int = 0) -> Any:
+def _label_from_json(label: Any, path: Path) -> Label:
     match label:
-        case {"tuple": list(parts)} if len(label) == 1 and depth < MAX_DEPTH:
-            return tuple(_label_from_json(part, path, depth + 1) for part in parts)
         case {"float": "inf" | "-inf" as number} if len(label) == 1:
             return float(number)
         case str() | int() | float():  # and bool, which is an int
