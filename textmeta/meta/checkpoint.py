@@ -15,7 +15,7 @@ from textmeta.errors import AdapterError, SettingsError
 from textmeta.files import write_atomically
 from textmeta.model.initialisation import Parameters
 
-__all__ = ["TrainingState", "restore_state", "save_state"]
+__all__ = ["TrainingState", "differences", "restore_state", "save_state"]
 
 
 @dataclass
@@ -62,7 +62,7 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"cannot read the checkpoint {path}: {error}") from error
     if settings != fingerprint:
-        differing = list(_differences(settings, fingerprint))
+        differing = list(differences(settings, fingerprint))
         raise SettingsError(
             f"{path} belongs to a run with other settings ({'; '.join(differing[:5])}); give another output folder, "
             "or delete this one to start afresh"
@@ -88,9 +88,10 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
     state.step, state.best_accuracy, state.best_step = saved["step"], saved["best_accuracy"], saved["best_step"]
 
 
-def _differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:
+def differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:
+    """Yield what differs between two nested settings, each with its dotted name."""
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in sorted(saved.keys() | now.keys()):
-            yield from _differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
+            yield from differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
     elif saved != now:
         yield f"{where}: {saved!r:.60} there, {now!r:.60} now"
