@@ -490,8 +490,8 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "JSON with NaN": (put(META, b'{"a": NaN}'), f"{META} {NO_JSON}"),
     "JSON of 5,000 digits": (put(CLASSES, b'{"a": ' + b"9" * 5000 + b"}"), f"{CLASSES} {NO_JSON}"),
     # settings
-    "version that is no number": (meta(format_version=True), f"{META} has format version .*reads 1 to 7"),
-    "version that had less": (meta(format_version=2), f"{META} is not what format version 2 is"),
+    "version that is no number": (meta(format_version=True), f"{META} has format version .*reads 7"),
+    "version that had less": (meta(format_version=2), f"{META} has format version 2"),
     "unknown member": (meta(auto_map={"AutoModel": PLANTED}), f"{META}: unexpected 'auto_map'"),
     "setting of another type": (meta("inner", steps=True), f"{META}: .*steps"),
     "setting that is nested": (meta("inner.conditioning", task_encoder=nested(lambda value: {"task_encoder": value})),
