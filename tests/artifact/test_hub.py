@@ -459,7 +459,7 @@ def test_private_encoder_is_loaded_with_the_token_given(hub: HubServer, classifi
 def test_loaded_from_the_hub_and_pushed_again_with_everything_that_it_had(
     hub: HubServer, classifier: FewShotClassifier
 ) -> None:
-    labels = [("card", 1), ("card", 1), float("inf"), float("inf")]
+    labels = ["card", "card", float("inf"), float("inf")]
     classifier.fit(TEXTS, labels).push_to_hub(ADAPTER, token=TOKEN, include_support=True)
     before = hub.files(ADAPTER)
     loaded = FewShotClassifier.from_pretrained(ADAPTER)
