@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.heads import reference
+from tests.heads.given import examples_of, random
 from textmeta.heads.common import Examples
 from textmeta.heads.evidence import Folds, fold_nll, folds_of, left_out_scores, mixture
 
@@ -14,16 +15,6 @@ EXACT = {"rtol": 0.0, "atol": 1e-9}
 
 def number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def examples_of(labels: list[list[int]], ways: list[int]) -> Examples:
-    width = max(map(len, labels))
-    rows = [part + [-1] * (width - len(part)) for part in labels]
-    return Examples.of(torch.tensor(rows, dtype=torch.long), torch.tensor(ways), torch.float64)
 
 
 # 11 and 12: ten folds; 3; 2; of classes 0 and 2 alone; none: of one class, of one example each, of nothing

@@ -2,24 +2,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.heads import reference
-from textmeta.heads.common import Examples, temperature
+from tests.heads.given import examples_of, random
+from textmeta.heads.common import temperature
 from textmeta.heads.names import name_evidence, name_gate, name_scores
 from textmeta.heads.scope import SCOPE_INPUTS, scope_inputs, scope_probability
 
 V, D = 2, 5
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def examples_of(labels: list[list[int]], ways: list[int]) -> Examples:
-    width = max(map(len, labels))
-    rows = [part + [-1] * (width - len(part)) for part in labels]
-    return Examples.of(torch.tensor(rows, dtype=torch.long), torch.tensor(ways), torch.float64)
 
 
 def test_scores_are_cosines_of_centred_views():

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.heads import reference
+from tests.heads.given import examples_of
 from textmeta.heads.common import Examples
 from textmeta.heads.neighbours import neighbourhood_loss
 
@@ -16,12 +17,6 @@ WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
 def views_of(tasks: int, n: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return reference.unit(torch.randn(tasks, n, V, D, generator=generator, dtype=torch.float64))
-
-
-def examples_of(labels: list[list[int]], ways: list[int]) -> Examples:
-    width = max(map(len, labels))
-    rows = [part + [-1] * (width - len(part)) for part in labels]
-    return Examples.of(torch.tensor(rows, dtype=torch.long), torch.tensor(ways), torch.float64)
 
 
 TASKS = [[0, 1, 0, 1], [0, 0, 1, 1, 1, 2, 3, 1], [3, 0, 3, 0, 0, 2], [0, 0, 1, 2], [0, 1], []]

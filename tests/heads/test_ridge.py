@@ -4,19 +4,15 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
-from torch import Tensor
 
 from tests.heads import reference
+from tests.heads.given import random
 from textmeta.heads.common import Examples, log_shots, mean_over_classes
 from textmeta.heads.prototype import prototypes
 from textmeta.heads.ridge import dual_coefficients, primal_weights, ridge
 
 V, D = 2, 5
 PENALTY = torch.tensor(0.7, dtype=torch.float64)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def examples_of(labels: list[list[int]], ways: list[int]) -> Examples:

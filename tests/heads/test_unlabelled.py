@@ -5,22 +5,13 @@ import torch
 from torch import Tensor
 
 from tests.heads import reference
+from tests.heads.given import examples_of, random
 from textmeta.heads.common import Examples, log_shots
 from textmeta.heads.ridge import ridge
 from textmeta.heads.unlabelled import soft_labelled_ridge, soft_labels, unlabelled_weight
 
 V, D, T_SCALE = 2, 5, 4.0
 PENALTY = torch.tensor(0.7, dtype=torch.float64)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def examples_of(labels: list[list[int]], ways: list[int]) -> Examples:
-    width = max(map(len, labels))
-    rows = [part + [-1] * (width - len(part)) for part in labels]
-    return Examples.of(torch.tensor(rows, dtype=torch.long), torch.tensor(ways), torch.float64)
 
 
 LABELS, WAYS = [[0, 0, 1], [0, 1, 2, 2], []], [2, 3, 3]

@@ -1,1 +1,1 @@
-"""The layered encoder: the hidden states of several layers of a transformer, as the classifier reads them."""
+"""From text to token states: what chosen layers of a transformer make of each token."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from textmeta.model.heads import class_mask, membership
 
-__all__ = ["Examples", "float64", "log_shots", "mean_over_classes", "temperature"]
+__all__ = ["Examples", "float64", "log_shots", "mean_over_classes", "root", "temperature"]
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,12 @@ def temperature(coefficients: Tensor, shots: Tensor, ways: Tensor, stepped: Tens
 def float64(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return tensors in float64, on the CPU where their device has none; small systems are solved there exactly."""
     return tuple(t.cpu().double() if t.device.type == "mps" else t.double() for t in tensors)
+
+
+def root(squares: Tensor) -> Tensor:
+    """Return square roots whose derivative at 0 is 0, where that of the root is infinite.
+
+    So a weight of 0 has a gradient, and g / (root(mean(g²)) + ε) has its own at g = 0, 1 / ε.
+    """
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from textmeta.heads.common import Examples, float64
+from textmeta.heads.common import Examples, float64, root
 
 __all__ = ["dual_coefficients", "primal_weights", "ridge", "weighted_ridge"]
 
@@ -26,13 +26,14 @@ def ridge(views: Tensor, mixture: Tensor, examples: Examples, penalty: Tensor) -
 def weighted_ridge(views: Tensor, mixture: Tensor, targets: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:
     """Return (T, V, d, C) as :func:`ridge` does, for any targets (T, n, C) and weights (T, n) ≥ 0."""
     tasks, n, v, d = views.shape
-    design = (views * mixture.clamp(min=1e-12).sqrt()[:, None, :, None]).reshape(tasks, n, v * d)
+    shares = mixture.clamp(min=1e-12).sqrt()
+    design = (views * shares[:, None, :, None]).reshape(tasks, n, v * d)
     if n <= v * d:
         kernel = design @ design.transpose(1, 2)
         solved = design.transpose(1, 2) @ dual_coefficients(kernel, targets, weights, penalty).to(design)
     else:
         solved = primal_weights(design, targets, weights, penalty).to(design)
-    return solved.view(tasks, v, d, -1) * mixture.clamp(min=1e-12).sqrt()[:, :, None, None]
+    return solved.view(tasks, v, d, -1) * shares[:, :, None, None]
 
 
 def dual_coefficients(kernel: Tensor, targets: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def dual_coefficients(kernel: Tensor, targets: Tensor, weights: Tensor, penalty:
         penalty: () λ > 0.
     """
     kernel, targets, weights, penalty = float64(kernel, targets, weights, penalty)
-    roots = _roots(weights)
+    roots = root(weights)
     system = roots[..., :, None] * kernel * roots[..., None, :] + penalty * torch.eye(
         kernel.shape[-1], dtype=kernel.dtype, device=kernel.device
     )
@@ -59,9 +60,3 @@ def primal_weights(design: Tensor, targets: Tensor, weights: Tensor, penalty: Te
     weighted = (weights[..., None] * design).transpose(-1, -2)
     system = weighted @ design + penalty * torch.eye(design.shape[-1], dtype=design.dtype, device=design.device)
     return torch.cholesky_solve(weighted @ targets, torch.linalg.cholesky(system))
-
-
-def _roots(weights: Tensor) -> Tensor:
-    """Return square roots with a derivative of 0 at 0, where that of the root is infinite."""
-    positive = weights > 0
-    return torch.where(positive, torch.where(positive, weights, 1.0).sqrt(), 0.0)

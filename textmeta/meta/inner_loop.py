@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from textmeta.errors import SettingsError
+from textmeta.heads.common import root
 from textmeta.model.attention import twice_differentiable
 from textmeta.model.conditioning import ConditioningSettings
 from textmeta.model.heads import HEADS
@@ -243,22 +244,14 @@ def _directions(
     squares = {name: gradient.square().flatten(1).sum(1) for name, gradient in gradients.items()}
     scale = torch.ones_like(next(iter(squares.values())))
     if inner.max_gradient_norm is not None:
-        norm = _root(torch.stack(list(squares.values())).sum(0))
+        norm = root(torch.stack(list(squares.values())).sum(0))
         scale = inner.max_gradient_norm / torch.maximum(norm, torch.full_like(norm, inner.max_gradient_norm))
     directions = {}
     for name, gradient in gradients.items():
         factor = scale
         if inner.normalise:
-            rms = scale * _root(squares[name] / entries.get(name, gradient[0].numel()))
+            # 0 in a task that has nothing to learn from; LoRA's A has it wherever B is 0
+            rms = scale * root(squares[name] / entries.get(name, gradient[0].numel()))
             factor = scale / (rms + (inner.offset_epsilon if name == OFFSET else inner.lora_epsilon))
         directions[name] = gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
     return directions
-
-
-def _root(squares: Tensor) -> Tensor:
-    """Return square roots whose derivative at 0 is 0, so that g / (rms(g) + ε) has its own there, 1 / ε.
-
-    A gradient is 0 in a task that has nothing to learn from, and LoRA's A has it wherever B is 0.
-    """
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)

@@ -360,9 +360,10 @@ class TaskLearner:
             start |= {FACTOR + name: value.expand(tasks, -1, -1) for name, value in adapted.items()}
         scale, weights = init.loss_log_scale.exp(), init.loss_view_weights.softmax(0)
         parts = parts_in_turn(batch, examples, steps)
+        told = [Examples.of(labels, batch.ways, scale.dtype) for _, labels, _ in parts]
 
         def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
-            rows, labels, chosen = parts[step]
+            rows, _, chosen = parts[step]
             if with_lora:
                 factors = {name: tensors.get(FACTOR + name, value) for name, value in init.lora.items()}
                 own = self.reader.read(rows.texts, factors, rows.row_task)
@@ -370,10 +371,9 @@ class TaskLearner:
                 own = states if chosen is None else states.where(chosen)
             queries = tensors.get(QUERIES)
             pooled = pool(own, init.queries) if queries is None else pool(own, queries, rows.row_task)
-            views = rows.pad(pooled)
-            return neighbourhood_loss(views, Examples.of(labels, batch.ways, views.dtype), weights, scale)
+            return neighbourhood_loss(rows.pad(pooled), told[step], weights, scale)
 
-        chance = [Examples.of(labels, batch.ways, scale.dtype).number.clamp(min=2).log() for _, labels, _ in parts]
+        chance = [part.number.clamp(min=2).log() for part in told]
         gate = torch.sigmoid(init.step_gate[0] + init.step_gate[1] * log_shots(examples))  # (T,)
         pull = torch.sigmoid(init.pull)
 
