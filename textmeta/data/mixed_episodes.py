@@ -136,7 +136,9 @@ def _draw_names(rng: np.random.Generator, words: tuple[str, ...], unequal: bool)
     has_examples = np.ones(ways, dtype=bool)
     match NAMES[rng.integers(len(NAMES))]:
         case "permuted":
-            return tuple(words[way] for way in rng.permutation(ways)), has_examples
+            # a cycle: no class keeps its name, or a part of the names would be worth reading
+            cycle = rng.permutation(ways)
+            return tuple(words[way] for way in np.roll(cycle, 1)[cycle.argsort()]), has_examples
         case "codes":
             letters = np.transpose(np.unravel_index(rng.choice(26**3, ways, replace=False), (26, 26, 26)))
             return tuple("".join(ascii_lowercase[letter] for letter in code) for code in letters), has_examples
