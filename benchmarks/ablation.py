@@ -56,7 +56,7 @@ class Judged:
 
 LINES = [
     *(Judged(name, variant) for variant in ("plain", "names") for name in BASE),
-    *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("first", "base", "no-names", "names-after")),
+    *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("first", "tuned", "base", "no-names", "names-after")),
     Judged("no-names-0"),
     Judged("names-after-0", "names"),
     *(Judged("base-0", "unlabelled", ("--rounds", rounds)) for rounds in ("0", "1")),
