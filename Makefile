@@ -36,4 +36,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist demo-output task-map
+	rm -rf $(VENV) dist demo-output

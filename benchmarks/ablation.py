@@ -19,7 +19,7 @@ import numpy as np
 from choose import CORE, EPISODES, SHOTS, Cells, accuracies, difference
 from choose_episodes import ChooseCorpora
 from runs import read_lines
-from train_core import ARMS
+from train_core import AFTER, ARMS
 
 HERE = Path(__file__).parent
 BASE = ("base-0", "base-1", "base-2")
@@ -43,7 +43,7 @@ class Judged:
     def method(self) -> str:
         """What choose.py calls it."""
         values = dict(zip(self.options[::2], self.options[1::2], strict=True))
-        suffix = "".join(f" {name}={values['--' + name]}" for name in ("adapt", "rounds") if "--" + name in values)
+        suffix = f" adapt={values['--adapt']}" if "--adapt" in values else ""
         return f"{self.variant}{suffix} @ {self.adapter}"
 
     @property
@@ -56,10 +56,8 @@ class Judged:
 
 LINES = [
     *(Judged(name, variant) for variant in ("plain", "names") for name in BASE),
-    *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("first", "tuned", "base", "no-names", "names-after")),
-    Judged("no-names-0"),
+    *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("general", "base", "names-after")),
     Judged("names-after-0", "names"),
-    *(Judged("base-0", "unlabelled", ("--rounds", rounds)) for rounds in ("0", "1")),
     Judged("base-0", "unlabelled"),
     Judged("base-0", "plain", ("--adapt", "pooling+lora", "--shots", "5", "--episodes", "50")),
 ]
@@ -74,9 +72,8 @@ def run(data_dir: Path, folder: Path, lines: Sequence[Judged]) -> None:
         judge = ["choose.py", *told, "--run", "--adapters", str(output), "--variants", line.variant, *line.options]
         if _complete(line, data_dir):
             continue
-        if not (output / "core.json").exists():
-            after = ARMS[arm].after
-            start = ["--start", str(folder / f"{after}-{seed}")] if after else []
+        if not (output / "textmeta.json").exists():
+            start = ["--start", str(folder / f"{AFTER[arm]}-{seed}")] if arm in AFTER else []
             _call("train_core.py", *told, "--arm", arm, "--seed", seed, "--output", str(output), *start)
         _call(*judge)
 

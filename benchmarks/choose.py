@@ -26,15 +26,15 @@ from torch import Tensor
 
 from textmeta.data.episodes import Episode, with_unlabelled
 from textmeta.data.labels import readable_name
+from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader, TokenStates
-from textmeta.heads.unlabelled import ROUNDS
-from textmeta.meta.adapter import CoreAdapter
-from textmeta.meta.batch import TaskBatch
-from textmeta.meta.learner import Adapted, TaskLearner
+from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.learner import TaskLearner
+from textmeta.sharing.store import load_adapter
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES, CORE = RESULTS / "v0_1.jsonl", RESULTS / "choose.jsonl"
-SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-core"
+SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-general"
 TASKS, CHUNK, EPISODES = 16, 50, 200  # learned together; of a line; of a cell
 MOST_CHARACTERS = 400_000  # of the texts of tasks that are learned together: their token states take some 600 MB
 OTHER_DRAWS = 3  # third number of the seed that wrong names are drawn by
@@ -119,14 +119,14 @@ class KnownStates:
 class Contestant:
     """An adapter and what it has read of a corpus."""
 
-    def __init__(self, folder: Path, changes: Mapping[str, Any], rounds: int) -> None:
-        self.adapter, self.reader = CoreAdapter.load(folder)
+    def __init__(self, folder: Path, changes: Mapping[str, Any]) -> None:
+        adapter, _ = load_adapter(folder)
         self.name = folder.name
-        content = [(folder / name).read_bytes() for name in ("core.safetensors", "core.json")]
-        self.digest = hashlib.sha256(b"".join(content)).hexdigest()[:12]
-        self.settings, self.rounds = replace(self.adapter.learner, **changes), rounds
+        told = f"{tensors_digest(adapter.initialisation.tensors())} {adapter.learner}"
+        self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        self.reader = adapter.load_reader()
+        self.adapter = replace(adapter, learner=replace(adapter.learner, **changes))
         self.corpus, self.states = "", KnownStates(self.reader, {})
-        self.adapted: dict[tuple[str, ...], Adapted] = {}  # by the support texts of tasks that are learned together
 
     def answers(self, cell: Cell, episodes: Sequence[Episode]) -> tuple[list[np.ndarray], float]:
         """Return the class probabilities of each episode's queries, and the seconds of an episode, its texts read."""
@@ -134,27 +134,22 @@ class Contestant:
             self.corpus, self.states = cell.corpus.name, KnownStates(self.reader, self.adapter.initialisation.lora)
         texts = [[*e.support_texts, *e.query_texts, *e.unlabelled_texts, *(e.label_names or ())] for e in episodes]
         self.states.know([text for part in texts for text in part])
-        if "lora" in self.settings.adapt:  # these steps read the support set again and again
+        if "lora" in self.adapter.learner.adapt:  # these steps read the support set again and again
             self.reader.cache([text for part in texts for text in part])
-        learner = TaskLearner(self.states, self.adapter.initialisation, self.settings, self.rounds)
+        learner = TaskLearner(self.states, self.adapter)
         start, answers = time.perf_counter(), []
         for together in in_parts(episodes, [sum(map(len, part)) for part in texts]):
-            answers += self.probabilities(learner, together)
+            answers += probabilities(learner, together)
         return answers, (time.perf_counter() - start) / len(episodes)
 
-    @torch.no_grad()
-    def probabilities(self, learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.ndarray]:
-        """Learn the tasks of episodes together, and classify their queries."""
-        key = tuple(text for e in episodes for text in (*e.support_texts, ""))
-        if key not in self.adapted:
-            batch = TaskBatch.of_episodes(episodes)
-            states = learner.reader.read(batch.support.texts, self.adapter.initialisation.lora)
-            if len(self.adapted) >= CHUNK:  # variants of a chunk come one after another
-                self.adapted.clear()
-            self.adapted[key] = learner.adapt(batch, states)
-        learned = learner.learn_episodes(episodes, adapted=self.adapted[key])
-        found = learner.logits(*learned).double().softmax(-1).numpy()
-        return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
+
+@torch.no_grad()
+def probabilities(learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.ndarray]:
+    """Learn the tasks of episodes together, and classify their queries."""
+    task = learner.learn(TaskBatch.of_episodes(episodes))
+    queries = Rows.of([e.query_texts for e in episodes], torch.device("cpu"))
+    found = learner.answer(task, queries).logits.double().softmax(-1).numpy()
+    return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
 
 
 def in_parts(episodes: Sequence[Episode], characters: Sequence[int]) -> Iterator[list[Episode]]:
@@ -251,7 +246,7 @@ def better_baseline(found: Mapping[str, Cells], shots: int) -> str:
 
 def table(found: Mapping[str, Cells]) -> Iterator[str]:
     """Yield the lines of the table: mean accuracy at each number of shots, and the difference to three others."""
-    width = max(map(len, found)) + 2
+    width = max(36, *map(len, found)) + 2
     yield f"{'method':{width}}" + "".join(f"{k:>2} shots".rjust(16) for k in SHOTS) + "  (corpora x episodes)"
     for method in sorted(found, key=lambda name: ("@" in name, name)):
         cells = found[method]
@@ -317,7 +312,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--run", action="store_true", help="record what is missing of the adapters and variants named")
-    parser.add_argument("--adapters", type=Path, nargs="+", default=[SHIPPED])
+    parser.add_argument(
+        "--adapters", type=Path, nargs="+", help="folders; by default all that are recorded, to run the shipped"
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
@@ -325,7 +322,6 @@ def main() -> None:
     parser.add_argument(
         "--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own"
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of soft labels for unlabelled texts")
     parser.add_argument("--by-corpus", action="store_true")
     parser.add_argument("--measure", choices=("accuracy", "f1", "nll"), default="accuracy")
     parser.add_argument("--results", type=Path, default=CORE)
@@ -336,25 +332,24 @@ def main() -> None:
     lines = read_lines(arguments.results)
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
-        contestants = [Contestant(folder, changes, arguments.rounds) for folder in arguments.adapters]
+        contestants = [Contestant(folder, changes) for folder in arguments.adapters or [SHIPPED]]
         for who in contestants:
             if any(
                 line["key"]["adapter"] == who.name and line["result"]["adapter_sha256"] != who.digest for line in lines
             ):
                 raise SystemExit(f"{arguments.results} has lines of another adapter named {who.name}: rename this one")
         suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
-        suffix += f" rounds={arguments.rounds}" if arguments.rounds != ROUNDS else ""
         corpora = ChooseCorpora(arguments.data_dir, arguments.corpora)
         do_missing(
             list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),
             lines,
             arguments.results,
         )
-    names = [folder.name for folder in arguments.adapters]
+    names = [folder.name for folder in arguments.adapters or ()]
     found = {
         method: cells
         for method, cells in accuracies(read_lines(BASELINES, mend=False) + lines, arguments.measure).items()
-        if "@" not in method or method.partition(" @ ")[2] in names
+        if not names or "@" not in method or method.partition(" @ ")[2] in names
     }
     print("\n".join(table(found)))
     if arguments.by_corpus:

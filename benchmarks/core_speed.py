@@ -9,7 +9,8 @@ takes, on as many threads; learning starts from token states. Memory is what a s
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -18,18 +19,32 @@ import datasets
 import torch
 from measure import alternate, print_table, resident, settle
 from sentence_transformers import SentenceTransformer
-from train_core import ENCODER, LORA
+from torch import Tensor
+from train_core import BASE
 
 from textmeta.data.corpus import CorpusSettings, load_corpus
-from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
-from textmeta.encoder.token_states import TokenStateReader
-from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.encoder.encoder import Encoder
+from textmeta.encoder.token_states import TokenStateReader, TokenStates
+from textmeta.meta.adapter import Adapter
+from textmeta.meta.algorithms import query_losses
+from textmeta.meta.batch import TaskBatch
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
-from textmeta.meta.trainer import query_losses
-from textmeta.model.encoder import Encoder
 
 TASKS, PARTS = 16, ("learn-25", "learn-770", "first-order", "second-order")
+
+
+class Given:
+    """A reader whose texts have been read: it returns what it was given, whatever it is asked."""
+
+    def __init__(self, states: TokenStates) -> None:
+        self.states = states
+
+    def read(self, texts: Sequence[str], factors: object = None, row_task: Tensor | None = None) -> TokenStates:
+        """Return the states."""
+        assert len(texts) == self.states.count, "not the texts that were read"
+        return self.states
 
 
 class Bench:
@@ -37,27 +52,28 @@ class Bench:
 
     def __init__(self, data_dir: Path) -> None:
         self.corpus = load_corpus(CorpusSettings(str(data_dir / "banking77.jsonl")))
-        self.encoder = Encoder(ENCODER, LORA)
-        settings = LearnerSettings()
-        self.reader = TokenStateReader(self.encoder, settings.layers)
+        self.encoder = Encoder(BASE.encoder, BASE.lora)
+        self.reader = TokenStateReader(self.encoder)
+        settings = LearnerSettings(layers=self.reader.layers)
         self.start = Initialisation.start(self.encoder.factor_shapes, self.encoder.hidden_size, settings, seed=0)
-        self.learner = TaskLearner(self.reader, self.start, settings)
+        self.adapter = Adapter.of(self.reader, settings, self.start)
 
-    def episodes(self, ways: int, shots: int, count: int) -> list:
+    def episodes(self, ways: int, shots: int, count: int) -> list[Episode]:
         """Draw episodes."""
         return EpisodeSampler(self.corpus, EpisodeSettings(ways, shots, 5), seed=0).take(count)
 
-    def learning(self, episodes: list) -> Callable[[], object]:
+    def learning(self, episodes: list[Episode]) -> Callable[[], object]:
         """Return what learns tasks as one batch, their token states given."""
         batch = TaskBatch.of_episodes(episodes)
         with torch.no_grad():
-            states = self.learner.read(batch, Rows.of([()] * len(episodes), torch.device("cpu")))
-        return torch.no_grad()(lambda: self.learner.learn(batch, states))
+            states = self.reader.read(batch.support.texts, self.start.lora)
+        learner = TaskLearner(Given(states), self.adapter)
+        return torch.no_grad()(lambda: learner.learn(batch))
 
     def outer(self, second_order: bool) -> Callable[[], object]:
         """Return what takes the meta-gradient of two 5-way 5-shot tasks."""
         leaves = {name: value.clone().requires_grad_() for name, value in self.start.tensors().items()}
-        learner = TaskLearner(self.reader, self.start.with_tensors(leaves), self.learner.settings)
+        learner = TaskLearner(self.reader, replace(self.adapter, initialisation=self.start.with_tensors(leaves)))
         episodes = self.episodes(5, 5, 2)
 
         def run() -> None:
@@ -96,7 +112,7 @@ def main() -> None:
     rows = [("what", "median s", "beside", "median s", "ratio")]
 
     def add(title: str, run: Callable[[], object], other: str, beside: Callable[[], object]) -> None:
-        times = alternate({title: run, other: beside}, arguments.repeats, bench.encoder, title)
+        times = alternate({title: run, other: beside}, arguments.repeats, title)
         own, rival = median(times[title]), median(times[other])
         rows.append((title, f"{own:.3f}", other, f"{rival:.3f}", f"{own / rival:.2f}"))
 

@@ -1,7 +1,6 @@
-"""What the benchmarks share: timing sides in turn, reading memory, naming the device, printing a table."""
+"""What the benchmarks share: timing sides in turn, reading memory, printing a table."""
 
 import ctypes
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,44 +8,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import Parameters
-
-__all__ = ["alternate", "device_name", "distance", "print_table", "resident", "settle", "synchronise", "timed"]
+__all__ = ["alternate", "print_table", "resident", "settle"]
 
 
-def alternate(
-    sides: dict[str, Callable[[], object]], repeats: int, encoder: Encoder, label: str
-) -> dict[str, list[float]]:
-    """Time each side in turn, after one turn that does not count."""
+def alternate(sides: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, list[float]]:
+    """Return the seconds of each side, timed in turn, after one turn that does not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in tqdm(range(1 + repeats), desc=label, unit="turn", leave=False):
         for name, run in sides.items():
-            seconds = timed(run, encoder)
+            _wait()
+            start = time.perf_counter()
+            run()
+            _wait()
             if turn:
-                times[name].append(seconds)
+                times[name].append(time.perf_counter() - start)
     return times
 
 
-def timed(run: Callable[[], object], encoder: Encoder) -> float:
-    """Return the seconds that a call takes."""
-    synchronise(encoder)
-    start = time.perf_counter()
-    run()
-    synchronise(encoder)
-    return time.perf_counter() - start
-
-
-def synchronise(encoder: Encoder) -> None:
-    """Wait for a GPU."""
-    if encoder.device.type == "cuda":
+def _wait() -> None:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def distance(one: Parameters, two: Parameters) -> float:
-    """Return the norm of the difference of two gradients over the norm of the second."""
-    flat = [torch.cat([part[name].flatten() for name in sorted(one)]) for part in (one, two)]
-    return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
 def settle(model: torch.nn.Module) -> None:
@@ -60,13 +41,6 @@ def resident(kind: str) -> int:
     """Return VmRSS or VmHWM, the resident memory now or at its peak, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(kind))
-
-
-def device_name(encoder: Encoder) -> str:
-    """Return what the engine runs on."""
-    if encoder.device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:

@@ -1,95 +1,95 @@
-"""Meta-train on everyday requests, see what it brings on unseen domains, then classify with a few examples.
+"""Classify with a few examples, meta-train an adapter of your own, and see what it brings on classes it has not seen.
 
-python recipes/demo.py
+    python recipes/demo.py
 
-Uses the corpus that comes with textmeta and takes about two minutes on two cores. Writes the adapter and
-results.json to demo-output/.
+Needs nothing but what comes with textmeta and its extra demo, and takes about two minutes on one core.
 """
 
-import json
-from dataclasses import dataclass, field
+import argparse
+import sys
 from pathlib import Path
 
-from textmeta import FewShotClassifier
-from textmeta.artifact.store import save_adapter
-from textmeta.cli import run_recipe
+from textmeta import EpisodeSampler, EpisodeSettings, FewShotClassifier, MetaTrainer, TextMetaError
 from textmeta.data.bundled import load_bundled
-from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
-from textmeta.meta.evaluation import compare_with_frozen, format_table
-from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.training import CHECKPOINT, train
-from textmeta.meta.training_settings import TrainingSettings
-from textmeta.model.conditioning import ConditioningSettings
-from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.tasks import index_tasks
+from textmeta.encoder.encoder import EncoderSettings
+from textmeta.meta.adapter import Adapter
+from textmeta.meta.evaluation import format_table, frozen_prototypes, paired_difference, score_episodes, summary
+from textmeta.meta.learner import TaskLearner
+from textmeta.sharing.locate import DEFAULT_ADAPTER
+from textmeta.sharing.store import load_from, save_adapter
 
-SUPPORT = {  # a new task: messages to a bicycle rental
+BIKES = {  # messages to a bicycle rental; the labels are read, too
     "rent a bike": ["two city bikes for Saturday, please", "Do you have a tandem free next weekend?"],
     "bike broken": ["the chain came off and I'm stuck by the river", "Brakes don't grip any more, what now?"],
     "give a bike back": ["Can I leave it at the station instead of your shop?", "we'll bring them back an hour late"],
 }
-QUERIES = ["flat tyre, halfway up the hill", "Is a child's bike available tomorrow?", "where do I drop it off tonight?"]
+ASKED = ["flat tyre, halfway up the hill", "Is a child's bike available tomorrow?", "where do I drop it off tonight?"]
+NOTES = {  # what visitors wrote into a museum's book
+    "praise": ["The hall of clocks was wonderful", "my kids loved every minute, thank you"],
+    "complaint": ["far too crowded and no place to sit", "The audio guide stopped after two rooms"],
+    "wish": ["please open on Monday evenings", "More signs in Spanish would help"],
+}
+WRITTEN = ["best afternoon of our holiday", "the toilets were dirty", "could you show the coins again next year?"]
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """Settings of the demo.
-
-    Args:
-        output: folder for the adapter and the results.
-        test_episodes: episodes on unseen domains, for 1 shot and for 5 shots.
-        encoder: the encoder.
-        episodes: what training and validation episodes look like.
-        inner: the inner loop.
-        training: the outer loop.
-    """
-
-    output: Path = Path("demo-output")
-    test_episodes: int = 600
-    encoder: EncoderSettings = field(default_factory=lambda: EncoderSettings(max_length=64))
-    episodes: EpisodeSettings = field(default_factory=lambda: EpisodeSettings(ways=10, shots=(1, 5), queries=4))
-    inner: InnerLoopSettings = field(default_factory=lambda: InnerLoopSettings(conditioning=ConditioningSettings()))
-    training: TrainingSettings = field(
-        default_factory=lambda: TrainingSettings(
-            algorithm="protonet", steps=100, tasks_per_step=2, learning_rate=2e-3, validate_every=50
-        )
-    )
-
-
-def main(settings: DemoSettings) -> None:
-    """Train, evaluate, save, then fit and predict."""
-    corpus, split = load_bundled()
-    encoder = Encoder(settings.encoder)
-    seed = settings.training.seed
-    train_episodes, valid_episodes = (
-        EpisodeSampler(corpus.restrict(classes), settings.episodes, seed + number)
-        for number, classes in enumerate((split.train, split.valid))
-    )
-    (settings.output / CHECKPOINT).unlink(missing_ok=True)  # always from the start
-    print(f"Meta-training on {len(split.train)} classes; {len(split.test)} others, of unseen domains, are for testing")
-    result = train(encoder, train_episodes, valid_episodes, settings.training, settings.inner, settings.output)
-
-    results = {}
-    for shots in (1, 5):
-        test = EpisodeSampler(corpus.restrict(split.test), EpisodeSettings(5, shots, 5), seed + 2)
-        name = f"unseen domains, 5-way {shots}-shot"
-        episodes = test.take(settings.test_episodes)
-        results[name] = compare_with_frozen(encoder, result.parameters, episodes, result.inner, name)
-    known = index_tasks(encoder, train_episodes.corpora)
-    record = {**result.record, "results": results}
-    save_adapter(settings.output, encoder, result.parameters, result.inner, record, known_tasks=known)
-    (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{format_table(results)}\n\nAdapter and results.json are in {settings.output}/\n")
-
-    classifier = FewShotClassifier.from_pretrained(settings.output)
-    texts = [text for examples in SUPPORT.values() for text in examples]
-    classifier.fit(texts, [label for label, examples in SUPPORT.items() for _ in examples])
-    print(f"A new task, {len(SUPPORT)} classes, {len(texts)} examples:")
-    for query, label, row in zip(QUERIES, classifier.predict(QUERIES), classifier.predict_proba(QUERIES), strict=True):
+def show(classifier: FewShotClassifier, support: dict[str, list[str]], texts: list[str]) -> None:
+    """Learn a task, and print what the classifier makes of some texts."""
+    classifier.fit([text for part in support.values() for text in part], [c for c in support for _ in support[c]])
+    for text, label, row in zip(texts, classifier.predict(texts), classifier.predict_proba(texts), strict=True):
         shares = ", ".join(f"{name} {share:.2f}" for name, share in zip(classifier.classes_, row, strict=True))
-        print(f"  {query!r} → {label}   ({shares})")
-    print(f"Of what the adapter was trained on, it looks most like {classifier.nearest_tasks()[0]}")
+        print(f"  {text!r} → {label}   ({shares})")
+
+
+def compare(adapters: dict[str, Adapter], sampler: EpisodeSampler, number: int, shots: str) -> dict[str, dict]:
+    """Return the rows of the table at a number of shots: frozen prototypes, and each adapter beside them."""
+    episodes, rows = sampler.take(number), {}
+    for name, adapter in adapters.items():
+        reader = adapter.load_reader()
+        if not rows:
+            before = frozen_prototypes(reader, episodes, f"{shots}: frozen prototypes")
+            rows[f"{shots}: frozen prototypes"] = summary(before)
+        after = score_episodes(TaskLearner(reader, adapter), episodes, f"{shots}: {name}")
+        rows[f"{shots}: {name}"] = {**summary(after), "paired": paired_difference(after, before)}
+    return rows
+
+
+def main(output: Path, encoder: EncoderSettings, shipped: str, episodes: int, tests: int) -> None:
+    """Show a task, train, compare, show another task."""
+    print("A task of three classes, two examples each, learned by the adapter that comes with textmeta:")
+    show(FewShotClassifier(shipped), BIKES, ASKED)
+
+    corpus, split = load_bundled()
+    print(f"\nMeta-training an adapter on {len(split.train)} classes of everyday requests, by {episodes} small tasks:")
+    adapter = MetaTrainer(encoder, episodes=episodes).train([corpus.restrict(split.train)])
+    save_adapter(output, adapter)
+
+    adapters = {"the shipped adapter": load_from(shipped)[0], "your adapter": adapter}
+    rows = {}
+    for shots in (1, 5):
+        sampler = EpisodeSampler(corpus.restrict(split.test), EpisodeSettings(5, shots, 5), seed=1)
+        rows |= compare(adapters, sampler, tests, f"{shots} shot{'s' * (shots > 1)}")
+    print(f"\n{tests} tasks of 5 of the {len(split.test)} classes kept for testing, of other domains, without names:")
+    print(format_table(rows))
+    print("(The shipped adapter was trained on these classes, among those of 81 other corpora; yours was not.)")
+
+    print("\nA new task, learned by your adapter:")
+    show(FewShotClassifier(output), NOTES, WRITTEN)
+    print(f"""
+What next:
+  FewShotClassifier()                  your own texts and labels, with the shipped adapter
+  FewShotClassifier("{output}")     the same with yours
+  textmeta train --data FILE.csv --output FOLDER     an adapter trained on your labelled texts
+  textmeta push {output} OWNER/NAME     share it on the Hugging Face Hub""")
 
 
 if __name__ == "__main__":
-    run_recipe(main, DemoSettings, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the adapter")
+    parser.add_argument("--encoder", type=EncoderSettings, default=EncoderSettings(), help="folder or id on the Hub")
+    parser.add_argument("--shipped", default=DEFAULT_ADAPTER, help="adapter to compare with")
+    parser.add_argument("--episodes", type=int, default=200, help="of training")
+    parser.add_argument("--tests", type=int, default=200, help="tasks of each test")
+    try:
+        main(**vars(parser.parse_args()))
+    except TextMetaError as error:
+        sys.exit(str(error))

@@ -21,8 +21,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from tests.hub.fixture import hub  # noqa: F401 - a fixture
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
-from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.lora import LoraSettings
+from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.lora import LoraSettings
 
 torch.set_num_threads(1)  # the tiny encoder has no work for two
 
@@ -63,7 +63,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=64,
-            max_position_embeddings=160,
+            max_position_embeddings=512,
             initializer_range=0.2,  # large enough for texts to differ
         )
         return save_tiny_model(tmp_path_factory.mktemp("tiny-bert"), BertModel(config, add_pooling_layer=False))

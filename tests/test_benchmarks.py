@@ -1,76 +1,87 @@
-"""The benchmarks run end to end, on the tiny encoder."""
+"""The benchmarks run on the tiny encoder: the engine beside the plain loop, speed, training of an arm."""
 
+import importlib
 import json
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
-from textmeta import Corpus
+from textmeta.data.corpus import Corpus
+from textmeta.encoder.encoder import EncoderSettings
+from textmeta.encoder.lora import LoraSettings
+from textmeta.meta import trainer as trainer_module
+from textmeta.meta.initialisation import LearnerSettings
+from textmeta.sharing.store import load_adapter
 
-ROOT = Path(__file__).parents[1]
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.slow
-def test_engine(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch):
+    """Import a benchmark by its name, as it finds others when it is run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def toy(corpus: Corpus, tmp_path: Path) -> Path:
+    """The toy corpus as a file."""
     rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
     (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, str(ROOT / "benchmarks" / "engine.py"), "--data", str(tmp_path / "toy.jsonl")]
-    command += ["--quick", "true", "--encoder.model", tiny_model, "--tasks", "[1,6]"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    line = done.stdout.split("over the norm): ")[1].split(".\n")[0]
-    distances = [float(part.split(": ")[-1]) for part in line.split("; ")]
-    assert len(distances) == 8  # two algorithms, two numbers of tasks, two rivals
-    assert max(distances) < 1e-3
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("| ")
-    ]
-    speed = [row for row in rows if row[0] in ("fomaml", "maml") and row[1] in ("1", "6")]
-    assert len(speed) == 4
-    for row in speed:
-        loop, _, own, filled, ratio, _ = map(float, row[2:])
-        assert 0 < filled <= own
-        assert 0.5 < ratio / (filled / loop) < 2  # medians of ratios are near ratios of medians
-    memory = {
-        (row[0], row[1], row[2]): float(row[3]) for row in rows if row[0] in ("loop", "textmeta", "textmeta-kept")
-    }
-    assert len(memory) == 7
-    assert memory["textmeta", "maml", "8"] < memory["textmeta-kept", "maml", "8"]
-    growth = {row[0]: row for row in rows if row[0] in ("tasks", "steps", "ways", "tokens", "rank")}
-    assert len(growth) == 5
+    return tmp_path / "toy.jsonl"
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [str(module.__file__), *arguments])
+    module.main()
+
+
+def test_the_engine_returns_the_gradient_of_a_plain_loop(
+    benchmark, toy: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(toy), "--model", tiny_model, "--tasks", "2", "--repeats", "1"]
+    run(benchmark("engine"), monkeypatch, *arguments)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows[2:]] == [["fomaml", "2"], ["maml", "2"]]
+    for *_, fresh, cached, distance in rows[2:]:
+        assert float(fresh) > 0
+        assert float(cached) > 0
+        assert float(distance) < 1e-4
+
+
+def train(
+    core: ModuleType, monkeypatch: pytest.MonkeyPatch, data_dir: Path, arm: str, folder: Path, *more: str
+) -> dict[str, torch.Tensor]:
+    arguments = ["--data-dir", str(data_dir), "--arm", arm, "--output", str(folder), *more]
+    run(core, monkeypatch, *arguments, "--cache", str(data_dir / "frozen"))
+    return load_adapter(folder)[0].initialisation.tensors()
 
 
 @pytest.mark.slow
-def test_task_embedding(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
-    trained = ("banking77", "clinc150", "stackoverflow", "dbpedia14", "snips")
-    for name in (*trained, "huffpost", "20news", "trec6", "tweeteval_emotion"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fold = {"train": corpus.class_names[:7], "valid": [], "test": corpus.class_names[7:]}
-    (tmp_path / "clinc150.splits.json").write_text(json.dumps({"01": fold}))
-    command = [sys.executable, str(ROOT / "benchmarks" / "task_embedding.py"), "--data-dir", str(tmp_path), "--quick"]
-    command += ["--encoder.model", tiny_model, "--results", str(tmp_path / "results.jsonl")]
-
-    def run(*more: str) -> str:
-        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    first = run("--parts", "[report,transfer]")
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 6
-    run()  # the other parts, and nothing twice
-    everything = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert everything[:6] == lines
-    assert len(everything) == 6 + 6 + 1  # variants with one corpus left out, one training of the task encoder
-    tables = run("--tables")
-    assert first.split("## transfer")[1] in tables
-    assert [tables.count(f"## {part}") for part in ("choose", "report", "retrieval", "transfer")] == [1, 1, 1, 1]
-    found = {line["key"].get("variant"): line["result"] for line in map(json.loads, lines)}
-    assert set(found["not trained"]["huffpost 1"]["mean"]) == {"start"}
-    cell = found["banks"]["clinc150 5"]
-    assert {"true", "within", "between", "mean"} <= set(cell)
-    assert cell["queries"] == 25
-    assert all(0 <= right <= 25 for right in cell["true"]["adapted"]["right"])
+def test_an_arm_is_trained_and_another_goes_on_from_it(
+    benchmark, toy: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = benchmark("train_core")
+    monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
+    small = {"encoder": EncoderSettings(tiny_model, max_length=32), "lora": LoraSettings(rank=4), "episodes": 4}
+    arms = {name: replace(arm, **small) for name, arm in core.ARMS.items()}
+    arms["no-centre"] = replace(arms["no-centre"], learner=LearnerSettings(layers=(2, 4), steps=1))
+    monkeypatch.setattr(core, "ARMS", arms)
+    for name in (*core.FIRST_COLLECTION, "train/more"):
+        (tmp_path / f"{name}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(toy.read_text())
+    before = train(core, monkeypatch, tmp_path, "no-names", tmp_path / "first")
+    start = ["--start", str(tmp_path / "first")]
+    after = train(core, monkeypatch, tmp_path, "names-after", tmp_path / "second", *start)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert "name_gate" in changed
+    assert changed <= {name for name in after if "name" in name} | {"log_zero_shot_scale"}
+    without = train(core, monkeypatch, tmp_path, "no-centre", tmp_path / "third")
+    assert without["log_centre_strength"] == -30
+    assert not without["centre"].any()
+    with pytest.raises(SystemExit):
+        train(core, monkeypatch, tmp_path, "names-after", tmp_path / "fourth")

@@ -1,165 +1,175 @@
-import importlib.util
+"""The command `textmeta`."""
+
+import csv
+import json
 import os
 import re
+import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
-from tests.artifact.test_card import record
-from tests.artifact.test_store import CONDITIONED, save_conditioned
 from tests.hub.server import TOKEN, HubServer
-from textmeta import FewShotClassifier
-from textmeta.artifact.card import is_edited
-from textmeta.artifact.store import load_adapter, save_adapter
-from textmeta.cli import main, parse_settings
-from textmeta.data.class_splits import read_class_split
-from textmeta.data.corpus import CorpusSettings
+from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
+from textmeta import Corpus, CorpusSettings, FewShotClassifier
+from textmeta.cli import main
+from textmeta.encoder.encoder import EncoderSettings
+from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import SettingsError
-from textmeta.meta.adaptation import start_parameters
-from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.model.encoder import Encoder
+from textmeta.meta import trainer
+from textmeta.meta.initialisation import LearnerSettings
+from textmeta.sharing.store import load_adapter
+from textmeta.training import parsed, train_parser
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_meta_train", ROOT / "recipes" / "meta_train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+Shown = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def adapter(encoder: Encoder, tmp_path: Path) -> Path:
-    inner = InnerLoopSettings(steps=2)
-    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner)
-    classifier.fit(["bal bel", "dal del"], ["b", "d"]).save_pretrained(tmp_path / "adapter", include_support=True)
+def adapter(tiny_model: str, tmp_path: Path) -> Path:
+    fitted = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
+    fitted.save_pretrained(tmp_path / "adapter", include_support=True)
     return tmp_path / "adapter"
 
 
-def test_info_tells_of_task_encoder_and_index(
-    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: Path
+@pytest.fixture
+def data(corpus: Corpus, tmp_path: Path) -> Path:
+    """The toy corpus as a CSV file."""
+    with (tmp_path / "toy.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(zip(corpus.texts, [corpus.class_names[label] for label in corpus.labels], strict=True))
+    return tmp_path / "toy.csv"
+
+
+@pytest.fixture
+def run(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Run ``textmeta train`` with few episodes; return the output folder."""
+    monkeypatch.setattr(trainer, "CALIBRATION_EPISODES", 8)
+
+    def run_(output: Path, *arguments: Any) -> Path:
+        few = ["--episodes", "4", "--validation_episodes", "2", "--test_episodes", "2", "--test_shots", "[1]"]
+        encoder = ["--encoder.model", tiny_model, "--encoder.max_length", "32"]
+        main(["train", "--output", str(output), *few, *encoder, *map(str, arguments)])
+        return output
+
+    return run_
+
+
+def failure(arguments: list[Any], capsys: Shown) -> str:
+    """Return the line that a command ends with, on an error of ours."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    return str(shown.splitlines()[-1])
+
+
+# train
+
+
+def test_train_on_a_file_makes_an_adapter(
+    run: Callable[..., Path], data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown
 ) -> None:
-    encoder, parameters = save_conditioned(tmp_path / "conditioned", tiny_model)
-    main(["info", str(tmp_path / "conditioned")])
+    output = run(tmp_path / "run", "--data", data)
     shown = capsys.readouterr().out
-    assert re.search(
-        r"^task encoder +graph, embeddings of 8 numbers; LoRA starts from 3 banks; each task has", shown, re.M
+    for row in ("1 shot: frozen prototypes", "1 shot: this adapter", "1 shot, class names: this adapter"):
+        assert re.search(rf"^{row} +\| \d+\.\d\d ± ", shown, re.M), row
+    assert str(output) in shown.splitlines()[-1]
+
+    made, fitted = load_adapter(output)
+    assert fitted is None
+    assert made.calibration.scope is not None
+    assert made.record["settings"]["episodes"] == 4
+    assert made.record["results"].keys() == {"1 shot", "1 shot, class names"}
+    assert made.index is not None
+    known = set(made.index.classes["toy"])
+    assert len(known) == 6
+    assert known < set(corpus.class_names), "the others are held out"
+    classifier = FewShotClassifier(output).fit(SUPPORT, LABELS)
+    assert np.isfinite(classifier.predict_proba(TEXTS)).all()
+    assert classifier.nearest_tasks()[0].corpus == "toy"
+
+    main(["info", str(output)])
+    shown = capsys.readouterr().out
+    for line in (
+        r"what +meta-trained adapter",
+        r"size +\d\.\d MiB",
+        r"encoder +/.*tiny-bert.*, revision unknown; texts are cut at 32 tokens",
+        r"learner +ridge on layers \[2, 3, 4\], 6 steps on pooling",
+        r"known +toy: 6 classes by name, readable by anybody",
+        r"trained +maml, 4 episodes",
+        r"on +toy: 96 texts, 6 classes, licence not known",
+        r"result +1 shot: \d+\.\d\d → \d+\.\d\d % \[",
+    ):
+        assert re.search(f"^{line}", shown, re.M), line
+
+
+def test_the_same_command_again_takes_no_step(run: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    first, _ = load_adapter(run(tmp_path / "run", "--data", data))
+    record = (tmp_path / "run" / "record.jsonl").read_bytes()
+    again, _ = load_adapter(run(tmp_path / "run", "--data", data))
+    assert (tmp_path / "run" / "record.jsonl").read_bytes() == record
+    tensors = again.initialisation.tensors()
+    assert all(tensors[name].equal(value) for name, value in first.initialisation.tensors().items())
+
+
+def test_nothing_may_be_held_out_and_another_corpus_choose(
+    run: Callable[..., Path], data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown
+) -> None:
+    """Both train on all classes, and so have nothing to test on."""
+    valid = json.dumps([{"dataset": str(data), "name": "other"}])
+    for number, how in enumerate((["--hold_out", "false"], ["--valid", valid])):
+        made, _ = load_adapter(run(tmp_path / str(number), "--data", data, *how))
+        assert made.index is not None
+        assert made.index.classes["toy"] == corpus.class_names
+        assert "results" not in made.record
+        assert len(made.record["settings"]["valid"]) == number
+        assert "accuracy" not in capsys.readouterr().out
+
+
+def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adapter: Path, tmp_path: Path) -> None:
+    """Its LoRA's settings are taken, and what is not learned stays as it was there."""
+    fixed = ["--fixed", '["lora."]', "--lora_share", "1", "--lora.rank", "2", "--learner.steps", "3"]
+    made, start = (
+        load_adapter(folder)[0]
+        for folder in (run(tmp_path / "run", "--data", data, "--start", adapter, *fixed), adapter)
     )
-    assert re.search(r"^known tasks +.*by name, readable by anybody: größe: 2, a/b: 1$", shown, re.M)
-    save_adapter(tmp_path / "conditioned", encoder, parameters, CONDITIONED, {})
-    main(["info", str(tmp_path / "conditioned")])
-    assert re.search(r"^known tasks +no index of them$", capsys.readouterr().out, re.M)
-    main(["info", str(adapter)])
-    assert "task" not in capsys.readouterr().out.replace(str(adapter), "")
+    assert made.lora == start.lora
+    lora = start.initialisation.lora
+    assert all(made.initialisation.lora[name].equal(value) for name, value in lora.items())
+    assert not made.initialisation.queries.equal(start.initialisation.queries)
 
 
-def test_push_pull_and_info(
-    hub: HubServer, adapter: Path, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to train on: give --data FILE, or corpora in the config"),
+        (["--data", "no-such.csv"], "no such file"),
+        (["--data", "{data}", "--test_shots", "[12]"], "12 shots and 5 queries need 17"),
+        (["--data", "{data}", "--test_episodes", "1"], "test_episodes must be at least 2, given 1"),
+        (["--data", "{data}", "--output", "."], "working folder"),
+        (["--data", "{data}", "--start", "no-such"], "no-such"),
+        (["--data", "{data}", "--episodes", "0"], "episodes must be at least 1, given 0"),
+        (["--data", "{data}", "--encoder.max_length", "1"], "at least 3 tokens, given 1"),
+    ],
+)
+def test_what_cannot_be_run_ends_in_a_line_before_training(
+    data: Path, tmp_path: Path, capsys: Shown, tiny_model: str, arguments: list[str], message: str
 ) -> None:
-    hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
-    main(["push", str(adapter), "tester/mine", "--token", TOKEN, "--base_model", "lab/tiny", "--message", "hello"])
-    assert capsys.readouterr().out.startswith(f"{hub.url}/tester/mine/commit/")
-    main(["pull", "tester/mine", "--folder", str(tmp_path / "pulled")])
-    assert capsys.readouterr().out == f"{tmp_path / 'pulled'}\n"
-    card = (tmp_path / "pulled" / "README.md").read_text(encoding="utf-8")
-    assert (
-        card.count('"path/to/this/folder"')
-        == hub.files("tester/mine")["README.md"].decode().count('"tester/mine"')
-        == 2
-    )
-    assert not is_edited(card)
-    loaded = FewShotClassifier.from_pretrained(tmp_path / "pulled")
-    assert list(loaded.predict(["bal"])) == ["b"]
-    for name in ("tester/mine", str(tmp_path / "pulled")):
-        main(["info", name])
-        printed = capsys.readouterr().out
-        for part in ("fitted classifier", "whole +yes", "lab/tiny", "2: b, d", "2 stored, readable by anybody"):
-            assert re.search(part, printed), part
+    given = [str(data) if argument == "{data}" else argument for argument in arguments]
+    command = ["train", "--output", tmp_path / "run", "--encoder.model", tiny_model, *given]
+    assert message in failure(command, capsys)
+    assert not (tmp_path / "run").exists()
 
 
-def test_info_tells_what_it_was_trained_on(
-    encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    inner = InnerLoopSettings(steps=2)
-    save_adapter(
-        tmp_path / "adapter",
-        encoder,
-        start_parameters(encoder.factor_shapes, inner, encoder.hidden_size),
-        inner,
-        record(),
-    )
-    main(["info", str(tmp_path / "adapter")])
-    printed = capsys.readouterr().out
-    assert "fomaml, 1200 episodes" in printed
-    assert "intents: 200 texts, 20 classes, cc-by-4.0" in printed
-    assert "mine: 70 texts, 7 classes, licence not known" in printed
-    assert "5-way 1-shot: 85.27 → 87.36 [+1.62, +2.56]" in printed
-
-
-@pytest.mark.parametrize("command", [["info"], ["push", "owner/name"]], ids=["info", "push"])
-def test_damaged_adapter_ends_the_command_with_a_message(adapter: Path, command: list[str]) -> None:
-    os.truncate(adapter / "adapter_model.safetensors", 100)
-    with pytest.raises(SystemExit, match=r"DamagedAdapterError: .*adapter_model\.safetensors is damaged"):
-        main([command[0], str(adapter), *command[1:]])
-
-
-def test_pull_into_a_place_that_cannot_be_replaced_is_refused_before_the_download(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="working folder"):
-        main(["pull", "tester/mine", "--folder", "."])
-    assert not hub.requests
-
-
-def test_pull_asks_the_hub_whatever_is_called_so_here(
-    hub: HubServer, adapter: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for revision in ("main", "v2"):
-        main(
-            ["push", str(adapter), "tester/mine", "--token", TOKEN, "--base_model", "lab/tiny", "--revision", revision]
-        )
-    main(["pull", "tester/mine", "--folder", "tester/mine"])
-    (tmp_path / "tester" / "mine" / "adapter_config.json").write_text("damaged")
-    main(["pull", "tester/mine", "--folder", "tester/mine", "--revision", "v2"])
-    load_adapter(tmp_path / "tester" / "mine")
-
-
-def test_pull_of_an_adapter_that_names_a_folder_as_its_encoder_is_refused(
-    hub: HubServer, adapter: Path, tmp_path: Path
-) -> None:
-    hub.add_repo("lab/evil", {path.name: path.read_bytes() for path in adapter.iterdir()})
-    with pytest.raises(SystemExit, match="no folder of this machine is opened"):
-        main(["pull", "lab/evil", "--folder", str(tmp_path / "pulled")])
-    assert not (tmp_path / "pulled").exists()
-
-
-def test_info_shows_nothing_that_a_terminal_acts_on(
-    encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    inner = InnerLoopSettings(steps=2)
-    classifier = FewShotClassifier(encoder, start_parameters(encoder.factor_shapes, inner, encoder.hidden_size), inner)
-    classifier.fit(["bal bel", "dal del"], ["a\x1b[2Jb", "c\nwhole  no"]).save_pretrained(tmp_path / "adapter")
-    main(["info", str(tmp_path / "adapter")])
-    printed = capsys.readouterr().out
-    assert "\x1b" not in printed
-    assert "\nwhole  no" not in printed
-
-
-def test_the_command_is_installed() -> None:
-    (command,) = entry_points(group="console_scripts", name="textmeta")
-    assert command.load() is main
+# The settings of train
 
 
 def write_config(folder: Path, text: str) -> list[str]:
@@ -168,11 +178,19 @@ def write_config(folder: Path, text: str) -> list[str]:
     return ["--config", str(path)]
 
 
-def test_defaults_are_those_of_the_dataclass(recipe: ModuleType) -> None:
-    assert parse_settings(recipe.MetaTrainSettings, ["--output", "run"]) == recipe.MetaTrainSettings(Path("run"))
+def test_there_are_few_settings_and_their_help_is_short() -> None:
+    parser = train_parser()
+    names = list(parser.get_defaults().keys())
+    names.remove("config")
+    assert len(names) == len(set(names)) <= 40, names
+    assert {"output", "corpora", "algorithm", "encoder.model", "lora.rank", "learner.adapt"} <= set(names)
+    assert len(parser.format_help().splitlines()) <= 100
 
 
-def test_values_of_a_config_file_arrive_with_their_types(recipe: ModuleType, tmp_path: Path) -> None:
+def test_every_setting_has_its_default_and_a_config_file_changes_it(tmp_path: Path) -> None:
+    plain = parsed(train_parser(), ["--output", "run"])
+    assert (plain.encoder, plain.lora, plain.learner) == (EncoderSettings(), LoraSettings(), LearnerSettings())
+    assert {name: plain[name] for name in ("algorithm", "precision")} == {"algorithm": "maml", "precision": "no"}
     config = """
 output: run
 fold: "01"
@@ -180,154 +198,146 @@ test_shots: [2, 3]
 corpora:
   - dataset: first.csv
     label_column: intent
-  - dataset: owner/second
-    config: en
-lora:
-  targets: [query]
-episodes:
-  ways: [2, 7]
-  shots: 3
-inner:
-  adapt: [offset]
-training:
-  steps: 7
+  - {dataset: owner/second, config: en}
+encoder: {model: some/encoder}
+lora: {targets: [query]}
+learner: {layers: [1, 2], adapt: lora}
+algorithm: reptile
+fixed: [centre]
+lora_rate: 1e-3
 """
-    settings = parse_settings(recipe.MetaTrainSettings, write_config(tmp_path, config))
-    assert settings.output == Path("run")
-    assert settings.fold == "01"
-    assert settings.test_shots == [2, 3]
-    assert settings.corpora == [
-        CorpusSettings("first.csv", label_column="intent"),
-        CorpusSettings("owner/second", config="en"),
-    ]
-    assert settings.lora.targets == ("query",)
-    assert settings.episodes.ways == (2, 7)
-    assert settings.episodes.shots == 3
-    assert settings.inner.adapt == ("offset",)
-    assert settings.training.steps == 7
+    settings = parsed(train_parser(), write_config(tmp_path, config))
+    assert (settings.output, settings.fold, settings.test_shots) == (Path("run"), "01", [2, 3])
+    second = CorpusSettings("owner/second", config="en")
+    assert settings.corpora == [CorpusSettings("first.csv", label_column="intent"), second]
+    assert settings.encoder == EncoderSettings("some/encoder")
+    assert settings.lora == LoraSettings(targets=("query",))
+    assert settings.learner == LearnerSettings(layers=(1, 2), adapt="lora")
+    assert (settings.algorithm, settings.fixed, settings.lora_rate) == ("reptile", ("centre",), 0.001)
 
 
-def test_command_line_after_the_config_overrides_it(recipe: ModuleType, tmp_path: Path) -> None:
-    arguments = write_config(tmp_path, "output: run\ntraining:\n  steps: 4\n  seed: 5\n")
-    settings = parse_settings(recipe.MetaTrainSettings, [*arguments, "--training.steps", "9"])
-    assert (settings.training.steps, settings.training.seed) == (9, 5)
-
-
-def test_config_after_the_command_line_overrides_it(recipe: ModuleType, tmp_path: Path) -> None:
-    arguments = write_config(tmp_path, "output: run\ntraining:\n  steps: 4\n")
-    settings = parse_settings(recipe.MetaTrainSettings, ["--training.steps", "9", "--training.seed", "5", *arguments])
-    assert (settings.training.steps, settings.training.seed) == (4, 5)
+def test_the_later_of_config_and_command_line_counts(tmp_path: Path) -> None:
+    config = write_config(tmp_path, "output: run\nepisodes: 4\nlora: {rank: 5, alpha: 6}\n")
+    line = ["--episodes", "9", "--lora.rank", "7"]
+    after, before = parsed(train_parser(), [*config, *line]), parsed(train_parser(), [*line, *config])
+    assert (after.episodes, after.lora) == (9, LoraSettings(rank=7, alpha=6))
+    assert (before.episodes, before.lora) == (4, LoraSettings(rank=5, alpha=6))
 
 
 @pytest.mark.parametrize(
-    ("option", "nearest"),
+    ("given", "unknown", "nearest"),
     [
-        ("--outptu", "output"),
-        ("--tetst_shots", "test_shots"),
-        ("--trainin.steps", "training.steps"),
-        ("--training.steps_", "training.steps"),
-        ("--training.stpes", "training.steps"),
-        ("--seed", "training.seed"),
+        (["--outptu", "5"], "outptu", "output"),
+        (["--tetst_shots", "5"], "tetst_shots", "test_shots"),
+        (["--lora.rnak", "5"], "lora.rnak", "lora.rank"),
+        (["--episode", "5"], "episode", "episodes"),  # a beginning that is accepted today is ambiguous tomorrow
+        ({"outptu": "run"}, "outptu", "output"),
+        ({"learner": {"stpes": 4}}, "learner.stpes", "learner.steps"),
+        ({"corpora": [{"dataset": "a", "label_colum": "b"}]}, "label_colum", "label_column"),
+        ({"corpora": [{"dataset": "a"}, {"datset": "b"}]}, "datset", "dataset"),
     ],
+    ids=str,
 )
-def test_unknown_option_names_the_nearest(recipe: ModuleType, option: str, nearest: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        parse_settings(recipe.MetaTrainSettings, ["--output", "run", option, "5"])
-    assert f"'{option[2:]}' is not a setting; the nearest is '{nearest}'" in str(caught.value)
-
-
-def test_abbreviated_option_is_unknown(recipe: ModuleType) -> None:
-    # a prefix that is accepted today becomes ambiguous, or another setting, when a setting is added
-    with pytest.raises(SettingsError, match=r"the nearest is 'training\.steps'"):
-        parse_settings(recipe.MetaTrainSettings, ["--output", "run", "--training.step", "5"])
-
-
-@pytest.mark.parametrize(
-    ("text", "unknown", "nearest"),
-    [
-        ("outptu: run\n", "outptu", "output"),
-        ("trainign:\n  steps: 4\n", "trainign.steps", "training.steps"),
-        ("training:\n  step: 4\n", "training.step", "training.steps"),
-        ("corpora:\n  - dataset: a\n    label_colum: b\n", "label_colum", "corpora.label_column"),
-        ("corpora:\n  - dataset: a\n  - datset: b\n", "datset", "corpora.dataset"),
-    ],
-    ids=["top level", "group", "nested", "in a list", "in the second of a list"],
-)
-def test_unknown_name_in_a_config_names_the_nearest(
-    recipe: ModuleType, tmp_path: Path, text: str, unknown: str, nearest: str
+def test_unknown_name_ends_in_a_line_with_the_nearest(
+    tmp_path: Path, capsys: Shown, given: Any, unknown: str, nearest: str
 ) -> None:
-    with pytest.raises(SettingsError) as caught:
-        parse_settings(recipe.MetaTrainSettings, [*write_config(tmp_path, text), "--output", "run"])
-    assert f"'{unknown}' is not a setting; the nearest is '{nearest}'" in str(caught.value)
+    arguments = given if isinstance(given, list) else write_config(tmp_path, yaml.safe_dump(given))
+    line = failure(["train", "--output", tmp_path / "run", *arguments], capsys)
+    assert f"the nearest to {unknown!r} is {nearest!r}" in line
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("--training.steps", "many"), ("--training.steps", "4.5"), ("--cpu", "perhaps"), ("--precision", "fp16")],
-)
-def test_value_of_a_wrong_type_is_named(recipe: ModuleType, option: str, value: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        parse_settings(recipe.MetaTrainSettings, ["--output", "run", option, value])
-    assert option[2:] in str(caught.value)
-    assert value in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
+    ("given", "message"),
     [
-        ("training:\n  steps: many\n", "training.steps"),
+        (["--episodes", "many"], "many"),
+        (["--lora.rank", "4.5"], "4.5"),
+        (["--hold_out", "perhaps"], "perhaps"),
+        (["--learner.head", "knn"], "knn"),
+        (["--algorithm", "mamal"], "algorithm must be one of .*given 'mamal'"),
+        (["--config", "no-such.yaml"], r"no-such\.yaml"),
+        ("episodes: many\n", "episodes"),
         ("fold: 01\n", "fold"),  # YAML reads the number 1
         ("corpora:\n  - dataset: a\n    label_column: 3\n", "label_column"),
+        ("output: [run\n", "config"),
+        ("- a\n- b\n", "config"),
     ],
 )
-def test_value_of_a_wrong_type_in_a_config_is_named(recipe: ModuleType, tmp_path: Path, text: str, name: str) -> None:
-    with pytest.raises(SettingsError, match=f'"{name}"'):
-        parse_settings(recipe.MetaTrainSettings, [*write_config(tmp_path, text), "--output", "run"])
+def test_value_that_cannot_be_used_is_named(tmp_path: Path, capsys: Shown, given: Any, message: str) -> None:
+    arguments = given if isinstance(given, list) else write_config(tmp_path, given)
+    assert re.search(message, failure(["train", "--output", tmp_path / "run", *arguments], capsys))
 
 
-def test_value_out_of_range_is_named(recipe: ModuleType) -> None:
-    with pytest.raises(SettingsError, match="training steps must be at least 1, given 0"):
-        parse_settings(recipe.MetaTrainSettings, ["--output", "run", "--training.steps", "0"])
+def test_output_is_required() -> None:
+    with pytest.raises(SettingsError, match="required: output"):
+        parsed(train_parser(), [])
 
 
-def test_missing_required_setting_is_named(recipe: ModuleType) -> None:
-    with pytest.raises(SettingsError, match="output"):
-        parse_settings(recipe.MetaTrainSettings, [])
+# info and push
 
 
-def test_missing_config_file_is_named(recipe: ModuleType) -> None:
-    with pytest.raises(SettingsError, match=r"no-such\.yaml"):
-        parse_settings(recipe.MetaTrainSettings, ["--config", "no-such.yaml", "--output", "run"])
+def test_push_and_info(hub: HubServer, adapter: Path, tiny_model: str, capsys: Shown, monkeypatch: Any) -> None:
+    hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    main(["push", str(adapter), "tester/mine", "--base-model", "lab/tiny", "--message", "hello"])
+    assert capsys.readouterr().out.startswith(f"{hub.url}/tester/mine/commit/")
+    pushed, kept = (FewShotClassifier.from_pretrained(name) for name in ("tester/mine", adapter))
+    np.testing.assert_array_equal(pushed.predict_proba(TEXTS), kept.predict_proba(TEXTS))
+    for name in ("tester/mine", str(adapter)):
+        main(["info", name])
+        shown = capsys.readouterr().out
+        for part in (r"what +fitted classifier", r"classes +3: b, f, k", r"support +6 texts stored, readable by any"):
+            assert re.search(part, shown), part
+        assert ("(hub, commit " in shown) is (name == "tester/mine")
 
 
-@pytest.mark.parametrize("text", ["output: [run\n", "- a\n- b\n"], ids=["no YAML", "no mapping"])
-def test_malformed_config_is_an_error(recipe: ModuleType, tmp_path: Path, text: str) -> None:
-    with pytest.raises(SettingsError):
-        parse_settings(recipe.MetaTrainSettings, write_config(tmp_path, text))
+@pytest.mark.parametrize("command", [["info"], ["push", "owner/name"]], ids=["info", "push"])
+def test_damaged_adapter_ends_the_command_in_a_line(adapter: Path, capsys: Shown, command: list[str]) -> None:
+    os.truncate(adapter / "adapter_model.safetensors", 100)
+    line = failure([command[0], adapter, *command[1:]], capsys)
+    assert re.search(r"adapter_model\.safetensors is damaged", line)
 
 
-def test_there_are_shipped_configs() -> None:
-    assert CONFIGS
+@pytest.mark.parametrize("command", [["info", "no/such/place"], ["push", "no-such", "owner/name"]])
+def test_what_is_not_there_ends_the_command_in_a_line(capsys: Shown, command: list[str]) -> None:
+    assert command[1] in failure(command, capsys)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_config_parses_and_its_split_exists(recipe: ModuleType, path: Path) -> None:
-    settings = parse_settings(recipe.MetaTrainSettings, ["--config", str(path), "--output", "run"])
-    assert settings.corpora
-    assert settings.corpora[0].dataset
-    if settings.splits is not None:
-        assert read_class_split(ROOT / settings.splits, settings.fold).train
+def test_info_shows_nothing_that_a_terminal_acts_on(tiny_model: str, tmp_path: Path, capsys: Shown) -> None:
+    fitted = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT[:4], ["a\x1b[2J", "c\nwhole", "c\nwhole", "d"])
+    fitted.save_pretrained(tmp_path / "adapter")
+    main(["info", str(tmp_path / "adapter")])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\nwhole" not in shown
 
 
-def test_names_may_have_hyphens_and_truth_may_go_unsaid() -> None:
-    @dataclass(frozen=True)
-    class Settings:
-        data_dir: str = ""
-        quick: bool = False
-        steps: int = 3
+def test_record_that_is_not_what_training_writes_is_no_error(tiny_model: str, tmp_path: Path, capsys: Shown) -> None:
+    for record in ({}, {"settings": 3}, {"settings": {"algorithm": "maml"}}, {"results": {"a": None}, "settings": {}}):
+        one = FewShotClassifier(adapter_of(tiny_model))
+        object.__setattr__(one.adapter, "record", record)
+        one.save_pretrained(tmp_path / "adapter")
+        main(["info", str(tmp_path / "adapter")])
+        assert str(tmp_path / "adapter") in capsys.readouterr().out
 
-    assert parse_settings(Settings, ["--data-dir", "a-b", "--quick"]) == Settings("a-b", quick=True)
-    assert parse_settings(Settings, ["--quick", "--data-dir=a-b=c"]) == Settings("a-b=c", quick=True)
-    assert parse_settings(Settings, ["--quick", "false"]) == Settings()
-    with pytest.raises(SettingsError, match="steps"):
-        parse_settings(Settings, ["--steps"])
+
+def test_info_loads_no_more_than_it_needs(adapter: Path) -> None:
+    heavy = ["torch", "datasets", "transformers", "peft", "jsonargparse"]
+    program = (
+        "import sys; from textmeta.cli import main; main(['info', sys.argv[1]])\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, str(adapter)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_command_is_installed_and_lists_its_commands(capsys: Shown) -> None:
+    (command,) = entry_points(group="console_scripts", name="textmeta")
+    assert command.load() is main
+    for arguments, code in ((["--help"], 0), (["train", "--help"], 0), ([], 2), (["trian"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == code
+        shown = capsys.readouterr()
+        assert ("usage: textmeta" in shown.out) is (code == 0)
+        assert ("usage: textmeta" in shown.err) is (code == 2)

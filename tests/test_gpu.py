@@ -1,38 +1,61 @@
-"""The engine on a GPU gives what it gives on the CPU."""
+"""What is learned on a GPU is what is learned on the CPU."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.meta.test_adaptation import INNER, moved_parameters
+from textmeta import FewShotClassifier, MetaTrainer
+from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler
+from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.token_states import TokenStateReader
+from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
-from textmeta.meta.meta_gradient import MetaGradientSettings
-from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.lora import LoraSettings
+from textmeta.meta.initialisation import Adapt, Initialisation, LearnerSettings
+from textmeta.meta.learner import TaskLearner
 
 pytestmark = pytest.mark.gpu
 
 
+def gradient(encoder: Encoder, algorithm: str, adapt: Adapt, sampler: EpisodeSampler) -> torch.Tensor:
+    """The meta-gradient of four episodes, away from the start, where LoRA's A has none."""
+    settings = ALGORITHMS[algorithm].learner(LearnerSettings(layers=(2, 3, 4), steps=3, adapt=adapt))
+    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    leaves = {
+        name: (value + 0.05 * torch.randn(value.shape, generator=generator)).to(encoder.device).requires_grad_()
+        for name, value in start.tensors().items()
+    }
+    adapter = Adapter.of(TokenStateReader(encoder, settings.layers), settings, start)
+    learner = TaskLearner(
+        TokenStateReader(encoder, settings.layers), replace(adapter, initialisation=start.with_tensors(leaves))
+    )
+    found = ALGORITHMS[algorithm].gradient(learner, sampler.take(4), leaves).gradient
+    return torch.cat([found[name].detach().cpu().flatten() for name in sorted(found)])
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@pytest.mark.parametrize("adapt", ["pooling", "pooling+lora"])
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_meta_gradients(
-    name: str, checkpointed: bool, precision: str, tiny_model: str, encoder: Encoder, sampler: EpisodeSampler
+    algorithm: str, adapt: Adapt, precision: str, tiny_model: str, encoder: Encoder, sampler: EpisodeSampler
 ) -> None:
-    settings = EncoderSettings(tiny_model, max_length=32)
-    on_gpu = Encoder(settings, LoraSettings(rank=4), device="cuda", precision=precision)
-    algorithm, plan = ALGORITHMS[name], MetaGradientSettings(checkpointed=checkpointed)
-    inner = algorithm.inner(INNER)
-    parameters = moved_parameters(encoder, inner)
-    expected = algorithm.gradient(encoder, parameters, sampler.take(4), inner, plan).gradient
-    moved = {key: value.to("cuda") for key, value in parameters.items()}
-    found = algorithm.gradient(on_gpu, moved, sampler.take(4), inner, plan).gradient
-    flat = [torch.cat([part[key].cpu().flatten() for key in sorted(expected)]) for part in (expected, found)]
-    assert (flat[0] - flat[1]).norm() < (1e-2 if precision == "no" else 0.3) * flat[0].norm()
+    on_gpu = Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4), "cuda", precision)
+    expected, found = (gradient(which, algorithm, adapt, sampler) for which in (encoder, on_gpu))
+    assert (found - expected).norm() < (1e-2 if precision == "no" else 0.3) * expected.norm()
 
 
-def test_prefix_states_do_not_depend_on_the_company(tiny_model: str) -> None:
-    texts = [f"bal bel {'bil ' * (number % 5)}" for number in range(40)]
-    one, two = (Encoder(EncoderSettings(tiny_model, max_length=32), device="cuda") for _ in range(2))
-    forwards, backwards = one._states(texts, remember=False), two._states(texts[::-1], remember=False)[::-1]
-    assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
+def test_an_adapter_that_was_trained_on_a_gpu_is_used_on_the_cpu(
+    tiny_model: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    trainer = MetaTrainer(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4), episodes=4)
+    FewShotClassifier(trainer.train([corpus], output=tmp_path / "run")).save_pretrained(tmp_path / "adapter")
+    texts, labels = ["bal bel", "bel bal", "dil dol", "dol dil"], ["one", "one", "two", "two"]
+    found = [
+        FewShotClassifier(tmp_path / "adapter", device=device).fit(texts, labels).predict_proba(["bal", "dil bal"])
+        for device in ("cpu", "cuda")
+    ]
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-3, atol=1e-3)

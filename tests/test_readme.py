@@ -1,54 +1,96 @@
-"""The README's Python runs as it stands."""
+"""The Python of README and docs runs as it stands; what they name is there, and they name all that is public."""
 
 import csv
 import re
+import runpy
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
+import textmeta
 from tests.hub.server import TOKEN, USER, HubServer
-from textmeta.artifact import locate
-from textmeta.artifact.store import save_adapter
-from textmeta.data.corpus import Corpus
-from textmeta.meta.adaptation import start_parameters
-from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.model.conditioning import ConditioningSettings
-from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.initialisation import SCOPE
-from textmeta.model.scope import RULE_SIZE
-from textmeta.tasks import index_tasks
+from textmeta import cli, training
+from textmeta.data.bundled import load_bundled
+from textmeta.encoder.pretrained import CARRIED_PACKAGE, DEFAULT_ENCODER
+from textmeta.meta import trainer
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_python_of_the_readme_runs(
-    block: str, hub: HubServer, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def python_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL)
+
+
+def with_python() -> list[Any]:
+    pages = [page for page in PAGES if python_of(page)]
+    return [pytest.param(page, marks=[pytest.mark.slow] * (page.name == "training.md"), id=page.name) for page in pages]
+
+
+@pytest.mark.parametrize("page", with_python())
+def test_python_runs_from_top_to_bottom(
+    page: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = Path(pytest.importorskip(CARRIED_PACKAGE).__file__).parent / "model"
+    hub.add_repo(DEFAULT_ENCODER, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
-    encoder = Encoder(EncoderSettings("lab/tiny", max_length=32))
-    inner = InnerLoopSettings(conditioning=ConditioningSettings())
-    start = start_parameters(encoder.factor_shapes, inner, encoder.hidden_size)
-    known = index_tasks(encoder, [corpus], rows=3)
-    save_adapter("demo-output", encoder, start, inner, {}, known_tasks=known)
-    monkeypatch.setattr(locate, "SHIPPED", tmp_path / "adapters")
-    save_adapter(tmp_path / "adapters" / "minilm-general", encoder, {**start, SCOPE: torch.ones(RULE_SIZE)}, inner, {})
-    with open("intents.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["utterance", "intent"])
-        writer.writerows((f"{word} {number}", word) for word in ("bal", "bel", "bil") for number in range(5))
-    exec(compile(block.replace("your-name/", f"{USER}/"), "README.md", "exec"), {})
+    monkeypatch.setattr(trainer, "CALIBRATION_EPISODES", 2)
+    corpus, _ = load_bundled()
+    with open("intents.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["utterance", "intent"])
+        for number, name in enumerate(corpus.class_names[:16]):
+            rows.writerows((corpus.texts[row], name) for row in corpus.rows_of(number))
+    namespace: dict[str, Any] = {}
+    for number, block in enumerate(python_of(page)):
+        short = re.sub(r"episodes=\d+", "episodes=1", block).replace("your-name/", f"{USER}/")
+        exec(compile(short, f"{page.name}, block {number + 1}", "exec"), namespace)
 
 
-def test_the_readme_has_python() -> None:
-    assert len(BLOCKS) == 6
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_the_options_that_are_shown(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for block in re.findall(r"```console\n(.*?)```", text_of(page), re.DOTALL):
+        for line in block.splitlines():
+            given = shlex.split(line, comments=True)
+            if "textmeta" in given[:1]:
+                if given[1] == "train":
+                    training.parsed(training.train_parser(), given[2:])
+                else:
+                    cli._parser().parse_args(given[1:])
 
 
-def test_every_recipe_and_config_named_in_the_readme_exists() -> None:
-    named = set(re.findall(r"recipes/[\w/]+\.(?:py|yaml)", README))
-    assert named
-    assert all((Path(__file__).parents[1] / path).is_file() for path in named)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text_of(page))
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_are_there(page: Path) -> None:
+    if page.name in ("CHANGELOG.md", "tried.md"):
+        pytest.skip("speaks of what is gone")
+    named = re.findall(r"\b(?:textmeta|recipes|benchmarks|tests|docs)/[\w/.-]+\.(?:py|ya?ml|md|json)\b", text_of(page))
+    assert not [path for path in named if not (ROOT / path).is_file()]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text_of(README).split()) <= 1200
+
+
+def test_every_public_name_has_a_place_in_the_docs() -> None:
+    shown = " ".join(text_of(page) for page in PAGES if page.name not in ("CHANGELOG.md", "tried.md"))
+    assert not [name for name in textmeta.__all__ if not re.search(rf"\b{name}\b", shown)]
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "settings.py"))["page"]()
+    assert text_of(ROOT / "docs" / "settings.md") == page, "write it anew: python docs/settings.py"

@@ -1,11 +1,22 @@
-"""The house rules: imports point one way, the public names are an explicit list."""
+"""The rules of the house: imports point one way, public names are an explicit list, a call is short to follow."""
 
 import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
 
 import pytest
 
 import textmeta
+from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
+from textmeta import FewShotClassifier
 
 PACKAGE = Path(textmeta.__file__).parent
 # Data flows down this list; a file imports only from its own place and from those above it.
@@ -14,57 +25,203 @@ ORDER = [
     "files",
     "hub",
     "data",
-    "model",
     "encoder",
     "heads",
     "meta",
-    "tasks",
-    "artifact",
+    "nearest",
+    "sharing",
     "classifier",
+    "training",
     "cli",
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+MAX_LINES = 450
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def place(module: str) -> int:
     return ORDER.index(module.split(".")[1])
 
 
-def imported_modules(path: Path) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.append(node.module)
+def imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield module and name of everything that is imported from textmeta, at the top or within a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue  # for readers alone
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: a relative import"
+            yield from ((node.module or "", alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-    return [name for name in found if name.startswith("textmeta.")]
+            yield from ((alias.name, "") for alias in node.names)
+        else:
+            yield from imports(node)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def imports_of(path: Path) -> list[tuple[str, str]]:
+    found = imports(ast.parse(path.read_text(encoding="utf-8")))
+    return [(module, name) for module, name in found if module.split(".")[0] == "textmeta"]
+
+
+@EVERY_FILE
 def test_imports_point_one_way(path: Path) -> None:
-    own = "textmeta." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    wrong = [name for name in imported_modules(path) if place(name) > place(own)]
-    assert not wrong, f"{own} imports {wrong}, which stand below it"
+    own = place(module_name(path))
+    wrong = [module for module, _ in imports_of(path) if "." not in module or place(module) > own]
+    assert not wrong, f"{module_name(path)} imports {wrong}, which stand below it"
+
+
+@EVERY_FILE
+def test_no_file_imports_a_private_name_of_another(path: Path) -> None:
+    private = [f"{module}.{name}" for module, name in imports_of(path) if "._" in module or name.startswith("_")]
+    assert not private
+
+
+@EVERY_FILE
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+@EVERY_FILE
+def test_files_list_their_public_names(path: Path) -> None:
+    if path.name == "__init__.py" and path.parent.name != "bundled":
+        return
+    module = importlib.import_module(module_name(path))
+    assert module.__doc__
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 def test_every_file_has_a_place() -> None:
     assert {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES} == set(ORDER)
 
 
+def test_nothing_is_unpickled() -> None:
+    unsafe = ("import pickle", "torch.load(", "import joblib", "from joblib", "trust_remote_code=True")
+    assert not [(path.name, word) for path in FILES for word in unsafe if word in path.read_text(encoding="utf-8")]
+
+
 def test_public_names() -> None:
-    assert sorted(textmeta.__all__) == [
+    assert textmeta.__all__ == [
+        "Adapter",
         "Corpus",
         "CorpusSettings",
         "Episode",
         "EpisodeSampler",
         "EpisodeSettings",
         "FewShotClassifier",
+        "MetaTrainer",
         "TextMetaError",
+        "__version__",
         "load_corpus",
+        "similarity",
     ]
-    assert all(hasattr(textmeta, name) for name in textmeta.__all__)
+    assert set(textmeta.__all__) <= set(dir(textmeta))
+    assert textmeta.__version__ == version("textmeta")
+    with pytest.raises(AttributeError, match="module 'textmeta' has no attribute 'FewShotClasifier'"):
+        textmeta.FewShotClasifier  # noqa: B018
 
 
-def test_nothing_is_unpickled() -> None:
-    unsafe = ("import pickle", "torch.load(", "import joblib", "from joblib", "trust_remote_code=True")
-    assert not [(path.name, word) for path in FILES for word in unsafe if word in path.read_text(encoding="utf-8")]
+def public_objects() -> dict[str, Any]:
+    """Return every public name and the public methods and properties of the classes among them."""
+    found = {name: getattr(textmeta, name) for name in textmeta.__all__ if name != "__version__"}
+    for name, value in list(found.items()):
+        if inspect.isclass(value):
+            own = {f"{name}.{key}": part for key, part in vars(value).items() if not key.startswith("_")}
+            found |= {
+                key: part for key, part in own.items() if callable(part) or isinstance(part, property | classmethod)
+            }
+    return found
+
+
+@pytest.mark.parametrize("name", public_objects())
+def test_public_names_have_docstrings(name: str) -> None:
+    doc = inspect.getdoc(public_objects()[name]) or ""
+    assert doc.strip()
+    assert not doc.startswith(f"{name}("), "the one that dataclasses make of the fields"
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import textmeta; dir(textmeta)", ["numpy", "torch", "datasets", "transformers", "importlib.metadata"]),
+        ("from textmeta import TextMetaError", ["numpy", "torch", "datasets", "transformers"]),
+        (
+            "from textmeta.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+            ["numpy", "torch", "datasets", "transformers", "jsonargparse", "huggingface_hub"],
+        ),
+    ],
+    ids=["import", "errors", "help"],
+)
+def test_what_is_not_needed_is_not_loaded(code: str, absent: list[str]) -> None:
+    program = f"{code}\nimport sys; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@dataclass
+class Entered:
+    """The functions of textmeta that a call entered, and how deep they were nested."""
+
+    functions: set[CodeType] = field(default_factory=set)
+    depth: int = 0
+    deepest: int = 0
+
+    @property
+    def files(self) -> set[str]:
+        return {code.co_filename for code in self.functions}
+
+    @property
+    def names(self) -> str:
+        return ", ".join(sorted(f"{Path(code.co_filename).stem}.{code.co_qualname}" for code in self.functions))
+
+    def watch(self, frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        # comprehensions and lambdas are a part of their function
+        if (
+            event not in ("call", "return")
+            or code.co_name.startswith("<")
+            or not code.co_filename.startswith(f"{PACKAGE}/")
+        ):
+            return
+        if event == "call":
+            self.functions.add(code)
+            self.depth += 1
+            self.deepest = max(self.deepest, self.depth)
+        else:
+            self.depth -= 1
+
+
+def entered(call: Callable[[], object]) -> Entered:
+    found = Entered()
+    before = sys.getprofile()
+    sys.setprofile(found.watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model: str) -> FewShotClassifier:
+    """A classifier that has its encoder."""
+    return FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
+
+
+@pytest.mark.parametrize("unlabelled", [(), TEXTS[:-1]], ids=["plain", "unlabelled"])
+def test_fit_is_short_to_follow(classifier: FewShotClassifier, unlabelled: list[str]) -> None:
+    found = entered(lambda: classifier.fit(SUPPORT, LABELS, unlabelled=unlabelled))
+    assert "classifier.FewShotClassifier.fit" in found.names
+    assert len(found.functions) <= 40, found.names
+    assert len(found.files) <= 10, found.files
+    assert found.deepest <= 8
+
+
+def test_predict_is_short_to_follow(classifier: FewShotClassifier) -> None:
+    found = entered(lambda: classifier.predict(TEXTS))
+    assert "classifier.FewShotClassifier.predict" in found.names
+    assert len(found.functions) <= 20, found.names
+    assert found.deepest <= 8

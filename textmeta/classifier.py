@@ -1,6 +1,7 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -9,72 +10,58 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor
+from tqdm import tqdm
 
-from textmeta.artifact.adapter import Adapter, FittedHead
-from textmeta.artifact.locate import DEFAULT_ADAPTER, load_with_encoder
-from textmeta.artifact.merged import write_merged
-from textmeta.artifact.publish import Destination, push_adapter
-from textmeta.artifact.store import save_adapter
-from textmeta.data.labels import Label, LabelNames, checked_labels, label_array, task_classes
-from textmeta.data.texts import checked_texts
-from textmeta.errors import AdapterError, DataError, NotFittedError, SettingsError
+from textmeta.data.labels import Label, LabelNames, checked_labels, checked_texts, label_array, task_classes
+from textmeta.encoder.token_states import TokenStateReader
+from textmeta.errors import AdapterError, DataError, NotFittedError
+from textmeta.heads.scope import SCOPE_INPUTS, scope_probability
 from textmeta.hub import HubAccess
-from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.task_learner import LearnedTask, learn_task, text_logits
-from textmeta.meta.tasks import task_batch
-from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import lora_factors
-from textmeta.tasks import KnownTask, KnownTasks, TaskEmbedding, checked_index, embed_task
+from textmeta.meta.adapter import Adapter
+from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.learner import LearnedTask, TaskLearner
+from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
+from textmeta.nearest import KnownTask, nearest_tasks
+from textmeta.sharing.locate import DEFAULT_ADAPTER
+from textmeta.sharing.peft import write_merged
+from textmeta.sharing.push import Destination, push_adapter
+from textmeta.sharing.store import Fitted, load_from, save_adapter
 
 __all__ = ["FewShotClassifier"]
 
-NOT_FITTED = "this classifier has not been fitted: call fit(texts, labels) first"
+CHUNK = 512  # texts answered at once, which bounds the memory of their token states
+BAR_AFTER = 5.0  # seconds
 
 
 class FewShotClassifier:
-    """Classifies texts after a few gradient steps on a few labelled examples, or names of classes.
+    """Classifies texts by a few labelled examples of each class, by names of the classes, or by both.
 
-    ``FewShotClassifier()`` has the adapter that comes with textmeta; others are made by :meth:`from_pretrained`, or
-    directly from the result of meta-training.
+    ``FewShotClassifier()`` has the adapter that comes with textmeta. Adapter and encoder are loaded when they are first
+    needed, and kept; arguments that are changed after that change nothing. Before ``fit``, whatever is asked of the
+    fitted task raises NotFittedError.
 
     Args:
-        encoder: makes features.
-        parameters: the meta-learned initialisation.
-        inner: the inner loop that it was learned for.
-        record: how it was trained; goes into what :meth:`save_pretrained` writes.
-        known_tasks: index of the tasks that it was trained on, for :meth:`nearest_tasks`.
-
-    Attributes:
-        classes_: after ``fit``, the labels, sorted where they can be; columns of ``predict_proba`` are in this order.
-        support_: after ``fit``, its examples, (text, label) each, without names of classes; None before, and where they
-            were not saved.
-        task_embedding_: after ``fit``, what the task encoder makes of its examples, to compare tasks by
-            (:func:`textmeta.tasks.similarity`); None before, and where the adapter has no task encoder.
-        known_tasks_: the index of training tasks; None where the adapter has none.
+        adapter: one in hand, such as :meth:`textmeta.MetaTrainer.train` returns; or the name of one: a folder, an
+            adapter shipped in the package (``textmeta/minilm-general``), or a repository on the Hub, looked for in this
+            order. A task that was saved with it is left out (:meth:`from_pretrained` loads it, too).
+        device: where the encoder runs.
+        precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
+        encoder: folder or Hub id to load the encoder from, if not from where the adapter says.
     """
 
     def __init__(
         self,
-        encoder: Encoder | None = None,
-        parameters: Mapping[str, Tensor] | None = None,
-        inner: InnerLoopSettings | None = None,
-        record: Mapping[str, Any] | None = None,
-        known_tasks: KnownTasks | None = None,
+        adapter: str | Path | Adapter = DEFAULT_ADAPTER,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "no",
+        encoder: str | None = None,
     ) -> None:
-        if encoder is None and parameters is None and inner is None:
-            adapter, encoder = load_with_encoder(DEFAULT_ADAPTER)
-            parameters, inner, record = adapter.parameters, adapter.inner, record or adapter.record
-            known_tasks = known_tasks or adapter.known_tasks
-        if encoder is None or parameters is None or inner is None:
-            raise SettingsError("FewShotClassifier needs encoder, parameters and inner, or none of them")
-        self._encoder = encoder
-        self._parameters = {name: value.detach().to(encoder.device) for name, value in parameters.items()}
-        self._inner = inner
-        self._record = dict(record or {})
-        self._learned: LearnedTask | None = None  # after fit
-        self.support_: list[tuple[str, Any]] | None = None
-        self.task_embedding_: TaskEmbedding | None = None
-        self.known_tasks_ = known_tasks
+        self.adapter, self.device, self.precision, self.encoder = adapter, device, precision, encoder
+        self._access = HubAccess()
+        self._adapter: Adapter | None = None  # this and the next from the first use on
+        self._learner: TaskLearner | None = None
+        self._fitted: Fitted | None = None  # replaced as a whole: other threads may be predicting
 
     @classmethod
     def from_pretrained(
@@ -87,50 +74,54 @@ class FewShotClassifier:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         device: str | torch.device = "cpu",
+        precision: str = "no",
         encoder: str | None = None,
     ) -> "FewShotClassifier":
-        """Load a meta-trained adapter, or a fitted classifier, and its encoder.
+        """Load an adapter and its encoder at once; a classifier that was saved fitted comes back fitted.
 
-        Nothing that is loaded is run or unpickled; hashes, names, shapes and numbers of the adapter are checked, and
-        the encoder's weights must be those that it was trained on.
+        Nothing that is loaded is run or unpickled. The adapter is checked to be whole, and to belong to the encoder.
 
         Args:
-            name: a folder that ``save_pretrained`` or a training recipe wrote, an adapter shipped in the package
-                (``textmeta/minilm-…``), or the id of a repository on the Hub, looked for in this order.
+            name: as ``adapter`` of the class; so are the last three.
             revision: branch, tag or commit on the Hub.
             subfolder: of the folder or repository.
             token: an access token for the Hub; None takes the one that `hf auth login` stored, False none.
             cache_dir: of downloads; by default the Hub library's own.
             local_files_only: use what the cache holds, and ask nobody.
             device: where the encoder runs.
-            encoder: folder or Hub id to load the encoder from, if not from where the adapter says.
+            precision: of its matrix products.
+            encoder: where it is loaded from.
 
         Raises:
-            AdapterError: if the adapter is missing or damaged, of a newer format, or does not belong to the encoder.
+            AdapterError: if the adapter is missing or damaged, of another format, or does not belong to the encoder.
             HubError: if the Hub has no such repository or revision, does not let this user at it, or cannot be reached.
             EncoderError: if the encoder cannot be loaded.
         """
         access = HubAccess(token, cache_dir, local_files_only)
-        adapter, loaded = load_with_encoder(name, revision, subfolder, access, device, encoder)
-        classifier = cls(loaded, adapter.parameters, adapter.inner, adapter.record, adapter.known_tasks)
-        if adapter.fitted is not None:
-            classifier._learned = adapter.fitted.learned(loaded.device)
-            classifier.task_embedding_ = adapter.fitted.task
-            classifier.classes_ = label_array(adapter.fitted.classes)
-            classifier.support_ = adapter.fitted.examples
+        adapter, fitted, _ = load_from(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
+        classifier = cls(adapter, device=device, precision=precision, encoder=encoder)
+        classifier._access = access
+        queries = classifier._task_learner().adapter.initialisation.queries
+        classifier._fitted = fitted and replace(fitted, task=_on(queries.device, fitted.task))
         return classifier
 
     def fit(
-        self, texts: Sequence[str] = (), labels: Iterable[Label] = (), *, label_names: LabelNames = None
+        self,
+        texts: Sequence[str] = (),
+        labels: Iterable[Label] = (),
+        *,
+        label_names: LabelNames = "auto",
+        unlabelled: Sequence[str] = (),
     ) -> "FewShotClassifier":
-        """Adapt to a task: at least two classes, each with a text or more, a name, or both.
+        """Learn a task: at least two classes, each with an example or more, a name, or both.
 
         Args:
-            texts: the support examples.
+            texts: the labelled examples.
             labels: label of each: a string, a number or a truth value.
-            label_names: what classes are called, as further support: a mapping from label to name, of any of the
-                classes, and of classes without examples (zero shots); ``"labels"`` for the labels themselves, as words;
-                None for no names. A name weighs as much as the adapter has learned.
+            label_names: what the classes are called. "auto" reads the labels themselves, if all are words; a mapping
+                from labels to names says it better, and may have classes without examples; a list has a name for each
+                of ``classes_``; None reads nothing. Names weigh as much as the examples say that they are worth.
+            unlabelled: further texts of the same source, without labels. They help at few examples.
 
         Returns:
             The classifier itself.
@@ -138,44 +129,34 @@ class FewShotClassifier:
         Raises:
             DataError: naming the place, if a text or a name is no string or empty, a label is missing, of another type
                 or equal to one of another type, ``label_names`` is something else, or there are fewer than two classes.
-            AdapterError: if the adapter makes a head of this task that is not finite.
+            AdapterError: if the adapter cannot be loaded, or makes numbers of this task that are not finite.
         """
-        texts, rows = checked_texts(texts, "fit"), checked_labels(labels)
+        texts, rows, more = checked_texts(texts, "fit"), checked_labels(labels), checked_texts(unlabelled, "unlabelled")
         if len(texts) != len(rows):
             raise DataError(f"fit: {len(texts)} texts but {len(rows)} labels")
         classes, names = task_classes(rows, label_names)
-        index = {label: i for i, label in enumerate(classes)}
-        support = task_batch(self._encoder, [texts], [[index[label] for label in rows]], [len(classes)], [names])
-        learned = learn_task(self._encoder, self._parameters, self._inner, support)
-        self.task_embedding_ = embed_task(self._encoder, self._parameters, self._inner, support, classes)
-        self._learned = learned
-        self.classes_ = label_array(classes)
-        self.support_ = list(zip(texts, rows, strict=True))
+        number = {label: i for i, label in enumerate(classes)}
+        numbers = [number[label] for label in rows]
+        learner = self._task_learner()
+        device = learner.adapter.initialisation.queries.device
+        batch = TaskBatch.of([texts], [numbers], [len(classes)], [names], [more], device)
+        try:
+            with torch.no_grad():
+                task = learner.learn(batch)
+            finite = all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            finite = False
+        if not finite:
+            raise AdapterError("the adapter makes numbers of this task that are not finite; it is not usable")
+        self._fitted = Fitted(task, classes, list(zip(texts, numbers, strict=True)))
         return self
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
         """Return (n, classes) float64, the probability of each class, columns in the order of ``classes_``.
 
         A text's probabilities do not depend on the texts that it is sent with, but for rounding in the last digits.
-
-        Raises:
-            NotFittedError: before ``fit``.
-            DataError: if a text is no string.
         """
-        return np.asarray(self._logits(texts).double().softmax(-1).cpu())
-
-    def scope_score(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n,) float64, the probability that a text belongs to any of the classes.
-
-        The rule was learned over tasks of which some classes had been left out, and is right where as many texts belong
-        to none of the classes as to one; where fewer do, lower the threshold.
-
-        Raises:
-            NotFittedError: before ``fit``.
-            AdapterError: if the adapter has learned no such rule.
-            DataError: if a text is no string.
-        """
-        return np.asarray(self._fitted_task().scope_probability(self._logits(texts)).double().cpu())
+        return self._answer(self._now(), texts)[0]
 
     def predict(self, texts: Sequence[str], *, reject: float | bool = False, outside: Any = None) -> np.ndarray:
         """Return (n,) the most probable label of each text, as given to ``fit``.
@@ -187,21 +168,28 @@ class FewShotClassifier:
             outside: what is returned for these.
 
         Raises:
-            NotFittedError: before ``fit``.
             AdapterError: if the adapter has learned no rule to reject by.
             DataError: if a text is no string, or ``reject`` no number from 0 to 1.
         """
         reject = bool(reject) if isinstance(reject, np.bool_) else reject
         if not isinstance(reject, Real) or not 0 <= reject <= 1:
             raise DataError(f"predict: reject must be True, False or a number from 0 to 1, given {reject!r:.60}")
-        logits = self._logits(texts)
-        predicted: np.ndarray = self.classes_[logits.double().softmax(-1).cpu().numpy().argmax(1)]
+        fitted = self._now()
+        probabilities, scope_inputs = self._answer(fitted, texts)
+        predicted: np.ndarray = label_array(fitted.classes)[probabilities.argmax(1)]
         if reject is False:
             return predicted
-        threshold = 0.5 if reject is True else reject
-        scores = self._fitted_task().scope_probability(logits).tolist()
-        pairs = zip(predicted.tolist(), scores, strict=True)
-        return label_array([outside if score < threshold else label for label, score in pairs])
+        rejected = self._scope_score(scope_inputs) < (0.5 if reject is True else reject)
+        pairs = zip(predicted.tolist(), rejected.tolist(), strict=True)
+        return label_array([outside if is_out else label for label, is_out in pairs])
+
+    def scope_score(self, texts: Sequence[str]) -> np.ndarray:
+        """Return (n,) float64, the probability that a text belongs to any of the classes.
+
+        The rule was learned over tasks of which some classes had been left out, and is right where as many texts belong
+        to none of the classes as to one; where fewer do, lower the threshold. AdapterError if there is no such rule.
+        """
+        return self._scope_score(self._answer(self._now(), texts)[1])
 
     def score(self, texts: Sequence[str], labels: Iterable[Label]) -> float:
         """Return the share of texts whose label is predicted right."""
@@ -211,32 +199,41 @@ class FewShotClassifier:
         return float(np.mean([given == true for given, true in zip(predicted, rows, strict=True)]))
 
     def nearest_tasks(self, count: int = 3) -> list[KnownTask]:
-        """Return which of the tasks that the adapter was trained on the fitted one looks most like, the nearest first.
+        """Return which of the corpora that the adapter was trained on the fitted task is most like, the nearest first.
 
         Args:
-            count: how many corpora, of each of which one task is compared: its classes that are most like these.
-
-        Raises:
-            AdapterError: if the adapter has no task encoder, or no index of the tasks that it was trained on.
-            NotFittedError: before ``fit``.
+            count: how many corpora, each with its classes that are most like these.
         """
-        known = checked_index(self.known_tasks_, self._inner)
-        if self.task_embedding_ is None:
-            raise NotFittedError(NOT_FITTED)
-        return known.nearest(self.task_embedding_, count)
+        index = self._own_adapter().index
+        if index is None:
+            raise AdapterError("this adapter has no index of the classes that it was trained on")
+        return nearest_tasks(index, self.task_embedding_, count)
+
+    @property
+    def classes_(self) -> np.ndarray:
+        """The labels (C,), sorted where they can be."""
+        return label_array(self._now().classes)
+
+    @property
+    def support_(self) -> list[tuple[str, Any]] | None:
+        """The examples of ``fit``, (text, label) each; None where a classifier was saved without them."""
+        fitted = self._now()
+        return None if fitted.support is None else [(text, fitted.classes[number]) for text, number in fitted.support]
+
+    @property
+    def task_embedding_(self) -> TaskEmbedding:
+        """What :func:`textmeta.similarity` compares tasks by."""
+        return task_embedding(self._now().task, tuple(self._now().classes))
 
     def save_pretrained(self, folder: str | Path, *, include_support: bool = False) -> None:
         """Write the adapter, and the fitted task if there is one, to a folder.
 
         Args:
-            folder: where to; replaced as a whole, or not at all.
+            folder: where to; replaced as a whole, or not at all (AdapterError).
             include_support: whether to store the texts of ``fit`` with their labels, for everybody who gets the folder
                 to read; the model card says so.
-
-        Raises:
-            AdapterError: if the folder cannot be written, or there are no support texts to include.
         """
-        save_adapter(folder, *self._content(include_support))
+        save_adapter(folder, self._own_adapter(), self._to_store(include_support))
 
     def push_to_hub(
         self,
@@ -250,7 +247,7 @@ class FewShotClassifier:
         include_support: bool = False,
         base_model: str | None = None,
     ) -> CommitInfo:
-        """Push the adapter, and the fitted task if there is one, to the Hub, in one commit or not at all.
+        """Push the adapter, and the fitted task if there is one, to the Hub, in one commit or not at all; return it.
 
         Args:
             repo_id: ``owner/name``; the repository is made if there is none.
@@ -263,48 +260,77 @@ class FewShotClassifier:
             include_support: see :meth:`save_pretrained`.
             base_model: id on the Hub of the encoder, where it was loaded from a folder.
 
-        Returns:
-            The commit: ``oid``, ``commit_url``, ``repo_url``.
-
         Raises:
             AdapterError: if it cannot be saved, or its encoder is no id on the Hub.
             HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
         """
-        adapter = Adapter.of(*self._content(include_support))
         to = Destination(repo_id, revision, subfolder, token, private, commit_message)
-        return push_adapter(adapter, to, base_model=base_model)
+        return push_adapter(self._own_adapter(), self._to_store(include_support), to, base_model=base_model)
 
     def merge(self, folder: str | Path) -> None:
-        """Write the encoder with its LoRA merged, that of the fitted task if there is one, as a sentence encoder.
+        """Write the encoder with its LoRA merged, that of the fitted task if it has its own, as a sentence encoder.
 
-        ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` load it without textmeta or PEFT; its
-        sentence vectors are the features that this classifier compares.
+        ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` load it without textmeta or PEFT.
 
         Args:
-            folder: where to; must not exist, or be empty.
-
-        Raises:
-            AdapterError: if the folder holds anything, or cannot be written.
+            folder: where to; must not exist, or be empty (AdapterError).
         """
-        factors = self._learned.factors if self._learned else lora_factors(self._parameters)
-        write_merged(Path(folder), self._encoder, factors)
+        learner, factors = self._task_learner(), self._fitted.task.factors if self._fitted else {}
+        own = {name: value[0] for name, value in factors.items()} or learner.adapter.initialisation.lora
+        assert isinstance(learner.reader, TokenStateReader)
+        write_merged(Path(folder), learner.reader, own)
 
-    def _content(self, include_support: bool) -> tuple[Any, ...]:
-        """Return what is stored, in the order of the arguments of ``Adapter.of``."""
-        if include_support and self.support_ is None:
+    def _own_adapter(self) -> Adapter:
+        """Return the adapter; one that was named is loaded the first time."""
+        if self._adapter is None:
+            given = self.adapter
+            self._adapter = given if isinstance(given, Adapter) else load_from(given, encoder=self.encoder)[0]
+        return self._adapter
+
+    def _task_learner(self) -> TaskLearner:
+        """Return what learns tasks; the encoder is loaded the first time."""
+        if self._learner is None:
+            adapter = self._own_adapter()
+            reader = adapter.load_reader(
+                device=self.device, precision=self.precision, model=self.encoder, access=self._access
+            )
+            self._learner = TaskLearner(reader, adapter.to(reader.encoder.device))
+        return self._learner
+
+    def _now(self) -> Fitted:
+        """Return the fitted task, which one call holds from beginning to end, whatever other threads fit."""
+        if self._fitted is None:
+            raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
+        return self._fitted
+
+    def _answer(self, fitted: Fitted, texts: Sequence[str]) -> tuple[np.ndarray, Tensor]:
+        """Return the probabilities (n, C) of texts, float64, and what their scope is told by, (n, 7)."""
+        texts, learner = checked_texts(texts, "predict", allow_empty=True), self._task_learner()
+        device = learner.adapter.initialisation.queries.device
+        probabilities = [np.zeros((0, len(fitted.classes)))]
+        scope_inputs = [torch.zeros(0, len(SCOPE_INPUTS), device=device)]
+        starts = range(0, len(texts), CHUNK)
+        for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=len(starts) < 2):
+            with torch.inference_mode():
+                answers = learner.answer(fitted.task, Rows.of([texts[start : start + CHUNK]], device))
+            probabilities.append(answers.logits[0].double().softmax(-1).cpu().numpy())
+            scope_inputs.append(answers.scope_inputs[0])
+        return np.concatenate(probabilities), torch.cat(scope_inputs)
+
+    def _scope_score(self, scope_inputs: Tensor) -> np.ndarray:
+        rule = self._task_learner().adapter.calibration.scope
+        if rule is None:
+            raise AdapterError(f"this adapter has no rule for what is out of scope, as {DEFAULT_ADAPTER} has")
+        return np.asarray(scope_probability(rule, scope_inputs).double().cpu())
+
+    def _to_store(self, include_support: bool) -> Fitted | None:
+        """Return what is stored of the fitted task, if there is one."""
+        fitted = self._fitted
+        if include_support and (fitted is None or fitted.support is None):
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
-        fitted = None
-        if self._learned is not None:
-            support = self.support_ if include_support else None
-            fitted = FittedHead.of(self._learned, self.classes_.tolist(), support, self.task_embedding_)
-        return self._encoder, self._parameters, self._inner, self._record, fitted, self.known_tasks_
+        return fitted if fitted is None or include_support else replace(fitted, support=None)
 
-    def _fitted_task(self) -> LearnedTask:
-        if self._learned is None:
-            raise NotFittedError(NOT_FITTED)
-        return self._learned
 
-    def _logits(self, texts: Sequence[str]) -> Tensor:
-        """Return logits (n, C) of texts."""
-        learned, texts = self._fitted_task(), checked_texts(texts, "predict", allow_empty=True)
-        return text_logits(self._encoder, self._parameters, self._inner, learned, texts)
+def _on(device: torch.device, task: LearnedTask) -> LearnedTask:
+    own = {name: value.to(device) for name, value in vars(task).items() if isinstance(value, Tensor)}
+    return replace(task, factors={name: value.to(device) for name, value in task.factors.items()}, **own)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import constants, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,12 +25,21 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from textmeta.errors import HubError, HubUnreachableError
 
-__all__ = ["HubAccess", "RepoKind", "check_revision", "clear_hub_errors", "fetch_snapshot", "is_repo_id"]
+__all__ = [
+    "HubAccess",
+    "RepoKind",
+    "check_reachable",
+    "check_revision",
+    "clear_hub_errors",
+    "fetch_snapshot",
+    "is_repo_id",
+]
 
 logger = logging.getLogger(__name__)
 
 RepoKind = Literal["model", "dataset"]
 WAITS = (1, 3, 9)  # seconds before further tries, where the Hub answers that it has trouble
+DEADLINE = 10.0  # seconds to wait for an answer
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,14 @@ def fetch_snapshot(
     """
     access = access or HubAccess()
     check_revision(revision)
+    silence = None if access.local_files_only else _silence(repo_id, "model", access.token)
     download = partial(
         snapshot_download,
         repo_id,
         revision=revision,
         token=access.token,
         cache_dir=access.cache_dir,
-        local_files_only=access.local_files_only,
+        local_files_only=access.local_files_only or silence is not None,
         allow_patterns=list(patterns),
         ignore_patterns=list(ignore),
         force_download=force,
@@ -92,11 +102,37 @@ def fetch_snapshot(
             try:
                 return Path(download())
             except Exception as error:
+                if silence is not None and not isinstance(error, IncompleteSnapshotError):
+                    raise silence from error  # says more than that the cache lacks it
                 if not _may_pass(error):
                     raise
                 logger.warning("%s; trying again in %s s", _first_line(error), wait)
                 time.sleep(wait)
         return Path(download())
+
+
+def check_reachable(repo_id: str, *, kind: RepoKind = "model", token: str | bool | None = None) -> None:
+    """Check that the Hub answers when it is asked for a repository, whatever it says.
+
+    Its library waits without a limit in most places, behind a firewall that swallows packets for ever. This waits ten
+    seconds.
+
+    Raises:
+        HubUnreachableError: if it does not.
+    """
+    if (silence := _silence(repo_id, kind, token)) is not None:
+        with clear_hub_errors(repo_id, kind=kind, token=token):
+            raise silence
+
+
+def _silence(repo_id: str, kind: RepoKind, token: str | bool | None) -> Exception | None:
+    """Return why the Hub does not answer; None where it does."""
+    try:
+        HfApi(token=token).repo_info(repo_id, repo_type=kind, timeout=DEADLINE)
+    except Exception as error:
+        if isinstance(error, OfflineModeIsEnabled) or _is_network_error(error):
+            return error
+    return None
 
 
 def is_repo_id(name: str) -> bool:

@@ -64,10 +64,11 @@ class Fault:
     """A failure to be played: the first `times` requests that match are affected.
 
     In a "truncate" the headers agree with the shorter body, in a "cut" the connection ends before all that they
-    announced; with a "stale_parent" someone else commits right before the client's commit is applied.
+    announced; with a "stale_parent" someone else commits right before the client's commit is applied; after "silence"
+    the client waits for an answer until the server ends.
     """
 
-    kind: Literal["status", "cut", "truncate", "stale_parent"]
+    kind: Literal["status", "cut", "truncate", "stale_parent", "silence"]
     path: str = ""  # regular expression, searched in the decoded path with its query
     method: str | None = None
     status: int = 503
@@ -156,6 +157,7 @@ class HubServer:
         self.requests: list[Request] = []
         self._errors: list[Exception] = []  # mistakes of the server itself
         self._lock = threading.Lock()
+        self._ending = threading.Event()
         self._listeners = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
         self.url, self._storage_url = (f"http://127.0.0.1:{listener.server_port}" for listener in self._listeners)
 
@@ -166,6 +168,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ending.set()
         for listener in self._listeners:
             listener.shutdown()
             listener.server_close()
@@ -204,6 +207,11 @@ class HubServer:
         """Reply to a request; the number is how many bytes of the body to send before the connection is cut."""
         with self._lock:
             self.requests.append(request)
+            silent = self._fault(request, "silence") is not None
+        if silent:
+            self._ending.wait()
+            return Reply(503), None
+        with self._lock:
             if fault := self._fault(request, "status"):
                 return HubError(fault.status, "A failure that the test ordered").reply, None
             try:

@@ -31,7 +31,7 @@ from textmeta.meta.task_measures import TaskMeasures, leave_out_classes, measure
 from textmeta.meta.tasks import query_batch, support_batch, task_batch
 from textmeta.meta.training import TrainingResult
 from textmeta.model.conditioning import ConditioningSettings
-from textmeta.model.encoder import Encoder
+from textmeta.encoder.encoder import Encoder
 from textmeta.model.heads import HEADS
 from textmeta.model.initialisation import (
     EVIDENCE_SLOPES,

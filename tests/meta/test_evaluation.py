@@ -1,112 +1,186 @@
+"""Scores of episodes, against scikit-learn, SciPy and plain loops."""
+
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp, ttest_rel
 from sklearn.metrics import accuracy_score, f1_score, log_loss
+from transformers import AutoModel
 
-from tests.meta.test_adaptation import INNER, moved_parameters, named
+from tests.conftest import tiny_tokenizer
+from tests.meta.given import CPU, make_learner
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings, with_unlabelled
+from textmeta.encoder.encoder import Encoder
+from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import DataError
-from textmeta.meta.adaptation import adapt, query_logits, task_weights
+from textmeta.meta import evaluation
+from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import (
     EpisodeScores,
-    compare_with_frozen,
-    expected_calibration_error,
     format_table,
     frozen_prototypes,
     paired_difference,
     score_episodes,
     summary,
 )
-from textmeta.meta.tasks import query_batch, support_batch
-from textmeta.model.encoder import Encoder
-from textmeta.model.lora import zero_start
+from textmeta.meta.initialisation import LearnerSettings
 
 
-def scores(accuracy: list[float]) -> EpisodeScores:
+@pytest.fixture(scope="module")
+def episodes(corpus: Corpus) -> list[Episode]:
+    """Of 2 to 5 ways, from names alone to 4 examples a class; with unlabelled texts, and queries of no class."""
+    sampler = EpisodeSampler(corpus, EpisodeSettings((2, 5), (1, 4), 3, unbalanced=True, label_names=0.4), seed=2)
+    named = EpisodeSampler(corpus, EpisodeSettings(3, (0, 1), 3, label_names=1.0), seed=2)
+    found = [*sampler.take(8), *named.take(3)]
+    assert {0, 1, 4} <= {int(n) for e in found for n in np.bincount(e.support_labels, minlength=e.ways)}
+    found[0] = with_unlabelled(found[0], corpus, seed=0, number=0, per_class=2)
+    found[1] = outside_first(found[1])
+    return found
+
+
+def outside_first(episode: Episode) -> Episode:
+    """The episode with two more queries in front, of no class of it."""
+    texts, labels = ("bal bal", "fim fon", *episode.query_texts), [OUTSIDE, OUTSIDE, *episode.query_labels]
+    return replace(episode, query_texts=texts, query_labels=np.array(labels))
+
+
+def scores(accuracy: Sequence[float]) -> EpisodeScores:
     values = np.array(accuracy)
     return EpisodeScores(values, values, values, np.array([0.5]), np.array([True]))
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-def test_scores_are_those_of_scikit_learn(steps: int, encoder: Encoder, corpus: Corpus) -> None:
-    """One episode at a time through the inner loop, scored by another library; steps and no steps in one call."""
-    episodes = EpisodeSampler(corpus, EpisodeSettings((2, 5), (1, 3), 4), seed=2).take(11)
-    assert len({np.bincount(e.support_labels).max() for e in episodes} & {1, 2, 3}) > 1
-    few = EpisodeSettings((2, 5), (0, 1), 4, label_names=1.0)  # names alone take no steps, one example with one does
-    episodes += map(named, [*episodes[:4], *EpisodeSampler(corpus, few, seed=2).take(6)])
-    assert {len(e.support_labels) // e.ways for e in episodes[-6:]} == {0, 1}
-    parameters, inner = moved_parameters(encoder), replace(INNER, steps=steps)
-    found = score_episodes(encoder, parameters, episodes, inner)
+@pytest.mark.parametrize("adapt", ["none", "pooling", "pooling+lora"])
+def test_scores_are_those_of_scikit_learn(adapt: str, encoder64: Encoder, episodes: list[Episode]) -> None:
+    """One episode at a time, scored by another library; queries of no class take no part."""
+    learner = make_learner(encoder64, LearnerSettings((1, 3, 4), adapt, steps=2))  # type: ignore[arg-type]
+    found = score_episodes(learner, episodes)
+    confidence, correct = [], []
     for number, e in enumerate(episodes):
-        support, query = support_batch(encoder, [e]), query_batch(encoder, [e])
+        own = e.query_labels != OUTSIDE
+        queries = Rows.of([[text for text, kept in zip(e.query_texts, own, strict=True) if kept]], CPU)
         with torch.no_grad():
-            adapted = adapt(encoder, parameters, support, inner)
-            logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)[0]
-        probabilities = logits.double().softmax(1).numpy()
+            logits = learner.answer(learner.learn(TaskBatch.of_episodes([e])), queries).logits[0]
+        probabilities, labels = logits.softmax(1).numpy(), e.query_labels[own]
         predicted = probabilities.argmax(1)
-        assert found.accuracy[number] == accuracy_score(e.query_labels, predicted)
-        assert found.macro_f1[number] == f1_score(e.query_labels, predicted, average="macro")
-        assert found.nll[number] == pytest.approx(log_loss(e.query_labels, probabilities), rel=1e-3)
+        assert found.accuracy[number] == accuracy_score(labels, predicted)
+        assert found.macro_f1[number] == f1_score(labels, predicted, average="macro")
+        assert found.nll[number] == pytest.approx(log_loss(labels, probabilities, labels=range(e.ways)), rel=1e-6)
+        confidence.append(probabilities.max(1))
+        correct.append(predicted == labels)
+    np.testing.assert_allclose(found.confidence, np.concatenate(confidence), rtol=1e-6)
+    np.testing.assert_array_equal(found.correct, np.concatenate(correct))
+    assert 0 < found.correct.mean() < 1
 
 
-def test_frozen_prototypes_are_nearest_class_means(encoder: Encoder, sampler: EpisodeSampler) -> None:
-    episodes = sampler.take(5)
-    found = frozen_prototypes(encoder, episodes)
-    start = zero_start(encoder.factor_shapes, seed=0)
+def test_scores_do_not_depend_on_what_is_learned_at_once(
+    encoder64: Encoder, episodes: list[Episode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(encoder64, LearnerSettings((1, 3, 4), steps=2))
+    seen: list[tuple[int, int]] = []
+    learn = learner.learn
+
+    def watched(batch: TaskBatch, second_order: bool = False) -> object:
+        seen.append((len(batch.ways), len(batch.support.texts + batch.unlabelled.texts + batch.names.texts)))
+        return learn(batch, second_order)
+
+    monkeypatch.setattr(learner, "learn", watched)
+    together = score_episodes(learner, episodes)
+    assert [tasks for tasks, _ in seen] == [8, 3]
+    assert_equal(together, score_episodes(learner, episodes), exactly=True)
+    for name, most in (("TEXTS_AT_ONCE", 60), ("TASKS_AT_ONCE", 1), ("TEXTS_AT_ONCE", 0)):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, name, most)
+            assert_equal(together, score_episodes(learner, episodes))
+        assert sum(tasks for tasks, _ in seen) == len(episodes)
+        assert all(tasks == 1 or (most == 60 and texts <= 60) for tasks, texts in seen)
+        assert most != 60 or max(tasks for tasks, _ in seen) > 1
+
+
+def assert_equal(one: EpisodeScores, two: EpisodeScores, exactly: bool = False) -> None:
+    for name in ("accuracy", "macro_f1", "nll", "confidence", "correct"):
+        np.testing.assert_allclose(
+            getattr(one, name), getattr(two, name), rtol=0 if exactly else 1e-6, atol=0, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("layers", [None, (1, 3)])
+def test_frozen_prototypes_are_nearest_class_means(
+    layers: tuple[int, ...] | None, tiny_model: str, encoder: Encoder, episodes: list[Episode]
+) -> None:
+    """Of the mean token states of the last layer, as transformers gives them; names are examples."""
+    model, tokenizer = AutoModel.from_pretrained(tiny_model).eval(), tiny_tokenizer()
+
+    def features(texts: Sequence[str]) -> np.ndarray:
+        rows = []
+        for text in texts:
+            with torch.no_grad():
+                ids = tokenizer(text, truncation=True, max_length=32, return_tensors="pt")
+                rows.append(model(**ids).last_hidden_state[0].mean(0).double().numpy())
+        return np.stack([row / np.linalg.norm(row) for row in rows])
+
+    found = frozen_prototypes(TokenStateReader(encoder, layers), episodes)
     for number, e in enumerate(episodes):
-        support, query = (encoder.features(encoder.prepare(t), start).numpy() for t in (e.support_texts, e.query_texts))
-        means = np.stack([support[e.support_labels == c].mean(0) for c in range(e.ways)])
-        cosines = query @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
-        assert found.accuracy[number] == np.mean(cosines.argmax(1) == e.query_labels)
-
-
-def test_names_go_into_the_baseline_too(encoder: Encoder, corpus: Corpus) -> None:
-    """As one example more each, and alone where there is no other."""
-    settings = EpisodeSettings(3, (0, 2), 4, unbalanced=True, label_names=1.0)
-    episodes = [named(e) for e in EpisodeSampler(corpus, settings, seed=0).take(5)]
-    found = frozen_prototypes(encoder, episodes)
-    start = zero_start(encoder.factor_shapes, seed=0)
-    for number, e in enumerate(episodes):
-        assert e.label_names is not None
-        texts = ([*e.support_texts, *e.label_names], e.query_texts)
-        support, query = (encoder.features(encoder.prepare(part), start).numpy() for part in texts)
-        labels = np.array([*e.support_labels, *range(e.ways)])
+        names = e.label_names or ()
+        labels = np.array([*e.support_labels, *range(len(names))])
+        support = features([*e.support_texts, *names])
         means = np.stack([support[labels == c].mean(0) for c in range(e.ways)])
-        cosines = query @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
-        assert found.accuracy[number] == np.mean(cosines.argmax(1) == e.query_labels)
-    without = frozen_prototypes(encoder, [replace(e, label_names=None) for e in episodes if e.support_texts])
-    assert not np.allclose(without.nll, [nll for nll, e in zip(found.nll, episodes, strict=True) if e.support_texts])
-    zero = [named(e) for e in EpisodeSampler(corpus, replace(settings, shots=0), seed=0).take(3)]
-    result = compare_with_frozen(encoder, moved_parameters(encoder), zero, INNER)
-    assert np.isfinite([result["frozen"]["nll"], result["meta_trained"]["nll"]]).all()
+        own = e.query_labels != OUTSIDE
+        cosines = features(e.query_texts)[own] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
+        assert found.accuracy[number] == np.mean(cosines.argmax(1) == e.query_labels[own])
+        probabilities = torch.tensor(10 * cosines).softmax(1).numpy()
+        expected = log_loss(e.query_labels[own], probabilities, labels=range(e.ways))
+        assert found.nll[number] == pytest.approx(expected, rel=1e-4)
 
 
-def test_intervals() -> None:
+def test_intervals_are_students() -> None:
     after, before = scores([0.9, 0.7, 0.8, 1.0]), scores([0.6, 0.7, 0.6, 0.9])
+    expected = ttest_rel(after.accuracy, before.accuracy).confidence_interval(0.95)
     paired = paired_difference(after, before)
-    difference = np.array([0.3, 0.0, 0.2, 0.1])
-    half = 1.96 * difference.std(ddof=1) / 2
-    assert paired["difference"] == pytest.approx(0.15)
-    assert paired["low"] == pytest.approx(0.15 - half, abs=1e-4)
-    assert paired["high"] == pytest.approx(0.15 + half, abs=1e-4)
-    assert summary(after)["accuracy_ci95"] == pytest.approx(1.96 * after.accuracy.std(ddof=1) / 2, abs=1e-4)
+    assert paired == pytest.approx({"difference": 0.15, "low": expected.low, "high": expected.high})
+    found, alone = summary(after), ttest_1samp(after.accuracy, 0).confidence_interval(0.95)
+    assert found["episodes"] == 4
+    assert found["accuracy"] == pytest.approx(0.85)
+    assert found["accuracy_ci95"] == pytest.approx((alone.high - alone.low) / 2)
+
+
+def test_calibration_error_is_the_mean_gap_of_fifteen_bins() -> None:
+    rng = np.random.default_rng(0)
+    confidence = np.concatenate([rng.uniform(0.2, 1, 500), [1.0, 1.0]])
+    correct = rng.uniform(size=502) < 0.8 * confidence
+    expected = 0.0
+    for number in range(15):
+        inside = (confidence >= number / 15) & ((confidence < (number + 1) / 15) | (number == 14))
+        if inside.any():
+            expected += inside.mean() * abs(confidence[inside].mean() - correct[inside].mean())
+    found = summary(replace(scores([0.5, 1.0]), confidence=confidence, correct=correct))
+    assert found["ece"] == pytest.approx(expected)
+    assert found["ece"] > 0.1
+
+
+def test_what_cannot_be_scored_is_an_error(encoder: Encoder, episodes: list[Episode]) -> None:
+    reader = TokenStateReader(encoder)
+    with pytest.raises(DataError, match="no episodes to score"):
+        frozen_prototypes(reader, [])
+    none = replace(episodes[2], query_labels=np.full(len(episodes[2].query_labels), OUTSIDE))
+    with pytest.raises(DataError, match="'toy': an episode has no query of its classes"):
+        frozen_prototypes(reader, [episodes[0], none])
     with pytest.raises(DataError, match="4 episodes with 3"):
-        paired_difference(after, scores([1.0, 1.0, 1.0]))
+        paired_difference(scores([1.0] * 4), scores([1.0] * 3))
+    with pytest.raises(DataError, match="an interval needs at least 2 episodes, given 1"):
+        summary(scores([1.0]))
 
 
-def test_calibration_error_by_hand() -> None:
-    confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
-    correct = np.array([True, True, True, False, True, False])
-    assert expected_calibration_error(confidence, correct) == pytest.approx(4 / 6 * 0.2 + 2 / 6 * 0.05)
-    assert expected_calibration_error(np.array([1.0]), np.array([True])) == 0
-
-
-def test_the_table_has_a_row_a_setting(encoder: Encoder, sampler: EpisodeSampler) -> None:
-    result = compare_with_frozen(encoder, moved_parameters(encoder), sampler.take(6), INNER)
-    table = format_table({"3-way 3-shot": result})
-    assert "3-way 3-shot" in table
-    assert f"{100 * result['meta_trained']['accuracy']:.2f} ±" in table
-    assert len(table.splitlines()) == 3
+def test_the_table_has_a_row_a_result() -> None:
+    before, after = scores([0.25, 0.75, 0.5]), scores([0.5, 1.0, 0.75])
+    results = {"frozen": summary(before), "adapter": {**summary(after), "paired": paired_difference(after, before)}}
+    head, line, first, second = format_table(results).splitlines()
+    assert [cell.strip() for cell in head.split("|")][1:4] == ["accuracy", "macro-F1", "NLL"]
+    assert set(line) == {"-", "+"}
+    assert first.split(" | ")[:2] == ["frozen ", "50.00 ± 62.10"]
+    assert second.split(" | ")[:3] == ["adapter", "75.00 ± 62.10", "75.00   "]
+    assert second.endswith("+25.00 [+25.00, +25.00]")

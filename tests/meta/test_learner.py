@@ -1,8 +1,8 @@
-"""The task learner and the outer gradient, against :mod:`tests.heads.reference` and finite differences."""
+"""What a task is learned as, against the plain loops of :mod:`tests.heads.reference`."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -11,108 +11,50 @@ from torch import Tensor
 
 from tests.heads import reference
 from tests.heads.reference import Task
+from tests.meta.given import (
+    CPU,
+    LAYERS,
+    ROWS,
+    batch_of,
+    episode_of,
+    leaves_of,
+    make_learner,
+    make_task,
+    odd_tasks,
+)
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode
-from textmeta.encoder.token_states import TokenStateReader, TokenStates
+from textmeta.encoder.encoder import Encoder
+from textmeta.errors import SettingsError
 from textmeta.heads.common import Examples
-from textmeta.meta import learner as learner_module
+from textmeta.meta.algorithms import maml
 from textmeta.meta.batch import Rows, TaskBatch, rows_in_turn
-from textmeta.meta.initialisation import ADAPT, Initialisation, LearnerSettings
-from textmeta.meta.learner import LearnedTasks, Reader, TaskLearner
-from textmeta.meta.trainer import fomaml, maml, query_losses, reptile
-from textmeta.model.encoder import Encoder
+from textmeta.meta.initialisation import LearnerSettings
+from textmeta.meta.learner import LearnedTask, TaskLearner
 
-LAYERS = (1, 3, 4)
-CPU = torch.device("cpu")
-
-
-def make_learner(encoder: Encoder, adapt: str = "pooling", steps: int = 3, **more) -> TaskLearner:
-    """A learner with every tensor away from its start, in float64."""
-    settings = LearnerSettings(LAYERS, adapt, steps, **more)  # type: ignore[arg-type]
-    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
-    generator = torch.Generator().manual_seed(3)
-    sizes = {"queries": 0.5, "centre": 0.05, "name_centre": 0.05}
-    tensors = {}
-    for name, value in start.tensors().items():
-        size = sizes.get(name, 0.1)
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        tensors[name] = value.double() + (0 if ".lora_A." in name else size * noise)
-    tensors["loss_log_scale"] -= 1.5  # so that the loss is not at its bound, log C₁
-    tensors["lora_log_step_sizes"] += 1.0
-    return TaskLearner(TokenStateReader(encoder, LAYERS), start.with_tensors(tensors), settings)
+ADAPTS = ("none", "pooling", "lora", "pooling+lora")  # what the reference knows
+ANIL = LearnerSettings(LAYERS, "offset", steps=3, head="prototype")
+# every way of learning: those of the reference, those of the algorithms, and an offset to the ridge
+WAYS = {
+    **{adapt: LearnerSettings(LAYERS, adapt, steps=2) for adapt in ADAPTS},  # type: ignore[arg-type]
+    **{name: settings for name, (_, settings) in ROWS.items() if name.startswith(("anil", "meta_sgd", "protonet"))},
+    "offset": LearnerSettings(LAYERS, "offset", steps=2),
+}
+each_way = pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
 
 
-def texts_of(corpus: Corpus, label: int) -> list[str]:
-    return [corpus.texts[row] for row in corpus.rows_of(label)]
+def settings_of(adapt: str = "pooling", steps: int = 3, **more) -> LearnerSettings:
+    return LearnerSettings(LAYERS, adapt, steps, **more)  # type: ignore[arg-type]
 
 
-def make_task(
-    corpus: Corpus, sizes: Sequence[int], *, names: bool = False, unlabelled: int = 0, first: int = 0
-) -> Task:
-    """A task with so many examples of each class; its queries and unlabelled texts are the classes' last texts."""
-    pools = [texts_of(corpus, first + c) for c in range(len(sizes))]
-    texts = [text for pool, size in zip(pools, sizes, strict=True) for text in pool[:size]]
-    labels = [c for c, size in enumerate(sizes) for _ in range(size)]
-    extra = [pools[i % len(pools)][-1 - i // len(pools)] for i in range(unlabelled)]
-    queries = [pool[-6] for pool in pools] + [pools[0][-7]]
-    own = [texts_of(corpus, first + c)[-8] for c in range(len(sizes))] if names else None
-    return Task(texts, labels, len(sizes), own, tuple(extra), tuple(queries))
-
-
-def odd_tasks(corpus: Corpus) -> dict[str, Task]:
-    identical = make_task(corpus, (3, 3))
-    identical.texts = [identical.texts[0]] * 6
-    misleading = make_task(corpus, (3, 3))
-    misleading.texts = [
-        *misleading.texts[:3],
-        *misleading.texts[1:4],
-    ]  # the nearest text is of the other class: the loss is above log C₁
-    return {
-        "five by five": make_task(corpus, (5, 5, 5, 5, 5)),
-        "one shot": make_task(corpus, (1, 1, 1, 1), first=2),
-        "zero shot": make_task(corpus, (0, 0, 0), names=True),
-        "name alone": make_task(corpus, (3, 0, 2), names=True),
-        "unequal": make_task(corpus, (1, 2, 4, 6), first=4),
-        "named": make_task(corpus, (2, 3), names=True, first=5),
-        "unlabelled": make_task(corpus, (2, 2, 2), names=True, unlabelled=7),
-        "unlabelled without names": make_task(corpus, (1, 3), unlabelled=5),
-        "no label yet": make_task(corpus, (0, 0, 0), names=True, unlabelled=6),
-        "one text": make_task(corpus, (1, 0)),
-        "one class": make_task(corpus, (3,)),
-        "one of two classes": make_task(corpus, (0, 3), names=True),
-        "no class of two but one": make_task(corpus, (3, 1, 1)),
-        "identical": identical,
-        "misleading": misleading,
-    }
-
-
-def batch_of(tasks: Sequence[Task]) -> tuple[TaskBatch, Rows]:
-    batch = TaskBatch.of(
-        [t.texts for t in tasks],
-        [t.labels for t in tasks],
-        [t.ways for t in tasks],
-        [t.names for t in tasks],
-        [t.unlabelled for t in tasks],
-    )
-    return batch, Rows.of([t.queries for t in tasks], CPU)
-
-
-def learn(learner: TaskLearner, tasks: Sequence[Task], second_order: bool = False) -> tuple[LearnedTasks, Tensor]:
+def learn(learner: TaskLearner, tasks: Sequence[Task], second_order: bool = False) -> tuple[LearnedTask, Tensor]:
     """Return what is learned, and the logits (T, queries, C)."""
     batch, queries = batch_of(tasks)
-    states = learner.read(batch, queries)
-    learned = learner.learn(batch, states, second_order)
-    asked = states.queries
-    if learned.factors is not learner.initialisation.lora:
-        asked = learner.reader.read(queries.texts, learned.factors, queries.row_task)
-    return learned, learner.logits(learned, queries, asked)
+    learned = learner.learn(batch, second_order)
+    return learned, learner.answer(learned, queries).logits
 
 
-def plain_read(learner: TaskLearner) -> reference.Read:
-    def read(texts: list[str], factors: Mapping[str, Tensor]) -> list[Tensor]:
-        return learner.reader.read(texts, factors).unpadded()  # type: ignore[attr-defined]
-
-    return read
+def plain_read(learner: TaskLearner) -> Callable[[list[str], Mapping[str, Tensor]], list[Tensor]]:
+    return lambda texts, factors: learner.reader.read(texts, factors).unpadded()
 
 
 def in_batch_order(task: Task) -> Task:
@@ -124,35 +66,105 @@ def in_batch_order(task: Task) -> Task:
 # -------------------------------------------------------------------------------------------- what a task is learned as
 
 
-@pytest.mark.parametrize("adapt", ADAPT)
-def test_each_task_is_learned_as_the_specification_says(encoder64: Encoder, corpus: Corpus, adapt: str):
-    learner = make_learner(encoder64, adapt, steps=2)
+@pytest.mark.parametrize("settings", [WAYS[adapt] for adapt in ADAPTS], ids=ADAPTS)
+def test_each_task_is_learned_as_the_specification_says(
+    encoder64: Encoder, corpus: Corpus, settings: LearnerSettings
+) -> None:
+    learner = make_learner(encoder64, settings)
     tasks = odd_tasks(corpus)
-    if "lora" in adapt:
+    if "lora" in settings.adapt:
         tasks = {name: tasks[name] for name in ("unequal", "unlabelled", "identical")}
+    tensors = learner.adapter.initialisation.tensors()
     for name, task in tasks.items():
         with torch.no_grad():
             found = learn(learner, [task])[1][0]
-        own = in_batch_order(task)
-        expected = reference.task_logits(own, learner.initialisation.tensors(), adapt, plain_read(learner)).detach()
+        expected = reference.task_logits(in_batch_order(task), tensors, settings.adapt, plain_read(learner)).detach()
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_meta_sgd_has_a_step_size_for_each_entry(encoder64: Encoder, corpus: Corpus):
-    learner = make_learner(encoder64, steps=2, entry_step_sizes=True)
+def test_meta_sgd_has_a_step_size_for_each_entry(encoder64: Encoder, corpus: Corpus) -> None:
+    learner = make_learner(encoder64, settings_of(steps=2, entry_step_sizes=True))
+    tensors = learner.adapter.initialisation.tensors()
+    assert tensors["log_step_sizes"].shape == (2, len(LAYERS), encoder64.hidden_size)
     task = odd_tasks(corpus)["unequal"]
-    expected = reference.task_logits(
-        in_batch_order(task), learner.initialisation.tensors(), "pooling", plain_read(learner)
-    )
+    expected = reference.task_logits(in_batch_order(task), tensors, "pooling", plain_read(learner))
     torch.testing.assert_close(learn(learner, [task])[1][0].detach(), expected.detach(), rtol=1e-6, atol=1e-6)
 
 
+def offset_by_hand(learner: TaskLearner, task: Task, learned: LearnedTask) -> Tensor:
+    """ANIL in a plain loop: the head's weights (V, d, C) with the offset that its steps come to.
+
+    Centre, mixture and temperature are those that were learned; they do not depend on the steps.
+    """
+    t = learner.adapter.initialisation.tensors()
+    factors = {name.removeprefix("lora."): value for name, value in t.items() if name.startswith("lora.")}
+    u = reference.views_of(plain_read(learner)(task.texts, factors), t["queries"])
+    z = reference.unit(u - learned.centre[0])
+    rows_of = reference.classes_of(task.labels)
+    weights = torch.zeros(*z.shape[1:], task.ways, dtype=z.dtype)
+    for c, rows in rows_of.items():
+        weights[..., c] = learned.mixture[0][:, None] * reference.unit(z[rows].sum(0))
+    offset = torch.zeros_like(weights)
+    gate = (t["step_gate"][0] + t["step_gate"][1] * math.log(1 + len(task.labels) / len(rows_of))).sigmoid()
+    for size in t["offset_log_step_sizes"].exp():
+        offset.requires_grad_()
+        losses = []
+        for i, label in enumerate(task.labels):
+            scores = learned.scale[0] * torch.stack([(z[i] * (weights + offset)[..., c]).sum() for c in rows_of])
+            losses.append(-scores.log_softmax(0)[list(rows_of).index(label)])
+        loss = reference.class_mean(torch.stack(losses), task.labels)
+        (g,) = torch.autograd.grad(loss, offset)
+        far = gate * min(1.0, float(loss.detach()) / math.log(max(2, len(rows_of))))
+        offset = (offset - far * size * g / (g.square().mean() + 1e-8).sqrt() - t["pull"].sigmoid() * offset).detach()
+    return weights + offset
+
+
+def test_anil_adapts_an_offset_to_the_head_as_a_plain_loop_does(encoder64: Encoder, corpus: Corpus) -> None:
+    learner = make_learner(encoder64, ANIL)
+    for name in ("five by five", "unequal", "name alone", "named", "misleading"):
+        task = odd_tasks(corpus)[name]
+        with torch.no_grad():
+            learned, logits = learn(learner, [task])
+            before = learned.class_means[0]  # the prototypes themselves
+        expected = offset_by_hand(learner, in_batch_order(task), learned)
+        torch.testing.assert_close(learned.weights[0], expected, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+        assert (learned.weights[0] - before).abs().max() > 1e-3  # the steps went somewhere
+        assert torch.equal(learned.queries, learner.adapter.initialisation.queries)
+        assert not learned.factors
+
+
+@pytest.mark.parametrize("settings", [settings_of(), ANIL], ids=["pooling", "offset"])
+def test_the_temperature_is_another_once_a_task_has_taken_steps(
+    encoder64: Encoder, corpus: Corpus, settings: LearnerSettings
+) -> None:
+    tasks = [make_task(corpus, sizes) for sizes in ((2, 3), (1, 3), (3,))]
+    scales = []
+    for third in (0.0, 0.5):
+        learner = make_learner(encoder64, settings)
+        learner.adapter.initialisation.temperature[3] = third
+        with torch.no_grad():
+            learned, _ = learn(learner, tasks)
+        scales.append(learned.scale)
+        moved = [
+            not torch.equal(learned.weights[row], learned.class_means[row])
+            if settings.adapt == "offset"
+            else not torch.equal(learned.queries[row], learner.adapter.initialisation.queries)
+            for row in range(len(tasks))
+        ]
+    grown = [math.exp(0.5) if took else 1.0 for took in moved]
+    assert len({*grown}) == 2
+    assert (scales[1] / scales[0]).tolist() == pytest.approx(grown)
+
+
+# -------------------------------------------------------------------------------------------- together and alone
+
+
 @pytest.mark.parametrize("unlabelled", [False, True])
-@pytest.mark.parametrize(("adapt", "head"), [*((adapt, "ridge") for adapt in ADAPT), ("none", "prototype")])
+@each_way
 def test_tasks_of_a_batch_are_learned_as_one_by_one(
-    encoder64: Encoder, corpus: Corpus, adapt: str, head: str, unlabelled: bool
-):
-    learner = make_learner(encoder64, adapt, steps=2, head=head)
+    encoder64: Encoder, corpus: Corpus, settings: LearnerSettings, unlabelled: bool
+) -> None:
+    learner = make_learner(encoder64, settings)
     tasks = {name: task for name, task in odd_tasks(corpus).items() if unlabelled or not task.unlabelled}
     with torch.no_grad():
         found = learn(learner, list(tasks.values()))[1]
@@ -160,47 +172,40 @@ def test_tasks_of_a_batch_are_learned_as_one_by_one(
         for row, (name, task) in enumerate(tasks.items()):
             alone = learn(learner, [task])[1][0]
             own = found[row, : len(task.queries), : task.ways]
-            if not torch.allclose(own, alone, rtol=1e-6, atol=1e-8):
+            if not torch.allclose(own, alone, rtol=1e-6, atol=1e-6):
                 wrong.append(f"{name}: {float((own - alone).abs().max()):.2e}")
             assert (found[row, :, task.ways :] == -torch.inf).all()
     assert not wrong
 
 
-@pytest.mark.parametrize("adapt", ADAPT)
-def test_tasks_with_unlabelled_texts_are_learned_as_one_by_one(encoder64: Encoder, corpus: Corpus, adapt: str):
-    learner = make_learner(encoder64, adapt, steps=2)
-    tasks = [task for task in odd_tasks(corpus).values() if task.unlabelled]
-    with torch.no_grad():
-        found = learn(learner, tasks)[1]
-        for row, task in enumerate(tasks):
-            own = found[row, : len(task.queries), : task.ways]
-            torch.testing.assert_close(own, learn(learner, [task])[1][0], rtol=1e-6, atol=1e-8)
-
-
-def test_an_answer_does_not_depend_on_the_other_queries(encoder64: Encoder, corpus: Corpus):
-    learner = make_learner(encoder64)
+def test_an_answer_does_not_depend_on_the_other_queries(encoder64: Encoder, corpus: Corpus) -> None:
+    learner = make_learner(encoder64, settings_of("pooling+lora"))
     tasks = [odd_tasks(corpus)[name] for name in ("unequal", "named")]
     batch, queries = batch_of(tasks)
     with torch.no_grad():
-        states = learner.read(batch, queries)
-        learned = learner.learn(batch, states)
-        together = learner.logits(learned, queries, states.queries)
+        learned = learner.learn(batch)
+        together = learner.answer(learned, queries)
         for task, number in ((0, 1), (1, 0), (1, 2)):
             alone = Rows.of([[tasks[i].queries[number]] if i == task else [] for i in range(2)], CPU)
-            found = learner.logits(learned, alone, learner.reader.read(alone.texts, learner.initialisation.lora))
-            torch.testing.assert_close(found[task, 0], together[task, number], rtol=1e-8, atol=1e-8)
+            found = learner.answer(learned, alone)
+            torch.testing.assert_close(found.logits[task, 0], together.logits[task, number], rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(
+                found.scope_inputs[task, 0], together.scope_inputs[task, number], rtol=1e-8, atol=1e-8
+            )
 
 
 LARGE = (16,) * 10  # 160 texts
 
 
 @pytest.mark.parametrize(
-    ("adapt", "sizes"), [*((adapt, (1, 2, 4, 3)) for adapt in ADAPT), ("pooling", LARGE), ("lora", LARGE)]
+    ("settings", "sizes"),
+    [*((settings, (1, 2, 4, 3)) for settings in WAYS.values()), *((WAYS[name], LARGE) for name in ("pooling", "lora"))],
+    ids=[*WAYS, "pooling, large", "lora, large"],
 )
 def test_the_order_of_texts_and_classes_changes_nothing(
-    encoder64: Encoder, corpus: Corpus, adapt: str, sizes: tuple[int, ...]
-):
-    learner = make_learner(encoder64, adapt, steps=2)
+    encoder64: Encoder, corpus: Corpus, settings: LearnerSettings, sizes: tuple[int, ...]
+) -> None:
+    learner = make_learner(encoder64, settings)
     task = make_task(corpus, sizes, names=True, unlabelled=3)
     rng = np.random.default_rng(0)
     to, rows = rng.permutation(len(sizes)), rng.permutation(len(task.texts))
@@ -221,38 +226,65 @@ def test_the_order_of_texts_and_classes_changes_nothing(
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (4, 1, 1), (4,), (2, 0)])
 def test_no_step_where_fewer_than_two_classes_have_two_examples(
     encoder64: Encoder, corpus: Corpus, sizes: tuple[int, ...]
-):
-    learner = make_learner(encoder64)
+) -> None:
+    learner = make_learner(encoder64, settings_of("pooling+lora"))
+    init = learner.adapter.initialisation
     beside = make_task(corpus, (2, 2))  # takes steps
-    learned, _ = learn(learner, [make_task(corpus, sizes), beside])
-    assert torch.equal(learned.queries[0], learner.initialisation.queries)
-    assert not torch.equal(learned.queries[1], learner.initialisation.queries)
+    with torch.no_grad():
+        learned, _ = learn(learner, [make_task(corpus, sizes), beside])
+    assert torch.equal(learned.queries[0], init.queries)
+    assert not torch.equal(learned.queries[1], init.queries)
+    for name, value in learned.factors.items():
+        assert torch.equal(value[0], init.lora[name])
+        assert torch.equal(value[1], init.lora[name]) == (".lora_A." in name)  # B alone is adapted
 
 
-def tensors_in(value: object) -> list[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        return [("", value)]
+# -------------------------------------------------------------------------------------------- what is kept of it
+
+
+def tensors_in(value: object, where: str = "") -> list[tuple[str, object]]:
+    """Return all that is in nested dataclasses and mappings, by name."""
     parts: Mapping[str, object] = {}
     if isinstance(value, Mapping):
         parts = value
     elif dataclasses.is_dataclass(value):
         parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return [(f"{name}.{rest}", found) for name, part in parts.items() for rest, found in tensors_in(part)]
+    else:
+        return [(where, value)]
+    return [found for name, part in parts.items() for found in tensors_in(part, f"{where}.{name}")]
 
 
-@pytest.mark.parametrize("adapt", ["pooling", "pooling+lora"])
-def test_what_is_kept_of_a_task_does_not_grow_with_its_texts(encoder64: Encoder, corpus: Corpus, adapt: str):
-    learner = make_learner(encoder64, adapt, steps=1)
-    task = make_task(corpus, (6, 7), names=True, unlabelled=11)
+@pytest.mark.parametrize("settings", [settings_of(), settings_of("pooling+lora", 1), ANIL], ids=lambda s: s.adapt)
+def test_a_learned_task_is_tensors_alone_that_do_not_grow_with_its_texts(
+    encoder64: Encoder, corpus: Corpus, settings: LearnerSettings
+) -> None:
+    learner = make_learner(encoder64, settings)
     with torch.no_grad():
-        learned, _ = learn(learner, [task])
-    assert [name for name, value in tensors_in(learned) if {13, 11, 24} & {*value.shape}] == []
+        learned, _ = learn(learner, [make_task(corpus, (6, 7), names=True, unlabelled=11)])
+    parts = tensors_in(learned)
+    assert [name for name, value in parts if not isinstance(value, Tensor)] == []
+    assert [name for name, value in parts if {13, 11, 24} & {*value.shape}] == []  # type: ignore[attr-defined]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        learned.weights = torch.zeros(1)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("adapt", ["none", "pooling", "pooling+lora"])
-def test_gradients_are_finite_in_odd_tasks(encoder64: Encoder, corpus: Corpus, adapt: str):
-    learner = make_learner(encoder64, adapt, steps=2)
-    leaves = {n: value.requires_grad_() for n, value in learner.initialisation.tensors().items()}
+def test_answers_leave_a_learned_task_alone(encoder64: Encoder, corpus: Corpus) -> None:
+    learner = make_learner(encoder64, settings_of("pooling+lora"))
+    batch, queries = batch_of([make_task(corpus, (2, 3), names=True)])
+    with torch.no_grad():
+        learned = learner.learn(batch)
+        before = [value.clone() for _, value in tensors_in(learned)]  # type: ignore[attr-defined]
+        first, second = (learner.answer(learned, queries).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(torch.equal(value, was) for (_, value), was in zip(tensors_in(learned), before, strict=True))
+
+
+# -------------------------------------------------------------------------------------------- odd tasks
+
+
+@each_way
+def test_gradients_are_finite_in_odd_tasks(encoder64: Encoder, corpus: Corpus, settings: LearnerSettings) -> None:
+    learner, leaves = leaves_of(make_learner(encoder64, settings))
     for name, task in odd_tasks(corpus).items():
         _, logits = learn(learner, [task], second_order=True)
         assert logits.isfinite().all(), name
@@ -260,13 +292,12 @@ def test_gradients_are_finite_in_odd_tasks(encoder64: Encoder, corpus: Corpus, a
         assert all(part is None or part.isfinite().all() for part in found), name
 
 
-def test_what_tells_the_scope_is_finite_in_odd_tasks(encoder64: Encoder, corpus: Corpus):
-    learner = make_learner(encoder64, steps=1)
+def test_what_tells_the_scope_is_finite_in_odd_tasks(encoder64: Encoder, corpus: Corpus) -> None:
+    learner = make_learner(encoder64, settings_of(steps=1))
     tasks = odd_tasks(corpus)
     batch, queries = batch_of(list(tasks.values()))
     with torch.no_grad():
-        states = learner.read(batch, queries)
-        found = learner.scope_inputs(learner.learn(batch, states), queries, states.queries)
+        found = learner.answer(learner.learn(batch), queries).scope_inputs
     assert found.isfinite().all()
     for row, (name, task) in enumerate(tasks.items()):
         k = len(task.labels) / max(1, len(set(task.labels)))
@@ -274,6 +305,35 @@ def test_what_tells_the_scope_is_finite_in_odd_tasks(encoder64: Encoder, corpus:
         assert found[row, 0, [3, 5, 6]].tolist() == pytest.approx(expected), name
         assert task.labels or not found[row, :, 1].any(), name
         assert task.names or not found[row, :, 2].any(), name
+
+
+def test_one_labelled_class_is_nothing_to_regress_on_with_unlabelled_texts_either(
+    encoder64: Encoder, corpus: Corpus
+) -> None:
+    learner = make_learner(encoder64, settings_of("none", 1))
+    texts = corpus.texts[:6]
+    batch = TaskBatch.of([texts[:1]], [[0]], [3], None, [texts[1:]])
+    with torch.no_grad():
+        found = learner.answer(learner.learn(batch), Rows.of([texts[:2]], CPU)).logits.softmax(-1)
+    torch.testing.assert_close(found, torch.full_like(found, 1 / 3))
+
+
+def test_learning_lowers_the_loss_of_the_steps(encoder64: Encoder, corpus: Corpus) -> None:
+    """More steps, better neighbours: with what they are told to change, and not elsewhere."""
+    task = in_batch_order(make_task(corpus, (5, 5, 5)))
+    for adapt in ("pooling", "lora", "pooling+lora"):
+        losses = []
+        for steps in (0, 6):
+            learner = make_learner(encoder64, settings_of(adapt, steps))
+            init = learner.adapter.initialisation
+            init.lora_log_step_sizes.fill_(math.log(0.02))
+            with torch.no_grad():
+                learned, _ = learn(learner, [task])
+                factors = {name: value[0] for name, value in learned.factors.items()} or init.lora
+                u = reference.views_of(plain_read(learner)(task.texts, factors), learned.queries.view(-1, *init.queries.shape)[0])
+                weights, scale = init.loss_view_weights.softmax(0), init.loss_log_scale.exp()
+                losses.append(float(reference.neighbourhood(u, task.labels, weights, scale)))
+        assert losses[1] < losses[0] - 0.01, (adapt, losses)
 
 
 # ---------------------------------------------------------------------------------------------- rows in turn
@@ -288,7 +348,7 @@ def examples_of(*sizes: Sequence[int]) -> Examples:
     return Examples.of(torch.tensor(rows), torch.tensor([len(part) for part in sizes]), torch.float64)
 
 
-def test_small_tasks_are_seen_whole():
+def test_small_tasks_are_seen_whole() -> None:
     examples = examples_of([64, 63, 1], [100, 100], [1, 1, 3])
     for step in range(4):
         rows = rows_in_turn(examples, step)
@@ -311,7 +371,7 @@ CROWDS = {
 
 
 @pytest.mark.parametrize("sizes", CROWDS.values(), ids=CROWDS.keys())
-def test_a_step_of_a_large_task_is_bounded(sizes: list[int]):
+def test_a_step_of_a_large_task_is_bounded(sizes: list[int]) -> None:
     examples = examples_of(sizes)
     several = examples.member[0].sum(0) >= 2
     for step in range(12):
@@ -325,7 +385,7 @@ def test_a_step_of_a_large_task_is_bounded(sizes: list[int]):
 
 
 @pytest.mark.parametrize("name", CROWDS)
-def test_everything_is_seen_in_turn(name: str):
+def test_everything_is_seen_in_turn(name: str) -> None:
     examples = examples_of(CROWDS[name])
     several = examples.member[0].sum(0) >= 2
     seen = torch.stack([rows_in_turn(examples, step)[0] for step in range(200)]).any(0)
@@ -333,7 +393,7 @@ def test_everything_is_seen_in_turn(name: str):
     assert int((due & ~seen).sum()) == 0
 
 
-def test_turns_do_not_depend_on_the_number_of_a_class():
+def test_turns_do_not_depend_on_the_number_of_a_class() -> None:
     examples = examples_of([2 + c % 6 for c in range(100)])
     to = torch.as_tensor(np.random.default_rng(1).permutation(100))
     other = Examples(examples.member[:, :, to], examples.weights, examples.classes)
@@ -344,211 +404,29 @@ def test_turns_do_not_depend_on_the_number_of_a_class():
 # ---------------------------------------------------------------------------------------------- gradients
 
 
-def episode_of(task: Task) -> Episode:
-    labels = [*range(task.ways), 0]
-    names = None if task.names is None else tuple(task.names)
-    return Episode(
-        "toy",
-        tuple(map(str, range(task.ways))),
-        tuple(task.texts),
-        np.array(task.labels, dtype=np.int64),
-        task.queries,
-        np.array(labels),
-        names,
-        task.unlabelled,
-    )
-
-
-def outer_tasks(corpus: Corpus) -> list[Task]:
-    """Names, unlabelled texts, unequal classes; nothing but names; neither."""
-    return [
+def test_lora_learns_through_six_steps_as_in_a_plain_loop(encoder64: Encoder, corpus: Corpus) -> None:
+    """Every meta-gradient of a whole learner by double backward through plain loops, task by task."""
+    learner, leaves = leaves_of(make_learner(encoder64, settings_of(steps=6)))
+    tasks = [
         make_task(corpus, (1, 3, 4), names=True, unlabelled=4),
         make_task(corpus, (0, 0), names=True, first=3),
         make_task(corpus, (2, 3), first=6),
     ]
-
-
-NO_PART = {
-    "none": {"log_step_sizes", "lora_log_step_sizes", "pull", "step_gate", "loss_view_weights", "loss_log_scale"},
-    "pooling": {"lora_log_step_sizes"},
-    "pooling+lora": set(),
-}
-
-
-def with_values(learner: TaskLearner, tensors: Mapping[str, Tensor]) -> TaskLearner:
-    return TaskLearner(learner.reader, learner.initialisation.with_tensors(tensors), learner.settings)
-
-
-class Remembering:
-    """Reads token states once, as long as LoRA's factors are these."""
-
-    def __init__(self, reader: Reader, factors: Mapping[str, Tensor]) -> None:
-        self.reader, self.factors = reader, factors
-        self.known: dict[tuple[str, ...], TokenStates] = {}
-
-    def read(
-        self, texts: Sequence[str], factors: Mapping[str, Tensor] | None = None, row_task: Tensor | None = None
-    ) -> TokenStates:
-        if factors is None or any(
-            factors[n].shape != value.shape or factors[n].data_ptr() != value.data_ptr()
-            for n, value in self.factors.items()
-        ):
-            return self.reader.read(texts, factors, row_task)
-        if tuple(texts) not in self.known:
-            self.known[tuple(texts)] = self.reader.read(texts, factors)
-        return self.known[tuple(texts)]
-
-
-def difference(learner: TaskLearner, episodes: list[Episode], name: str, way: Tensor, width: float = 1e-5) -> float:
-    """Central difference of the mean query loss along a direction of one tensor."""
-    tensors, losses = learner.initialisation.tensors(), []
-    for sign in (1, -1):
-        moved = {n: value.detach() for n, value in tensors.items()}
-        moved[name] = moved[name] + sign * width * way
-        with torch.no_grad():
-            losses.append(float(query_losses(with_values(learner, moved), episodes, second_order=False)[0].mean()))
-    return (losses[0] - losses[1]) / (2 * width)
-
-
-def check_gradients(
-    learner: TaskLearner,
-    episodes: list[Episode],
-    gradients: Mapping[str, Tensor],
-    without: set[str],
-) -> None:
-    """Compare a random entry of every tensor, and a random direction of all of its entries."""
-    rng = np.random.default_rng(0)
-    learner.reader.cache(  # type: ignore[attr-defined]
-        [t for e in episodes for t in (*e.support_texts, *e.query_texts, *(e.label_names or ()), *e.unlabelled_texts)]
-    )
-    learner = TaskLearner(
-        Remembering(learner.reader, learner.initialisation.lora), learner.initialisation, learner.settings
-    )
-    for name, gradient in gradients.items():
-        if name in without:
-            assert not gradient.any(), name
-            continue
-        assert gradient.abs().max() > 1e-9, f"{name} has no gradient"
-        ways = [torch.as_tensor(rng.standard_normal(gradient.shape))]
-        for entry in rng.choice(gradient.numel(), 1) if gradient.ndim else ():
-            ways.append(
-                torch.zeros_like(gradient).flatten().index_fill(0, torch.tensor([entry]), 1.0).view_as(gradient)
-            )
-        for way in ways:
-            expected, found = difference(learner, episodes, name, way), float((gradient * way).sum())
-            assert math.isclose(found, expected, rel_tol=1e-5, abs_tol=2e-8), f"{name}: {found} {expected}"
-
-
-def leaves_of(learner: TaskLearner) -> tuple[TaskLearner, dict[str, Tensor]]:
-    leaves = {n: value.clone().requires_grad_() for n, value in learner.initialisation.tensors().items()}
-    return with_values(learner, leaves), leaves
-
-
-@pytest.mark.parametrize(("adapt", "steps"), [("none", 2), ("pooling", 3), ("pooling+lora", 2)])
-def test_maml_is_the_exact_gradient_in_every_tensor(encoder64: Encoder, corpus: Corpus, adapt: str, steps: int):
-    learner = make_learner(encoder64, adapt, steps)
-    episodes = [episode_of(task) for task in outer_tasks(corpus)]
-    differentiated, leaves = leaves_of(learner)
-    gradients, _, _ = maml(differentiated, episodes, leaves)
-    check_gradients(learner, episodes, gradients, NO_PART[adapt])
-
-
-def test_first_order_is_exact_through_features(encoder64: Encoder, corpus: Corpus):
-    learner = make_learner(encoder64, "none")
-    episodes = [episode_of(task) for task in outer_tasks(corpus)]
-    differentiated, leaves = leaves_of(learner)
-    first, second = fomaml(differentiated, episodes, leaves)[0], maml(differentiated, episodes, leaves)[0]
-    for name in leaves:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-9, atol=1e-12)
-
-
-def test_lora_learns_through_six_steps_as_in_a_plain_loop(encoder64: Encoder, corpus: Corpus):
-    learner, leaves = leaves_of(make_learner(encoder64, steps=6))
-    tasks = outer_tasks(corpus)
-    found = maml(learner, [episode_of(task) for task in tasks], leaves)[0]
+    found = maml(learner, [episode_of(task) for task in tasks], leaves).gradient
     losses = []
     for task in tasks:
         logits = reference.task_logits(in_batch_order(task), leaves, "pooling", plain_read(learner))
         losses.append(-logits.log_softmax(-1)[range(len(logits)), [*range(task.ways), 0]].mean())
-    expected = torch.autograd.grad(torch.stack(losses).mean(), list(leaves.values()), allow_unused=True)
+    expected = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()), allow_unused=True)
     for (name, value), part in zip(leaves.items(), expected, strict=True):
         part = torch.zeros_like(value) if part is None else part  # noqa: PLW2901
         torch.testing.assert_close(found[name], part, rtol=1e-5, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
     assert max(float(found[name].abs().max()) for name in found if name.startswith("lora.")) > 1e-4
 
 
-@pytest.mark.parametrize("adapt", ["pooling", "pooling+lora"])
-def test_fomaml_takes_the_inner_gradients_as_constants(
-    encoder64: Encoder, corpus: Corpus, adapt: str, monkeypatch: pytest.MonkeyPatch
-):
-    """The loss with its inner gradients and losses frozen at what they were has the same finite differences."""
-    learner = make_learner(encoder64, adapt, steps=2)
-    episodes = [episode_of(task) for task in outer_tasks(corpus)[:2]]
-    differentiated, leaves = leaves_of(learner)
-    gradients, _, _ = fomaml(differentiated, episodes, leaves)
-    exact = maml(differentiated, episodes, leaves)[0]
-    assert any(not torch.allclose(gradients[name], exact[name], rtol=1e-3) for name in leaves)
-
-    frozen: list[tuple[dict[str, Tensor], Tensor]] = []
-    usual = learner_module.inner_steps
-
-    def recording(loss, start, shared, update, steps, **more):
-        def noted(step, fast, found, losses):
-            frozen.append(({n: g.detach() for n, g in found.items()}, losses.detach()))
-            return update(step, fast, found, losses)
-
-        return usual(loss, start, shared, noted, steps, **more)
-
-    def replaying(loss, start, shared, update, steps, **more):
-        fast = dict(start)
-        yield fast
-        for step in range(steps):
-            fast = update(step, fast, *frozen[step])
-            yield fast
-
-    monkeypatch.setattr(learner_module, "inner_steps", recording)
-    query_losses(learner, episodes, second_order=False)
-    monkeypatch.setattr(learner_module, "inner_steps", replaying)
-    # the loss of the steps has no part in what follows from constants
-    without = NO_PART[adapt] | {"loss_view_weights", "loss_log_scale"}
-    check_gradients(learner, episodes, gradients, without)
-
-
-def test_reptile_moves_to_where_the_steps_end(encoder64: Encoder, corpus: Corpus):
-    learner, leaves = leaves_of(make_learner(encoder64, steps=3))
-    tasks = outer_tasks(corpus)
-    gradients, _, _ = reptile(learner, [episode_of(task) for task in tasks], leaves)
-    ends = []
-    for task in (tasks[0], tasks[2]):  # the other one has names alone, and takes no steps
-        labels = [*task.labels, *range(task.ways), 0]
-        both = Task([*task.texts, *task.queries], labels, task.ways)
-        ends.append(reference.adapted(in_batch_order(both), leaves, "pooling", plain_read(learner))[0].detach())
-    expected = (leaves["queries"] - torch.stack(ends).mean(0)).detach()
-    torch.testing.assert_close(gradients["queries"], expected, rtol=1e-6, atol=1e-8)
-    first = fomaml(learner, [episode_of(task) for task in tasks], leaves)[0]
-    for name in leaves:
-        if name != "queries":
-            torch.testing.assert_close(gradients[name], first[name])
-
-
-def test_a_query_of_no_class_has_no_part_in_the_loss(encoder64: Encoder, corpus: Corpus):
-    learner = make_learner(encoder64)
-    episode = episode_of(outer_tasks(corpus)[2])
-    more = dataclasses.replace(
-        episode,
-        query_texts=(*episode.query_texts, texts_of(corpus, 11)[0]),
-        query_labels=np.append(episode.query_labels, -1),
-    )
-    one, other = (query_losses(learner, [e], second_order=False) for e in (episode, more))
-    torch.testing.assert_close(one, other)
-
-
-def test_one_labelled_class_is_nothing_to_regress_on_with_unlabelled_texts_either(encoder64: Encoder, corpus: Corpus):
-    learner = make_learner(encoder64, "none", steps=1)
-    texts = corpus.texts[:6]
-    batch = TaskBatch.of([texts[:1]], [[0]], [3], None, [texts[1:]])
-    queries = Rows.of([texts[:2]], torch.device("cpu"))
-    with torch.no_grad():
-        states = learner.read(batch, queries)
-        found = learner.logits(learner.learn(batch, states), queries, states.queries).softmax(-1)
-    torch.testing.assert_close(found, torch.full_like(found, 1 / 3))
+@pytest.mark.parametrize(
+    "wrong", [{"adapt": "all"}, {"head": "nearest"}, {"steps": -1}, {"steps": 51}, {"layers": ("a", "b")}]
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        LearnerSettings(**wrong)  # type: ignore[arg-type]

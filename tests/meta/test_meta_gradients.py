@@ -1,222 +1,269 @@
-"""Meta-gradients against central finite differences in float64, for everything that is learned.
+"""Meta-gradients against fourth-order finite differences in float64, for everything that is learned.
 
-The tests must be able to fail. Each of these changes was made to the code, and turned them red:
-
-* ``create_graph=False`` in ``_differentiable_gradients``, that is, a detached inner gradient: MAML, Meta-SGD, ANIL;
-* the squares that ``rms`` is made of detached in ``_directions``: the same three;
-* the step sizes detached in ``gradient_steps``: these and FOMAML;
-* the expanded start detached in ``adaptation_path``: FOMAML, MAML, Meta-SGD;
-* the temperature detached in one of its two places in ``leave_one_out_logits``: MAML, Meta-SGD, ANIL;
-* 1 in place of 0 for the root of 0 in ``_root``: MAML where a gradient is 0.
-
-And :func:`test_the_check_tells_the_orders_apart` shows in every run that a first-order gradient does not pass for
-MAML's, nor MAML's for FOMAML's stated formula.
+:func:`test_the_check_tells_the_orders_apart` shows in every run that the check can fail: a first-order gradient does
+not pass for MAML's, nor MAML's for FOMAML's stated formula.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.meta.test_adaptation import INNER, named, of_shots
-from tests.meta.test_algorithms import start_for
+from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, make_task, with_values
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
-from textmeta.meta import inner_loop
-from textmeta.meta.adaptation import adaptation_path, query_logits, start_parameters, task_weights
-from textmeta.meta.algorithms import ALGORITHMS
-from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientSettings
-from textmeta.meta.tasks import query_batch, support_batch
-from textmeta.model.encoder import Encoder
-from textmeta.model.heads import cross_entropy_per_task
-from textmeta.model.initialisation import (
-    EVIDENCE_SLOPES,
-    LOG_STEP_SIZE,
-    STRENGTH_PRIOR,
-    TEMPERATURE_SLOPES,
-    Parameters,
-)
+from textmeta.data.episodes import Episode
+from textmeta.encoder.encoder import Encoder
+from textmeta.encoder.token_states import TokenStates
+from textmeta.meta import learner as learner_module
+from textmeta.meta.algorithms import ALGORITHMS, query_losses
+from textmeta.meta.batch import TaskBatch
+from textmeta.meta.initialisation import LearnerSettings
+from textmeta.meta.learner import Reader, TaskLearner
 
-EXACT = ("protonet", "anil", "maml", "meta_sgd")
-# a larger ε than elsewhere, so that the losses are smooth on the scale of a finite difference
-SMOOTH = replace(INNER, lora_epsilon=1e-2, offset_epsilon=1e-2)
-INNER_LOOPS: dict[str, InnerLoopSettings] = {
-    "normalised": SMOOTH,
-    "plain": replace(SMOOTH, normalise=False, lora_step_size=2.0, offset_step_size=0.5),
-    "clipped": replace(SMOOTH, max_gradient_norm=0.1),
-    "ridge": replace(SMOOTH, head="ridge"),
-    "readout": replace(SMOOTH, head="readout"),
-    "both factors": replace(SMOOTH, adapt=("lora_A", "lora_B", "offset")),
-    "factors alone": replace(SMOOTH, adapt=("lora_B",)),
-    "neighbours": replace(SMOOTH, adapt=("lora_A", "lora_B"), loss="neighbours"),
-    "sizes per layer": replace(SMOOTH, step_sizes="layer"),
-    "three steps": replace(SMOOTH, steps=3),
-}
-PLANS = {
-    "kept": MetaGradientSettings(checkpointed=False),
-    "checkpointed": MetaGradientSettings(checkpointed=True),
+Tensors = dict[str, Tensor]
+TOLERANCE = 1e-6
+
+OF_STEPS = {"pull", "step_gate"}
+OF_FEATURE_STEPS = {"loss_view_weights", "loss_log_scale"}
+SIZES = {"queries": "log_step_sizes", "lora": "lora_log_step_sizes", "offset": "offset_log_step_sizes"}
+# what has no part in a learner's loss, by what it adapts
+NO_PART = {
+    "none": {*SIZES.values(), *OF_STEPS, *OF_FEATURE_STEPS},
+    "pooling": {SIZES["lora"], SIZES["offset"]},
+    "lora": {SIZES["queries"], SIZES["offset"]},
+    "pooling+lora": {SIZES["offset"]},
+    "offset": {SIZES["queries"], SIZES["lora"], *OF_FEATURE_STEPS},
 }
 
 
 def tasks(corpus: Corpus) -> list[Episode]:
-    """Two tasks of different ways and shots, one with a class of a single example, one with names."""
-    episodes = EpisodeSampler(corpus, EpisodeSettings((2, 4), (1, 4), 3, unbalanced=True), seed=5).take(6)
-    alone = next(e for e in episodes if 1 in np.bincount(e.support_labels) and max(np.bincount(e.support_labels)) > 2)
-    other = next(e for e in episodes if e.ways != alone.ways)
-    return [alone, named(other)]
+    """With names, unlabelled texts and a class of one example; names alone; two classes alone; no class of two."""
+    return [
+        episode_of(task)
+        for task in (
+            make_task(corpus, (1, 3, 4), names=True, unlabelled=4),
+            make_task(corpus, (0, 0), names=True, first=3),
+            make_task(corpus, (2, 3), first=6),
+            make_task(corpus, (1, 1, 1), names=True, first=8),
+        )
+    ]
 
 
-# set by calibration, by no gradient
-CALIBRATED = (TEMPERATURE_SLOPES, EVIDENCE_SLOPES, STRENGTH_PRIOR)
+def large_task(corpus: Corpus) -> list[Episode]:
+    """More texts than an inner step is on: the steps see parts of them in turn; with a class of one, and a small task."""
+    return [episode_of(make_task(corpus, sizes)) for sizes in ((16, 15, 16, 14, 1, 16, 13, 16, 15, 16), (3, 2))]
 
 
-def objective(encoder: Encoder, parameters: Parameters, episodes: list[Episode], inner: InnerLoopSettings) -> float:
+class Remembering:
+    """Reads token states once, as long as LoRA's factors are those that it knows."""
+
+    def __init__(self, reader: Reader, factors: Mapping[str, Tensor]) -> None:
+        self.reader, self.factors = reader, factors
+        self.known: dict[tuple[str, ...], TokenStates] = {}
+
+    def read(
+        self, texts: Sequence[str], factors: Mapping[str, Tensor] | None = None, row_task: Tensor | None = None
+    ) -> TokenStates:
+        if factors is None or any(
+            factors[n].shape != value.shape or not torch.equal(factors[n], value) for n, value in self.factors.items()
+        ):
+            return self.reader.read(texts, factors, row_task)
+        if tuple(texts) not in self.known:
+            self.known[tuple(texts)] = self.reader.read(texts, factors)
+        return self.known[tuple(texts)]
+
+
+def objective(learner: TaskLearner, tensors: Mapping[str, Tensor], episodes: list[Episode]) -> float:
     """The function whose gradient an exact algorithm claims to return, by plain evaluation."""
     with torch.no_grad():
-        support, query = support_batch(encoder, episodes), query_batch(encoder, episodes)
-        *_, adapted = adaptation_path(encoder, parameters, support, inner)
-        logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)
-        return float(cross_entropy_per_task(logits, query.labels, query.labels >= 0).sum())
-
-
-def central_difference(
-    function: Callable[[Parameters], float], parameters: Parameters, key: str, along: Tensor, h: float
-) -> float:
-    """Fourth-order central difference of a function along a direction in one parameter."""
-    values = {s: function({**parameters, key: parameters[key] + s * h * along}) for s in (-2, -1, 1, 2)}
-    return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
+        return float(query_losses(with_values(learner, tensors), episodes, second_order=False)[0].sum())
 
 
 def relative_errors(
-    function: Callable[[Parameters], float], parameters: Parameters, found: Parameters, h: float = 1e-4
+    function: Callable[[Tensors], float], tensors: Tensors, found: Mapping[str, Tensor], h: float = 1e-4
 ) -> dict[str, float]:
-    """For each parameter, along a random direction: |⟨gradient, direction⟩ - difference| over the gradient's norm."""
+    """For each tensor, along a direction: |⟨gradient, direction⟩ - difference| over the gradient's norm.
+
+    LoRA's A and B go together, each in a direction of its own: their differences need the encoder and cost most.
+    """
     generator = torch.Generator().manual_seed(0)
     errors = {}
-    for key, value in parameters.items():
-        if not value.numel():
-            continue
-        if key in CALIBRATED:
-            assert not found[key].any()
-            continue
-        along = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-        if found[key].any():  # half along the gradient, so that it is seen; half at random, so that what is missing is
-            along = along / along.norm() + found[key] / found[key].norm()
-        along /= along.norm()
-        expected = central_difference(function, parameters, key, along, h)
-        errors[key] = abs(float((found[key] * along).sum()) - expected) / max(float(found[key].norm()), 1e-4)
+    groups: dict[str, list[str]] = {}
+    for name in tensors:
+        group = next((part for part in (".lora_A.", ".lora_B.") if part in name), name)
+        groups.setdefault(group, []).append(name)
+    for group, names in groups.items():
+        ways = {}
+        for name in names:
+            way = torch.randn(tensors[name].shape, generator=generator, dtype=torch.float64)
+            # half along the gradient, so that it is seen; half at random, so that what is missing is
+            way = way / way.norm() + found[name] / found[name].norm().clamp(min=1e-12)
+            ways[name] = way / way.norm() if way.ndim else torch.ones_like(way)
+        values = {
+            s: function({**tensors, **{name: tensors[name] + s * h * way for name, way in ways.items()}})
+            for s in (-2, -1, 1, 2)
+        }
+        expected = (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
+        norm = max(float(sum(found[name].square().sum() for name in names)) ** 0.5, 1e-4)
+        errors[group] = abs(float(sum((found[name] * way).sum() for name, way in ways.items())) - expected) / norm
     return errors
 
 
-def exact_errors(
-    name: str, encoder: Encoder, episodes: list[Episode], inner: InnerLoopSettings, plan: MetaGradientSettings
-) -> tuple[Parameters, dict[str, float]]:
-    inner = ALGORITHMS[name].inner(inner)
-    parameters = start_for(name, encoder, inner)
-    found = ALGORITHMS[name].gradient(encoder, parameters, episodes, inner, plan).gradient
-    return found, relative_errors(lambda p: objective(encoder, p, episodes, inner), parameters, found)
+def prepared(learner: TaskLearner, episodes: list[Episode]) -> tuple[TaskLearner, Tensors]:
+    """The learner with a reader that remembers, so that differences cost little; and its tensors."""
+    init = learner.adapter.initialisation
+    texts = {text for e in episodes for text in (*e.support_texts, *e.query_texts, *e.unlabelled_texts)}
+    learner.reader.cache([*texts, *(name for e in episodes for name in e.label_names or ())])  # type: ignore[attr-defined]
+    return TaskLearner(Remembering(learner.reader, init.lora), learner.adapter), init.tensors()
 
 
-@pytest.mark.parametrize(
-    ("name", "inner"),
-    [
-        *(pytest.param("maml", inner, id=f"maml-{title}") for title, inner in INNER_LOOPS.items()),
-        *(
-            pytest.param(n, INNER_LOOPS[t], id=f"{n}-{t}")
-            for n in EXACT
-            for t in ("normalised", "ridge", "readout")
-            if n != "maml"
-        ),
-    ],
-)
-def test_exact_algorithms(name: str, inner: InnerLoopSettings, encoder64: Encoder, corpus: Corpus) -> None:
-    found, errors = exact_errors(name, encoder64, tasks(corpus), inner, MetaGradientSettings())
-    assert max(errors.values()) < 1e-5, errors
-    learned = {key: value for key, value in found.items() if value.numel() and key not in CALIBRATED}
-    assert set(errors) == set(learned)
-    assert all(value.norm() > 1e-4 for value in learned.values())  # nothing is compared with nothing
+def gradient_of(name: str, learner: TaskLearner, episodes: list[Episode]) -> Tensors:
+    differentiated, leaves = leaves_of(learner)
+    return ALGORITHMS[name].gradient(differentiated, episodes, leaves).gradient
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("name", ["anil", "maml", "meta_sgd"])
-def test_plans(name: str, plan: MetaGradientSettings, encoder64: Encoder, corpus: Corpus) -> None:
-    _, errors = exact_errors(name, encoder64, tasks(corpus), SMOOTH, plan)
-    assert max(errors.values()) < 1e-5, errors
+def assert_exact(
+    learner: TaskLearner, episodes: list[Episode], found: Tensors, without: set[str]
+) -> None:
+    learner, tensors = prepared(learner, episodes)
+    errors = relative_errors(lambda t: objective(learner, t, episodes), tensors, found)
+    assert max(errors.values()) < TOLERANCE, errors
+    assert {name for name, value in found.items() if value.norm() < 1e-6} == without  # no nothing passes for something
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_rows_that_a_step_leaves_out(plan: MetaGradientSettings, encoder64: Encoder, corpus: Corpus) -> None:
-    """A class that takes no part, a task in which none does, and one with more examples than a step is on."""
-    episodes = [of_shots(corpus, shots, seed) for seed, shots in enumerate(([4, 4, 1], [5, 1, 1], [12, 11]))]
-    _, errors = exact_errors("maml", encoder64, episodes, INNER_LOOPS["neighbours"], plan)
-    assert max(errors.values()) < 1e-5, errors
+EXACT = {
+    **{f"maml-{adapt}": ("maml", LearnerSettings(LAYERS, adapt, 2)) for adapt in NO_PART},  # type: ignore[arg-type]
+    **{name: ROWS[name] for name in ("anil-offset", "meta_sgd-pooling", "protonet-none")},
+}
 
 
-def frozen_direction_errors(
-    encoder: Encoder, episodes: list[Episode], constant_steps: int, found: Parameters, parameters: Parameters
-) -> dict[str, float]:
-    """Errors against the objective in which the directions of the first steps stay what they are at the parameters."""
-    recorded: list[dict[str, Tensor]] = []
-    original = inner_loop._directions
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inner_loop, "_directions", lambda *given: recorded.append(original(*given)) or recorded[-1])
-        objective(encoder, parameters, episodes, SMOOTH)
-
-        def held(values: Parameters) -> float:
-            step = iter(range(SMOOTH.steps))
-
-            def direction(*given: object) -> dict[str, Tensor]:
-                number = next(step)
-                return recorded[number] if number < constant_steps else original(*given)  # type: ignore[arg-type]
-
-            patch.setattr(inner_loop, "_directions", direction)
-            return objective(encoder, values, episodes, SMOOTH)
-
-        return relative_errors(held, parameters, found)
+@pytest.mark.parametrize(("name", "settings"), EXACT.values(), ids=EXACT)
+def test_every_tensor_of_the_exact_algorithms(
+    name: str, settings: LearnerSettings, encoder64: Encoder, corpus: Corpus
+) -> None:
+    learner, episodes = make_learner(encoder64, settings), tasks(corpus)
+    found = gradient_of(name, learner, episodes)
+    # prototypes are made of the labelled texts alone, without a penalty, but unlabelled ones move the centre
+    without = NO_PART[settings.adapt] | ({"unlabelled_weight"} if settings.head == "prototype" else set())
+    assert_exact(learner, episodes, found, without)
 
 
-@pytest.mark.parametrize(("name", "constant_steps"), [("fomaml", 2), ("maml", 1)])
-def test_first_order_and_truncated(name: str, constant_steps: int, encoder64: Encoder, corpus: Corpus) -> None:
-    """FOMAML's formula holds every ĝ constant; one second-order step of two holds the first."""
-    episodes, parameters = tasks(corpus), start_for(name, encoder64, SMOOTH)
-    plan = MetaGradientSettings(second_order_steps=SMOOTH.steps - constant_steps)
-    found = ALGORITHMS[name].gradient(encoder64, parameters, episodes, SMOOTH, plan).gradient
-    errors = frozen_direction_errors(encoder64, episodes, constant_steps, found, parameters)
-    assert max(errors.values()) < 1e-5, errors
-    assert all(found[key].norm() > 1e-4 for key in found if key.startswith(LOG_STEP_SIZE))
-
-
-def test_the_check_tells_the_orders_apart(encoder64: Encoder, corpus: Corpus) -> None:
-    episodes, parameters = tasks(corpus), start_for("maml", encoder64, SMOOTH)
-    gradients = [
-        ALGORITHMS["maml"].gradient(encoder64, parameters, episodes, SMOOTH, MetaGradientSettings(steps)).gradient
-        for steps in (0, 1, 2)
-    ]
-    first, truncated, second = gradients
-    for key, value in second.items():
-        # the last entry of the offset's, the larger one, is the same in both orders
-        if key not in (f"{LOG_STEP_SIZE}offset", *CALIBRATED):
-            assert (first[key] - value).norm() > 0.01 * value.norm(), key
-    for wrong in (first, truncated):
-        as_maml = relative_errors(lambda p: objective(encoder64, p, episodes, SMOOTH), parameters, wrong)
-        assert max(as_maml.values()) > 0.01
-    as_fomaml = frozen_direction_errors(encoder64, episodes, 2, second, parameters)
-    assert max(as_fomaml.values()) > 0.01
-
-
-@pytest.mark.parametrize("clipped", [None, 0.1])
-def test_where_a_gradient_is_zero(clipped: float | None, encoder64: Encoder, corpus: Corpus) -> None:
-    """At LoRA's own start, B = 0, the gradient in A is exactly 0, but not its derivative in B."""
-    inner = replace(SMOOTH, adapt=("lora_A", "lora_B", "offset"), lora_epsilon=0.1, max_gradient_norm=clipped)
-    start = {
-        key: value.double()
-        for key, value in start_parameters(encoder64.factor_shapes, inner, encoder64.hidden_size).items()
+@pytest.mark.parametrize("adapt", ["pooling", "pooling+lora"])
+def test_steps_on_parts_of_a_large_task(adapt: str, encoder64: Encoder, corpus: Corpus) -> None:
+    """In what goes through the steps."""
+    settings = LearnerSettings(LAYERS, adapt, steps=2)  # type: ignore[arg-type]
+    learner, episodes = make_learner(encoder64, settings), large_task(corpus)
+    found = gradient_of("maml", learner, episodes)
+    learner, tensors = prepared(learner, episodes)
+    own = {
+        name: value
+        for name, value in tensors.items()
+        if name in {"queries", "log_step_sizes", "loss_view_weights"} or ".lora_B." in name
     }
-    episodes, plan = tasks(corpus), MetaGradientSettings()
-    found = ALGORITHMS["maml"].gradient(encoder64, start, episodes, inner, plan).gradient
-    errors = relative_errors(lambda p: objective(encoder64, p, episodes, inner), start, found, h=1e-5)
-    assert max(errors.values()) < 1e-4, errors
+    errors = relative_errors(lambda t: objective(learner, {**tensors, **t}, episodes), own, found)
+    assert max(errors.values()) < TOLERANCE, errors
+    assert all(found[name].norm() > 1e-6 for name in own)
+
+
+@pytest.mark.parametrize("adapt", ["lora", "pooling+lora"])
+def test_steps_that_are_computed_again_have_the_same_gradient(
+    adapt: str, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all that is learned: log step sizes, the loss's scale and its view weights, too."""
+    settings = LearnerSettings(LAYERS, adapt, steps=3)  # type: ignore[arg-type]
+    learner, episodes = make_learner(encoder64, settings), tasks(corpus)
+    ways: list[bool] = []
+    usual = learner_module.inner_steps
+
+    def watched(*given, checkpointed: bool, **more):
+        ways.append(checkpointed)
+        return usual(*given, checkpointed=checkpointed, **more)
+
+    monkeypatch.setattr(learner_module, "inner_steps", watched)
+    kept = gradient_of("maml", learner, episodes)
+    monkeypatch.setattr(learner_module, "KEPT_TEXTS", 0)
+    again = gradient_of("maml", learner, episodes)
+    assert ways == [False, True]
+    for name, value in kept.items():
+        atol = 1e-10 * float(value.abs().amax())
+        torch.testing.assert_close(again[name], value, rtol=1e-10, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def held(
+    learner: TaskLearner, episodes: list[Episode], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Tensors], float]:
+    """The objective with the gradients and losses of all inner steps held at what they are at the learner's tensors."""
+    noted: list[tuple[Tensors, Tensor]] = []
+    usual = learner_module.inner_steps
+
+    def noting(loss, start, shared, update, steps, **more):
+        def and_update(step, fast, gradients, losses):
+            noted.append(({name: value.detach() for name, value in gradients.items()}, losses.detach()))
+            return update(step, fast, gradients, losses)
+
+        return usual(loss, start, shared, and_update, steps, **more)
+
+    def repeating(loss, start, shared, update, steps, **more):
+        fast = dict(start)
+        yield fast
+        for step in range(steps):
+            fast = update(step, fast, *noted[step])
+            yield fast
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_module, "inner_steps", noting)
+        objective(learner, learner.adapter.initialisation.tensors(), episodes)
+
+    def function(tensors: Tensors) -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(learner_module, "inner_steps", repeating)
+            return objective(learner, tensors, episodes)
+
+    return function
+
+
+@pytest.mark.parametrize("adapt", ["pooling", "lora", "offset"])
+def test_first_order_takes_the_inner_gradients_as_constants(
+    adapt: str, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LearnerSettings(LAYERS, adapt, steps=2)  # type: ignore[arg-type]
+    learner, episodes = make_learner(encoder64, settings), tasks(corpus)
+    found = gradient_of("fomaml", learner, episodes)
+    learner, tensors = prepared(learner, episodes)
+    errors = relative_errors(held(learner, episodes, monkeypatch), tensors, found)
+    assert max(errors.values()) < TOLERANCE, errors
+    # the loss of the steps has no part in what follows from constants
+    assert {name for name, value in found.items() if value.norm() < 1e-6} == NO_PART[adapt] | OF_FEATURE_STEPS
+
+
+@pytest.mark.parametrize("adapt", ["pooling", "lora", "offset"])
+def test_the_check_tells_the_orders_apart(
+    adapt: str, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LearnerSettings(LAYERS, adapt, steps=2)  # type: ignore[arg-type]
+    learner, episodes = make_learner(encoder64, settings), tasks(corpus)
+    first, second = (gradient_of(name, learner, episodes) for name in ("fomaml", "maml"))
+    learner, tensors = prepared(learner, episodes)
+    own = {name: value for name, value in tensors.items() if name == "queries" or ".lora_B." in name}
+    constant = held(learner, episodes, monkeypatch)
+    as_maml = relative_errors(lambda t: objective(learner, {**tensors, **t}, episodes), own, first)
+    as_fomaml = relative_errors(lambda t: constant({**tensors, **t}), own, second)
+    assert as_maml.keys() == as_fomaml.keys() == {"queries", ".lora_B."}
+    assert min(*as_maml.values(), *as_fomaml.values()) > 100 * TOLERANCE
+
+
+def test_where_a_gradient_of_the_steps_is_zero(encoder64: Encoder, corpus: Corpus) -> None:
+    """Of texts that are all the same it is exactly 0, but has derivatives."""
+    settings = LearnerSettings(LAYERS, "pooling", steps=2)
+    learner = make_learner(encoder64, settings)
+    task = make_task(corpus, (3, 3), names=True)
+    episode = replace(episode_of(task), support_texts=(task.texts[0],) * 6)
+    queries = learner.learn(TaskBatch.of_episodes([episode])).queries
+    torch.testing.assert_close(queries[0], learner.adapter.initialisation.queries, rtol=0, atol=1e-9)
+    found = gradient_of("maml", learner, [episode])
+    learner, tensors = prepared(learner, [episode])
+    assert all(value.isfinite().all() for value in found.values())
+    errors = relative_errors(lambda t: objective(learner, t, [episode]), tensors, found, h=1e-5)
+    assert max(errors.values()) < 1e-5, errors

@@ -1,108 +1,130 @@
-"""Meta-gradients against a peer: PEFT's own LoRA, torchopt's differentiable SGD, and losses written example by example.
+"""Meta-gradients against peers: PEFT's own LoRA, torchopt's differentiable SGD, and losses written example by example.
 
-Nothing of textmeta computes the expected value: no shared forward, no batching of tasks, no inner loop.
+Nothing of textmeta computes the expected value: no shared forward, no batching of tasks, no inner loop. What follows
+the inner loop is :mod:`tests.heads.reference`, one task at a time, its linear systems solved by ``torch.linalg.solve``.
 """
 
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModel, AutoTokenizer
 
-from tests.meta.test_adaptation import moved_parameters
+from tests.heads import reference
+from tests.heads.reference import Task
+from tests.meta.given import LAYERS, batch_of, episode_of, leaves_of, make_learner, make_task
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.encoder.encoder import Encoder
 from textmeta.meta.algorithms import ALGORITHMS
-from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientSettings
-from textmeta.model.encoder import Encoder
-from textmeta.model.initialisation import LORA
+from textmeta.meta.initialisation import LearnerSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchopt's own, on import
     import torchopt
 
-STEP_SIZE, TEMPERATURE = 0.7, 10.0
-PLAIN = InnerLoopSettings(steps=3, adapt=("lora_A", "lora_B"), normalise=False, lora_step_size=STEP_SIZE)
-
-Factors = dict[str, Tensor]
+Tensors = dict[str, Tensor]
+PEFT_PREFIX, STEPS = "base_model.model.", 3
 
 
 class Peer:
-    """A PEFT model, and its LoRA factors by PEFT's names."""
+    """A PEFT model; LoRA's factors by textmeta's names are given to each of its forwards, of one text."""
 
     def __init__(self, encoder: Encoder) -> None:
         folder = encoder.settings.model
         base = AutoModel.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = get_peft_model(base, copy.deepcopy(encoder.peft_config)).eval()
-        self.names = [name for name, value in self.model.named_parameters() if value.requires_grad]
+        own = [name for name, value in self.model.named_parameters() if value.requires_grad]
+        self.names = {name.removeprefix(PEFT_PREFIX).replace(".default", ""): name for name in own}
 
-    def features(self, factors: Factors, texts: Sequence[str]) -> list[Tensor]:
+    def read(self, texts: list[str], factors: Mapping[str, Tensor]) -> list[Tensor]:
+        given = {self.names[name]: value for name, value in factors.items()}
         found = []
         for text in texts:
             ids = torch.tensor([self.tokenizer(text)["input_ids"]])
-            hidden = functional_call(self.model, factors, kwargs={"input_ids": ids}).last_hidden_state
-            found.append(hidden[0].mean(0))
+            output = functional_call(self.model, given, kwargs={"input_ids": ids, "output_hidden_states": True})
+            found.append(torch.cat([output.hidden_states[layer] for layer in LAYERS]))
         return found
 
-    def support_loss(self, factors: Factors, e: Episode) -> Tensor:
-        features = self.features(factors, e.support_texts)
-        labels = [int(label) for label in e.support_labels]
-        losses = []
-        for i, label in enumerate(labels):
-            if labels.count(label) == 1:
-                continue
-            others = [[f for j, f in enumerate(features) if labels[j] == c and j != i] for c in range(e.ways)]
-            losses.append(loss_of(features[i], label, others))
-        return torch.stack(losses).mean()
 
-    def query_loss(self, factors: Factors, e: Episode) -> Tensor:
-        features = self.features(factors, e.support_texts)
-        classes = [[f for f, own in zip(features, e.support_labels, strict=True) if own == c] for c in range(e.ways)]
-        queries = self.features(factors, e.query_texts)
-        losses = [loss_of(f, int(label), classes) for f, label in zip(queries, e.query_labels, strict=True)]
-        return torch.stack(losses).mean()
+def steps_of_the_peer(second_order: bool) -> Callable[..., tuple[Tensor, Tensors, bool]]:
+    """Return what takes LoRA's inner steps by torchopt, as :func:`tests.heads.reference.adapted` does in its own loop.
+
+    The direction of a step is handed to torchopt as a gradient, with the step's own learning rate of each layer.
+    """
+
+    def adapted(task: Task, t: Tensors, adapt: str, read: reference.Read) -> tuple[Tensor, Tensors, bool]:
+        factors = {name.removeprefix("lora."): value for name, value in t.items() if name.startswith("lora.")}
+        sizes = [len(rows) for rows in reference.classes_of(task.labels).values()]
+        if sum(size >= 2 for size in sizes) < 2:
+            return t["queries"], factors, False
+        start = {name: value for name, value in factors.items() if ".lora_B." in name}
+        layers = sorted({int(name.split(".")[2]) for name in start})
+        rates = t["lora_log_step_sizes"].exp()
+        of_layer = {layer: [name for name in start if int(name.split(".")[2]) == layer] for layer in layers}
+        sgd = {layer: torchopt.sgd(lr=lambda step, i=i: rates[int(step), i]) for i, layer in enumerate(layers)}
+        now = dict(start)
+        states = {layer: sgd[layer].init({name: now[name] for name in names}) for layer, names in of_layer.items()}
+        k = len(task.labels) / len(sizes)
+        gate = (t["step_gate"][0] + t["step_gate"][1] * math.log(1 + k)).sigmoid()
+        pull = t["pull"].sigmoid()
+        weights, scale = t["loss_view_weights"].softmax(0), t["loss_log_scale"].exp()
+        for step in range(STEPS):
+            u = reference.views_of(read(task.texts, {**factors, **now}), t["queries"])
+            loss = reference.neighbourhood(u, task.labels, weights, scale)
+            found = torch.autograd.grad(loss, list(now.values()), create_graph=second_order, retain_graph=True)
+            gradients = dict(zip(now, found, strict=True))
+            loss = loss if second_order else loss.detach()
+            far = gate * torch.minimum(torch.ones_like(loss), loss / math.log(len(sizes)))
+            moved: Tensors = {}
+            for number, (layer, names) in enumerate(of_layer.items()):
+                directions = {}
+                for name in names:
+                    g = gradients[name]
+                    back = pull / rates[step, number] * (now[name] - start[name])
+                    directions[name] = far * g / (g.square().mean() + 1e-8).sqrt() + back
+                updates, states[layer] = sgd[layer].update(directions, states[layer], inplace=False)
+                moved |= torchopt.apply_updates({name: now[name] for name in names}, updates, inplace=False)
+            now = {name: moved[name] for name in now}
+        return t["queries"], {**factors, **now}, True
+
+    return adapted
 
 
-def loss_of(feature: Tensor, label: int, classes: list[list[Tensor]]) -> Tensor:
-    prototypes = [torch.stack([f / f.norm() for f in members]).mean(0) for members in classes]
-    logits = torch.stack([TEMPERATURE * cosine_similarity(feature, each, dim=0) for each in prototypes])
-    return cross_entropy(logits, torch.tensor(label))
-
-
-@pytest.mark.parametrize("second_order", [False, True])
-def test_meta_gradients_are_the_peers(second_order: bool, encoder64: Encoder, corpus: Corpus) -> None:
-    episodes = EpisodeSampler(corpus, EpisodeSettings((2, 3), (1, 3), 2, unbalanced=True), seed=1).take(2)
-    parameters = {key: value.double() for key, value in moved_parameters(encoder64, PLAIN).items()}
-    parameters["log_step_size.lora"].fill_(math.log(STEP_SIZE))
-    parameters["log_temperature"].fill_(math.log(TEMPERATURE))
+@pytest.mark.parametrize("second_order", [False, True], ids=["fomaml", "maml"])
+def test_meta_gradients_are_the_peers(
+    second_order: bool, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, leaves = leaves_of(make_learner(encoder64, LearnerSettings(LAYERS, "lora", STEPS)))
+    tasks = [
+        make_task(corpus, (1, 2, 3), names=True, unlabelled=3),
+        make_task(corpus, (2, 2), first=6),
+        make_task(corpus, (1, 1), names=True, first=8),  # takes no steps
+    ]
     peer = Peer(encoder64)
-    key_of = {name: LORA + name.removeprefix("base_model.model.").replace(".default", "") for name in peer.names}
-    assert {key for key in parameters if key.startswith(LORA)} == set(key_of.values())
-    start = {name: parameters[key_of[name]].clone().requires_grad_() for name in peer.names}
-    total = torch.zeros((), dtype=torch.float64)
-    for e in episodes:
-        sgd = torchopt.sgd(lr=STEP_SIZE)
-        now, state = start, sgd.init(start)
-        for _ in range(PLAIN.steps):
-            loss = peer.support_loss(now, e)
-            gradients = torch.autograd.grad(loss, list(now.values()), create_graph=second_order)
-            updates, state = sgd.update(dict(zip(now, gradients, strict=True)), state, inplace=False)
-            now = torchopt.apply_updates(now, updates, inplace=False)
-        total = total + peer.query_loss(now, e)
-    expected = dict(zip(start, torch.autograd.grad(total, list(start.values())), strict=True))
+    assert {f"lora.{name}" for name in peer.names} == {name for name in leaves if name.startswith("lora.")}
+    monkeypatch.setattr(reference, "adapted", steps_of_the_peer(second_order))
+    losses = []
+    for task in tasks:
+        batch, _ = batch_of([task])  # folds go by the order of a batch
+        task.texts, task.labels = list(batch.support.texts), batch.labels[0].tolist()
+        logits = reference.task_logits(task, leaves, "lora", peer.read)
+        losses.append(-logits.log_softmax(-1)[range(len(logits)), [*range(task.ways), 0]].mean())
+    expected = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()), allow_unused=True)
 
     name = "maml" if second_order else "fomaml"
-    found = ALGORITHMS[name].gradient(encoder64, parameters, episodes, PLAIN, MetaGradientSettings())
-    torch.testing.assert_close(found.loss.sum(), total, rtol=1e-9, atol=0)
-    for peer_name, value in expected.items():
-        assert value.norm() > 1e-4
-        torch.testing.assert_close(found.gradient[key_of[peer_name]], value, rtol=1e-7, atol=1e-10)
+    found = ALGORITHMS[name].gradient(learner, [episode_of(task) for task in tasks], leaves)
+    torch.testing.assert_close(found.loss, torch.stack(losses).detach(), rtol=1e-9, atol=0)
+    for (leaf, value), part in zip(leaves.items(), expected, strict=True):
+        part = torch.zeros_like(value) if part is None else part  # noqa: PLW2901
+        torch.testing.assert_close(found.gradient[leaf], part, rtol=1e-7, atol=1e-9, msg=lambda m, n=leaf: f"{n}: {m}")
+    felt = {leaf for leaf, part in zip(leaves, expected, strict=True) if part is not None and part.norm() > 1e-4}
+    assert {leaf for leaf in leaves if leaf.startswith("lora.")} < felt
+    assert {"lora_log_step_sizes", "pull", "step_gate", "queries", "temperature"} < felt
+    assert ({"loss_log_scale", "loss_view_weights"} < felt) == second_order

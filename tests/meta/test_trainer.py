@@ -1,286 +1,489 @@
-"""The outer loop and what it makes: training, resuming, and the adapter on disk."""
+"""The outer loop: what a step takes, resuming, stopping, settling, validation, and what comes of it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertModel
 
-from tests.conftest import save_tiny_model
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings, with_unlabelled
-from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, DivergedError, SettingsError
-from textmeta.meta.adapter import CoreAdapter
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
+from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta.data.mixed_episodes import MixedEpisodes
+from textmeta.encoder.encoder import EncoderSettings
+from textmeta.encoder.lora import LoraSettings
+from textmeta.errors import AdapterError, DivergedError, SettingsError, TextMetaError, TrainingInterrupted
+from textmeta.meta import trainer as trainer_module
+from textmeta.meta.adapter import Adapter
+from textmeta.meta.algorithms import ALGORITHMS, MetaGradient
+from textmeta.meta.evaluation import frozen_prototypes, paired_difference, score_episodes
+from textmeta.meta.initialisation import LearnerSettings
 from textmeta.meta.learner import TaskLearner
-from textmeta.meta.trainer import CORE_ALGORITHMS, MetaTrainer, OuterSettings, query_losses
-from textmeta.model.encoder import Encoder
+from textmeta.meta.trainer import CHECKPOINT, RECORD, MetaTrainer
 
-LAYERS = (2, 4)
-LEARNER = LearnerSettings(LAYERS, steps=2)
+LEARNER = LearnerSettings((2, 4), steps=2)
 
 
-class Stopped(Exception):  # noqa: N818
+@pytest.fixture(autouse=True)
+def few_calibration_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 2)
+
+
+def trainer_of(tiny_model: str, **settings) -> MetaTrainer:
+    """Six steps of two episodes; the last two settle."""
+    given = {
+        "encoder": EncoderSettings(tiny_model, max_length=32),
+        "lora": LoraSettings(rank=4),
+        "learner": LEARNER,
+        "episodes": 12,
+        "warmup": 2,
+        "settling": 1 / 3,
+        "checkpoint_every": 2,
+        **settings,
+    }
+    return MetaTrainer(**given)
+
+
+def train(
+    tiny_model: str, corpus: Corpus, output: Path | None = None, *, valid: int = 0, start=None, cache=None, **settings
+) -> Adapter:
+    """Train on the first five classes; validate on so many of the others."""
+    names = corpus.class_names
+    held_out = [corpus.restrict(names[5 : 5 + valid])] if valid else []
+    trainer = trainer_of(tiny_model, **settings)
+    return trainer.train([corpus.restrict(names[:5])], held_out, output, start=start, cache=cache)
+
+
+def rows_of(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / RECORD).read_text().splitlines()]
+
+
+def assert_same(one: Adapter, two: Adapter) -> None:
+    left, right = one.initialisation.tensors(), two.initialisation.tensors()
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert torch.equal(one.calibration.scope, two.calibration.scope)  # type: ignore[arg-type]
+    assert one.record == two.record
+
+
+def on_each_step(
+    monkeypatch: pytest.MonkeyPatch, algorithm: str, action: Callable[[int, Mapping[str, Tensor]], None]
+) -> None:
+    """Call an action as each step begins, with the number of steps begun so far, and the tensors."""
+    row, begun = ALGORITHMS[algorithm], 0
+
+    def gradient(learner: TaskLearner, *given) -> MetaGradient:
+        nonlocal begun
+        action(begun, learner.adapter.initialisation.tensors())
+        begun += 1
+        return row.gradient(learner, *given)
+
+    monkeypatch.setitem(ALGORITHMS, algorithm, replace(row, gradient=gradient))
+
+
+class Died(Exception):  # noqa: N818
     pass
 
 
-class Mixed:
-    """Episodes with names, unlabelled texts and unequal classes; an end or a zero-shot one here and there."""
-
-    def __init__(self, corpus: Corpus, end: int = 10**9) -> None:
-        settings = EpisodeSettings(3, (1, 3), 2, unbalanced=True, label_names=0.5)
-        self.corpus, self.sampler, self.end = corpus, EpisodeSampler(corpus, settings, seed=0), end
-        self.nameless = EpisodeSampler(corpus, EpisodeSettings(3, (0, 2), 2, label_names=1.0), seed=1)
-
-    def __getitem__(self, index: int) -> Episode:
-        if index >= self.end:
-            raise Stopped
-        episode = (self.nameless if index % 4 == 3 else self.sampler)[index]
-        return with_unlabelled(episode, self.corpus, 0, index, per_class=2) if index % 3 == 1 else episode
+# -------------------------------------------------------------------------------------------- what a step is
 
 
-def trainer_of(encoder: Encoder, learner: LearnerSettings = LEARNER, **settings) -> MetaTrainer:
-    outer = OuterSettings(**{"episodes": 12, "checkpoint_every": 1, "warmup": 2, **settings})
-    return MetaTrainer(TokenStateReader(encoder, learner.layers), learner, outer)
-
-
-def same(one: Initialisation, other: Initialisation) -> bool:
-    left, right = one.tensors(), other.tensors()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-@pytest.mark.parametrize("algorithm", CORE_ALGORITHMS)
-def test_every_algorithm_learns(encoder: Encoder, corpus: Corpus, tmp_path: Path, algorithm: str):
-    trainer = trainer_of(encoder, algorithm=algorithm, episodes=4)
-    learned = trainer.train(Mixed(corpus), tmp_path)
-    tensors, start = learned.tensors(), trainer.shape.tensors()
-    assert all(value.isfinite().all() for value in tensors.values())
-    assert all(not torch.equal(tensors[n], start[n]) for n in ("temperature", "log_name_scale", "centre"))
-    assert any(not torch.equal(tensors[n], start[n]) for n in tensors if n.startswith("lora."))
-    rows = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
-    assert not any(value.requires_grad for value in tensors.values())
-
-
-@pytest.mark.parametrize("algorithm", CORE_ALGORITHMS)
-@pytest.mark.parametrize("adapt", ["none", "pooling", "lora", "pooling+lora"])
-def test_every_algorithm_has_a_finite_gradient_of_every_tensor(
-    encoder: Encoder, corpus: Corpus, algorithm: str, adapt: str
-):
-    trainer = trainer_of(encoder, replace(LEARNER, adapt=adapt, steps=1), algorithm=algorithm)  # type: ignore[arg-type]
-    leaves = {name: value.clone().requires_grad_() for name, value in trainer.shape.tensors().items()}
-    learner = TaskLearner(trainer.reader, trainer.shape.with_tensors(leaves), trainer.learner)
-    episodes = [Mixed(corpus)[number] for number in (0, 1, 3)]
-    gradients, loss, accuracy = trainer.algorithm.gradient(learner, episodes, leaves)
-    assert gradients.keys() == leaves.keys()
-    assert all(gradients[name].shape == leaf.shape for name, leaf in leaves.items())
-    assert all(part.isfinite().all() and not part.requires_grad for part in gradients.values())
-    assert loss.shape == accuracy.shape == (3,)
-    assert loss.isfinite().all()
-    assert ((accuracy >= 0) & (accuracy <= 1)).all()
-
-
-def test_training_lowers_the_loss_of_what_it_sees(encoder: Encoder, corpus: Corpus, tmp_path: Path):
-    episodes = [EpisodeSampler(corpus, EpisodeSettings(3, 3, 4), seed=0)[i] for i in range(2)]
-
-    class Same:
-        def __getitem__(self, index: int) -> Episode:
-            return episodes[index % 2]
-
-    trainer = trainer_of(encoder, episodes=24, lora_rate=5e-3)
-    learned = trainer.train(Same(), tmp_path)
-    before, after = (
-        float(query_losses(TaskLearner(trainer.reader, part, trainer.learner), episodes, False)[0].mean())
-        for part in (trainer.shape, learned)
+def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(tiny_model: str, corpus: Corpus) -> None:
+    leaves: dict[str, Tensor] = {}
+    usual = ALGORITHMS["maml"].gradient
+    own = replace(
+        ALGORITHMS["maml"], gradient=lambda learner, episodes, given: leaves.update(given) or usual(learner, episodes, given)
     )
-    assert after < before - 0.05
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALGORITHMS, "maml", own)
+        adapter = train(tiny_model, corpus, episodes=3, tasks_per_step=3, settling=0.0)
+    start = trainer_of(tiny_model)
+    episodes = MixedEpisodes([corpus.restrict(corpus.class_names[:5])], start.seed).take(3)
+    reader = adapter.load_reader()
+    # the first step begins where any adapter of this seed does
+    first = train(tiny_model, corpus, episodes=1, tasks_per_step=1, lora_rate=1e-30, number_rate=1e-30, centre_rate=1e-30)
+    values = {name: value.clone().requires_grad_() for name, value in first.initialisation.tensors().items()}
+    learner = TaskLearner(reader, replace(first, initialisation=first.initialisation.with_tensors(values)))
+    alone = [usual(learner, [e], values).gradient for e in episodes]
+    mean = {name: torch.stack([part[name] for part in alone]).mean(0) for name in values}
+    norm = float(torch.cat([value.flatten() for value in mean.values()]).norm())
+    assert norm > 1  # it is shortened
+    assert leaves.keys() == mean.keys()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, mean[name] / norm, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "reptile"])
-def test_a_resumed_run_has_the_same_bits(encoder: Encoder, corpus: Corpus, tmp_path: Path, algorithm: str):
-    told = {"corpora": ["toy"]}
-    whole = trainer_of(encoder, algorithm=algorithm).train(Mixed(corpus), tmp_path / "whole", told)
-    with pytest.raises(Stopped):
-        trainer_of(encoder, algorithm=algorithm).train(Mixed(corpus, end=6), tmp_path / "parts", told)
-    assert len((tmp_path / "parts/record.jsonl").read_text().splitlines()) == 3
-    resumed = trainer_of(encoder, algorithm=algorithm).train(Mixed(corpus), tmp_path / "parts", told)
-    assert same(whole, resumed)
-    assert (tmp_path / "whole/record.jsonl").read_text() == (tmp_path / "parts/record.jsonl").read_text()
-    again = trainer_of(encoder, algorithm=algorithm).train(Mixed(corpus, end=0), tmp_path / "whole", told)
-    assert same(whole, again)  # finished: nothing is read
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_every_algorithm_trains_and_ends_in_the_same_bits_wherever_it_is_stopped(
+    algorithm: str, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between checkpoints, and by a signal in the step after which LoRA is halved."""
+    seen: list[dict[str, Tensor]] = []
+    with monkeypatch.context() as patch:
+        on_each_step(patch, algorithm, lambda _, t: seen.append({n: v.detach().clone() for n, v in t.items()}))
+        whole = train(tiny_model, corpus, tmp_path / "whole", algorithm=algorithm)
+    assert len(seen) == 6
+    learned = whole.initialisation.tensors()
+    assert all(value.isfinite().all() and not value.requires_grad for value in learned.values())
+    lora = [name for name in learned if name.startswith("lora.")]
+    changed = {name for name in learned if not torch.equal(learned[name], seen[0][name])}
+    assert {*lora, "temperature", "centre", "log_name_scale", "view_prior"} <= changed
+
+    def die(begun: int, _: Mapping[str, Tensor]) -> None:
+        if begun == 1:
+            raise Died
+
+    def be_told(begun: int, _: Mapping[str, Tensor]) -> None:
+        if begun == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for action, error in ((die, Died), (be_told, TrainingInterrupted)):
+        with monkeypatch.context() as patch:
+            on_each_step(patch, algorithm, action)
+            with pytest.raises(error):
+                train(tiny_model, corpus, tmp_path / "parts", algorithm=algorithm)
+    assert len(rows_of(tmp_path / "parts")) == 4
+    assert_same(train(tiny_model, corpus, tmp_path / "parts", algorithm=algorithm), whole)
+    assert (tmp_path / "parts" / RECORD).read_text() == (tmp_path / "whole" / RECORD).read_text()
 
 
-def test_steps_between_checkpoints_are_taken_again(encoder: Encoder, corpus: Corpus, tmp_path: Path):
-    whole = trainer_of(encoder, checkpoint_every=2).train(Mixed(corpus), tmp_path / "whole")
-    with pytest.raises(Stopped):
-        trainer_of(encoder, checkpoint_every=2).train(Mixed(corpus, end=10), tmp_path / "parts")
-    assert same(whole, trainer_of(encoder, checkpoint_every=2).train(Mixed(corpus), tmp_path / "parts"))
-    assert (tmp_path / "whole/record.jsonl").read_text() == (tmp_path / "parts/record.jsonl").read_text()
+def test_the_record_has_a_row_a_step(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    train(tiny_model, corpus, tmp_path, valid=3, episodes=9, validate_every=2, validation_episodes=2)
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]  # the last is of one episode
+    assert all(row["loss"] > 0 and 0 <= row["accuracy"] <= 1 and row["gradient_norm"] > 0 for row in rows)
+    assert [row["step"] for row in rows if "valid_accuracy" in row] == [2, 4, 5]
 
 
-CHANGES = [
-    {"settings": {"number_rate": 0.01}},
-    {"settings": {"fixed": ("centre",)}},
-    {"learner": LearnerSettings(LAYERS, steps=2, adapt="none")},
-    {"told": {"corpora": ["another"]}},
-]
+def test_an_adapter_says_how_it_was_trained(tiny_model: str, corpus: Corpus) -> None:
+    adapter = train(tiny_model, corpus, episodes=2, algorithm="anil", learner=LearnerSettings(steps=1))
+    assert adapter.learner == LearnerSettings((2, 3, 4), "offset", 1, "prototype")  # the upper half, and what enters it
+    told = adapter.record["settings"]
+    assert (told["algorithm"], told["episodes"], told["learner"]["adapt"]) == ("anil", 2, "offset")
+    assert [each["name"] for each in told["corpora"]] == ["toy"]
+    assert adapter.calibration.scope is not None
+    assert adapter.calibration.scope.shape == (8,)
+    reader = adapter.load_reader()
+    assert reader.layers == (2, 3, 4)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_a_folder_of_a_run_with_other_settings_is_refused(
-    encoder: Encoder, corpus: Corpus, tmp_path: Path, change: dict
-):
-    told = {"corpora": ["toy"]}
-    trainer_of(encoder, episodes=2).train(Mixed(corpus), tmp_path, told)
-    other = trainer_of(encoder, change.get("learner", LEARNER), **{"episodes": 2, **change.get("settings", {})})
-    with pytest.raises(SettingsError, match="other settings"):
-        other.train(Mixed(corpus), tmp_path, change.get("told", told))
+def test_the_encoder_may_be_named_alone(tiny_model: str) -> None:
+    assert MetaTrainer(encoder=tiny_model).encoder == EncoderSettings(tiny_model)
+    assert MetaTrainer(tiny_model, episodes=7, tasks_per_step=2).steps == 4
 
 
-def test_a_run_from_another_start_is_refused(encoder: Encoder, corpus: Corpus, tmp_path: Path):
-    trainer = trainer_of(encoder, episodes=2)
-    trainer.train(Mixed(corpus), tmp_path)
-    with pytest.raises(SettingsError):
-        trainer.train(Mixed(corpus), tmp_path, start={"queries": torch.ones(2, encoder.hidden_size)})
+# -------------------------------------------------------------------------------------------- going on
 
 
-def test_fixed_tensors_stay(encoder: Encoder, corpus: Corpus, tmp_path: Path):
+def test_a_finished_run_is_not_run_again(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train(tiny_model, corpus, tmp_path, episodes=4)
+    on_each_step(monkeypatch, "maml", lambda *_: pytest.fail("ran again"))
+    assert_same(train(tiny_model, corpus, tmp_path, episodes=4), first)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_and_saves(
+    number: signal.Signals, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = signal.getsignal(number)
+    on_each_step(monkeypatch, "maml", lambda begun, _: os.kill(os.getpid(), number) if begun == 2 else None)
+    with pytest.raises(TrainingInterrupted, match=r"after step 3 of 6.*goes on"):
+        train(tiny_model, corpus, tmp_path, checkpoint_every=100)
+    assert signal.getsignal(number) == handler
+    assert len(rows_of(tmp_path)) == 3
+    with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
+        assert json.loads(file.metadata()["state"])["step"] == 3
+
+
+def test_a_killed_process_can_go_on(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        import tests.conftest  # as many threads as here: their number changes the last bits
+        from tests.meta import test_trainer
+        from textmeta.data.corpus import Corpus
+        test_trainer.trainer_module.CALIBRATION_EPISODES = 2
+        texts, labels = Path(sys.argv[2]).read_text().split("\\n\\n")
+        corpus = Corpus.from_pairs("toy", texts.split("\\n"), labels.split("\\n"))
+        test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), episodes=40)
+        """
+    )
+    names = [corpus.class_names[label] for label in corpus.labels]
+    (tmp_path / "corpus.txt").write_text("\n".join(corpus.texts) + "\n\n" + "\n".join(names))
+    arguments = [sys.executable, "-c", script, tiny_model, str(tmp_path / "corpus.txt"), str(tmp_path / "parts")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "parts" / CHECKPOINT).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert (tmp_path / "parts" / CHECKPOINT).exists()
+    assert len(rows_of(tmp_path / "parts")) < 20
+    whole = train(tiny_model, corpus, tmp_path / "whole", episodes=40)
+    assert_same(train(tiny_model, corpus, tmp_path / "parts", episodes=40), whole)
+
+
+def other_corpus(corpus: Corpus) -> Corpus:
+    return replace(corpus, name="another")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 7}, r"seed: 0 there, 7 now"),
+        ({"number_rate": 0.01}, r"number_rate: 0.02 there, 0.01 now"),
+        ({"fixed": ("centre",)}, r"fixed: \[\] there, \['centre'\] now"),
+        ({"learner": replace(LEARNER, adapt="none")}, r"learner.adapt: 'pooling' there, 'none' now"),
+        ({"algorithm": "fomaml"}, r"algorithm: 'maml' there, 'fomaml' now"),
+        ({"valid": 3}, r"valid: \[\] there"),
+        ({"start": {"pull": torch.tensor(1.0)}}, r"start: None there"),
+    ],
+    ids=["seed", "rate", "fixed", "learner", "algorithm", "valid", "start"],
+)
+def test_another_runs_folder_is_refused_and_left_alone(
+    change: dict, named: str, tiny_model: str, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory, finished: Path
+) -> None:
+    before = (finished / CHECKPOINT).read_bytes()
+    with pytest.raises(SettingsError, match=named):
+        train(tiny_model, corpus, finished, **{"episodes": 2, **change})
+    assert (finished / CHECKPOINT).read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: str, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of one step."""
+    output = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "CALIBRATION_EPISODES", 0)
+        train(tiny_model, corpus, output, episodes=2)
+    return output
+
+
+def test_another_corpus_is_refused(tiny_model: str, corpus: Corpus, finished: Path) -> None:
+    with pytest.raises(SettingsError, match=r"corpora: .*'toy'.* there, .*'another'.* now"):
+        train(tiny_model, replace(corpus, name="another"), finished, episodes=2)
+
+
+def test_a_checkpoint_with_other_parameters_is_refused_and_left_alone(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, finished: Path
+) -> None:
+    """Of a version of textmeta that learned one parameter more: its moments would be those of others."""
+    path = tmp_path / CHECKPOINT
+    with safe_open(finished / CHECKPOINT, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({**load_file(finished / CHECKPOINT), "parameters/of_old": torch.zeros(2)}, path, metadata)
+    before = path.read_bytes()
+    with pytest.raises(SettingsError, match=rf"{CHECKPOINT} was written by another version of textmeta: of_old is"):
+        train(tiny_model, corpus, tmp_path, episodes=2)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("keep", [0, 100, 5000])
+def test_a_damaged_checkpoint_is_named(
+    keep: int, tiny_model: str, corpus: Corpus, tmp_path: Path, finished: Path
+) -> None:
+    (tmp_path / CHECKPOINT).write_bytes((finished / CHECKPOINT).read_bytes()[:keep])
+    with pytest.raises(AdapterError, match=CHECKPOINT):
+        train(tiny_model, corpus, tmp_path, episodes=2)
+
+
+def test_the_checkpoint_is_plain_tensors(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    train(tiny_model, corpus, tmp_path, valid=3, episodes=2, validation_episodes=1)
+    assert {name.partition("/")[0] for name in load_file(tmp_path / CHECKPOINT)} == {"parameters", "best", "optimiser"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, RECORD]
+
+
+def test_where_the_frozen_states_are_kept_has_no_effect_on_the_bits(
+    tiny_model: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    in_memory, written, read = (train(tiny_model, corpus, episodes=4, cache=place) for place in (None, folder, folder))
+    assert len(list(folder.iterdir())) == 1
+    assert_same(written, in_memory)
+    assert_same(read, in_memory)
+
+
+# -------------------------------------------------------------------------------------------- what is learned, and from where
+
+
+def test_fixed_tensors_stay(tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = ("lora.", "queries", "log_evidence")
-    trainer = trainer_of(encoder, episodes=4, fixed=fixed)
-    learned, start = trainer.train(Mixed(corpus), tmp_path).tensors(), trainer.shape.tensors()
-    for name in start:
-        if name.startswith(fixed):
-            assert torch.equal(learned[name], start[name]), name
-    assert not torch.equal(learned["temperature"], start["temperature"])
+    seen: list[dict[str, Tensor]] = []
+    on_each_step(monkeypatch, "reptile", lambda _, t: seen.append({n: v.detach().clone() for n, v in t.items()}))
+    learned = train(tiny_model, corpus, episodes=4, fixed=fixed, algorithm="reptile").initialisation.tensors()
+    stayed = {name for name in learned if torch.equal(learned[name], seen[0][name])}
+    assert {name for name in learned if name.startswith(fixed)} <= stayed
+    assert not {"temperature", "centre", "view_prior"} & stayed
 
 
-def test_reptile_has_no_gradient_of_what_is_fixed(encoder: Encoder, corpus: Corpus):
-    trainer = trainer_of(encoder, algorithm="reptile")
-    leaves = {n: value.clone().requires_grad_() for n, value in trainer.shape.tensors().items() if n != "queries"}
-    tensors = {**trainer.shape.tensors(), **leaves}
-    learner = TaskLearner(trainer.reader, trainer.shape.with_tensors(tensors), trainer.learner)
-    gradients, _, _ = trainer.algorithm.gradient(learner, [Mixed(corpus)[0]], leaves)
-    assert gradients.keys() == leaves.keys()
+def test_fixed_names_must_be_known(tiny_model: str, corpus: Corpus) -> None:
+    with pytest.raises(SettingsError, match="'centres', but there are .*centre"):
+        train(tiny_model, corpus, fixed=("centres",))
 
 
-def test_training_starts_from_given_tensors(encoder: Encoder, corpus: Corpus, tmp_path: Path):
-    given = {"queries": torch.ones(2, encoder.hidden_size)}
-    trainer = trainer_of(encoder, episodes=2, fixed=("queries",))
-    assert torch.equal(trainer.train(Mixed(corpus), tmp_path, start=given).queries, given["queries"])
+def test_training_starts_from_what_is_given(tiny_model: str, corpus: Corpus) -> None:
+    fixed = ("lora.", "queries")
+    given = {"queries": torch.ones(2, 32)}
+    one = train(tiny_model, corpus, episodes=2, start=given, fixed=("queries",))
+    assert torch.equal(one.initialisation.queries, given["queries"])
+    two = train(tiny_model, corpus, episodes=2, start=one, fixed=fixed, seed=1)
+    was, now = one.initialisation.tensors(), two.initialisation.tensors()
+    assert all(torch.equal(was[name], now[name]) for name in was if name.startswith(fixed))
+    assert not torch.equal(was["temperature"], now["temperature"])
+    # one step of Adam goes no further than its rate
+    assert all((was[name] - now[name]).abs().max() < 0.021 for name in was)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"queries": torch.ones(3, 32)}, r"queries is \(3, 32\), expected \(2, 32\)"),
+        ({"query": torch.ones(2, 32)}, "'query' is not known"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(
+    given: dict[str, Tensor], named: str, tiny_model: str, corpus: Corpus
+) -> None:
+    with pytest.raises(TextMetaError, match=named):
+        train(tiny_model, corpus, start=given)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_lora_is_taken_back_once_and_then_stays_while_numbers_go_on(
+    share: float, tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: dict[float, list[dict[str, Tensor]]] = {}
+    for own in (1.0, share):
+        paths[own] = []
+        with monkeypatch.context() as patch:
+            on_each_step(
+                patch, "maml", lambda _, t, own=own: paths[own].append({n: v.detach().clone() for n, v in t.items()})
+            )
+            paths[own].append(train(tiny_model, corpus, lora_share=own).initialisation.tensors())
+    free, taken = paths[1.0], paths[share]
+    lora = [name for name in free[0] if name.startswith("lora.")]
+    assert trainer_of(tiny_model).settles_from == 4
+    for step in range(4):  # as each step begins
+        assert all(torch.equal(free[step][name], taken[step][name]) for name in free[0])
+    for name in lora:
+        factor = share if ".lora_B." in name else 1.0  # the product B A is taken back once
+        assert torch.equal(taken[4][name], factor * free[4][name])
+        assert free[4][name].any()
+        for step in (5, 6):
+            assert torch.equal(taken[step][name], taken[4][name])
+    for step in (4, 5):
+        assert not torch.equal(taken[step]["temperature"], taken[step + 1]["temperature"])
+        assert not torch.equal(taken[step]["centre"], taken[step + 1]["centre"])
+
+
+def test_without_settling_lora_is_learned_to_the_end(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    adapters = [train(tiny_model, corpus, episodes=4, settling=0.0, lora_share=share) for share in (0.5, 1.0)]
+    one, two = (adapter.initialisation.tensors() for adapter in adapters)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_best_validated_tensors_are_the_result(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies, seen = iter([0.5, 0.9, 0.7]), []
+
+    def scores(learner: TaskLearner, episodes: Sequence[object]) -> SimpleNamespace:
+        seen.append(learner.adapter.initialisation.tensors())
+        seen[-1] = {name: value.clone() for name, value in seen[-1].items()}
+        assert len(episodes) == 3
+        return SimpleNamespace(accuracy=np.full(3, next(accuracies)))
+
+    monkeypatch.setattr(trainer_module, "score_episodes", scores)
+    found = train(tiny_model, corpus, tmp_path, valid=3, validate_every=2, validation_episodes=3)
+    assert [row["valid_accuracy"] for row in rows_of(tmp_path) if "valid_accuracy" in row] == [0.5, 0.9, 0.7]
+    tensors = found.initialisation.tensors()
+    assert all(torch.equal(tensors[name], value) for name, value in seen[1].items())
+    assert not torch.equal(tensors["temperature"], seen[2]["temperature"])
+    # a run that is over still knows its best
+    assert_same(train(tiny_model, corpus, tmp_path, valid=3, validate_every=2, validation_episodes=3), found)
+
+
+def test_training_on_the_toy_corpus_beats_frozen_prototypes(tiny_model: str, corpus: Corpus) -> None:
+    """On classes that training never saw: its words differ, but that the shared noise is noise can be learned."""
+    names = corpus.class_names
+    trainer = trainer_of(
+        tiny_model,
+        lora=LoraSettings(rank=4, layers=4),
+        episodes=80,
+        lora_rate=0.02,
+        warmup=5,
+        lora_share=1.0,
+    )
+    adapter = trainer.train([corpus.restrict(names[:8])])
+    held_out = EpisodeSampler(corpus.restrict(names[8:]), EpisodeSettings(4, 3, 5), seed=1).take(60)
+    reader = adapter.load_reader()
+    before, after = frozen_prototypes(reader, held_out), score_episodes(TaskLearner(reader, adapter), held_out)
+    assert paired_difference(after, before)["low"] > 0.02
+
+
+def test_bfloat16_trains_as_float32_does(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    losses = []
+    for precision in ("no", "bf16"):
+        train(tiny_model, corpus, tmp_path / precision, precision=precision)
+        losses.append(np.array([row["loss"] for row in rows_of(tmp_path / precision)]))
+    assert 0 < np.abs(losses[0] - losses[1]).max() < 0.1
+
+
+# -------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_diverging_run_stops_and_says_where(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"step 2, on \['toy', 'toy'\]"):
+        train(tiny_model, corpus, tmp_path, number_rate=1e30, checkpoint_every=1)
+    assert len(rows_of(tmp_path)) == 1
+    assert all(value.isfinite().all() for value in load_file(tmp_path / CHECKPOINT).values())
 
 
 @pytest.mark.parametrize("name", ["temperature", "queries", "log_penalty"])
-def test_what_is_not_finite_stops_training(encoder: Encoder, corpus: Corpus, tmp_path: Path, name: str):
-    trainer = trainer_of(encoder)
-    broken = torch.full_like(trainer.shape.tensors()[name], torch.nan)
-    with pytest.raises(DivergedError):
-        trainer.train(Mixed(corpus), tmp_path, start={name: broken})
-    assert not (tmp_path / "checkpoint.safetensors").exists()
+def test_what_is_not_finite_stops_training(name: str, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    shapes = {"temperature": (5,), "queries": (2, 32), "log_penalty": ()}
+    with pytest.raises(DivergedError, match="step 1"):
+        train(tiny_model, corpus, tmp_path, start={name: torch.full(shapes[name], torch.nan)})
+    assert not (tmp_path / CHECKPOINT).exists()
 
 
-@pytest.mark.parametrize("change", [{"algorithm": "sgd"}, {"episodes": 0}, {"tasks_per_step": 0}, {"warmup": 0}])
-def test_settings_out_of_range_are_refused(change: dict):
-    with pytest.raises(SettingsError):
-        OuterSettings(**change)
-
-
-# ---------------------------------------------------------------------------------------------- the adapter on disk
-
-
-def make_adapter(encoder: Encoder, rule: Tensor | None = None) -> CoreAdapter:
-    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, LEARNER, seed=1)
-    generator = torch.Generator().manual_seed(0)
-    moved = {n: value + torch.randn(value.shape, generator=generator) for n, value in start.tensors().items()}
-    told = {"corpora": ["toy"]}
-    return CoreAdapter(
-        encoder.settings, encoder.weights_sha256, encoder.lora, LEARNER, start.with_tensors(moved), rule, told
-    )
-
-
-@pytest.mark.parametrize("rule", [None, torch.arange(8.0)], ids=["no scope", "scope"])
-def test_an_adapter_comes_back_as_it_was(encoder: Encoder, tmp_path: Path, rule: Tensor | None):
-    adapter = make_adapter(encoder, rule)
-    adapter.save(tmp_path)
-    loaded, reader = CoreAdapter.load(tmp_path)
-    assert same(loaded.initialisation, adapter.initialisation)
-    assert (loaded.learner, loaded.lora, loaded.encoder) == (adapter.learner, adapter.lora, adapter.encoder)
-    assert loaded.record == {"corpora": ["toy"]}
-    assert reader.layers == LAYERS
-    assert loaded.scope_rule is None if rule is None else torch.equal(loaded.scope_rule, rule)  # type: ignore[arg-type]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["core.json", "core.safetensors"]
-
-
-def change_tensors(folder: Path, **changed: Tensor | None) -> None:
-    tensors = {**load_file(folder / "core.safetensors"), **changed}
-    save_file({n: value for n, value in tensors.items() if value is not None}, folder / "core.safetensors")
-
-
-def change_told(folder: Path, **changed: object) -> None:
-    told = {**json.loads((folder / "core.json").read_text()), **changed}
-    told = {name: value for name, value in told.items() if value is not None}
-    (folder / "core.json").write_text(json.dumps(told))
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:100])
-
-
-DAMAGE = {
-    "no numbers": lambda folder: (folder / "core.json").unlink(),
-    "no tensors": lambda folder: (folder / "core.safetensors").unlink(),
-    "numbers cut": lambda folder: cut(folder / "core.json"),
-    "tensors cut": lambda folder: cut(folder / "core.safetensors"),
-    "not a mapping": lambda folder: (folder / "core.json").write_text("[]"),
-    "other format": lambda folder: change_told(folder, format=7),
-    "no layers": lambda folder: change_told(folder, learner={"adapt": "none"}),
-    "unknown setting": lambda folder: change_told(folder, lora={"targets": None, "speed": 3}),
-    "unknown adapt": lambda folder: change_told(folder, learner={"layers": [2, 4], "adapt": "all"}),
-    "no hash": lambda folder: change_told(folder, encoder_sha256=None),
-    "no record": lambda folder: change_told(folder, record=None),
-    "layer too high": lambda folder: change_told(folder, learner={"layers": [2, 9], "steps": 2}),
-    "layers are words": lambda folder: change_told(folder, learner={"layers": ["a", "b"], "steps": 2}),
-    "steps is a word": lambda folder: change_told(folder, learner={"layers": [2, 4], "steps": "two"}),
-    "wrong shape": lambda folder: change_tensors(folder, queries=torch.zeros(3, 32)),
-    "missing tensor": lambda folder: change_tensors(folder, pull=None),
-    "unknown tensor": lambda folder: change_tensors(folder, push=torch.zeros(1)),
-    "not finite": lambda folder: change_tensors(folder, centre=torch.full((2, 32), torch.inf)),
-    "integers": lambda folder: change_tensors(folder, centre=torch.zeros(2, 32, dtype=torch.int64)),
-    "scope of wrong shape": lambda folder: change_tensors(folder, scope_rule=torch.zeros(3)),
-    "scope not finite": lambda folder: change_tensors(folder, scope_rule=torch.full((8,), torch.nan)),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_adapter_is_refused(encoder: Encoder, tmp_path: Path, kind: str):
-    make_adapter(encoder, torch.arange(8.0)).save(tmp_path)
-    DAMAGE[kind](tmp_path)
-    with pytest.raises(AdapterError):
-        CoreAdapter.load(tmp_path)
-
-
-def test_another_encoder_is_refused(encoder: Encoder, tmp_path: Path):
-    make_adapter(encoder).save(tmp_path / "adapter")
-    config = BertConfig(
-        vocab_size=160, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64
-    )
-    other = save_tiny_model(tmp_path / "other", BertModel(config, add_pooling_layer=False))
-    told = json.loads((tmp_path / "adapter/core.json").read_text())
-    change_told(tmp_path / "adapter", encoder={**told["encoder"], "model": other})
-    with pytest.raises(AdapterError, match="another encoder"):
-        CoreAdapter.load(tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("wrong", [{"adapt": "all"}, {"head": "nearest"}, {"steps": -1}])
-def test_learner_settings_out_of_range_are_refused(wrong: dict):
-    with pytest.raises(SettingsError):
-        LearnerSettings(**wrong)
-
-
-def test_fixed_names_must_be_known(encoder: Encoder):
-    with pytest.raises(SettingsError, match="centres"):
-        trainer_of(encoder, fixed=("centres",))
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"algorithm": "mamal"},
+        {"episodes": 0},
+        {"tasks_per_step": 0},
+        {"warmup": 0},
+        {"validate_every": 0},
+        {"validation_episodes": 0},
+        {"checkpoint_every": 0},
+        {"lora_rate": 0.0},
+        {"number_rate": float("inf")},
+        {"centre_rate": -1.0},
+        {"settling": 1.5},
+        {"lora_share": -0.1},
+        {"names": 2.0},
+        {"unlabelled": -1.0},
+        {"seed": -1},
+    ],
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=str(next(iter(wrong)))):
+        MetaTrainer(**wrong)  # type: ignore[arg-type]

@@ -7,19 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 
-from textmeta.data.hub_dataset import read_hub_dataset
-from textmeta.data.local_file import FILE_BUILDERS, read_local_file
-from textmeta.data.texts import checked_texts
+from textmeta.data.labels import checked_texts
 from textmeta.errors import DataError, SettingsError
+
+if TYPE_CHECKING:  # loading it takes half a second, which a classifier should not wait for
+    import datasets
 
 __all__ = ["Corpus", "CorpusSettings", "load_corpus"]
 
 logger = logging.getLogger(__name__)
+
+# File ending → builder of `datasets`.
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -28,35 +31,29 @@ class CorpusSettings:
 
     Args:
         dataset: id of a Hub dataset, or path of a local JSON, JSON Lines, CSV, TSV (quoted as CSV is) or Parquet file.
-        config: configuration of a Hub dataset, where it has several.
+        config: configuration (subset) of a Hub dataset, where it has several.
         split: split of a Hub dataset; ``train+test`` joins two.
         revision: branch, tag or commit of a Hub dataset.
+        rows: at most so many first rows; of a Hub dataset no more are downloaded.
         text_column: column that holds the texts.
         label_column: column that holds the labels (strings, integers, or a ``ClassLabel`` feature).
         name: what records and tables call it; by default the id or the file's name.
+        license: of the texts, for model cards; by default what the Hub says of a dataset.
         splits: JSON file with its class split; without one, the split is drawn.
         fold: which of the splits in that file.
-        split_seed: seed of a drawn split.
-        split_fractions: shares of train, valid and test classes of a drawn split.
-        license: of the texts, for model cards; by default what the Hub says of a dataset.
-        streaming: read a Hub dataset row by row as it comes, instead of downloading and converting all of it first.
-        rows: at most so many first rows; of a large dataset that is streamed, no more are downloaded.
     """
 
     dataset: str
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+    rows: int | None = None
     text_column: str = "text"
     label_column: str = "label"
     name: str | None = None
+    license: str | None = None
     splits: str | None = None
     fold: str | None = None
-    split_seed: int = 0
-    split_fractions: tuple[float, float, float] = (0.5, 0.25, 0.25)
-    license: str | None = None
-    streaming: bool = False
-    rows: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -155,22 +152,6 @@ class Corpus:
         kept = np.sort(np.concatenate(parts))
         return replace(self, texts=[self.texts[row] for row in kept], labels=self.labels[kept])
 
-    def merged(self, size: int, seed: int) -> "Corpus":
-        """Return the corpus with classes joined at random, about so many to one; two classes are left at least.
-
-        Raises:
-            DataError: if there are fewer than 3 classes.
-        """
-        number = len(self.class_names)
-        if number < 3:
-            raise DataError(f"corpus {self.name!r} has {number} classes: to be merged it needs at least 3")
-        of = np.random.default_rng(seed).permutation(number) % max(2, number // size)  # new class of each
-        names = tuple(
-            " / ".join(name for name, new in zip(self.class_names, of, strict=True) if new == index)
-            for index in range(of.max() + 1)
-        )
-        return replace(self, labels=of[self.labels], class_names=names)
-
     def restrict(self, class_names: Iterable[str]) -> "Corpus":
         """Return the corpus of these classes alone, in the order given, without rows of equal text.
 
@@ -207,7 +188,7 @@ class Corpus:
 
     @classmethod
     def from_dataset(
-        cls, dataset: datasets.Dataset, *, name: str, text_column: str = "text", label_column: str = "label"
+        cls, dataset: "datasets.Dataset", *, name: str, text_column: str = "text", label_column: str = "label"
     ) -> "Corpus":
         """Make a corpus of a ``datasets.Dataset`` in hand.
 
@@ -223,7 +204,7 @@ class Corpus:
                 )
         texts = checked_texts(dataset[text_column], f"corpus {name!r}, column {text_column!r}")
         labels = list(dataset[label_column])
-        feature = dataset.features[label_column]
+        class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel
         for row, label in enumerate(labels):
             # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
             if label is None or not isinstance(label, str | int) or isinstance(label, bool):
@@ -234,8 +215,8 @@ class Corpus:
                 )
             if label == "":
                 raise DataError(f"corpus {name!r}, row {row}: label in column {label_column!r} is empty")
-        if isinstance(feature, datasets.ClassLabel):
-            return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(feature.names))
+        if class_names is not None:
+            return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(class_names))
         return cls.from_pairs(name, texts, [str(label) for label in labels])
 
 
@@ -245,19 +226,9 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
     Raises:
         DataError: if it cannot be read, is empty, lacks a column, or has a row that cannot be used.
     """
-    found: dict[str, Any] = {}
-    if settings.is_file:
-        dataset = read_local_file(Path(settings.dataset), settings.text_column, settings.label_column)
-    else:
-        dataset, found = read_hub_dataset(
-            settings.dataset,
-            settings.config,
-            settings.split,
-            settings.revision,
-            columns=(settings.text_column, settings.label_column),
-            streaming=settings.streaming,
-            rows=settings.rows,
-        )
+    from textmeta.data.sources import read_file, read_hub  # noqa: PLC0415 - they load `datasets`
+
+    dataset, found = (read_file(settings), {}) if settings.is_file else read_hub(settings)
     corpus = Corpus.from_dataset(
         dataset.select(range(min(len(dataset), settings.rows or len(dataset)))),
         name=settings.display_name,

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from textmeta.encoder.encoder import Encoder
+from textmeta.encoder.lora import using_factors
 from textmeta.errors import SettingsError
-from textmeta.model.encoder import Encoder
-from textmeta.model.lora import using_factors
-from textmeta.model.padding import length_buckets
 
-__all__ = ["StateBatch", "TokenStateReader", "TokenStates"]
+__all__ = ["StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
 
 MAX_TOKENS = 4096  # of one forward, with padding
 BAR_AFTER = 5.0  # seconds
@@ -98,7 +97,7 @@ class TokenStates:
             overhead: what one more batch costs, in tokens.
         """
         batches = []
-        for numbers in length_buckets([state.shape[1] for state in states], overhead, len(states), max_tokens):
+        for numbers in length_buckets([state.shape[1] for state in states], overhead, max_tokens):
             together, mask = _pad([states[number] for number in numbers])
             batches.append(StateBatch(torch.tensor(numbers, device=mask.device), together, mask))
         return cls(len(states), tuple(batches))
@@ -111,38 +110,33 @@ class TokenStateReader:
 
     Args:
         encoder: whose states.
-        layers: numbers of the chosen layers, ascending.
-        max_tokens: most tokens of one forward, with padding; a longer text goes alone.
+        layers: numbers of the chosen layers, ascending; by default the upper half and what enters it.
 
     Attributes:
         layers: the chosen ones.
         views: how many they are.
     """
 
-    def __init__(self, encoder: Encoder, layers: Sequence[int], *, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, encoder: Encoder, layers: Sequence[int] | None = None) -> None:
         total = encoder.total_layers
+        layers = range(total // 2, total + 1) if layers is None else layers
         if not layers or list(layers) != sorted(set(layers) & set(range(total + 1))):
             raise SettingsError(f"layers must be ascending numbers from 0 to {total}, given {list(layers)}")
-        if max_tokens < 1:
-            raise SettingsError(f"max_tokens must be at least 1, given {max_tokens}")
-        self.encoder, self.layers, self.views, self.max_tokens = encoder, tuple(layers), len(layers), max_tokens
-        # The last of the frozen layers is kept besides those chosen, where an adapted one is: its states enter these.
+        self.encoder, self.layers, self.views = encoder, tuple(layers), len(layers)
         frozen = encoder.frozen_layers
-        self._adapted = frozen is None or self.layers[-1] > frozen
-        below = () if frozen is None else (layer for layer in layers if layer < frozen + (not self._adapted))
-        self._lower: tuple[int, ...] = (*below, *((frozen,) if self._adapted and frozen is not None else ()))
+        self._adapted = frozen is None or self.layers[-1] > frozen  # whether a layer with LoRA is among them
+        # What is taken of the frozen layers: those chosen, then the last where its states enter an adapted layer.
+        self._lower: tuple[int, ...] = ()
+        if frozen is not None:
+            below = (layer for layer in self.layers if layer < frozen)
+            self._lower = (*below, frozen) if self._adapted else self.layers
         self._kept: dict[str, Tensor] = {}  # text -> (len(self._lower), length, d)
-
-    @property
-    def cached_bytes(self) -> int:
-        """Memory of what :meth:`cache` keeps."""
-        return sum(state.nbytes for state in self._kept.values())
 
     def cache(self, texts: Sequence[str], folder: Path | None = None) -> None:
         """Keep what the frozen layers make of texts, in half precision, for every later :meth:`read` of them.
 
-        Their bits depend on the set of these texts alone, so that a resumed run has the same. Where the model cannot
-        be split, nothing is kept.
+        Their bits depend on the set of these texts alone, so that a resumed run has the same. Of a model that cannot be
+        split nothing is kept.
 
         Args:
             texts: to be kept.
@@ -172,7 +166,7 @@ class TokenStateReader:
         found: list[Tensor | None] = [None] * len(texts)
         ids = self._tokenise(texts)
         with tqdm(total=len(texts), desc="frozen layers", leave=False, delay=BAR_AFTER) as bar:
-            for numbers in self._buckets([len(row) for row in ids]):
+            for numbers in length_buckets([len(row) for row in ids], self.encoder.overhead):
                 states, mask = self._run_lower([ids[number] for number in numbers])
                 if states.dtype != torch.float64:
                     states = states.clamp(-65504, 65504).half()  # an outlier must not become infinite
@@ -184,7 +178,7 @@ class TokenStateReader:
     def _digest(self, texts: Sequence[str]) -> str:
         """Return what the frozen states of texts are known by: all that they depend on."""
         encoder = self.encoder
-        told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower, self.max_tokens]
+        told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower]
         return hashlib.sha256(json.dumps([*told, *texts]).encode()).hexdigest()[:32]
 
     def read(
@@ -211,28 +205,24 @@ class TokenStateReader:
         return TokenStates(len(texts), tuple(batches))
 
     def _lower_batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yield the rows, inputs and mask of each batch; one is either cached or not, so that none is run in part."""
+        """Yield the rows, inputs and mask of each batch: of cached texts first, then of the others."""
         kept = [number for number, text in enumerate(texts) if text in self._kept]
         fresh = [number for number, text in enumerate(texts) if text not in self._kept]
         states = [self._kept[texts[number]] for number in kept]
-        for bucket in self._buckets([state.shape[1] for state in states]):
-            inputs, mask = _pad([states[i] for i in bucket])
-            device = self.encoder.device  # what came from a file is elsewhere
+        device, overhead = self.encoder.device, self.encoder.overhead
+        for bucket in length_buckets([state.shape[1] for state in states], overhead):
+            inputs, mask = _pad([states[i] for i in bucket])  # on the CPU, where they came from a file
             yield [kept[i] for i in bucket], _at_least_float32(inputs.to(device)), mask.to(device)
         ids = self._tokenise([texts[number] for number in fresh])
-        for bucket in self._buckets([len(row) for row in ids]):
+        for bucket in length_buckets([len(row) for row in ids], overhead):
             yield [fresh[i] for i in bucket], *self._run_lower([ids[i] for i in bucket])
-
-    def _buckets(self, lengths: list[int]) -> list[list[int]]:
-        return length_buckets(lengths, self.encoder.overhead, len(lengths), self.max_tokens)
 
     def _tokenise(self, texts: Sequence[str]) -> list[Tensor]:
         if not texts:
             return []
-        ids = self.encoder.tokenizer(list(texts), truncation=True, max_length=self.encoder.settings.max_length)[
-            "input_ids"
-        ]
-        return [torch.tensor(row, device=self.encoder.device) for row in ids]
+        encoder = self.encoder
+        rows = encoder.tokenizer(list(texts), truncation=True, max_length=encoder.settings.max_length)["input_ids"]
+        return [torch.tensor(row, device=encoder.device) for row in rows]
 
     def _run_lower(self, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the inputs of :meth:`_run_upper`, states (r, lower, L, d) or else the ids (r, L), and their mask."""
@@ -266,3 +256,38 @@ def _pad(states: list[Tensor]) -> tuple[Tensor, Tensor]:
     mask = _mask([state.shape[1] for state in states], states[0].device)
     padded = [nn.functional.pad(state, (0, 0, 0, mask.shape[1] - state.shape[1])) for state in states]
     return torch.stack(padded), mask
+
+
+def length_buckets(lengths: Sequence[int], overhead: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
+    """Group rows of different lengths so that little work goes into padding.
+
+    A bucket is padded to its longest row, and costs ``rows x longest + overhead``. The sorted rows are split in the
+    cheapest way there is (dynamic programming over the distinct lengths); then buckets of too many tokens are cut.
+
+    Args:
+        lengths: tokens of each row.
+        overhead: what one more forward costs, in tokens.
+        max_tokens: most tokens in a bucket of more than one row, with padding.
+
+    Returns:
+        Lists of row numbers; every row is in exactly one.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    # position in `order` after the last row of each distinct length
+    ends = [i + 1 for i in range(len(order)) if i + 1 == len(order) or lengths[order[i]] != lengths[order[i + 1]]]
+    best: dict[int, tuple[float, int]] = {0: (0.0, 0)}  # rows covered -> (cost, start of the last bucket)
+    for end in ends:
+        longest = lengths[order[end - 1]]
+        best[end] = min((cost + (end - start) * longest + overhead, start) for start, (cost, _) in best.items())
+    buckets: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        cut: list[list[int]] = [[]]
+        for row in order[start:end]:
+            if cut[-1] and (len(cut[-1]) + 1) * lengths[row] > max_tokens:
+                cut.append([])
+            cut[-1].append(row)
+        buckets = cut + buckets
+        end = start
+    return buckets

@@ -5,12 +5,11 @@ Shapes, here and in all of :mod:`textmeta.heads`: T tasks, n examples (padded to
 leaves out, or those that a user gives no weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from textmeta.model.heads import class_mask, membership
+from torch.nn.functional import one_hot
 
 __all__ = ["Examples", "float64", "log_shots", "mean_over_classes", "root", "temperature"]
 
@@ -23,55 +22,51 @@ class Examples:
         member: (T, n, C), 1 where an example is in a class; rows of 0 for padding.
         weights: (T, n), how much each example counts; 0 for padding.
         classes: (T, C) bool, whether a task has that class.
+
+    Attributes:
+        counts: (T, C), how much the examples of each class count together.
+        total: (T,), n: how much all examples count together.
+        present: (T, C) bool, the classes that have examples.
+        number: (T,), C₁: number of classes that have examples; 1 at least, so that it can be divided by.
+        balanced: (T, n), ω_i = n / (C₁ n_c): weights by which classes weigh alike, and which add up to n.
+        targets: (T, n, C), one-hot - 1/C₁ over the classes that have examples; 0 for other classes and for padding.
     """
 
     member: Tensor
     weights: Tensor
     classes: Tensor
+    counts: Tensor = field(init=False)
+    total: Tensor = field(init=False)
+    present: Tensor = field(init=False)
+    number: Tensor = field(init=False)
+    balanced: Tensor = field(init=False)
+    targets: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make what every head asks for."""
+        member, weights = self.member, self.weights
+        counts = (member * weights[..., None]).sum(1)
+        present = counts > 0
+        total = weights.sum(1)
+        number = present.to(member.dtype).sum(1).clamp(min=1)
+        share = torch.where(present, 1 / torch.where(present, counts, 1.0), 0.0)  # (T, C)
+        balanced = weights * torch.einsum("tnc,tc->tn", member, share) * (total / number)[:, None]
+        there = (weights > 0).to(member.dtype)[..., None]
+        targets = there * (member - present[:, None].to(there) / number[:, None, None])
+        made = {"counts": counts, "present": present, "total": total, "number": number}
+        for name, value in {**made, "balanced": balanced, "targets": targets}.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, labels: Tensor, ways: Tensor, dtype: torch.dtype) -> "Examples":
         """Make them of labels (T, n), -1 for padding, and ways (T,); every example counts 1."""
-        member = membership(labels, int(ways.max())).to(dtype)
-        return cls(member, member.sum(-1), class_mask(ways))
+        most = int(ways.max())
+        member = one_hot(labels.clamp(min=0), most).to(dtype) * (labels >= 0)[..., None]
+        return cls(member, member.sum(-1), torch.arange(most, device=ways.device) < ways[:, None])
 
     def weighted(self, weights: Tensor) -> "Examples":
         """Return the same examples with their weights (T, n) times these."""
         return Examples(self.member, self.weights * weights, self.classes)
-
-    @property
-    def counts(self) -> Tensor:
-        """(T, C), how much the examples of each class count together."""
-        return (self.member * self.weights[..., None]).sum(1)
-
-    @property
-    def total(self) -> Tensor:
-        """(T,), n: how much all examples count together."""
-        return self.weights.sum(1)
-
-    @property
-    def present(self) -> Tensor:
-        """(T, C) bool, the classes that have examples."""
-        return self.counts > 0
-
-    @property
-    def number(self) -> Tensor:
-        """(T,), C₁: number of classes that have examples; 1 at least, so that it can be divided by."""
-        return self.present.to(self.member.dtype).sum(1).clamp(min=1)
-
-    @property
-    def balanced(self) -> Tensor:
-        """(T, n), ω_i = n / (C₁ n_c): weights by which classes weigh alike, and which add up to n."""
-        counts = self.counts
-        share = torch.where(counts > 0, 1 / torch.where(counts > 0, counts, 1.0), 0.0)  # (T, C)
-        own = torch.einsum("tnc,tc->tn", self.member, share)
-        return self.weights * own * (self.total / self.number)[:, None]
-
-    @property
-    def targets(self) -> Tensor:
-        """(T, n, C), one-hot - 1/C₁ over the classes that have examples; 0 for other classes and for padding."""
-        there = (self.weights > 0).to(self.member.dtype)[..., None]
-        return there * (self.member - self.present[:, None].to(there) / self.number[:, None, None])
 
 
 def log_shots(examples: Examples) -> Tensor:

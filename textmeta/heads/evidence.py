@@ -28,16 +28,13 @@ class Folds:
         of: (T, n) int64, the fold that leaves an example out; -1 for examples of classes that have no others.
         examples: those of classes with two examples or more; the others' weights are 0.
         any: (T,) bool, whether there are two such classes; without, there is no evidence.
+        number: the most folds of any task.
     """
 
     of: Tensor
     examples: Examples
     any: Tensor
-
-    @property
-    def number(self) -> int:
-        """The most folds of any task."""
-        return int(self.of.max()) + 1 if self.of.numel() else 0
+    number: int
 
 
 def folds_of(examples: Examples) -> Folds:
@@ -55,7 +52,8 @@ def folds_of(examples: Examples) -> Folds:
     position = ((counted.cumsum(1) - counted) * counted).sum(-1).long()  # among those of its class
     taking_part = (counted * several[:, None]).sum(-1) > 0
     of = torch.where(taking_part, position % number[:, None], -1)
-    return Folds(of, examples.weighted(taking_part.to(examples.weights.dtype)), enough)
+    most = int(of.max()) + 1 if of.numel() else 0
+    return Folds(of, examples.weighted(taking_part.to(examples.weights.dtype)), enough, most)
 
 
 def left_out_scores(

@@ -8,7 +8,7 @@ from torch import Tensor
 from textmeta.encoder.token_states import TokenStates
 from textmeta.heads.common import Examples
 
-__all__ = ["centre", "centred", "pool", "with_unlabelled_centre"]
+__all__ = ["centre", "centred", "pool", "to_length_one", "with_unlabelled_centre"]
 
 LENGTH_EPSILON = 1e-12
 
@@ -38,7 +38,7 @@ def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -
         parts.append((attention[..., None, :] @ hidden)[..., 0, :])
     rows = torch.cat([batch.rows for batch in states.batches])
     pooled = torch.cat(parts).index_select(0, torch.argsort(rows))
-    return _to_length_one(pooled)
+    return to_length_one(pooled)
 
 
 def centre(views: Tensor, examples: Examples, prior: Tensor, strength: Tensor) -> Tensor:
@@ -72,10 +72,11 @@ def with_unlabelled_centre(middle: Tensor, number: Tensor, unlabelled: Tensor, t
 
 def centred(views: Tensor, middle: Tensor) -> Tensor:
     """Return (T, n, V, d) z = (u - m) / √(|u - m|² + 1e-12), of views (T, n, V, d) and centres (T, V, d)."""
-    return _to_length_one(views - middle[:, None])
+    return to_length_one(views - middle[:, None])
 
 
-def _to_length_one(vectors: Tensor) -> Tensor:
+def to_length_one(vectors: Tensor) -> Tensor:
+    """Return vectors (…, d) scaled to length 1; near 0 they stay near 0."""
     return vectors * (vectors.square().sum(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
 
 

@@ -1,106 +1,181 @@
 """An adapter: all that meta-training makes, with the identity of the encoder that it was made for."""
 
-import json
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
+from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, SettingsError
-from textmeta.files import write_atomically
-from textmeta.heads.scope import SCOPE_INPUTS
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
-from textmeta.model.encoder import Encoder, EncoderSettings
-from textmeta.model.lora import LoraSettings
+from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
+from textmeta.heads.pooling import pool
+from textmeta.hub import HubAccess
+from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
 
-__all__ = ["CoreAdapter"]
+__all__ = ["Adapter", "ClassIndex"]
 
-FORMAT = 8
-NUMBERS, TENSORS, SCOPE_RULE = "core.json", "core.safetensors", "scope_rule"
+logger = logging.getLogger(__name__)
+
+PROBES = ("I lost my card on 24 December.", "What's the weather like?", "Übersetzen Sie das, s'il vous plaît! 你好")
+LIKENESS = 0.999  # cosine: other machines and bfloat16 come closer, a word that became another does not
+LIBRARIES = ("textmeta", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True, eq=False)
+class ClassIndex:
+    """The classes of the training corpora, to compare new tasks with; no text.
+
+    Args:
+        classes: corpus → names of its classes.
+        vectors: corpus → (classes, d) float32, of length 1, as :class:`~textmeta.meta.task_embedding.TaskEmbedding` has them.
+    """
+
+    classes: Mapping[str, tuple[str, ...]]
+    vectors: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class CoreAdapter:
-    """What meta-training makes.
+class Adapter:
+    """What meta-training makes, and a classifier takes.
 
     Args:
         encoder: which one, and how long texts may be.
-        encoder_sha256: of its weights.
+        weights_sha256: of its weights (:func:`~textmeta.encoder.pretrained.weights_digest`).
         lora: of the adapter.
         learner: how tasks are learned.
-        initialisation: where they start.
-        scope_rule: (8,) of :func:`~textmeta.heads.scope.scope_probability`; None where none was fitted.
-        record: how it was made.
+        initialisation: what was learned by gradient: where tasks start.
+        calibration: what was set otherwise.
+        probe: (3, V·d), what the encoder made of some texts, to know it by (:func:`probe`).
+        commit: of the encoder's repository, where it came from the Hub.
+        index: of the classes that it was trained on, where it has one.
+        record: how it was trained.
+        versions: of the libraries that it was made with.
     """
 
     encoder: EncoderSettings
-    encoder_sha256: str
+    weights_sha256: str
     lora: LoraSettings
     learner: LearnerSettings
     initialisation: Initialisation
-    scope_rule: Tensor | None = None
+    calibration: Calibration
+    probe: Tensor
+    commit: str | None = None
+    index: ClassIndex | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        """Write the adapter's two files into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.initialisation.tensors().items()}
-        if self.scope_rule is not None:
-            tensors[SCOPE_RULE] = self.scope_rule.cpu().contiguous()
-        write_atomically(folder / TENSORS, save(tensors))
-        told = {
-            "format": FORMAT,
-            "encoder": asdict(self.encoder),
-            "encoder_sha256": self.encoder_sha256,
-            "lora": asdict(self.lora),
-            "learner": asdict(self.learner),
-            "record": dict(self.record),
-        }
-        write_atomically(folder / NUMBERS, (json.dumps(told, indent=1) + "\n").encode())
+    versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
 
     @classmethod
-    def load(
-        cls, folder: Path, *, precision: str = "no", device: str = "cpu"
-    ) -> tuple["CoreAdapter", TokenStateReader]:
-        """Read an adapter and the encoder that it was trained on.
+    def of(cls, reader: TokenStateReader, learner: LearnerSettings, initialisation: Initialisation) -> "Adapter":
+        """Make the adapter of an encoder in hand, with nothing calibrated yet.
+
+        Args:
+            reader: of the encoder's token states.
+            learner: how tasks are learned.
+            initialisation: where they start.
+        """
+        encoder = reader.encoder
+        return cls(
+            encoder=encoder.settings,
+            weights_sha256=encoder.weights_sha256,
+            lora=encoder.lora,
+            learner=replace(learner, layers=reader.layers),
+            initialisation=initialisation,
+            calibration=Calibration(),
+            probe=_probe(reader, initialisation),
+            commit=encoder.commit,
+        )
+
+    def load_reader(
+        self,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "no",
+        model: str | None = None,
+        access: HubAccess | None = None,
+    ) -> TokenStateReader:
+        """Load the encoder that this adapter belongs to, and return what reads its token states.
+
+        Args:
+            device: where it runs.
+            precision: "no" for float32, or "bf16".
+            model: where to load it from, if not from the id or folder that the adapter names.
+            access: how the Hub is reached.
 
         Raises:
-            AdapterError: if a file is missing or damaged, a tensor has another name or shape than it should, or the
-                encoder is another one.
+            AdapterError: if its weights are not those that the adapter was trained on.
+            EncoderError: if it cannot be loaded.
         """
         try:
-            told = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
-            if told["format"] != FORMAT:
-                raise AdapterError(f"{folder} has format {told['format']}, expected {FORMAT}")
-            sha256, record = told["encoder_sha256"], told["record"]
-            tensors = load_file(folder / TENSORS, device=device)
-            encoder_settings = EncoderSettings(**told["encoder"])
-            lora = LoraSettings(**{**told["lora"], "targets": _tuple(told["lora"]["targets"])})
-            settings = LearnerSettings(**{**told["learner"], "layers": tuple(told["learner"]["layers"])})
-        except (OSError, SafetensorError, SettingsError, ValueError, KeyError, TypeError) as error:
-            raise AdapterError(f"cannot read the adapter {folder}: {error!r}") from error
-        encoder = Encoder(encoder_settings, lora, device, precision)
-        if encoder.weights_sha256 != sha256:
-            raise AdapterError(f"{folder} was trained on another encoder than {encoder_settings.model} is")
+            encoder = self._any_encoder(device, precision, model, access)
+            reader = self._checked(encoder)
+        except TextMetaError:
+            raise
+        except Exception as error:  # an encoder may be anybody's, and its configuration say anything
+            raise EncoderError(
+                f"the encoder {model or self.encoder.model!r} cannot be used: {type(error).__name__}: {error}"
+            ) from error
+        # it is the encoder that the adapter names, wherever this copy of it came from
+        encoder.settings, encoder.commit = self.encoder, self.commit
+        return reader
+
+    def to(self, device: torch.device) -> "Adapter":
+        """Return the same adapter with its tensors on a device."""
+        init = self.initialisation
+        scope = self.calibration.scope
+        return replace(
+            self,
+            initialisation=init.with_tensors({name: value.to(device) for name, value in init.tensors().items()}),
+            calibration=Calibration(None if scope is None else scope.to(device)),
+        )
+
+    def _checked(self, encoder: Encoder) -> TokenStateReader:
+        """Check that this is the adapter's encoder, and that the adapter fits it."""
+        if encoder.weights_sha256 != self.weights_sha256:
+            raise AdapterError(
+                f"the adapter belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…, but the "
+                f"weights of {encoder.settings.model} are {encoder.weights_sha256[:12]}…"
+            )
+        reader = TokenStateReader(encoder, self.learner.layers)
+        shape = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, self.learner, seed=0)
+        shape.with_tensors(self.initialisation.tensors())  # says which tensor does not fit
+        # weights are not all that matters: a tokenizer or a configuration that was changed would go unnoticed
+        found = _probe(reader, self.initialisation)
+        likeness = (found * self.probe).sum(1).min() if found.shape == self.probe.shape else torch.tensor(0.0)
+        if not likeness >= LIKENESS:  # which NaN is not, either
+            raise AdapterError(
+                f"{encoder.settings.model} has the adapter's weights, but makes other features of the same texts "
+                f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
+            )
+        return reader
+
+    def _any_encoder(
+        self, device: str | torch.device, precision: str, model: str | None, access: HubAccess | None
+    ) -> Encoder:
+        """Load the encoder; of one on the Hub the commit that the adapter was trained on, if it can be had."""
+        if model:
+            named = replace(self.encoder, model=model, revision=None)
+            return Encoder(named, self.lora, device, precision, access=access)
+        pinned = replace(self.encoder, revision=self.commit or self.encoder.revision)
         try:
-            reader = TokenStateReader(encoder, settings.layers)
-        except SettingsError as error:
-            raise AdapterError(f"{folder}: {error}") from error
-        for name, value in tensors.items():
-            if value.dtype != torch.float32 or not torch.isfinite(value).all():
-                raise AdapterError(f"{folder}: {name} is not float32, or not finite")
-        rule = tensors.pop(SCOPE_RULE, None)
-        if rule is not None and rule.shape != (len(SCOPE_INPUTS) + 1,):
-            raise AdapterError(f"{folder}: the scope rule is {tuple(rule.shape)}, expected ({len(SCOPE_INPUTS) + 1},)")
-        shape = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
-        return cls(encoder_settings, sha256, lora, settings, shape.with_tensors(tensors), rule, record), reader
+            return Encoder(pinned, self.lora, device, precision, access=access)
+        except EncoderError as error:
+            if self.commit is None or not isinstance(error.__cause__, HubError):
+                raise
+            # any other copy will do if it is the same, and the caller compares
+            logger.warning("%s; looking for the encoder at revision %s", error, self.encoder.revision or "main")
+            return Encoder(self.encoder, self.lora, device, precision, access=access)
 
 
-def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
-    return None if values is None else tuple(values)
+@torch.no_grad()
+def _probe(reader: TokenStateReader, initialisation: Initialisation) -> Tensor:
+    """Return (3, V·d), of length 1: the mean-pooled views of some fixed texts, with the adapter's LoRA."""
+    device = reader.encoder.device
+    factors = {name: value.detach().to(device) for name, value in initialisation.lora.items()}
+    views = pool(reader.read(PROBES, factors), torch.zeros_like(initialisation.queries, device=device))
+    return (views.flatten(1) / len(reader.layers) ** 0.5).float().cpu()

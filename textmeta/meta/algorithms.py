@@ -1,41 +1,24 @@
-"""Meta-learning algorithms: each a function of one signature, and a row in :data:`ALGORITHMS`.
+"""Meta-learning algorithms: each a function of one signature, and a row of :data:`ALGORITHMS`.
 
-A function takes the encoder, the parameters, some episodes, the inner loop's settings and a plan for the gradient, and
-returns the gradient (or pseudo-gradient) of the parameters, summed over the episodes. A new algorithm is one function
-and one row.
-
-θ are the parameters, θ_j what the inner steps θ_{j+1} = θ_j - α_j ĝ_j make of them on a support set, ĝ the (normalised)
-gradient of the support loss, J the number of steps, L_i^query the query loss of episode i.
+A function takes a task learner, some episodes, and the tensors that are learned (leaves of the learner's
+initialisation); it returns the gradient of each, or a pseudo-gradient, summed over the episodes. A new algorithm is
+one function and one row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from textmeta.data.episodes import Episode
-from textmeta.meta.adaptation import AdaptedParameters, adapt, adaptation_path, query_logits, task_weights
-from textmeta.meta.inner_loop import InnerLoopSettings
-from textmeta.meta.meta_gradient import MetaGradientSettings
-from textmeta.meta.tasks import TaskBatch, query_batch, support_and_query_batch, support_batch
-from textmeta.model.encoder import Encoder
-from textmeta.model.heads import cross_entropy_per_task
-from textmeta.model.initialisation import Parameters
+from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.initialisation import LORA, LearnerSettings
+from textmeta.meta.learner import TaskLearner
 
-__all__ = [
-    "ALGORITHMS",
-    "Algorithm",
-    "MetaGradient",
-    "anil",
-    "episode_chunks",
-    "fomaml",
-    "maml",
-    "meta_sgd",
-    "protonet",
-    "reptile",
-]
+__all__ = ["ALGORITHMS", "Algorithm", "MetaGradient", "query_losses"]
 
 
 @dataclass(frozen=True)
@@ -43,200 +26,99 @@ class MetaGradient:
     """What an algorithm returns for T episodes.
 
     Args:
-        gradient: of every parameter by name, summed over the episodes.
-        loss: (T,) query loss of each, after the last inner step.
-        accuracy: (T,) query accuracy of each.
+        gradient: of every learned tensor by name, summed over the episodes.
+        loss: (T,) cross entropy of each episode's queries, after the inner steps.
+        accuracy: (T,) share of them that are right.
     """
 
-    gradient: Parameters
+    gradient: dict[str, Tensor]
     loss: Tensor
     accuracy: Tensor
 
 
-AlgorithmFunction = Callable[
-    [Encoder, Parameters, Sequence[Episode], InnerLoopSettings, MetaGradientSettings], MetaGradient
-]
+def query_losses(learner: TaskLearner, episodes: Sequence[Episode], second_order: bool) -> tuple[Tensor, Tensor]:
+    """Learn the tasks of T episodes; return the mean cross entropy (T,) and the accuracy (T,) of their queries.
 
-
-def protonet(
-    encoder: Encoder,
-    parameters: Parameters,
-    episodes: Sequence[Episode],
-    inner: InnerLoopSettings,
-    plan: MetaGradientSettings,
-) -> MetaGradient:
-    """Gradient of the query loss of prototypes, without inner steps: ∇_θ Σ_i L_i^query(θ).
-
-    Source: Snell et al. (2017), "Prototypical Networks for Few-shot Learning", here with a cosine and LoRA.
+    Queries of no class do not count.
     """
-    return _query_gradient(encoder, parameters, episodes, replace(inner, steps=0), plan)
+    device = learner.adapter.initialisation.queries.device
+    queries = Rows.of([e.query_texts for e in episodes], device)
+    task = learner.learn(TaskBatch.of_episodes(episodes, device), second_order)
+    logits = learner.answer(task, queries).logits
+    flat = torch.cat([torch.as_tensor(e.query_labels) for e in episodes]).to(device)
+    labels = queries.pad(flat + 1) - 1  # -1 for padding, and for queries of no class
+    counts = labels >= 0
+    losses = cross_entropy(logits.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none").view_as(labels)
+    number = counts.sum(1).clamp(min=1)
+    loss = torch.where(counts, losses, 0.0).sum(1) / number
+    return loss, ((logits.argmax(-1) == labels) & counts).sum(1) / number
 
 
-def fomaml(
-    encoder: Encoder,
-    parameters: Parameters,
-    episodes: Sequence[Episode],
-    inner: InnerLoopSettings,
-    plan: MetaGradientSettings,
-) -> MetaGradient:
-    """Gradient of the query loss after the inner steps, these taken as constants.
+def maml(learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor]) -> MetaGradient:
+    """Exact gradient of the query loss after the inner steps, through their gradients.
 
-    ∇_θ Σ_i L_i^query(θ - Σ_j α_j stopgrad(ĝ_j)): the start and the step sizes α get gradients, ĝ gets none.
-
-    Source: Finn et al. (2017), "Model-Agnostic Meta-Learning", section 5.2, first-order approximation.
+    Source: Finn et al. (2017), "Model-Agnostic Meta-Learning", algorithm 1. With step sizes that are learned for each
+    entry it is Meta-SGD: Li et al. (2017), "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning". Where the steps
+    change the head's offset alone it is ANIL: Raghu et al. (2020), "Rapid Learning or Feature Reuse?".
     """
-    return _query_gradient(encoder, parameters, episodes, inner, replace(plan, second_order_steps=0))
+    return _gradient(learner, episodes, leaves, second_order=True)
 
 
-def maml(
-    encoder: Encoder,
-    parameters: Parameters,
-    episodes: Sequence[Episode],
-    inner: InnerLoopSettings,
-    plan: MetaGradientSettings,
-) -> MetaGradient:
-    """Exact gradient of the query loss after the inner steps, through the inner gradients.
+def fomaml(learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor]) -> MetaGradient:
+    """Gradient of the query loss after the inner steps, with their gradients taken as constants.
 
-    ∇_θ Σ_i L_i^query(θ - Σ_j α_j ĝ_j(θ_j, θ)): with ĝ's own derivatives, its normalisation's included.
-
-    Source: Finn et al. (2017), "Model-Agnostic Meta-Learning", algorithm 1.
+    Source: Finn et al. (2017), section 5.2, first-order approximation. Without steps, and with prototypes, it is
+    ProtoNet: Snell et al. (2017), "Prototypical Networks for Few-shot Learning".
     """
-    return _query_gradient(encoder, parameters, episodes, inner, plan)
+    return _gradient(learner, episodes, leaves, second_order=False)
 
 
-def meta_sgd(
-    encoder: Encoder,
-    parameters: Parameters,
-    episodes: Sequence[Episode],
-    inner: InnerLoopSettings,
-    plan: MetaGradientSettings,
-) -> MetaGradient:
-    """MAML's gradient, with a learned step size for each tensor p and step: θ_{j+1}^p = θ_j^p - α_j^p ĝ_j^p.
+def reptile(learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor]) -> MetaGradient:
+    """First-order gradient, but for what the steps adapt: that moves to where steps on support and queries end.
 
-    The inner settings of its row give each tensor its own step sizes. They are learned as logarithms, so they stay
-    positive; the paper has one for each entry, of either sign.
-
-    Source: Li et al. (2017), "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", eq. 3.
-    """
-    return _query_gradient(encoder, parameters, episodes, inner, plan)
-
-
-def anil(
-    encoder: Encoder,
-    parameters: Parameters,
-    episodes: Sequence[Episode],
-    inner: InnerLoopSettings,
-    plan: MetaGradientSettings,
-) -> MetaGradient:
-    """MAML's exact gradient where the inner steps change the head's offset δ alone.
-
-    ∇_θ Σ_i L_i^query(θ, δ_J(θ)) with δ_{j+1} = δ_j - α_j ĝ_j(δ_j, θ). The features of a support set are the same in all
-    steps, so they are computed once.
-
-    Source: Raghu et al. (2020), "Rapid Learning or Feature Reuse?", section 4.
-    """
-    return _query_gradient(encoder, parameters, episodes, replace(inner, adapt=("offset",)), plan)
-
-
-@torch.enable_grad()
-def reptile(
-    encoder: Encoder,
-    parameters: Parameters,
-    episodes: Sequence[Episode],
-    inner: InnerLoopSettings,
-    plan: MetaGradientSettings,
-) -> MetaGradient:
-    """Pseudo-gradient Σ_i (θ - θ_i), with θ_i the LoRA factors adapted to support and query together.
-
-    A plain step of size ε against its mean is Reptile's update θ ← θ + ε mean_i(θ_i - θ). What a conditioned start
-    θ(τ_i) is made of gets the gradient of ⟨θ(τ_i), stopgrad(θ(τ_i) - θ_i)⟩. Step sizes and the head's scalars get none.
-    The loss reported is that of the queries before the adaptation that then sees them.
+    The pseudo-gradient of the pooling queries is Σ (q₀ - q_J); of LoRA's factors, where adapted, likewise.
 
     Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", batched version of algorithm 1.
     """
-    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    losses, accuracies = [], []
-    for chunk in episode_chunks(episodes, plan.texts_at_once):
-        support, query = support_batch(encoder, chunk), query_batch(encoder, chunk)
-        both = support_and_query_batch(encoder, chunk)
-        with torch.no_grad():
-            start = adapt(encoder, parameters, support, replace(inner, steps=0))
-            loss, accuracy = _query_loss(encoder, start, support, query)
-            adapted = adapt(encoder, parameters, both, inner)
-        # ⟨θ, θ - θ_i⟩ has the gradient θ - θ_i; where θ is made of other parameters, they get theirs through it
-        starts = adapt(encoder, leaves, both, replace(inner, steps=0)).factors
-        moved = [name for name, factor in adapted.factors.items() if factor.ndim == 3]  # adapted, task by task
-        if moved:
-            parts = [(starts[n] * (starts[n].detach() - adapted.factors[n])).sum() for n in moved]
-            _add_gradient(total, torch.stack(parts).sum(), leaves)
-        losses.append(loss)
-        accuracies.append(accuracy)
-    return MetaGradient(total, torch.cat(losses), torch.cat(accuracies))
+    found = _gradient(learner, episodes, leaves, second_order=False)
+    both = [_with_queries_as_support(e) for e in episodes if len(e.support_texts)]
+    if not both:
+        return found
+    init = learner.adapter.initialisation
+    with torch.no_grad():
+        task = learner.learn(TaskBatch.of_episodes(both, init.queries.device))
+    if task.queries.ndim == 3 and "queries" in leaves:
+        found.gradient["queries"] = (init.queries - task.queries).sum(0)
+    for name, value in task.factors.items():
+        if ".lora_B." in name and LORA + name in leaves:  # A is not adapted
+            found.gradient[LORA + name] = (init.lora[name] - value).sum(0)
+    return found
 
 
-def episode_chunks(episodes: Sequence[Episode], texts_at_once: int) -> Iterator[list[Episode]]:
-    """Yield successive episodes that together have at most so many texts; a larger one alone."""
-    chunk: list[Episode] = []
-    texts = 0
-    for episode in episodes:
-        size = len(episode.support_texts) + len(episode.query_texts) + len(episode.label_names or ())
-        if chunk and texts + size > texts_at_once:
-            yield chunk
-            chunk, texts = [], 0
-        chunk.append(episode)
-        texts += size
-    if chunk:
-        yield chunk
+def _with_queries_as_support(episode: Episode) -> Episode:
+    inside = episode.query_labels >= 0
+    return replace(
+        episode,
+        support_texts=(
+            *episode.support_texts,
+            *(text for text, kept in zip(episode.query_texts, inside, strict=True) if kept),
+        ),
+        support_labels=np.concatenate([episode.support_labels, episode.query_labels[inside]]),
+        label_names=None,
+        unlabelled_texts=(),
+    )
 
 
-def _query_loss(
-    encoder: Encoder, adapted: AdaptedParameters, support: TaskBatch, query: TaskBatch
-) -> tuple[Tensor, Tensor]:
-    """Return loss and accuracy of each query set, (T,) both."""
-    logits = query_logits(encoder, adapted, task_weights(encoder, adapted, support), query)
-    counts = query.labels >= 0
-    correct = (logits.argmax(-1) == query.labels) & counts
-    return cross_entropy_per_task(logits, query.labels, counts), correct.sum(1) / counts.sum(1)
-
-
-def _add_gradient(total: Parameters, objective: Tensor, leaves: Parameters) -> None:
-    """Add the gradient of an objective, where it has one, in place."""
-    found = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True)
-    for name, part in zip(leaves, found, strict=True):
-        if part is not None:
-            total[name] += part
-
-
-@torch.enable_grad()
-def _query_gradient(
-    encoder: Encoder,
-    parameters: Parameters,
-    episodes: Sequence[Episode],
-    inner: InnerLoopSettings,
-    plan: MetaGradientSettings,
+def _gradient(
+    learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor], second_order: bool
 ) -> MetaGradient:
-    """Differentiate the query loss after the inner steps, chunk by chunk."""
-    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    losses, accuracies = [], []
-    wanted = inner.steps if plan.second_order_steps is None else plan.second_order_steps
-    second_order_steps = min(wanted, inner.steps)
-    for chunk in episode_chunks(episodes, plan.texts_at_once):
-        support, query = support_batch(encoder, chunk), query_batch(encoder, chunk)
-        *_, adapted = adaptation_path(
-            encoder,
-            leaves,
-            support,
-            inner,
-            second_order_steps=second_order_steps,
-            checkpointed=plan.saves_memory(support.texts.count, second_order_steps),
-        )
-        loss, accuracy = _query_loss(encoder, adapted, support, query)
-        _add_gradient(total, loss.sum(), leaves)
-        losses.append(loss.detach())
-        accuracies.append(accuracy)
-    return MetaGradient(total, torch.cat(losses), torch.cat(accuracies))
+    loss, accuracy = query_losses(learner, episodes, second_order)
+    found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+    gradient = {
+        name: torch.zeros_like(leaf) if part is None else part
+        for (name, leaf), part in zip(leaves.items(), found, strict=True)
+    }
+    return MetaGradient(gradient, loss.detach(), accuracy)
 
 
 @dataclass(frozen=True)
@@ -245,23 +127,18 @@ class Algorithm:
 
     Args:
         gradient: the function.
-        optimiser: what the outer loop does with the gradient: Adam, or plain SGD.
-        learning_rate: of the outer loop, unless the settings say otherwise; for SGD Reptile's ε.
-        inner: from the inner loop's settings as given, those that the algorithm learns for.
+        learner: from the learner's settings as given, those that the algorithm learns for.
     """
 
-    gradient: AlgorithmFunction
-    optimiser: Literal["adam", "sgd"]
-    learning_rate: float
-    inner: Callable[[InnerLoopSettings], InnerLoopSettings]
+    gradient: Callable[[TaskLearner, Sequence[Episode], Mapping[str, Tensor]], MetaGradient]
+    learner: Callable[[LearnerSettings], LearnerSettings]
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "protonet": Algorithm(protonet, "adam", 1e-3, lambda inner: replace(inner, steps=0)),
-    "anil": Algorithm(anil, "adam", 1e-3, lambda inner: replace(inner, adapt=("offset",))),
-    "fomaml": Algorithm(fomaml, "adam", 1e-3, lambda inner: inner),
-    "maml": Algorithm(maml, "adam", 1e-3, lambda inner: inner),
-    "meta_sgd": Algorithm(meta_sgd, "adam", 1e-3, lambda inner: replace(inner, step_sizes="tensor")),
-    # B starts at 0, where A has no gradient: adapted or not, A is learned only by moving along with B
-    "reptile": Algorithm(reptile, "sgd", 0.1, lambda inner: replace(inner, adapt=("lora_A", "lora_B", "offset"))),
+    "anil": Algorithm(maml, lambda s: replace(s, adapt="offset", head="prototype")),
+    "fomaml": Algorithm(fomaml, lambda s: s),
+    "maml": Algorithm(maml, lambda s: s),
+    "meta_sgd": Algorithm(maml, lambda s: replace(s, entry_step_sizes=True)),
+    "protonet": Algorithm(fomaml, lambda s: replace(s, adapt="none", head="prototype")),
+    "reptile": Algorithm(reptile, lambda s: s),
 }

@@ -6,20 +6,20 @@ Numbers that must be positive are kept as logarithms. Shapes: V views, d dimensi
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from textmeta.errors import AdapterError, SettingsError
-from textmeta.model.initialisation import layer_of
-from textmeta.model.lora import zero_start
+from textmeta.encoder.lora import layer_of, zero_start
 
-__all__ = ["Adapt", "Initialisation", "LearnerSettings"]
+__all__ = ["LORA", "Adapt", "Calibration", "Head", "Initialisation", "LearnerSettings"]
 
-Adapt = Literal["none", "pooling", "lora", "pooling+lora"]
-ADAPT: tuple[Adapt, ...] = ("none", "pooling", "lora", "pooling+lora")
-LORA = "lora."
+Adapt = Literal["none", "pooling", "lora", "pooling+lora", "offset"]
+Head = Literal["ridge", "prototype"]
+MAX_STEPS = 50
+LORA = "lora."  # before the names of LoRA's factors
 
 
 @dataclass(frozen=True)
@@ -27,31 +27,42 @@ class LearnerSettings:
     """How a task is learned.
 
     Args:
-        layers: of the encoder, whose token states are the views; ascending, 0 is what enters the first layer.
-        adapt: what the inner steps change: where each view looks in a text (pooling), LoRA, both, or nothing.
+        layers: of the encoder, whose token states are the views; ascending, 0 is what enters the first layer. By default
+            the upper half and what enters it.
+        adapt: what the inner steps change: where each view looks in a text (pooling), LoRA, both, or nothing; "offset"
+            is what ANIL adapts: an offset to the head's weights.
         steps: inner steps.
         head: what makes logits of views: ridge, or prototype.
-        evidence: whether the mixture is by evidence of the views before the steps, or after them.
         entry_step_sizes: a learned step size for each entry of a pooling query (Meta-SGD), not one a query.
     """
 
-    layers: tuple[int, ...] = (3, 4, 5, 6)
+    layers: tuple[int, ...] | None = None
     adapt: Adapt = "pooling"
     steps: int = 6
-    head: Literal["ridge", "prototype"] = "ridge"
-    evidence: Literal["before", "after"] = "before"
+    head: Head = "ridge"
     entry_step_sizes: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.adapt not in ADAPT:
-            raise SettingsError(f"adapt must be one of {ADAPT}, given {self.adapt!r}")
-        if self.head not in ("ridge", "prototype"):
-            raise SettingsError(f"head must be 'ridge' or 'prototype', given {self.head!r}")
-        if not all(isinstance(layer, int) for layer in self.layers):
-            raise SettingsError(f"layers must be numbers, given {self.layers}")
-        if self.steps < 0:
-            raise SettingsError(f"steps must not be negative, given {self.steps}")
+        if self.adapt not in get_args(Adapt):
+            raise SettingsError(f"adapt must be one of {get_args(Adapt)}, given {self.adapt!r:.60}")
+        if self.head not in get_args(Head):
+            raise SettingsError(f"head must be one of {get_args(Head)}, given {self.head!r:.60}")
+        if self.layers is not None and not all(type(layer) is int for layer in self.layers):
+            raise SettingsError(f"layers must be numbers, given {self.layers!r:.60}")
+        if not 0 <= self.steps <= MAX_STEPS:
+            raise SettingsError(f"steps must be from 0 to {MAX_STEPS}, given {self.steps}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is set after training, by other means than its gradients.
+
+    Args:
+        scope: (8,) rule of :func:`~textmeta.heads.scope.scope_probability`; None where none was fitted.
+    """
+
+    scope: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Initialisation:
         queries: (V, d) q₀, the pooling queries that tasks start from.
         log_step_sizes: (J, V) or (J, V, d) log α of the pooling queries.
         lora_log_step_sizes: (J, layers with LoRA) log α of LoRA's factors.
+        offset_log_step_sizes: (J,) log α of the head's offset.
         pull: () logit of δ, the share by which each step goes back towards the start.
         step_gate: (2,) γ₀, γ₁ of γ(k) = sigmoid(γ₀ + γ₁ log(1 + k)).
         loss_view_weights: (V,) logits of the views' weights in the neighbourhood loss.
@@ -89,6 +101,7 @@ class Initialisation:
     queries: Tensor
     log_step_sizes: Tensor
     lora_log_step_sizes: Tensor
+    offset_log_step_sizes: Tensor
     pull: Tensor
     step_gate: Tensor
     loss_view_weights: Tensor
@@ -119,10 +132,10 @@ class Initialisation:
         Args:
             factor_shapes: shape of each LoRA factor by name.
             hidden_size: d.
-            settings: how tasks are learned.
+            settings: how tasks are learned, its layers known.
             seed: of LoRA's random A.
         """
-        views, steps = len(settings.layers), settings.steps
+        views, steps = len(settings.layers or ()), settings.steps
         last = torch.full((views,), -1.0)  # the last layer is the usual one: it starts with the most weight
         last[-1] = 0.0
         entries = (hidden_size,) if settings.entry_step_sizes else ()
@@ -136,6 +149,7 @@ class Initialisation:
             queries=torch.zeros(views, hidden_size),
             log_step_sizes=log(0.3, steps, views, *entries),
             lora_log_step_sizes=log(0.005, steps, layers),
+            offset_log_step_sizes=log(0.05, steps),
             pull=torch.tensor(-3.0),
             step_gate=torch.zeros(2),
             loss_view_weights=last.clone(),

@@ -1,4 +1,4 @@
-"""Learning a task: from the token states of its support set to all that its queries are classified by."""
+"""Learning a task: from its support set to all that its queries are classified by."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,27 +6,28 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
-from textmeta.data.episodes import Episode
+from textmeta.encoder.lora import layer_of
 from textmeta.encoder.token_states import TokenStates
-from textmeta.heads.common import Examples, log_shots, temperature
-from textmeta.heads.evidence import Folds, fold_nll, folds_of, left_out_scores, mixture
+from textmeta.heads.common import Examples, log_shots, mean_over_classes, temperature
+from textmeta.heads.evidence import fold_nll, folds_of, left_out_scores, mixture
 from textmeta.heads.names import name_evidence, name_gate, name_scores
 from textmeta.heads.neighbours import neighbourhood_loss
-from textmeta.heads.pooling import centre, centred, pool, with_unlabelled_centre
+from textmeta.heads.pooling import centre, centred, pool, to_length_one, with_unlabelled_centre
 from textmeta.heads.prototype import prototypes
 from textmeta.heads.ridge import ridge
 from textmeta.heads.scope import scope_inputs
-from textmeta.heads.unlabelled import ROUNDS, soft_labelled_ridge, unlabelled_weight
+from textmeta.heads.unlabelled import soft_labelled_ridge, unlabelled_weight
+from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch, parts_in_turn
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
-from textmeta.meta.inner_loop import inner_steps
-from textmeta.model.initialisation import layer_of
+from textmeta.meta.inner_loop import LossOfStep, inner_steps
 
-__all__ = ["Adapted", "GroupStates", "LearnedTasks", "Reader", "TaskLearner"]
+__all__ = ["Answers", "LearnedTask", "Reader", "TaskLearner"]
 
 GRADIENT_EPSILON = 1e-4
-QUERIES, FACTOR = "queries", "lora."
+KEPT_TEXTS = 512  # texts, times inner steps, whose activations are kept for the second order of LoRA steps
+QUERIES, OFFSET, FACTOR = "queries", "offset", "lora."
 
 
 class Reader(Protocol):
@@ -39,18 +40,10 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class GroupStates:
-    """Token states of the texts of a :class:`~textmeta.meta.batch.TaskBatch`, and of its queries where it has any."""
+class LearnedTask:
+    """All that queries are classified by, of T tasks that were learned together; after ``fit`` of one.
 
-    support: TokenStates
-    names: TokenStates
-    unlabelled: TokenStates
-    queries: TokenStates
-
-
-@dataclass(frozen=True)
-class LearnedTasks:
-    """All that queries of T tasks are classified by; no support text, nor its states, is in it.
+    No support text, nor its states, is in it.
 
     Args:
         queries: (T, V, d) pooling queries after the steps; the initial ones at (V, d) where no task took any.
@@ -61,14 +54,17 @@ class LearnedTasks:
         name_centre: (T, V, d), the centre of texts that names are compared with, pooled by the initial queries.
         name_scale: (T,) factor on the cosines to names; 0 where a task has none.
         class_means: (T, V, d, C) prototypes, for the scope.
-        mixture: (T, V).
+        class_vectors: (T, C, d) of length 1, for comparing tasks; see
+            :class:`~textmeta.meta.task_embedding.TaskEmbedding`.
+        mixture: (T, V) weights of the views.
         classes: (T, C) bool, those that a task has.
         present: (T, C) bool, those that have examples.
         nll: (T,) of the mixture, of left-out examples before the steps.
         view_nll: (T, V) of each view, likewise.
         name_evidence: (T,) E.
         shots: (T,) log(1 + k).
-        factors: LoRA's, shared or one set a task.
+        factors: LoRA's of each task, (T, out, in), where they were adapted; else empty, for all tasks share the
+            adapter's.
     """
 
     queries: Tensor
@@ -79,6 +75,7 @@ class LearnedTasks:
     name_centre: Tensor
     name_scale: Tensor
     class_means: Tensor
+    class_vectors: Tensor
     mixture: Tensor
     classes: Tensor
     present: Tensor
@@ -90,26 +87,25 @@ class LearnedTasks:
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """What the labelled texts of T tasks say by themselves, without names and unlabelled texts.
+class Answers:
+    """What is made of the queries of T tasks.
 
     Args:
-        examples: which is in which class.
-        queries: (T, V, d) pooling queries after the steps; the initial ones (V, d) where no task took any.
-        factors: LoRA's of each task, where they were adapted.
-        stepped: (T,) bool, whether a task took steps.
-        mixture: (T, V).
-        nll: (T,) of the mixture.
-        view_nll: (T, V) of each view.
+        logits: (T, n, C), -inf for classes that a task does not have.
+        scope_inputs: (T, n, 7) what the scope of each query is told by (:data:`~textmeta.heads.scope.SCOPE_INPUTS`).
     """
 
-    examples: Examples
+    logits: Tensor
+    scope_inputs: Tensor
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """What the inner steps made: (T, V, d) pooling queries, or (V, d); LoRA's factors; (T,) which tasks took steps."""
+
     queries: Tensor
-    factors: Mapping[str, Tensor] | None
+    factors: dict[str, Tensor]
     stepped: Tensor
-    mixture: Tensor
-    nll: Tensor
-    view_nll: Tensor
 
 
 class TaskLearner:
@@ -117,201 +113,155 @@ class TaskLearner:
 
     Args:
         reader: gives token states.
-        initialisation: where tasks start.
-        settings: how they are learned; ``steps`` at most those of the initialisation.
-        rounds: of soft labels for unlabelled texts, which the ridge takes; 0 lets them move the centre alone.
+        adapter: where tasks start, and how they are learned.
     """
 
-    def __init__(
-        self, reader: Reader, initialisation: Initialisation, settings: LearnerSettings, rounds: int = ROUNDS
-    ) -> None:
+    def __init__(self, reader: Reader, adapter: Adapter) -> None:
         self.reader = reader
-        self.initialisation = initialisation
-        self.settings = settings
-        self.rounds = rounds
+        self.adapter = adapter
 
-    def read(self, batch: TaskBatch, queries: Rows, factors: Mapping[str, Tensor] | None = None) -> GroupStates:
-        """Read all texts of a batch together.
-
-        Args:
-            batch: T tasks.
-            queries: their queries.
-            factors: LoRA's, where tasks have their own, (T, out, in); by default the initial ones.
-        """
-        groups = (batch.support, batch.names, batch.unlabelled, queries)
-        row_task = None if factors is None else torch.cat([group.row_task for group in groups])
-        states = self.reader.read(
-            [text for group in groups for text in group.texts],
-            self.initialisation.lora if factors is None else factors,
-            row_task,
-        )
-        parts, first = [], 0
-        for group in groups:
-            rows = torch.arange(first, first + len(group.texts), device=group.row_task.device)
-            parts.append(states.where(rows))
-            first += len(group.texts)
-        return GroupStates(*parts)
-
-    def adapt(self, batch: TaskBatch, states: TokenStates, second_order: bool = False) -> Adapted:
-        """Return what the labelled texts of T tasks say by themselves: evidence of the views, and the inner steps.
+    def learn(self, batch: TaskBatch, second_order: bool = False) -> LearnedTask:
+        """Learn T tasks together; each comes out as it would alone.
 
         Args:
             batch: the tasks.
-            states: of their support sets.
             second_order: whether to differentiate through the gradients of the inner steps; else these are constants.
         """
-        init = self.initialisation
-        views = batch.support.pad(pool(states, init.queries))
-        examples = Examples.of(batch.labels, batch.ways, views.dtype)
-        folds = folds_of(examples)
-        view_nll, nll, mixed = self._evidence(views, folds)
-        queries, factors, stepped = self._take_steps(batch, states, examples, second_order)
-        if self.settings.evidence == "after" and queries.ndim == 3:
-            _, _, mixed = self._evidence(batch.support.pad(pool(states, queries, batch.support.row_task)), folds)
-        return Adapted(examples, queries, factors, stepped, mixed, nll, view_nll)
+        init, settings = self.adapter.initialisation, self.adapter.learner
+        support, names, unlabelled = self._read(batch, {})
+        first = batch.support.pad(pool(support, init.queries))  # views (T, n, V, d) by the initial queries
+        examples = Examples.of(batch.labels, batch.ways, first.dtype)
+        view_nll, nll, mixed = self._evidence(first, examples)
+        adapted = self._adapt_features(batch, support, examples, second_order)
+        if adapted.factors:
+            support, names, unlabelled = self._read(batch, adapted.factors)
+            first = batch.support.pad(pool(support, init.queries))
+        extra_first = batch.unlabelled.pad(pool(unlabelled, init.queries))
+        views, extra = first, extra_first
+        if adapted.queries.ndim == 3:
+            views = batch.support.pad(pool(support, adapted.queries, batch.support.row_task))
+            extra = batch.unlabelled.pad(pool(unlabelled, adapted.queries, batch.unlabelled.row_task))
 
-    def learn(
-        self, batch: TaskBatch, states: GroupStates, second_order: bool = False, adapted: Adapted | None = None
-    ) -> LearnedTasks:
-        """Learn T tasks.
-
-        Args:
-            batch: the tasks.
-            states: of its texts.
-            second_order: as for :meth:`adapt`.
-            adapted: what :meth:`adapt` returned for the same labelled texts, where that is known.
-        """
-        init = self.initialisation
-        adapted = adapted or self.adapt(batch, states.support, second_order)
-        examples, queries = adapted.examples, adapted.queries
-        if adapted.factors is not None:
-            states = self.read(batch, Rows.of([()] * len(batch.ways), batch.ways.device), adapted.factors)
-        own_queries = queries.ndim == 3
-
-        def views_of(rows: Rows, own: TokenStates) -> tuple[Tensor, Tensor]:
-            """Return views (T, n, V, d) by the initial queries, and by the adapted ones."""
-            first = rows.pad(pool(own, init.queries))
-            return first, rows.pad(pool(own, queries, rows.row_task)) if own_queries else first
-
-        first, views = views_of(batch.support, states.support)
-        extra_first, extra = views_of(batch.unlabelled, states.unlabelled)
-        there = batch.unlabelled.there.to(views.dtype)
-        strength, share = init.log_centre_strength.exp(), init.log_unlabelled_share.exp()
-
-        def centre_of(labelled: Tensor, unlabelled: Tensor) -> Tensor:
-            middle = centre(labelled, examples, init.centre, strength)
-            if not batch.unlabelled.texts:
-                return middle
-            return with_unlabelled_centre(middle, examples.total + strength, unlabelled, there, share)
-
-        middle, first_middle = centre_of(views, extra), centre_of(first, extra_first)
-        names, name_scale, evidence = self._names(batch, states.names, examples, centred(first, first_middle))
-        scale = temperature(init.temperature, log_shots(examples), batch.ways, adapted.stepped, adapted.nll)
-        support, extra = centred(views, middle), centred(extra, middle)
-        make = {"ridge": self._ridge, "prototype": prototypes}[self.settings.head]
-        weights = make(support, adapted.mixture, examples)
-        if batch.unlabelled.texts and self.rounds and self.settings.head == "ridge":
-            by_name = name_scores(centred(extra_first, first_middle), names, init.name_view_weights.softmax(0))
-            by_name = name_scale[:, None, None] * by_name
-            weights = soft_labelled_ridge(
-                weights,
-                support,
-                extra,
-                there,
-                adapted.mixture,
-                examples,
-                init.log_penalty.exp(),
-                unlabelled_weight(init.unlabelled_weight, log_shots(examples), examples, there.sum(1)),
-                lambda w: scale[:, None, None] * torch.einsum("trvd,tvdc->trc", extra, w) + by_name,
-                self.rounds,
-            )
-        return LearnedTasks(
-            queries,
-            middle,
-            weights,
-            scale,
-            names,
-            first_middle,
-            name_scale,
-            prototypes(support, adapted.mixture, examples),
-            adapted.mixture,
-            examples.classes,
-            examples.present,
-            adapted.nll,
-            adapted.view_nll,
-            evidence,
-            log_shots(examples),
-            init.lora if adapted.factors is None else adapted.factors,
+        middle = self._centre(batch, examples, views, extra)
+        first_middle = self._centre(batch, examples, first, extra_first)
+        support_z, extra_z, extra_first_z = (
+            centred(views, middle),
+            centred(extra, middle),
+            centred(extra_first, first_middle),
+        )
+        name_views = batch.names.widened(examples.classes.shape[1]).pad(pool(names, init.queries))
+        name_z, name_scale, evidence = self._names(batch, name_views, examples, centred(first, first_middle))
+        scale = temperature(init.temperature, log_shots(examples), batch.ways, adapted.stepped, nll)
+        if settings.head == "prototype":
+            weights = prototypes(support_z, mixed, examples)
+        else:
+            weights = ridge(support_z, mixed, examples, init.log_penalty.exp())
+            if batch.unlabelled.texts:
+                by_name = self._by_name(extra_first_z, name_z, name_scale)
+                there = batch.unlabelled.there.to(views.dtype)
+                weights = soft_labelled_ridge(
+                    weights,
+                    support_z,
+                    extra_z,
+                    there,
+                    mixed,
+                    examples,
+                    init.log_penalty.exp(),
+                    unlabelled_weight(init.unlabelled_weight, log_shots(examples), examples, there.sum(1)),
+                    lambda w: scale[:, None, None] * torch.einsum("trvd,tvdc->trc", extra_z, w) + by_name,
+                )
+        if settings.adapt == "offset":
+            weights = self._adapt_offset(support_z, weights, scale, examples, second_order)
+        return LearnedTask(
+            queries=adapted.queries,
+            centre=middle,
+            weights=weights,
+            scale=scale,
+            names=name_z,
+            name_centre=first_middle,
+            name_scale=name_scale,
+            class_means=prototypes(support_z, mixed, examples),
+            class_vectors=_class_vectors(first[:, :, -1], name_views[:, :, -1], examples),
+            mixture=mixed,
+            classes=examples.classes,
+            present=examples.present,
+            nll=nll,
+            view_nll=view_nll,
+            name_evidence=evidence,
+            shots=log_shots(examples),
+            factors=adapted.factors,
         )
 
-    def learn_episodes(
-        self, episodes: Sequence[Episode], second_order: bool = False, adapted: Adapted | None = None
-    ) -> tuple[LearnedTasks, Rows, TokenStates]:
-        """Learn the tasks of episodes; return them, their queries, and the token states of these.
+    def answer(self, task: LearnedTask, queries: Rows) -> Answers:
+        """Classify queries; what a query gets does not depend on the others.
 
         Args:
-            episodes: T of them.
-            second_order: as for :meth:`adapt`.
-            adapted: as for :meth:`learn`.
+            task: T learned tasks.
+            queries: of these.
         """
-        device = self.initialisation.queries.device
-        batch, queries = TaskBatch.of_episodes(episodes, device), Rows.of([e.query_texts for e in episodes], device)
-        states = self.read(batch, queries)
-        learned = self.learn(batch, states, second_order, adapted)
-        if learned.factors is self.initialisation.lora:
-            return learned, queries, states.queries
-        return learned, queries, self.reader.read(queries.texts, learned.factors, queries.row_task)
-
-    def logits(self, learned: LearnedTasks, rows: Rows, states: TokenStates) -> Tensor:
-        """Return (T, n, C) logits of queries, -inf for classes that a task does not have.
-
-        Args:
-            learned: T tasks.
-            rows: their queries.
-            states: of these, read with the factors that were learned.
-        """
-        return _logits(learned, *self._query_scores(learned, rows, states))
-
-    def scope_inputs(self, learned: LearnedTasks, rows: Rows, states: TokenStates) -> Tensor:
-        """Return (T, n, 7) what the scope of queries is told by (:data:`~textmeta.heads.scope.SCOPE_INPUTS`)."""
-        z, names = self._query_scores(learned, rows, states)
-        to_means = torch.einsum("tnvd,tvdc->tnc", z, learned.class_means)
-        has_names = learned.name_scale > 0
-        return scope_inputs(
-            _logits(learned, z, names),
-            to_means.masked_fill(~learned.present[:, None], -torch.inf),
-            names.masked_fill(~(learned.classes & has_names[:, None])[:, None], -torch.inf),
+        init = self.adapter.initialisation
+        states = (
+            self.reader.read(queries.texts, task.factors, queries.row_task)
+            if task.factors
+            else self.reader.read(queries.texts, init.lora)
+        )
+        own = pool(states, task.queries, queries.row_task if task.queries.ndim == 3 else None)
+        z = centred(queries.pad(own), task.centre)
+        to_names = z.new_zeros(*z.shape[:2], task.classes.shape[1])
+        if task.name_scale.any():
+            first = own if task.queries.ndim == 2 else pool(states, init.queries)
+            at_start = centred(queries.pad(first), task.name_centre)
+            to_names = name_scores(at_start, task.names, init.name_view_weights.softmax(0))
+        scores = torch.einsum("tnvd,tvdc->tnc", z, task.weights)
+        logits = task.scale[:, None, None] * scores + task.name_scale[:, None, None] * to_names
+        logits = logits.masked_fill(~task.classes[:, None], -torch.inf)
+        has_names = task.name_scale > 0
+        inputs = scope_inputs(
+            logits,
+            torch.einsum("tnvd,tvdc->tnc", z, task.class_means).masked_fill(~task.present[:, None], -torch.inf),
+            to_names.masked_fill(~(task.classes & has_names[:, None])[:, None], -torch.inf),
             has_names,
-            learned.nll,
-            learned.shots,
-            learned.classes.sum(1),
+            task.nll,
+            task.shots,
+            task.classes.sum(1),
         )
+        return Answers(logits, inputs)
 
-    def _query_scores(self, learned: LearnedTasks, rows: Rows, states: TokenStates) -> tuple[Tensor, Tensor]:
-        """Return the centred views (T, n, V, d) of queries, and their cosines (T, n, C) to the names."""
-        init = self.initialisation
-        own = pool(states, learned.queries, rows.row_task if learned.queries.ndim == 3 else None)
-        z = centred(rows.pad(own), learned.centre)
-        if not learned.name_scale.any():
-            return z, z.new_zeros(*z.shape[:2], learned.classes.shape[1])
-        first = own if learned.queries.ndim == 2 else pool(states, init.queries)
-        at_start = centred(rows.pad(first), learned.name_centre)
-        return z, name_scores(at_start, learned.names, init.name_view_weights.softmax(0))
+    def _read(self, batch: TaskBatch, factors: Mapping[str, Tensor]) -> tuple[TokenStates, TokenStates, TokenStates]:
+        """Read support texts, names and unlabelled texts together; ``factors`` are LoRA's of each task, if adapted."""
+        groups = (batch.support, batch.names, batch.unlabelled)
+        texts = [text for group in groups for text in group.texts]
+        if factors:
+            states = self.reader.read(texts, factors, torch.cat([group.row_task for group in groups]))
+        else:
+            states = self.reader.read(texts, self.adapter.initialisation.lora)
+        rows = torch.arange(len(texts), device=batch.ways.device).split([len(group.texts) for group in groups])
+        support, names, unlabelled = (states.where(part) for part in rows)
+        return support, names, unlabelled
 
-    def _ridge(self, support: Tensor, mixed: Tensor, examples: Examples) -> Tensor:
-        return ridge(support, mixed, examples, self.initialisation.log_penalty.exp())
+    def _centre(self, batch: TaskBatch, examples: Examples, labelled: Tensor, unlabelled: Tensor) -> Tensor:
+        """Return the centre (T, V, d) of views (T, n, V, d) of labelled texts, which those of unlabelled ones join."""
+        init = self.adapter.initialisation
+        strength = init.log_centre_strength.exp()
+        middle = centre(labelled, examples, init.centre, strength)
+        if not batch.unlabelled.texts:
+            return middle
+        there = batch.unlabelled.there.to(labelled.dtype)
+        share = init.log_unlabelled_share.exp()
+        return with_unlabelled_centre(middle, examples.total + strength, unlabelled, there, share)
 
-    def _evidence(self, views: Tensor, folds: Folds) -> tuple[Tensor, Tensor, Tensor]:
+    def _evidence(self, views: Tensor, examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """Return NLL of each view (T, V), NLL of their mixture (T,), and the mixture (T, V)."""
-        init = self.initialisation
-        scale = init.log_evidence_scale.exp()
+        init = self.adapter.initialisation
+        folds = folds_of(examples)
 
         def nll_of(mixed: Tensor | None) -> Tensor:
             if not folds.any.any():
-                chance = folds.examples.classes.sum(1, keepdim=True).to(views).log()
+                chance = examples.classes.sum(1, keepdim=True).to(views).log()
                 return chance.expand(-1, views.shape[2] if mixed is None else 1)
             numbers = (init.centre, init.log_centre_strength.exp(), init.log_penalty.exp())
-            return fold_nll(left_out_scores(views, folds, *numbers, mixed), folds, scale)
+            scores = left_out_scores(views, folds, *numbers, mixed)
+            return fold_nll(scores, folds, init.log_evidence_scale.exp())
 
         view_nll = nll_of(None)
         strength, half = init.log_evidence_strength.exp(), init.log_evidence_half.exp()
@@ -319,61 +269,119 @@ class TaskLearner:
         return view_nll, nll_of(mixed)[:, 0], mixed
 
     def _names(
-        self, batch: TaskBatch, states: TokenStates, examples: Examples, support: Tensor
+        self, batch: TaskBatch, names: Tensor, examples: Examples, support: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return centred names (T, C, V, d), 0 where there are none, their scale (T,) and their evidence (T,).
 
-        ``support`` are the centred views (T, n, V, d) of the labelled texts, by the initial queries.
+        ``names`` are their views (T, C, V, d), ``support`` the centred views (T, n, V, d) of the labelled texts, both
+        by the initial queries.
         """
-        init = self.initialisation
-        rows = batch.names.widened(examples.classes.shape[1])
-        named = rows.there.any(1)
-        names = rows.pad(pool(states, init.queries))
+        init = self.adapter.initialisation
+        there = batch.names.widened(examples.classes.shape[1]).there
+        named = there.any(1)
         # every name is a class of its own
-        numbers = torch.arange(rows.there.shape[1], device=rows.there.device)
-        own = Examples.of(torch.where(rows.there, numbers, -1), batch.ways, names.dtype)
-        names = centred(names, centre(names, own, init.name_centre, init.log_name_centre_strength.exp()))
-        names = names * rows.there[..., None, None]
+        numbers = torch.arange(there.shape[1], device=there.device)
+        own = Examples.of(torch.where(there, numbers, -1), batch.ways, names.dtype)
+        z = centred(names, centre(names, own, init.name_centre, init.log_name_centre_strength.exp()))
+        z = z * there[..., None, None]
         scale = init.log_name_scale.exp()
-        scores = name_scores(support, names, init.name_view_weights.softmax(0))
+        scores = name_scores(support, z, init.name_view_weights.softmax(0))
         evidence = torch.where(named, name_evidence(scale * scores, examples), 0.0)
         several = examples.present.sum(1) >= 2
         few_shot = name_gate(init.name_gate, evidence, examples) * scale
-        return names, torch.where(named, torch.where(several, few_shot, init.log_zero_shot_scale.exp()), 0.0), evidence
+        return z, torch.where(named, torch.where(several, few_shot, init.log_zero_shot_scale.exp()), 0.0), evidence
 
-    def _take_steps(
+    def _by_name(self, texts: Tensor, names: Tensor, scale: Tensor) -> Tensor:
+        weights = self.adapter.initialisation.name_view_weights.softmax(0)
+        return scale[:, None, None] * name_scores(texts, names, weights)
+
+    def _adapt_features(
         self, batch: TaskBatch, states: TokenStates, examples: Examples, second_order: bool
-    ) -> tuple[Tensor, dict[str, Tensor] | None, Tensor]:
-        """Return pooling queries, LoRA's factors if they were adapted, and (T,) whether a task took steps."""
-        init, settings = self.initialisation, self.settings
+    ) -> _Adapted:
+        """Take the inner steps on pooling queries and LoRA, whichever are adapted."""
+        init, settings = self.adapter.initialisation, self.adapter.learner
         can_learn = (examples.member.sum(1) >= 2).sum(1) >= 2
-        steps = 0 if settings.adapt == "none" else settings.steps
-        if not steps or not can_learn.any():
-            return init.queries, None, torch.zeros_like(can_learn)
         tasks = len(batch.ways)
         with_lora = "lora" in settings.adapt
         start: dict[str, Tensor] = {}
         if "pooling" in settings.adapt:
             start[QUERIES] = init.queries.expand(tasks, -1, -1)
         if with_lora:
+            # A has no gradient where B is 0, so B alone is adapted
             adapted = {name: value for name, value in init.lora.items() if ".lora_B." in name}
             start |= {FACTOR + name: value.expand(tasks, -1, -1) for name, value in adapted.items()}
-        scale, weights = init.loss_log_scale.exp(), init.loss_view_weights.softmax(0)
-        parts = parts_in_turn(batch, examples, steps)
-        told = [Examples.of(labels, batch.ways, scale.dtype) for _, labels, _ in parts]
+        if not start or not settings.steps or not can_learn.any():
+            return _Adapted(init.queries, {}, can_learn & (settings.adapt == "offset"))
+        shared = {FACTOR + name: value for name, value in init.lora.items()} if with_lora else {}
+        shared |= {QUERIES: init.queries, "scale": init.loss_log_scale, "weights": init.loss_view_weights}
+        parts = parts_in_turn(batch, examples, settings.steps)
+        told = [Examples.of(labels, batch.ways, init.queries.dtype) for _, labels, _ in parts]
 
         def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
             rows, _, chosen = parts[step]
             if with_lora:
-                factors = {name: tensors.get(FACTOR + name, value) for name, value in init.lora.items()}
+                factors = {name: tensors[FACTOR + name] for name in init.lora}
                 own = self.reader.read(rows.texts, factors, rows.row_task)
             else:
                 own = states if chosen is None else states.where(chosen)
-            queries = tensors.get(QUERIES)
-            pooled = pool(own, init.queries) if queries is None else pool(own, queries, rows.row_task)
+            queries = tensors[QUERIES]
+            pooled = pool(own, queries, rows.row_task if queries.ndim == 3 else None)
+            weights, scale = tensors["weights"].softmax(0), tensors["scale"].exp()
             return neighbourhood_loss(rows.pad(pooled), told[step], weights, scale)
 
         chance = [part.number.clamp(min=2).log() for part in told]
+        kept_texts = len(batch.support.texts) * settings.steps
+        last = self._steps(loss, start, shared, chance, examples, second_order, with_lora and kept_texts > KEPT_TEXTS)
+        kept = can_learn[:, None, None]
+        queries = torch.where(kept, last[QUERIES], start[QUERIES]) if QUERIES in last else init.queries
+        if not with_lora:
+            return _Adapted(queries, {}, can_learn)
+        factors = {
+            name: torch.where(kept, last[FACTOR + name], value)
+            if FACTOR + name in last
+            else value.expand(tasks, -1, -1)
+            for name, value in init.lora.items()
+        }
+        return _Adapted(queries, factors, can_learn)
+
+    def _adapt_offset(
+        self, support: Tensor, weights: Tensor, scale: Tensor, examples: Examples, second_order: bool
+    ) -> Tensor:
+        """Return the head's weights (T, V, d, C) with an offset that lowers the support set's own cross entropy (ANIL).
+
+        Source: Raghu et al. (2020), "Rapid Learning or Feature Reuse?", section 4.
+        """
+        own = examples.member.argmax(-1)[..., None]
+
+        def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
+            offset = tensors[OFFSET].unflatten(1, weights.shape[1:3])
+            scores = torch.einsum("tnvd,tvdc->tnc", tensors["support"], tensors["weights"] + offset)
+            logits = (tensors["scale"][:, None, None] * scores).masked_fill(~examples.present[:, None], -torch.inf)
+            counts = examples.weights > 0
+            logs = log_softmax(torch.where(counts[..., None], logits, 0.0), -1)
+            return mean_over_classes(-torch.where(counts, logs.gather(-1, own)[..., 0], 0.0), examples)
+
+        start = {OFFSET: weights.new_zeros(weights.shape[0], weights.shape[1] * weights.shape[2], weights.shape[3])}
+        shared = {"support": support, "weights": weights, "scale": scale}
+        chance = [examples.number.clamp(min=2).log()] * self.adapter.learner.steps
+        last = self._steps(loss, start, shared, chance, examples, second_order, checkpointed=False)
+        return weights + last[OFFSET].unflatten(1, weights.shape[1:3])
+
+    def _steps(
+        self,
+        loss: LossOfStep,
+        start: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        chance: Sequence[Tensor],
+        examples: Examples,
+        second_order: bool,
+        checkpointed: bool,
+    ) -> dict[str, Tensor]:
+        """Take the inner steps on a loss; return what they made of the tensors of ``start``, (T, …) each.
+
+        x ← x - γ(k) α_j min(1, L / log C₁) g / √(mean(g²) + ε²) - δ (x - x₀), with ``chance`` the log C₁ of each step.
+        """
+        init, steps = self.adapter.initialisation, self.adapter.learner.steps
         gate = torch.sigmoid(init.step_gate[0] + init.step_gate[1] * log_shots(examples))  # (T,)
         pull = torch.sigmoid(init.pull)
 
@@ -383,36 +391,32 @@ class TaskLearner:
             far = gate * (losses / chance[step].to(losses)).clamp(max=1.0)  # (T,)
             moved = {}
             for name, value in fast.items():
-                # one root mean square a task and view, or a task and factor
-                axes = -1 if name == QUERIES else (-2, -1)
-                square = gradients[name].square().mean(axes, keepdim=True)
+                # one root mean square a task and view, or a task and tensor
+                square = gradients[name].square().mean(-1 if name == QUERIES else (-2, -1), keepdim=True)
                 direction = gradients[name] * (square + GRADIENT_EPSILON**2).rsqrt()
                 size = self._step_sizes(name)[step].exp()
-                size = size if size.ndim == 2 else size[..., None] if name == QUERIES else size
+                size = size[..., None] if name == QUERIES and size.ndim == 1 else size
                 moved[name] = value - far[:, None, None] * size * direction - pull * (value - start[name])
             return moved
 
+        second = steps if second_order else 0
         *_, last = inner_steps(
-            loss, start, {}, update, steps, second_order_steps=steps if second_order else 0, checkpointed=False
+            loss, start, shared, update, steps, second_order_steps=second, checkpointed=second_order and checkpointed
         )
-        kept = can_learn[:, None, None]
-        queries = torch.where(kept, last[QUERIES], start[QUERIES]) if QUERIES in last else init.queries
-        if not with_lora:
-            return queries, None, can_learn
-        factors = {name: last.get(FACTOR + name, value) for name, value in init.lora.items()}
-        return queries, factors, can_learn
+        return last
 
     def _step_sizes(self, name: str) -> Tensor:
-        """Return the log step sizes (J, …) of the pooling queries, or (J,) of a LoRA factor."""
-        init = self.initialisation
+        """Return the log step sizes: (J, V) or (J, V, d) of the pooling queries, (J,) of a LoRA factor or the offset."""
+        init = self.adapter.initialisation
         if name == QUERIES:
             return init.log_step_sizes
+        if name == OFFSET:
+            return init.offset_log_step_sizes
         layers = sorted({layer_of(factor) for factor in init.lora}, key=lambda layer: int(layer.rsplit(".", 1)[1]))
         return init.lora_log_step_sizes[:, layers.index(layer_of(name.removeprefix(FACTOR)))]
 
 
-def _logits(learned: LearnedTasks, z: Tensor, names: Tensor) -> Tensor:
-    """Return logits (T, n, C) from centred views (T, n, V, d) and cosines (T, n, C) to the names."""
-    scores = torch.einsum("tnvd,tvdc->tnc", z, learned.weights)
-    logits = learned.scale[:, None, None] * scores + learned.name_scale[:, None, None] * names
-    return logits.masked_fill(~learned.classes[:, None], -torch.inf)
+def _class_vectors(support: Tensor, names: Tensor, examples: Examples) -> Tensor:
+    """Return (T, C, d), of length 1: the mean of each class's views (T, n, d), or its name's (T, C, d) without any."""
+    sums = torch.einsum("tn,tnc,tnd->tcd", examples.weights, examples.member, support)
+    return to_length_one(torch.where(examples.present[..., None], sums, names)).detach()

@@ -1,310 +1,381 @@
-"""The outer loop: episodes of many corpora, the gradient of what their queries lose after the inner steps, Adam."""
+"""Meta-training: episodes of many corpora, the gradient of what their queries lose after the inner steps, Adam."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from textmeta.data.episodes import Episode
+from textmeta.data.corpus import Corpus
+from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.mixed_episodes import MixedEpisodes
+from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted
-from textmeta.meta.checkpoint import TrainingState, restore_state, save_state
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
-from textmeta.meta.interruption import stop_requests
+from textmeta.hub import HubAccess
+from textmeta.meta.adapter import Adapter
+from textmeta.meta.algorithms import ALGORITHMS
+from textmeta.meta.calibration import fit_calibration
+from textmeta.meta.checkpoint import Record, TrainingState, restore_state, save_state, stop_requests
+from textmeta.meta.evaluation import score_episodes
+from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
-from textmeta.meta.record import Record
-from textmeta.model.pretrained import tensors_digest
 
-__all__ = ["CORE_ALGORITHMS", "CoreAlgorithm", "MetaTrainer", "OuterSettings", "query_losses"]
+__all__ = ["MetaTrainer"]
 
 CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
-LORA, CENTRES = "lora.", ("centre", "name_centre")  # groups with learning rates of their own; all else are numbers
-
-
-class Episodes(Protocol):
-    """Episodes by number, each a pure function of it."""
-
-    def __getitem__(self, index: int) -> Episode:
-        """Return episode ``index``."""
+LORA_B, QUERIES = ".lora_B.", "queries"
+CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
+MAX_GRADIENT_NORM = 1.0
+CALIBRATION_EPISODES = 400
+FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
 
 
 @dataclass(frozen=True)
-class OuterSettings:
-    """How an initialisation is learned.
+class MetaTrainer:
+    """Learns an adapter over episodes of labelled corpora.
+
+    Every tensor of the :class:`~textmeta.meta.initialisation.Initialisation` is learned together. In the last part of a
+    run, the settling, LoRA is taken back halfway towards the frozen encoder, as adapters do better so on corpora that
+    they have not seen; it and the pooling queries stay there, while the numbers get used to it.
+
+    Source: Wortsman et al. (2022), "Robust fine-tuning of zero-shot models", for the way back.
 
     Args:
-        algorithm: a row of :data:`CORE_ALGORITHMS`.
+        encoder: which one, and how long texts may be; a string names the encoder alone.
+        lora: of the adapter.
+        learner: how tasks are learned.
+        algorithm: a row of :data:`~textmeta.meta.algorithms.ALGORITHMS`.
         episodes: how many are seen in all.
-        tasks_per_step: whose gradients are averaged in one step of Adam.
+        tasks_per_step: episodes whose gradients are averaged in one step of Adam, over all processes.
         lora_rate: learning rate of LoRA's factors.
         number_rate: of numbers and pooling queries.
         centre_rate: of the learned centres of texts and names.
         warmup: steps over which the rates rise; then they fall to 0, linearly.
-        max_gradient_norm: longer gradients are shortened to it.
+        settling: share of the episodes that settle.
+        lora_share: what LoRA is multiplied by when settling begins.
+        names: share of the episodes that come with names of their classes.
+        unlabelled: share of the episodes that come with unlabelled texts.
         fixed: names of tensors, or beginnings of them, that are not learned.
-        checkpoint_every: steps.
-        seed: of LoRA's start; episodes have a seed of their own.
+        validate_every: steps between validations, where there are corpora to validate on.
+        validation_episodes: episodes of a validation, the same each time.
+        checkpoint_every: steps between checkpoints.
+        precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
+        seed: of LoRA's start and of all episodes.
     """
 
+    encoder: EncoderSettings | str = field(default_factory=EncoderSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
     algorithm: str = "maml"
-    episodes: int = 6000
+    episodes: int = 2000
     tasks_per_step: int = 2
     lora_rate: float = 5e-4
     number_rate: float = 0.02
     centre_rate: float = 1e-3
     warmup: int = 20
-    max_gradient_norm: float = 1.0
+    settling: float = 0.1
+    lora_share: float = 0.5
+    names: float = 0.6
+    unlabelled: float = 0.2
     fixed: tuple[str, ...] = ()
+    validate_every: int = 100
+    validation_episodes: int = 100
     checkpoint_every: int = 50
+    precision: str = "no"
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.algorithm not in CORE_ALGORITHMS:
-            raise SettingsError(f"algorithm must be one of {sorted(CORE_ALGORITHMS)}, given {self.algorithm!r}")
-        for name in ("episodes", "tasks_per_step", "warmup", "checkpoint_every"):
+        if isinstance(self.encoder, str):
+            object.__setattr__(self, "encoder", EncoderSettings(self.encoder))
+        if self.algorithm not in ALGORITHMS:
+            raise SettingsError(f"algorithm must be one of {sorted(ALGORITHMS)}, given {self.algorithm!r:.60}")
+        positive = ("episodes", "tasks_per_step", "warmup", "validate_every", "validation_episodes", "checkpoint_every")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, given {getattr(self, name)}")
+        for name in ("lora_rate", "number_rate", "centre_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} must be positive, given {getattr(self, name)}")
+        for name in ("settling", "lora_share", "names", "unlabelled"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} must be from 0 to 1, given {getattr(self, name)}")
+        if self.seed < 0:
+            raise SettingsError(f"seed must not be negative, given {self.seed}")
 
     @property
     def steps(self) -> int:
         """Number of outer steps."""
         return -(-self.episodes // self.tasks_per_step)
 
-
-def query_losses(learner: TaskLearner, episodes: Sequence[Episode], second_order: bool) -> tuple[Tensor, Tensor]:
-    """Return the mean cross entropy (T,) and the accuracy (T,) of the episodes' queries, after the inner steps."""
-    learned, queries, states = learner.learn_episodes(episodes, second_order)
-    logits = learner.logits(learned, queries, states)
-    flat = torch.cat([torch.as_tensor(e.query_labels) for e in episodes]).to(logits.device)
-    labels = queries.pad(flat + 1) - 1  # -1 for padding, and for queries of no class
-    counts = labels >= 0
-    losses = cross_entropy(logits.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none").view_as(labels)
-    number = counts.sum(1).clamp(min=1)
-    loss = torch.where(counts, losses, 0.0).sum(1) / number
-    return loss, ((logits.argmax(-1) == labels) & counts).sum(1) / number
-
-
-Gradient = Callable[[TaskLearner, Sequence[Episode], Mapping[str, Tensor]], tuple[dict[str, Tensor], Tensor, Tensor]]
-
-
-def maml(
-    learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Exact gradient of the query loss after the inner steps, through their gradients.
-
-    Source: Finn et al. (2017), "Model-Agnostic Meta-Learning", algorithm 1.
-    """
-    return _gradient(learner, episodes, leaves, second_order=True)
-
-
-def fomaml(
-    learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Gradient of the query loss after the inner steps, with their gradients taken as constants.
-
-    Source: Finn et al. (2017), section 5.2, first-order approximation.
-    """
-    return _gradient(learner, episodes, leaves, second_order=False)
-
-
-def reptile(
-    learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """First-order gradient, but for what the steps adapt: that moves to where steps on support and queries end.
-
-    The pseudo-gradient of the pooling queries is q₀ - mean q_J; of LoRA's factors, where adapted, likewise.
-
-    Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms".
-    """
-    gradients, loss, accuracy = _gradient(learner, episodes, leaves, second_order=False)
-    inside = [e for e in episodes if len(e.support_texts)]
-    if not inside:
-        return gradients, loss, accuracy
-    both = [
-        replace(
-            e,
-            support_texts=e.support_texts
-            + tuple(t for t, c in zip(e.query_texts, e.query_labels, strict=True) if c >= 0),
-            support_labels=np.concatenate([e.support_labels, e.query_labels[e.query_labels >= 0]]),
-            label_names=None,
-            unlabelled_texts=(),
-        )
-        for e in inside
-    ]
-    with torch.no_grad():
-        learned, _, _ = learner.learn_episodes([replace(e, query_texts=()) for e in both])
-        if learned.queries.ndim == 3 and "queries" in leaves:
-            gradients["queries"] = (learner.initialisation.queries - learned.queries).mean(0)
-        for name, value in learned.factors.items():
-            if value.ndim == 3 and LORA + name in leaves:
-                gradients[LORA + name] = (learner.initialisation.lora[name] - value).mean(0)
-    return gradients, loss, accuracy
-
-
-def _gradient(
-    learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor], second_order: bool
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    loss, accuracy = query_losses(learner, episodes, second_order)
-    found = torch.autograd.grad(loss.mean(), list(leaves.values()), allow_unused=True)
-    gradients = {
-        name: torch.zeros_like(leaf) if part is None else part
-        for (name, leaf), part in zip(leaves.items(), found, strict=True)
-    }
-    return gradients, loss.detach(), accuracy
-
-
-@dataclass(frozen=True)
-class CoreAlgorithm:
-    """A row of :data:`CORE_ALGORITHMS`.
-
-    Args:
-        gradient: (learner, episodes, tensors that are learned) → their gradients, loss (T,) and accuracy (T,).
-        settings: from the learner's settings as given, those that the algorithm learns for.
-    """
-
-    gradient: Gradient
-    settings: Callable[[LearnerSettings], LearnerSettings]
-
-
-CORE_ALGORITHMS: dict[str, CoreAlgorithm] = {
-    "maml": CoreAlgorithm(maml, lambda s: s),
-    "fomaml": CoreAlgorithm(fomaml, lambda s: s),
-    "reptile": CoreAlgorithm(reptile, lambda s: s),
-    "meta_sgd": CoreAlgorithm(maml, lambda s: replace(s, entry_step_sizes=True)),
-    "protonet": CoreAlgorithm(fomaml, lambda s: replace(s, adapt="none", head="prototype")),
-}
-
-
-class MetaTrainer:
-    """Learns an initialisation over episodes.
-
-    Args:
-        reader: gives the token states of their texts.
-        learner: how tasks are learned, before the algorithm has its say.
-        settings: of the outer loop.
-    """
-
-    def __init__(self, reader: TokenStateReader, learner: LearnerSettings, settings: OuterSettings) -> None:
-        self.reader = reader
-        self.algorithm = CORE_ALGORITHMS[settings.algorithm]
-        self.learner = self.algorithm.settings(learner)
-        self.settings = settings
-        self.shape = Initialisation.start(
-            reader.encoder.factor_shapes, reader.encoder.hidden_size, self.learner, settings.seed
-        )
-        unknown = [name for name in settings.fixed if not any(own.startswith(name) for own in self.shape.tensors())]
-        if unknown:
-            raise SettingsError(f"fixed names {unknown[0]!r}, but there are {', '.join(self.shape.tensors())}")
+    @property
+    def settles_from(self) -> int:
+        """Number of the step from which the run settles."""
+        return self.steps - round(self.steps * self.settling)
 
     def train(
         self,
-        episodes: Episodes,
-        output: Path,
-        told: Mapping[str, Any] | None = None,
-        start: Mapping[str, Tensor] | None = None,
-    ) -> Initialisation:
-        """Learn an initialisation; step s uses episodes s·T to s·T + T - 1.
+        corpora: Sequence[Corpus],
+        valid: Sequence[Corpus] = (),
+        output: Path | str | None = None,
+        *,
+        start: Adapter | Mapping[str, Tensor] | None = None,
+        cache: Path | None = None,
+        access: HubAccess | None = None,
+    ) -> Adapter:
+        """Learn an adapter; the same settings and corpora give the same one, to the bit on the same machine.
 
-        ``output`` gets a checkpoint and ``record.jsonl``; where it has a checkpoint of a run with the same settings,
-        the run goes on from there.
+        Step s uses the episodes s·T to s·T + T - 1, whatever the number of processes.
 
         Args:
-            episodes: to learn from.
-            output: folder of the run.
-            told: what else a run is known by, such as its corpora.
-            start: tensors to start from instead of the usual ones.
+            corpora: to draw episodes from.
+            valid: whose classes no training corpus has; the tensors that tell their episodes best are the result. By
+                default the last ones are.
+            output: folder of the run, for its checkpoint and ``record.jsonl`` (a row a step). A run with the same
+                settings that was stopped goes on from there. By default nothing is kept.
+            start: an adapter, or tensors by name, to go on from.
+            cache: folder for what the frozen layers make of the texts, which other runs share; by default memory.
+            access: how the Hub is reached for the encoder.
 
         Raises:
             TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
             DivergedError: if loss or gradient are not finite.
-            SettingsError: if ``output`` holds a run with other settings.
+            SettingsError: if ``output`` holds a run with other settings, or ``start`` does not fit.
+            DataError: if a corpus has too few classes or texts.
         """
-        settings, shape = self.settings, self.shape
-        tensors = {**shape.tensors(), **(start or {})}
-        parameters = {n: value.detach().clone().to(self.reader.encoder.device) for n, value in tensors.items()}
-        learned = [name for name in parameters if not name.startswith(settings.fixed or ("\0",))]
+        if output is None:
+            with tempfile.TemporaryDirectory() as folder:
+                return self.train(corpora, valid, folder, start=start, cache=cache, access=access)
+        assert isinstance(self.encoder, EncoderSettings)
+        accelerator = Accelerator()
+        episodes = MixedEpisodes(corpora, self.seed, names=self.names, unlabelled=self.unlabelled)
+        encoder = Encoder(self.encoder, self.lora, accelerator.device, self.precision, access=access)
+        reader = TokenStateReader(encoder, self.learner.layers)
+        learner = replace(ALGORITHMS[self.algorithm].learner(self.learner), layers=reader.layers)
+        shape = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, learner, self.seed)
+        begun = start.initialisation.tensors() if isinstance(start, Adapter) else dict(start or {})
+        tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
+        run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
+        run.check_fixed()
+        for corpus in tqdm(
+            corpora, "frozen layers", unit="corpus", delay=5.0, disable=not accelerator.is_main_process
+        ):
+            reader.cache(corpus.texts, cache)
+        fingerprint = self._fingerprint(encoder, learner, corpora, valid)
+        if begun:
+            fingerprint["start"] = tensors_digest(begun)
+        found = run.loop(tensors, _validation(self, valid), Path(output), fingerprint)
+        adapter = replace(run.adapter, initialisation=shape.with_tensors(found))
+        adapter = replace(
+            Adapter.of(reader, learner, adapter.initialisation),
+            record={"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]},
+        )
+        outside = list(_with_outside(episodes))
+        if outside:
+            bar = tqdm(outside, "calibration", unit="episode", disable=not accelerator.is_main_process)
+            adapter = replace(adapter, calibration=fit_calibration(TaskLearner(reader, adapter), bar))
+        return adapter
+
+    def _fingerprint(
+        self, encoder: Encoder, learner: LearnerSettings, corpora: Sequence[Corpus], valid: Sequence[Corpus]
+    ) -> dict[str, Any]:
+        """Return, as JSON gives it back, all that decides what a run ends in."""
+        told = {
+            **asdict(self),
+            "learner": asdict(learner),
+            "lora": asdict(encoder.lora),
+            "encoder": {"max_length": encoder.settings.max_length, "weights_sha256": encoder.weights_sha256},
+            "corpora": [corpus.summary for corpus in corpora],
+            "valid": [corpus.summary for corpus in valid],
+        }
+        del told["checkpoint_every"]  # when a run is saved does not change where it ends
+        return json.loads(json.dumps(told))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run in progress.
+
+    Args:
+        trainer: its settings.
+        accelerator: of the processes that share each step's episodes.
+        reader: of token states.
+        adapter: with the shapes of all tensors.
+        episodes: to learn from.
+    """
+
+    trainer: MetaTrainer
+    accelerator: Accelerator
+    reader: TokenStateReader
+    adapter: Adapter
+    episodes: MixedEpisodes
+
+    def check_fixed(self) -> None:
+        """Check that the settings fix tensors that are there."""
+        names = self.adapter.initialisation.tensors()
+        for given in self.trainer.fixed:
+            if not any(name.startswith(given) for name in names):
+                raise SettingsError(f"fixed names {given!r}, but there are {', '.join(names)}")
+
+    def loop(
+        self,
+        tensors: Mapping[str, Tensor],
+        validation: Sequence[Episode],
+        output: Path,
+        fingerprint: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """Take all steps; return what was learned: the last tensors, or those with the best validation accuracy."""
+        trainer, main = self.trainer, self.accelerator.is_main_process
+        parameters = {name: value.detach().clone().to(self.reader.encoder.device) for name, value in tensors.items()}
+        learned = [name for name in parameters if not name.startswith(trainer.fixed or ("\0",))]
         for name in learned:
             parameters[name].requires_grad_()
-        optimiser = torch.optim.Adam(self._groups(parameters, learned))
-        state = TrainingState(parameters, optimiser)
-        fingerprint = {"learner": _plain(self.learner), "outer": _plain(settings), **(told or {})}
-        if start:
-            fingerprint["start"] = tensors_digest(start)
+        state = TrainingState(parameters, torch.optim.Adam(self._groups(parameters, learned)))
         output.mkdir(parents=True, exist_ok=True)
         if (output / CHECKPOINT).exists():
             restore_state(state, output / CHECKPOINT, fingerprint)
+        self.accelerator.wait_for_everyone()
         with (
             stop_requests() as stop_requested,
-            Record(output / RECORD, state.step, enabled=True) as record,
-            tqdm(total=settings.steps, initial=state.step, desc=settings.algorithm, unit="step") as progress,
+            Record(output / RECORD, state.step, enabled=main) as record,
+            tqdm(
+                total=trainer.steps, initial=state.step, desc=trainer.algorithm, unit="step", disable=not main
+            ) as progress,
         ):
-            while state.step < settings.steps:
-                row = self._step(shape, state, learned, episodes)
+            while state.step < trainer.steps:
+                row, stop = self._step(state, learned, stop_requested())
+                if validation and (state.step % trainer.validate_every == 0 or state.step == trainer.steps):
+                    row["valid_accuracy"] = self._validate(state, validation)
                 record.write(row)
-                progress.set_postfix({"loss": row["loss"], "acc": row["accuracy"]}, refresh=False)
+                shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
+                progress.set_postfix(shown | ({"best": f"{state.best_accuracy:.3f}"} if state.best else {}), refresh=False)
                 progress.update()
-                stop = stop_requested() and state.step < settings.steps
-                if stop or state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
+                if self.accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
+                    stop = stop or stop_requested()
+                stop = stop and state.step < trainer.steps
+                if main and (stop or state.step % trainer.checkpoint_every == 0 or state.step == trainer.steps):
                     save_state(state, output / CHECKPOINT, fingerprint)
                 if stop:
                     raise TrainingInterrupted(
-                        f"stopped after step {state.step} of {settings.steps}; the same command goes on from "
+                        f"stopped after step {state.step} of {trainer.steps}; the same command goes on from "
                         f"{output / CHECKPOINT}"
                     )
-        return shape.with_tensors({name: value.detach() for name, value in state.parameters.items()})
+        self.accelerator.wait_for_everyone()
+        return {name: value.detach() for name, value in (state.best or state.parameters).items()}
 
     def _groups(self, parameters: Mapping[str, Tensor], learned: Sequence[str]) -> list[dict[str, Any]]:
-        settings = self.settings
+        """Return the optimiser's groups: LoRA, numbers and centres, each with its rate."""
+        trainer = self.trainer
         lora = [name for name in learned if name.startswith(LORA)]
         centres = [name for name in learned if name in CENTRES]
         numbers = [name for name in learned if name not in lora and name not in centres]
-        rates = ((lora, settings.lora_rate), (numbers, settings.number_rate), (centres, settings.centre_rate))
+        rates = ((lora, trainer.lora_rate), (numbers, trainer.number_rate), (centres, trainer.centre_rate))
         return [
             {"params": [parameters[name] for name in part], "lr": rate, "base": rate} for part, rate in rates if part
         ]
 
-    def _step(
-        self, shape: Initialisation, state: TrainingState, learned: Sequence[str], episodes: Episodes
-    ) -> dict[str, float]:
-        settings = self.settings
-        first = state.step * settings.tasks_per_step
-        own = [episodes[number] for number in range(first, min(first + settings.tasks_per_step, settings.episodes))]
-        leaves = {name: state.parameters[name] for name in learned}
-        learner = TaskLearner(self.reader, shape.with_tensors(state.parameters), self.learner)
-        where = f"step {state.step + 1}, on {[e.corpus for e in own]}"
-        try:
-            gradients, loss, accuracy = self.algorithm.gradient(learner, own, leaves)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise DivergedError(f"{where}: {error}; try smaller learning rates") from error
-        norm = torch.stack([part.square().sum() for part in gradients.values()]).sum().sqrt()
-        if not (norm.isfinite() and loss.isfinite().all()):
+    def _step(self, state: TrainingState, learned: Sequence[str], stop: bool) -> tuple[dict[str, float], bool]:
+        """Take one outer step, in place; return its row of the record, and whether any process was asked to stop."""
+        trainer = self.trainer
+        settling = state.step >= trainer.settles_from
+        own = [name for name in learned if not (settling and name.startswith((LORA, QUERIES)))]
+        first = state.step * trainer.tasks_per_step
+        numbers = range(first, min(first + trainer.tasks_per_step, trainer.episodes))
+        mine = [self.episodes[n] for n in numbers[self.accelerator.process_index :: self.accelerator.num_processes]]
+        sums, totals = self._own_share(state, own, mine, f"step {state.step + 1}, on {[e.corpus for e in mine]}")
+        totals[3] = float(stop)
+        # one reduction for everything; the mean is over tasks, so that uneven shares weigh right
+        flat: Tensor = self.accelerator.reduce(torch.cat([*(part.flatten() for part in sums.values()), totals]), "sum")
+        totals = flat[-4:]
+        mean = flat[:-4] / totals[2]
+        norm = mean.norm()
+        if not (norm.isfinite() and totals[0].isfinite()):
             raise DivergedError(
-                f"{where}: losses {loss.tolist()}, gradient norm {float(norm)}; try smaller learning rates (the last "
+                f"step {state.step + 1}, on {[self.episodes[n].corpus for n in numbers]}: loss "
+                f"{float(totals[0] / totals[2])}, gradient norm {float(norm)}; try smaller learning rates (the last "
                 "checkpoint is from before)"
             )
-        factor = settings.max_gradient_norm / norm.clamp(min=settings.max_gradient_norm)
-        for name, leaf in leaves.items():
-            leaf.grad = gradients[name] * factor
-        done = state.step / settings.steps
+        mean = mean * (MAX_GRADIENT_NORM / norm.clamp(min=MAX_GRADIENT_NORM))
+        for value in state.parameters.values():
+            value.grad = None
+        for name, piece in zip(own, mean.split([state.parameters[name].numel() for name in own]), strict=True):
+            state.parameters[name].grad = piece.view_as(state.parameters[name])
+        scale = self._schedule(state.step)
         for group in state.optimiser.param_groups:
-            group["lr"] = group["base"] * min(1.0, (state.step + 1) / settings.warmup) * (1 - done)
+            group["lr"] = group["base"] * scale
         state.optimiser.step()
         state.step += 1
-        return {
+        if state.step == trainer.settles_from < trainer.steps:
+            with torch.no_grad():
+                for name, value in state.parameters.items():
+                    if name.startswith(LORA) and LORA_B in name:
+                        value.mul_(trainer.lora_share)
+        row = {
             "step": state.step,
-            "loss": round(float(loss.mean()), 4),
-            "accuracy": round(float(accuracy.mean()), 4),
+            "loss": round(float(totals[0] / totals[2]), 4),
+            "accuracy": round(float(totals[1] / totals[2]), 4),
             "gradient_norm": round(float(norm), 4),
         }
+        return row, bool(totals[3] > 0)
+
+    def _own_share(
+        self, state: TrainingState, learned: Sequence[str], episodes: Sequence[Episode], where: str
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what this process's episodes add to a step: gradients, and (4,) loss, accuracy, tasks and a 0."""
+        leaves = {name: state.parameters[name] for name in learned}
+        totals = self.adapter.initialisation.queries.new_zeros(4)
+        if not episodes:
+            return {name: torch.zeros_like(value) for name, value in leaves.items()}, totals
+        learner = TaskLearner(self.reader, self._with(state.parameters))
+        try:
+            found = ALGORITHMS[self.trainer.algorithm].gradient(learner, episodes, leaves)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise DivergedError(f"{where}: {error}; try smaller learning rates") from error
+        totals[:3] = torch.stack([found.loss.sum(), found.accuracy.sum(), totals.new_tensor(len(episodes))])
+        return found.gradient, totals
+
+    def _with(self, parameters: Mapping[str, Tensor]) -> Adapter:
+        return replace(self.adapter, initialisation=self.adapter.initialisation.with_tensors(parameters))
+
+    def _schedule(self, step: int) -> float:
+        """Return the share of the learning rates in a step: up, then linearly down to 0; and again for the settling."""
+        border, steps = self.trainer.settles_from, self.trainer.steps
+        start, end = (0, border) if step < border else (border, steps)
+        return min(1.0, (step - start + 1) / self.trainer.warmup) * (1 - (step - start) / (end - start))
+
+    def _validate(self, state: TrainingState, episodes: Sequence[Episode]) -> float:
+        """Return validation accuracy, each process scoring its share; keep the tensors if they are the best yet."""
+        mine = episodes[self.accelerator.process_index :: self.accelerator.num_processes]
+        learner = TaskLearner(self.reader, self._with({n: v.detach() for n, v in state.parameters.items()}))
+        total = float(score_episodes(learner, mine).accuracy.sum()) if mine else 0.0
+        own = self.adapter.initialisation.queries.new_tensor([total])
+        accuracy = float(self.accelerator.reduce(own, "sum")) / len(episodes)
+        if accuracy > state.best_accuracy:
+            state.best_accuracy, state.best_step = accuracy, state.step
+            state.best = {name: value.detach().clone() for name, value in state.parameters.items()}
+        return accuracy
 
 
-def _plain(settings: LearnerSettings | OuterSettings) -> dict[str, Any]:
-    """Return settings as JSON gives them back."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+def _validation(trainer: MetaTrainer, valid: Sequence[Corpus]) -> list[Episode]:
+    """Return the episodes of every validation: 5 ways (or all), 5 shots, 5 queries."""
+    if not valid:
+        return []
+    sampler = EpisodeSampler(valid, EpisodeSettings(5, 5, 5, at_most=True), trainer.seed)
+    return sampler.take(trainer.validation_episodes)
+
+
+def _with_outside(episodes: MixedEpisodes) -> Iterator[Episode]:
+    """Yield episodes that training has not seen and that have queries of other classes."""
+    unseen = (episodes[number] for number in range(FIRST_UNSEEN, FIRST_UNSEEN + 20 * CALIBRATION_EPISODES))
+    return itertools.islice((e for e in unseen if (e.query_labels == OUTSIDE).any()), CALIBRATION_EPISODES)

@@ -6,8 +6,8 @@
 from dataclasses import replace
 from importlib.resources import as_file, files
 
-from textmeta.data.class_splits import ClassSplit, read_class_split
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.splits import ClassSplit, read_class_split
 
 __all__ = ["load_bundled"]
 

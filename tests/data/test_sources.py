@@ -1,0 +1,334 @@
+"""Corpora of local files, and of a local Hub through the real `datasets`."""
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from tests.hub.server import TOKEN, HubServer
+from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.splits import load_parts
+from textmeta.errors import DataError, SettingsError
+
+ROWS = [
+    {"text": "where is my card?", "label": "card"},
+    {"text": 'I said "no", twice', "label": "refuse"},
+    {"text": "größer, 更大", "label": "size"},
+    {"text": "it got lost", "label": "card"},
+]
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what the tests load out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def write_json_list(path: Path) -> None:
+    write(path, json.dumps(ROWS, indent=1))
+
+
+def write_json_lines(path: Path) -> None:
+    write(path, "".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_parquet(path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).to_parquet(path)
+
+
+def load(path: Path | str) -> Corpus:
+    return load_corpus(CorpusSettings(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "writer"),
+    [
+        ("corpus.json", write_json_list),
+        ("corpus.json", write_json_lines),
+        ("corpus.jsonl", write_json_lines),
+        ("corpus.csv", write_csv),
+        ("corpus.tsv", write_csv),
+        ("corpus.parquet", write_parquet),
+        ("corpus.JSONL", write_json_lines),
+    ],
+    ids=["json list", "json lines", "jsonl", "csv", "tsv", "parquet", "upper case"],
+)
+def test_file_of_each_kind_loads_to_the_same_corpus(tmp_path: Path, name: str, writer: Callable[[Path], None]) -> None:
+    path = tmp_path / name
+    writer(path)
+    corpus = load(path)
+    assert list(corpus.texts) == [row["text"] for row in ROWS]
+    assert corpus.class_names == ("card", "refuse", "size")
+    assert corpus.labels.tolist() == [0, 1, 2, 0]
+    assert corpus.name == "corpus"
+    assert corpus.sha256 == Corpus.from_dataset(datasets.Dataset.from_list(ROWS), name="other").sha256
+
+
+def test_columns_and_name_and_number_of_rows_can_be_chosen(tmp_path: Path) -> None:
+    path = write(tmp_path / "corpus.csv", "id,utterance,label,intent\n1,a,no,x\n2,b,no,y\n3,c,no,z\n")
+    settings = CorpusSettings(path, name="mine", rows=2, text_column="utterance", label_column="intent")
+    corpus = load_corpus(settings)
+    assert (corpus.name, list(corpus.texts), corpus.class_names) == ("mine", ["a", "b"], ("x", "y"))
+
+
+@pytest.mark.parametrize(("suffix", "between"), [(".csv", ","), (".tsv", "\t")])
+def test_cells_of_a_csv_stay_text(tmp_path: Path, suffix: str, between: str) -> None:
+    # a CSV has no types: "01" there is the string that it is in JSON, and "NA" is no null
+    rows = [["text", "label"], ["null", "NA"], ["NA", "None"], ["NaN", "null"], ["007", "01"]]
+    corpus = load(write(tmp_path / f"corpus{suffix}", "".join(between.join(row) + "\n" for row in rows)))
+    assert list(corpus.texts) == ["null", "NA", "NaN", "007"]
+    assert corpus.class_names == ("01", "NA", "None", "null")
+
+
+@pytest.mark.parametrize("role", ["text_column", "label_column"])
+def test_missing_column_is_named_with_the_columns_there_are(tmp_path: Path, role: str) -> None:
+    write_csv(tmp_path / "c.csv")
+    with pytest.raises(DataError, match=rf"no column 'body' \({role}\); its columns are \['text', 'label'\]"):
+        load_corpus(CorpusSettings(str(tmp_path / "c.csv"), **{role: "body"}))
+
+
+def test_unusable_row_of_a_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "corpus.jsonl", '{"text": "a", "label": "x"}\n{"text": null, "label": "x"}\n')
+    with pytest.raises(DataError, match="corpus 'corpus', column 'text', row 1: text is null"):
+        load(path)
+
+
+@pytest.mark.parametrize("rows", ["a,x\nb,\nc,y\n", "a,x\n,y\n"], ids=["label", "text"])
+def test_empty_cell_of_a_csv_is_named_with_its_row(tmp_path: Path, rows: str) -> None:
+    # a row without a label must not become the one row of a class without a name
+    with pytest.raises(DataError, match=r"row 1: .* is empty"):
+        load(write(tmp_path / "corpus.csv", f"text,label\n{rows}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.csv", None, r"no such file: .*c\.csv"),
+        ("c.json", "", r"file is empty: .*c\.json"),
+        ("c.parquet", "", r"file is empty: .*c\.parquet"),
+        ("c.csv", "text,label\n", "(no|0) rows"),
+        ("c.json", "[]", "(no|0) rows"),
+        ("c.jsonl", "\n", "(no|0) rows"),
+        ("c.json", '[{"text": "a", "label": "x"}, {"text": "b"', r"cannot read .*c\.json as json"),
+        ("c.jsonl", '{"text": "a", "label": "x"}\n{"text":\n', r"cannot read .*c\.jsonl as json"),
+        ("c.csv", "text,label\na,x\nb,y,z,w\n", r"cannot read .*c\.csv as csv"),
+        ("c.parquet", "no parquet", r"cannot read .*c\.parquet as parquet"),
+    ],
+)
+def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        write(tmp_path / name, text)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / name)
+
+
+def test_a_rewritten_file_is_read_anew(tmp_path: Path) -> None:
+    """Even where its name, size and time are those of the file that was read before."""
+    path = tmp_path / "c.csv"
+    path.write_text("text,label\nold,a\n")
+    stamp = path.stat()
+    assert list(load_corpus(CorpusSettings(str(path))).texts) == ["old"]
+    path.write_text("text,label\nnew,a\n")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert list(load_corpus(CorpusSettings(str(path))).texts) == ["new"]
+
+
+REQUESTS: list[tuple[str, object]] = [
+    ("what is my balance", 0),
+    ("show my balance", 0),
+    ("my card is lost", 1),
+    ("new card please", 1),
+]
+
+
+def jsonl(rows: list[tuple[str, object]], label: str = "label") -> bytes:
+    return "".join(json.dumps({"text": text, label: value, "id": 1}) + "\n" for text, value in rows).encode()
+
+
+@pytest.fixture
+def intents(hub: HubServer) -> str:
+    """The commit of a dataset with two splits and a licence; there is another, whose labels are numbers."""
+    hub.add_repo("lab/plain", {"train.jsonl": jsonl(REQUESTS), "test.jsonl": jsonl(REQUESTS[1:3])}, repo_type="dataset")
+    files = {
+        "README.md": b"---\nlicense: cc-by-4.0\n---\n",
+        "train.csv": b"text,label\nwhat is my balance,balance\nmy card is lost,card\n",
+        "test.csv": b"text,label\nnew card please,card\n",
+    }
+    return hub.add_repo("lab/intents", files, repo_type="dataset")
+
+
+@pytest.mark.parametrize("rows", [None, 9], ids=["whole", "streamed"])
+def test_corpus_of_the_hub(hub: HubServer, intents: str, rows: int | None) -> None:
+    corpus = load_corpus(CorpusSettings("lab/intents", rows=rows))
+    assert list(corpus.texts) == ["what is my balance", "my card is lost"]
+    assert corpus.class_names == ("balance", "card")
+    told = {} if rows is None else {"rows": rows}
+    assert corpus.source == {"dataset": "lab/intents", "commit": intents, "license": "cc-by-4.0", **told}
+    assert len(load_corpus(CorpusSettings("lab/intents", split="train+test", rows=rows))) == 3
+
+
+def test_whole_and_streamed_are_the_same_corpus(hub: HubServer, intents: str) -> None:
+    whole, streamed = (load_corpus(CorpusSettings("lab/plain", rows=rows)) for rows in (None, 9))
+    assert whole.sha256 == streamed.sha256
+    assert whole.class_names == ("0", "1")
+
+
+@pytest.mark.parametrize("rows", [None, 9], ids=["whole", "streamed"])
+def test_class_names_of_the_datasets_own_features(hub: HubServer, tmp_path: Path, rows: int | None) -> None:
+    features = datasets.Features(
+        {"utterance": datasets.Value("string"), "intent": datasets.ClassLabel(names=["balance", "card"])}
+    )
+    examples = [{"utterance": text, "intent": label} for text, label in REQUESTS]
+    datasets.Dataset.from_list(examples, features=features).to_parquet(tmp_path / "train.parquet")
+    files = {"data/train-00000-of-00001.parquet": (tmp_path / "train.parquet").read_bytes()}
+    hub.add_repo("lab/parquet", files, repo_type="dataset")
+    settings = CorpusSettings("lab/parquet", rows=rows, text_column="utterance", label_column="intent")
+    assert load_corpus(settings).class_names == ("balance", "card")
+
+
+def test_first_rows_are_downloaded_alone(hub: HubServer) -> None:
+    content = jsonl([(f"text {number} " + "word " * 200, str(number % 7)) for number in range(60_000)])
+    hub.add_repo("lab/large", {"train.jsonl": content}, repo_type="dataset")
+    corpus = load_corpus(CorpusSettings("lab/large", rows=100))
+    assert len(corpus) == 100
+    assert corpus.texts[99].startswith("text 99 ")
+    calls = [call for call in hub.requests if call.method == "GET" and "/storage/" in call.path]
+    ranges = [call.headers.get("range", "") for call in calls]
+    sizes = [int(end) - int(start) + 1 for start, end in re.findall(r"bytes=(\d+)-(\d+)", " ".join(ranges))]
+    assert 0 < sum(sizes) < 0.6 * len(content), "`datasets` reads the first block twice: for the columns, for the rows"
+    assert len(sizes) == len(ranges), "none without an end"
+
+
+def test_first_rows_of_a_sorted_dataset_have_few_classes_and_no_empty_one(
+    hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
+    rows = [{"text": f"text {number}", "label": number // 4} for number in range(12)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    hub.add_repo("lab/sorted", {"train.parquet": (tmp_path / "train.parquet").read_bytes()}, repo_type="dataset")
+    assert load_corpus(CorpusSettings("lab/sorted", rows=6)).class_names == ("a", "b")
+    assert "the first 6 rows have 2 of its 3 classes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [("mit", "mit"), ("[mit, apache-2.0]", "mit, apache-2.0"), ("1.0", "1.0"), ("[mit, null]", "mit"), ("null", None),
+     ("other\nlicense_name: house-rules", "house-rules")],
+)  # fmt: skip
+def test_licence_is_what_the_card_says(hub: HubServer, written: str, found: str | None) -> None:
+    files = {"README.md": f"---\nlicense: {written}\n---\n".encode(), "train.jsonl": jsonl(REQUESTS)}
+    hub.add_repo("lab/licensed", files, repo_type="dataset")
+    assert load_corpus(CorpusSettings("lab/licensed")).source.get("license") == found
+
+
+def test_folder_of_the_same_name_is_not_taken_for_the_dataset(
+    hub: HubServer, intents: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lab" / "intents").mkdir(parents=True)
+    (tmp_path / "lab" / "intents" / "train.jsonl").write_bytes(jsonl(REQUESTS))
+    monkeypatch.chdir(tmp_path)
+    refused(r"there is a file or folder 'lab/intents' here", dataset="lab/intents")
+
+
+def test_settings_that_cannot_be_are_said(hub: HubServer, intents: str) -> None:
+    refused(r"with rows, a split must be a whole one, given 'train\[:4\]'", dataset="lab/intents", split="train[:4]",
+            rows=2)  # fmt: skip
+    with pytest.raises(SettingsError, match="text_column and label_column are the same: 'text'"):
+        CorpusSettings("lab/intents", label_column="text")
+    with pytest.raises(SettingsError, match="rows must be at least 1, given 0"):
+        CorpusSettings("lab/large", rows=0)
+
+
+def test_revision_is_the_one_asked_for_and_its_commit_is_kept(hub: HubServer, intents: str) -> None:
+    hub.tag("lab/intents", "v1", repo_type="dataset")
+    newer = hub.commit("lab/intents", {"train.csv": b"text,label\nx,a\ny,b\nz,c\n"}, repo_type="dataset")
+    tagged, main = (load_corpus(CorpusSettings("lab/intents", revision=revision)) for revision in ("v1", None))
+    assert (len(tagged), tagged.source["commit"]) == (2, intents)
+    assert (len(main), main.source["commit"]) == (3, newer)
+    assert load_corpus(CorpusSettings("lab/intents", revision=intents)).sha256 == tagged.sha256
+
+
+def test_source_goes_with_the_parts_of_a_class_split(hub: HubServer, intents: str) -> None:
+    rows: list[tuple[str, object]] = [(f"text {number}", str(number % 8)) for number in range(40)]
+    commit = hub.add_repo("lab/many", {"train.jsonl": jsonl(rows)}, repo_type="dataset")
+    parts = load_parts([CorpusSettings("lab/many", name="many")])
+    assert parts["train"][0].source == {"dataset": "lab/many", "commit": commit, "name": "many"}
+
+
+def test_offline_the_cache_serves(hub: HubServer, intents: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = load_corpus(CorpusSettings("lab/intents"))
+    for module, name in ((constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")):
+        monkeypatch.setattr(module, name, True)
+    seen = len(hub.requests)
+    offline = load_corpus(CorpusSettings("lab/intents"))
+    assert offline.sha256 == online.sha256
+    assert "commit" not in offline.source, "nobody could be asked"
+    assert len(hub.requests) == seen
+
+
+def refused(message: str, **settings: object) -> None:
+    with pytest.raises(DataError, match=message):
+        load_corpus(CorpusSettings(**settings))  # type: ignore[arg-type]
+
+
+def test_private_and_gated_datasets_say_how_to_get_in(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add_repo("tester/private", {"train.jsonl": jsonl(REQUESTS)}, repo_type="dataset", private=True)
+    refused(r"'tester/private'.*private and no token was given: log in with `hf auth login`", dataset="tester/private")
+    hub.add_repo("lab/gated", {"train.jsonl": jsonl(REQUESTS)}, repo_type="dataset", gated=True)
+    refused(
+        rf"'lab/gated' is a gated.*Ask for access at {hub.url}/datasets/lab/gated, then log in", dataset="lab/gated"
+    )
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert len(load_corpus(CorpusSettings("tester/private"))) == 4
+
+
+@pytest.mark.parametrize("rows", [None, 9], ids=["whole", "streamed"])
+def test_no_such_split_or_column_lists_those_there_are(hub: HubServer, intents: str, rows: int | None) -> None:
+    refused(r"lab/intents.*'valid'.*train.*test", dataset="lab/intents", split="valid", rows=rows)
+    refused(r"no column 'utterance'.*\['text', 'label'\]", dataset="lab/intents", text_column="utterance", rows=rows)
+
+
+def test_no_such_dataset_or_revision(hub: HubServer, intents: str) -> None:
+    refused("there is no dataset 'lab/none' on the Hub.*For a local file, give a path that ends", dataset="lab/none")
+    refused("dataset 'lab/intents' has no revision 'v9'", dataset="lab/intents", revision="v9")
+
+
+def test_no_such_configuration_lists_those_there_are(hub: HubServer) -> None:
+    card = "---\nconfigs: [{config_name: small, data_files: a.jsonl}, {config_name: plus, data_files: b.jsonl}]\n---\n"
+    files = {"README.md": card.encode(), "a.jsonl": jsonl(REQUESTS[:2]), "b.jsonl": jsonl(REQUESTS)}
+    hub.add_repo("lab/configs", files, repo_type="dataset")
+    assert len(load_corpus(CorpusSettings("lab/configs", config="plus"))) == 4
+    refused(r"lab/configs.*config large.*small.*plus", dataset="lab/configs", config="large")
+
+
+def test_dataset_that_needs_a_script_says_what_to_do(hub: HubServer, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    script = f"open({str(canary)!r}, 'w')\nraise SystemExit\n"
+    hub.add_repo("lab/script", {"script.py": script.encode()}, repo_type="dataset")
+    refused(r"lab/script.*script of its own, which is never run.*refs/convert/parquet", dataset="lab/script")
+    assert not canary.exists()
+
+
+def test_row_that_cannot_be_used_is_named(hub: HubServer) -> None:
+    hub.add_repo("lab/holes", {"train.jsonl": jsonl([*REQUESTS, ("", 1)])}, repo_type="dataset")
+    refused(r"'lab/holes'.*row 4.*empty", dataset="lab/holes")

@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from textmeta.data.splits import PARTS, ClassSplit, draw_class_split, read_class_split
+from textmeta.errors import DataError
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "splits").glob("*.json"))
+FLAT = {"train": ["a", "b"], "valid": ["c"], "test": ["d"]}
+NAMES = [f"class {number}" for number in range(20)]
+
+
+def write(folder: Path, content: object) -> Path:
+    path = folder / "splits.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_flat_file(tmp_path: Path) -> None:
+    assert read_class_split(write(tmp_path, FLAT)) == ClassSplit(("a", "b"), ("c",), ("d",))
+
+
+def test_fold_of_a_file_with_folds(tmp_path: Path) -> None:
+    other = {"train": ["d"], "valid": ["a"], "test": ["b", "c"]}
+    path = write(tmp_path, {"01": FLAT, "02": other})
+    assert read_class_split(path, "01") == ClassSplit(("a", "b"), ("c",), ("d",))
+    assert read_class_split(path, "02") == ClassSplit(("d",), ("a",), ("b", "c"))
+
+
+@pytest.mark.parametrize("fold", ["03", None])
+def test_missing_fold_lists_the_folds(tmp_path: Path, fold: str | None) -> None:
+    path = write(tmp_path, {"02": FLAT, "01": FLAT})
+    with pytest.raises(DataError) as caught:
+        read_class_split(path, fold)
+    assert f"no fold {fold!r}" in str(caught.value)
+    assert "['01', '02']" in str(caught.value)
+
+
+def test_fold_of_a_flat_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no folds, but fold '01'"):
+        read_class_split(write(tmp_path, FLAT), "01")
+
+
+def test_class_given_twice_is_named() -> None:
+    with pytest.raises(DataError, match="class 'b' is in both train and test"):
+        ClassSplit(("a", "b"), ("c",), ("d", "b"))
+    with pytest.raises(DataError, match="class 'c' is twice in valid"):
+        ClassSplit(("a",), ("c", "c"), ("d",))
+
+
+def test_overlap_in_a_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="class 'a' is in both train and valid"):
+        read_class_split(write(tmp_path, {"01": {**FLAT, "valid": ["a"]}}), "01")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ({"01": {"train": ["a"], "valid": ["b"]}}, "test"),
+        ({"01": {**FLAT, "valid": "b"}}, "valid"),
+        ({"01": {**FLAT, "valid": [1]}}, "valid"),
+        ({"01": ["a", "b"]}, "train"),
+    ],
+    ids=["missing part", "string", "number", "list"],
+)
+def test_part_that_is_no_list_of_names_is_an_error(tmp_path: Path, content: object, part: str) -> None:
+    with pytest.raises(DataError, match=f"fold 01: '{part}' must be a list of class names"):
+        read_class_split(write(tmp_path, content), "01")
+
+
+def test_file_that_holds_no_object_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a JSON object, found list"):
+        read_class_split(write(tmp_path, ["a"]))
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json"):
+        read_class_split(tmp_path / "nowhere.json")
+    (tmp_path / "splits.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"splits\.json"):
+        read_class_split(tmp_path / "splits.json")
+
+
+def test_drawn_split_is_disjoint_and_complete() -> None:
+    split = draw_class_split(NAMES, seed=0)
+    parts = [set(getattr(split, part)) for part in PARTS]
+    assert [len(part) for part in parts] == [10, 5, 5]
+    assert set.union(*parts) == set(NAMES)
+
+
+def test_drawn_split_is_a_function_of_the_seed_and_the_names() -> None:
+    assert draw_class_split(NAMES, seed=3) == draw_class_split(reversed(NAMES), seed=3)
+    assert len({draw_class_split(NAMES, seed=seed) for seed in range(10)}) == 10
+    assert draw_class_split(NAMES).train != tuple(sorted(NAMES)[:10])
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_every_part_of_a_drawn_split_has_a_class_or_there_are_too_few(number: int) -> None:
+    if number < 4:
+        with pytest.raises(DataError, match=f"{number} classes are too few .* at least 4"):
+            draw_class_split(NAMES[:number])
+    else:
+        assert all(getattr(draw_class_split(NAMES[:number]), part) for part in PARTS)
+
+
+def test_class_name_given_twice_is_an_error() -> None:
+    # whether the two land in one part or in two is chance; both must be refused
+    for seed in range(5):
+        with pytest.raises(DataError, match="class 'class 3'"):
+            draw_class_split([*NAMES, "class 3"], seed=seed)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_splits_have_five_different_folds_of_the_same_classes(path: Path) -> None:
+    folds = [f"{number:02}" for number in range(1, 6)]
+    assert sorted(json.loads(path.read_text(encoding="utf-8"))) == folds
+    splits = [read_class_split(path, fold) for fold in folds]  # refuses classes in two parts
+    classes = {frozenset(split.train + split.valid + split.test) for split in splits}
+    assert len(classes) == 1
+    assert len({split.train for split in splits}) == 5
+    assert all(min(len(split.train), len(split.valid), len(split.test)) >= 5 for split in splits)

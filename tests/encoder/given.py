@@ -1,0 +1,103 @@
+"""What the tests of the encoder are given: tiny models of every family, and what transformers and PEFT make of them."""
+
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    EuroBertConfig,
+    MegatronBertConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from tests.conftest import WORDS, save_tiny_model
+from textmeta.encoder.encoder import Encoder
+from textmeta.encoder.lora import zero_start
+
+TEXTS = [" ".join(WORDS[start : start + 1 + start * 7 % 20]) for start in range(40)]
+
+SIZES = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "type_vocab_size": 0}
+SPLIT: dict[str, PreTrainedConfig] = {
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES),
+    "xlm-roberta": XLMRobertaConfig(**SIZES),
+    "distilbert": DistilBertConfig(
+        vocab_size=160, dim=32, n_layers=4, n_heads=4, hidden_dim=64, max_position_embeddings=64, initializer_range=0.2
+    ),
+    "mpnet": MPNetConfig(**SIZES),
+    "electra": ElectraConfig(**SIZES, embedding_size=32),
+    "electra-small": ElectraConfig(**SIZES, embedding_size=16),  # embeddings narrower than the layers
+    "deberta-v2": DebertaV2Config(**SIZES, **DEBERTA),
+    "deberta-v3": DebertaV2Config(
+        **SIZES, **DEBERTA, share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False
+    ),
+    "modernbert": ModernBertConfig(
+        **SIZES, global_attn_every_n_layers=3, local_attention=8, cls_token_id=2, sep_token_id=3
+    ),
+}
+UNSPLIT: dict[str, PreTrainedConfig] = {
+    "megatron-bert": MegatronBertConfig(**SIZES),  # has a layer norm after the layers that both halves would run
+    "eurobert": EuroBertConfig(**SIZES, num_key_value_heads=2),  # its heads share keys and values
+}
+FAMILIES = SPLIT | UNSPLIT
+TARGETS = {"megatron-bert": ("query", "value"), "eurobert": ("q_proj", "v_proj")}  # there are no default ones
+
+
+def save_family(folder: Path, family: str) -> str:
+    """Save a random model of a family with the tiny tokenizer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return save_tiny_model(folder, AutoModel.from_config(FAMILIES[family]))
+
+
+def moved_factors(encoder: Encoder, seed: int = 0) -> dict[str, Tensor]:
+    """LoRA factors of which each counts."""
+    generator = torch.Generator().manual_seed(seed)
+    start = zero_start(encoder.factor_shapes, seed)
+    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
+
+
+def hidden_states(encoder: Encoder, texts: list[str], factors: dict[str, Tensor] | None = None) -> list[Tensor]:
+    """Return transformers' hidden states (layers + 1, length, d) of each text alone, with PEFT's own LoRA if given."""
+    model = AutoModel.from_pretrained(encoder.settings.model, dtype=torch.float32)
+    if factors is not None:
+        model = get_peft_model(model, encoder.peft_config)
+        weights = {
+            name.removeprefix("base_model.model.").replace(".default", ""): value
+            for name, value in model.named_parameters()
+        }
+        for name, value in factors.items():
+            assert weights[name].shape == value.shape
+            weights[name].data = value.clone()
+    found = []
+    for text in texts:
+        ids = encoder.tokenizer(text, truncation=True, max_length=encoder.settings.max_length, return_tensors="pt")
+        ids = {key: ids[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            found.append(torch.cat(model.eval()(**ids, output_hidden_states=True).hidden_states))
+    return found
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)

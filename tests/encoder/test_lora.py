@@ -1,0 +1,103 @@
+"""LoRA whose factors travel with the call: where it is put, threads, errors. Its arithmetic: test_families.py."""
+
+import threading
+
+import pytest
+import torch
+
+from tests.encoder.given import TEXTS, moved_factors
+from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.lora import FactorLinear, LoraSettings, layer_of, using_factors, zero_start
+from textmeta.encoder.token_states import TokenStateReader
+from textmeta.errors import EncoderError, SettingsError
+
+
+def test_zero_start_is_a_function_of_the_seed(encoder: Encoder) -> None:
+    one, same, other = (zero_start(encoder.factor_shapes, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert all((".lora_B." in name) == torch.equal(one[name], other[name]) for name in one)
+    bound = 32**-0.5  # rows of A have 32 entries
+    assert all(0.9 * bound < value.abs().max() <= bound for name, value in one.items() if ".lora_A." in name)
+
+
+def test_threads_do_not_see_each_others_factors(encoder: Encoder) -> None:
+    reader, tasks = TokenStateReader(encoder), [moved_factors(encoder, seed) for seed in range(4)]
+    expected = [reader.read(TEXTS, task).unpadded() for task in tasks]
+    wrong = []
+
+    def work(number: int) -> None:
+        for _ in range(30):
+            if not all(map(torch.equal, reader.read(TEXTS, tasks[number]).unpadded(), expected[number])):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_factors_are_out_of_use_after_an_error() -> None:
+    linear, x = FactorLinear("x", torch.nn.Parameter(torch.eye(2))), torch.ones(1, 1, 2)
+    with using_factors({"x": torch.zeros(2, 2)}):
+        assert not linear(x).any()
+    with pytest.raises(ZeroDivisionError), using_factors({"x": torch.zeros(2, 2)}):
+        raise ZeroDivisionError
+    assert torch.equal(linear(x), x)
+
+
+def test_gradients_of_per_task_factors_are_the_same_bits_each_time() -> None:
+    """With several threads: a sum whose order is left to chance would end a resumed run in another adapter."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(200, 8, 16, generator=generator)
+        weight = torch.randn(2, 384, 16, generator=generator, requires_grad=True)
+        linear = FactorLinear("x", torch.nn.Parameter(torch.zeros(384, 16)))
+        row_task = torch.randint(2, (200,), generator=generator)
+        seen = []
+        for _ in range(20):
+            with using_factors({"x": weight}, row_task):
+                seen.append(torch.autograd.grad(linear(x).square().sum(), weight)[0])
+        assert all(torch.equal(gradient, seen[0]) for gradient in seen)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (LoraSettings(), {f"{n}.attention.self.{part}" for n in (2, 3) for part in ("query", "value")}),
+        (LoraSettings(1, targets=("output.dense",)), {"3.attention.output.dense", "3.output.dense"}),
+        (LoraSettings(3, targets=("intermediate.dense",)), {f"{n}.intermediate.dense" for n in (1, 2, 3)}),
+    ],
+)
+def test_where_lora_is_put(tiny_model: str, settings: LoraSettings, names: set[str]) -> None:
+    encoder = Encoder(EncoderSettings(tiny_model), settings)
+    expected = {f"encoder.layer.{name}.lora_{factor}.weight" for name in names for factor in "AB"}
+    assert encoder.factor_shapes.keys() == expected
+    assert all(shape[".lora_B." in name] == 8 for name, shape in encoder.factor_shapes.items()), "the rank"
+
+
+def test_unknown_targets_are_named_with_what_there_is(tiny_model: str) -> None:
+    with pytest.raises(EncoderError, match=r"'nonsense'.*encoder\.layer\.2\.attention"):
+        Encoder(EncoderSettings(tiny_model), LoraSettings(targets=("nonsense",)))
+
+
+def test_too_many_layers_are_refused(tiny_model: str) -> None:
+    with pytest.raises(SettingsError, match="layers is 9, but the encoder has 4"):
+        Encoder(EncoderSettings(tiny_model), LoraSettings(layers=9))
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0}, {"alpha": 10**400}, {"layers": 0}])
+def test_settings_out_of_range_are_named(wrong: dict[str, int]) -> None:
+    with pytest.raises(SettingsError, match=f"lora {next(iter(wrong))} must be"):
+        LoraSettings(**wrong)
+
+
+def test_layer_of_a_factor() -> None:
+    assert layer_of("encoder.layer.3.attention.self.query.lora_B.weight") == "encoder.layer.3"
+    assert layer_of("layers.11.attn.Wqkv.lora_A.weight") == "layers.11"
+    assert layer_of("head.lora_A.weight") == "head.lora_A.weight"

@@ -1,0 +1,285 @@
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from textmeta.errors import AdapterError
+from textmeta.sharing.folder import MANIFEST, check_destination, read_folder, write_folder
+
+OLD = {"a.dat": b"old a", "b.json": b"old b"}
+NEW = {"a.dat": b"new a", "c.json": b"new c"}
+
+
+class Killed(BaseException):
+    """Stands in for whatever stops a save: an interrupt, or memory that runs out."""
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, nth: int) -> None:
+    """Let the nth call of a function raise instead."""
+    original = getattr(target, name)
+    calls = 0
+
+    def counted(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            raise Killed
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(target, name, counted)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "adapter"
+    write_folder(folder, {**OLD, "README.md": b"card"}, unlisted=frozenset({"README.md"}))
+    (folder / "README.md").write_text("my own words")
+    assert read_folder(folder) == OLD
+    (folder / "README.md").unlink()
+    assert read_folder(folder) == OLD
+    assert names(tmp_path) == {"runs"}
+    assert names(tmp_path / "runs") == {"adapter"}
+
+
+def test_manifest_is_that_of_sha256sum(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", {"b": b"", "a": b"abc"}, unlisted=frozenset({"none"}))
+    assert (tmp_path / "adapter" / MANIFEST).read_text().splitlines() == [
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad  a",
+        "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855  b",
+    ]
+
+
+def test_second_save_replaces_the_files_of_the_first_and_other_files_survive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("adapter")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    write_folder(folder, OLD)
+    (folder / "results.json").write_text("{}")
+    write_folder(folder, NEW)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert names(folder) == {"a.dat", "c.json", MANIFEST, "notes.txt", "results.json"}
+    assert read_folder(folder) == NEW
+    (folder / MANIFEST).write_text("nonsense\n")
+    write_folder(folder, OLD)
+    assert read_folder(folder) == OLD, "a save repairs a damaged folder"
+    assert names(tmp_path) == {"adapter"}
+
+
+def make_subfolder(folder: Path) -> None:
+    (folder / "src").mkdir()
+
+
+def make_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text(f"{'0' * 64}  notes.txt\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_subfolder, r"holds other folders \(src\)"),
+        (make_manifest, "holds another SHA256SUMS"),
+        (lambda folder: (folder / "run.py").write_text(""), "kind that can run code"),
+        (os.chdir, "working folder"),
+    ],
+)
+def test_folder_that_is_no_place_for_an_adapter_is_refused_unharmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # and back afterwards
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    make(folder)
+    before = names(folder)
+    with pytest.raises(AdapterError, match=message):
+        write_folder(folder, NEW)
+    assert names(folder) == before
+    with pytest.raises(AdapterError, match="there is a file of that name"):
+        write_folder(folder / "notes.txt", NEW)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert names(tmp_path) == {"project"}
+
+
+@pytest.mark.parametrize("name", sorted(OLD))
+def test_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "adapter"
+    write_folder(folder, OLD)
+    content = bytearray(OLD[name])
+    for position in range(len(content)):
+        content[position] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(AdapterError, match=f"{name} is damaged"):
+            read_folder(folder)
+        content[position] ^= 1
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"no such adapter folder: .*nowhere"):
+        read_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hosts", "sub/x", "..", "", "a.dat/"])
+def test_manifest_entry_that_is_no_plain_name_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "adapter"
+    write_folder(folder, OLD)
+    (tmp_path / "x").write_bytes(b"outside")
+    with (folder / MANIFEST).open("a") as manifest:
+        manifest.write(f"{'0' * 64}  {name}\n")
+    with pytest.raises(AdapterError, match=f"{MANIFEST}, line 3"):
+        read_folder(folder)
+
+
+CRASHES = [(Path, "rename"), (Path, "open"), (Path, "mkdir"), (os, "fsync"), (shutil, "rmtree")]
+
+
+@pytest.mark.parametrize(("target", "name"), CRASHES, ids=[name for _, name in CRASHES])
+def test_an_error_at_any_step_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str
+) -> None:
+    crashes = 0
+    for nth in range(1, 20):
+        folder = tmp_path / str(nth) / "adapter"
+        write_folder(folder, OLD)
+        (folder / "notes.txt").write_text("mine")
+        with monkeypatch.context() as patch:
+            kill_at(patch, target, name, nth)
+            try:
+                write_folder(folder, NEW)
+                finished = True
+            except Killed:
+                finished = False
+                crashes += 1
+        assert read_folder(folder) in ([NEW] if finished else [OLD, NEW])
+        assert (folder / "notes.txt").read_text() == "mine"
+        # and the next save goes through, and leaves nothing behind
+        write_folder(folder, NEW)
+        assert read_folder(folder) == NEW
+        assert (folder / "notes.txt").read_text() == "mine"
+        assert names(folder.parent) == {"adapter"}
+        if finished:
+            break
+    assert finished
+    assert crashes > 0
+
+
+@pytest.fixture
+def set_aside(tmp_path: Path) -> Path:
+    """A folder as a process killed between the two renames leaves it."""
+    folder = tmp_path / "adapter"
+    write_folder(folder, OLD)
+    (folder / "notes.txt").write_text("mine")
+    folder.rename(tmp_path / ".adapter.textmeta-old")
+    (tmp_path / ".adapter.textmeta-new").mkdir()
+    return folder
+
+
+def test_folder_set_aside_by_a_crash_is_read_where_it_lies(set_aside: Path) -> None:
+    assert read_folder(set_aside) == OLD
+    assert names(set_aside.parent) == {".adapter.textmeta-old", ".adapter.textmeta-new"}, "reading writes nothing"
+
+
+def test_folder_set_aside_by_a_crash_is_mended_by_the_next_save(set_aside: Path) -> None:
+    write_folder(set_aside, NEW)
+    assert read_folder(set_aside) == NEW
+    assert (set_aside / "notes.txt").read_text() == "mine"
+    assert names(set_aside.parent) == {"adapter"}
+
+
+def test_folder_set_aside_by_a_crash_is_put_back_before_long_work(set_aside: Path) -> None:
+    check_destination(set_aside)
+    assert read_folder(set_aside) == OLD
+    assert (set_aside / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for content in (OLD, NEW):
+        write_folder(tmp_path / "link", content)
+        assert read_folder(tmp_path / "real") == content
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_full_or_refusing_disk_is_named_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "adapter"
+    write_folder(folder, OLD)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(AdapterError, match=r"cannot write the adapter .*/adapter: .*a\.dat: No space left"):
+            write_folder(folder, NEW)
+    assert read_folder(folder) == OLD
+    assert names(tmp_path) == {"adapter"}
+
+
+def test_reading_while_others_write_gives_one_or_the_other(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    write_folder(folder, OLD)
+    stop = threading.Event()
+
+    def write_again_and_again() -> None:
+        while not stop.is_set():
+            write_folder(folder, NEW)
+            write_folder(folder, OLD)
+
+    writer = threading.Thread(target=write_again_and_again)
+    writer.start()
+    try:
+        found = [read_folder(folder) for _ in range(300)]
+    finally:
+        stop.set()
+        writer.join()
+    assert all(content in (OLD, NEW) for content in found)
+    assert OLD in found
+    assert NEW in found
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "weights.pt", "head.joblib", "data.PKL", "modeling.py", "lib.so"]
+)
+def test_file_that_can_run_code_is_refused(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    (tmp_path / "adapter" / name).write_bytes(b"")
+    with pytest.raises(AdapterError, match=rf"{name} is of a kind that can run code"):
+        read_folder(tmp_path / "adapter")
+
+
+def test_links_into_the_hubs_cache_are_followed_and_no_others(tmp_path: Path) -> None:
+    repo = tmp_path / "hub" / "models--a--b"
+    folder = repo / "snapshots" / "c0ffee"
+    write_folder(folder, OLD)
+    (repo / "blobs").mkdir()
+    shared = tmp_path / "hub" / "blobs" / "ab" / "abcdef"
+    shared.parent.mkdir(parents=True)
+    (folder / "a.dat").rename(repo / "blobs" / "1234")
+    (folder / "a.dat").symlink_to("../../blobs/1234")
+    (folder / "b.json").rename(shared)
+    (folder / "b.json").symlink_to("../../../blobs/ab/abcdef")
+    assert read_folder(folder) == OLD
+    (tmp_path / "secret").write_bytes(OLD["a.dat"])
+    for outside in ("../../../../secret", "/etc/hostname", "../../refs"):
+        (folder / "a.dat").unlink()
+        (folder / "a.dat").symlink_to(outside)
+        with pytest.raises(AdapterError, match=r"a\.dat"):
+            read_folder(folder)
+
+
+def test_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    os.truncate(tmp_path / "adapter" / "a.dat", 2**40)  # takes no place on the disk
+    with pytest.raises(AdapterError, match=r"a\.dat has 1099511627776 bytes, expected at most 67108864"):
+        read_folder(tmp_path / "adapter")

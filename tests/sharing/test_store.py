@@ -1,0 +1,482 @@
+"""Adapter folders: what is saved comes back to the bit, and what is not what was saved is refused by name."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from tests.sharing.made import (
+    FITTED,
+    LABELS,
+    LISTED,
+    LORA_A,
+    RECORD,
+    contents,
+    fit,
+    logits,
+    make_adapter,
+    make_index,
+    rewrite,
+    rewrite_json,
+    rewrite_tensors,
+    save,
+    unit,
+    unlist,
+)
+from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.token_states import TokenStateReader
+from textmeta.errors import AdapterError
+from textmeta.meta.adapter import Adapter, ClassIndex
+from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
+from textmeta.meta.learner import LearnedTask
+from textmeta.sharing.folder import MANIFEST
+from textmeta.sharing.format import FORMAT
+from textmeta.sharing.locate import info
+from textmeta.sharing.store import TASK_AXES, Fitted, load_adapter, save_adapter
+
+META, TENSORS, WEIGHTS, CLASSIFIER, HEAD = (
+    *("textmeta.json", "textmeta.safetensors", "adapter_model.safetensors"),
+    *("classifier.json", "classifier.safetensors"),
+)
+
+
+def refused(folder: Path, *, naming: str) -> str:
+    with pytest.raises(AdapterError, match=re.escape(naming)) as caught:
+        load_adapter(folder)
+    return str(caught.value)
+
+
+# What is saved comes back
+
+
+def same_tensors(found: Adapter, expected: Adapter) -> bool:
+    ours, theirs = found.initialisation.tensors(), expected.initialisation.tensors()
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], value) and ours[name].dtype == torch.float32 for name, value in theirs.items())
+
+
+def test_adapter_comes_back_to_the_bit(saved: Path, adapter: Adapter) -> None:
+    found, _ = load_adapter(saved)
+    assert same_tensors(found, adapter)
+    assert found.calibration.scope is not None
+    assert torch.equal(found.calibration.scope, torch.arange(8.0))
+    assert torch.equal(found.probe, adapter.probe)
+    for name in ("encoder", "weights_sha256", "lora", "learner", "commit", "record", "versions"):
+        assert getattr(found, name) == getattr(adapter, name), name
+    assert found.index is not None
+    expected = make_index()
+    assert list(found.index.classes.items()) == list(expected.classes.items()), "in the order of training"
+    assert all(np.array_equal(found.index.vectors[name], value) for name, value in expected.vectors.items())
+
+
+@pytest.mark.parametrize("adapt", ["pooling", "lora", "none", "offset"])
+def test_fitted_classifier_comes_back_to_the_bit(reader: TokenStateReader, tmp_path: Path, adapt: Any) -> None:
+    adapter = make_adapter(reader, adapt=adapt)
+    fitted = fit(reader, adapter, keep=True)
+    assert bool(fitted.task.factors) is (adapt == "lora")
+    save_adapter(tmp_path / "adapter", adapter, fitted)
+    loaded, found = load_adapter(tmp_path / "adapter")
+    assert found is not None
+    assert (found.classes, found.support) == (LABELS, fitted.support)
+    for field in fields(LearnedTask):
+        ours, theirs = getattr(found.task, field.name), getattr(fitted.task, field.name)
+        if field.name == "factors":
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+        else:
+            assert torch.equal(ours, theirs), field.name
+            assert ours.dtype == theirs.dtype, field.name
+    assert torch.equal(logits(loaded.load_reader(), loaded, found), logits(reader, adapter, fitted))
+
+
+def test_every_tensor_of_a_learned_task_is_stored() -> None:
+    assert {*TASK_AXES, "factors"} == {field.name for field in fields(LearnedTask)}
+
+
+@pytest.mark.parametrize("entry_step_sizes", [False, True])
+def test_settings_that_are_not_the_defaults_come_back(tiny_model: str, tmp_path: Path, entry_step_sizes: bool) -> None:
+    lora = LoraSettings(layers=1, rank=2, alpha=3, targets=("attention.self.key",))
+    reader = TokenStateReader(Encoder(EncoderSettings(tiny_model, max_length=16), lora), (1, 4))
+    adapter = make_adapter(reader, adapt="pooling+lora", head="prototype", entry_step_sizes=entry_step_sizes)
+    adapter = replace(adapter, index=None, calibration=Calibration())
+    save_adapter(tmp_path / "adapter", adapter)
+    found, fitted = load_adapter(tmp_path / "adapter")
+    assert (found.encoder, found.lora, found.learner) == (adapter.encoder, lora, adapter.learner)
+    assert (found.index, found.calibration.scope, fitted) == (None, None, None)
+    assert found.load_reader().encoder.factor_shapes == reader.encoder.factor_shapes
+
+
+def test_tensors_in_training_can_be_saved(adapter: Adapter, tmp_path: Path) -> None:
+    tensors = adapter.initialisation.tensors()
+    turned = {name: value.double().t() if value.ndim == 2 else value.double() for name, value in tensors.items()}
+    turned = {name: (value.t() if value.ndim == 2 else value).requires_grad_() for name, value in turned.items()}
+    save_adapter(tmp_path / "adapter", replace(adapter, initialisation=adapter.initialisation.with_tensors(turned)))
+    found, _ = load_adapter(tmp_path / "adapter")
+    assert same_tensors(found, adapter)
+    assert not any(value.requires_grad for value in found.initialisation.tensors().values())
+
+
+@pytest.mark.parametrize("label", [True, 7, 0.5, float("inf"), "ü\n"])
+def test_labels_come_back_as_they_were(reader: TokenStateReader, adapter: Adapter, tmp_path: Path, label: Any) -> None:
+    task = fit(reader, adapter).task
+    save_adapter(tmp_path / "adapter", adapter, Fitted(task, ["x", label]))
+    found = load_adapter(tmp_path / "adapter")[1]
+    assert found is not None
+    assert [(type(value), value) for value in found.classes] == [(str, "x"), (type(label), label)]
+
+
+def test_saved_twice_or_loaded_and_saved_again_is_the_same_to_the_byte(
+    saved: Path, tiny_model: str, tmp_path: Path
+) -> None:
+    save(tmp_path / "twice", tiny_model)
+    save_adapter(tmp_path / "again", *load_adapter(saved))
+    assert contents(tmp_path / "twice") == contents(tmp_path / "again") == contents(saved)
+
+
+def test_folder_holds_the_documented_files_alone_and_nothing_of_the_machine(folder: Path) -> None:
+    assert sorted(contents(folder)) == sorted([*LISTED, *FITTED, "README.md", MANIFEST])
+    assert all(str(folder.parent).encode() not in content for content in contents(folder).values())
+
+
+def test_fitted_classifier_goes_when_it_is_saved_without(folder: Path, adapter: Adapter) -> None:
+    save_adapter(folder, replace(adapter, index=None))
+    found, fitted = load_adapter(folder)
+    assert (found.index, fitted) == (None, None)
+    assert not list(folder.glob("classifier*"))
+
+
+def test_support_texts_are_stored_only_where_they_are_given(
+    reader: TokenStateReader, adapter: Adapter, tmp_path: Path
+) -> None:
+    for keep in (False, True):
+        save_adapter(tmp_path / str(keep), adapter, fit(reader, adapter, keep=keep))
+    holding = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*") if b"bil bol" in path.read_bytes()]
+    assert [str(path) for path in holding] == ["True/classifier.json"]
+    assert "are not stored" in (tmp_path / "False" / "README.md").read_text()
+    assert "**The 4 texts that it was fitted on" in (tmp_path / "True" / "README.md").read_text()
+
+
+def test_info_says_what_is_in_a_folder_without_torch(folder: Path) -> None:
+    found = info(folder)
+    assert (found["kind"], found["commit"]) == ("folder", None)
+    assert found["adapter"]["record"] == RECORD
+    assert found["classifier"] == {"classes": LABELS, "support": None}
+    script = (
+        "import sys; from textmeta.sharing.locate import info; info(sys.argv[1]); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(folder)], cwd=Path(__file__).parents[2], check=True)
+    (folder / META).write_text("{}")
+    with pytest.raises(AdapterError, match="format version None"):
+        info(folder)
+
+
+# The user's own files
+
+
+def test_card_of_somebodys_own_is_kept_beside_the_new_one(tiny_model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "README.md").write_text("my project")
+    save(folder, tiny_model)
+    assert (folder / "README.old.md").read_text() == "my project"
+    (folder / "README.old.md").unlink()
+    save(folder, tiny_model)
+    assert not (folder / "README.old.md").exists(), "textmeta's own is replaced"
+    written = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(written.replace("# Fitted", "# My own"))
+    save(folder, tiny_model)
+    assert "# My own" in (folder / "README.old.md").read_text()
+    assert (folder / "README.md").read_text() == written
+
+
+Change = Callable[[Adapter], Adapter]
+
+
+def with_tensor(name: str, value: Tensor) -> Change:
+    def change(adapter: Adapter) -> Adapter:
+        init = adapter.initialisation
+        return replace(adapter, initialisation=replace(init, **{name: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: replace(a, record={"path": object()}), "stored as JSON cannot be: Object of type object"),
+        (lambda a: replace(a, record={"half": "\ud800"}), "surrogates not allowed"),
+        (lambda a: replace(a, index=ClassIndex({"x": ("a", "a")}, {"x": unit(2)})), "is in the index twice"),
+        (lambda a: replace(a, index=ClassIndex({"x": ("a", "")}, {"x": unit(2)})), "index.0.classes.1"),
+        (lambda a: replace(a, index=ClassIndex({"x": ("a",)}, {"x": unit(2)})), "index has shape"),
+        (lambda a: replace(a, index=ClassIndex({"x": ("a",)}, {"x": 2 * unit(1)})), "length 1"),
+        (lambda a: replace(a, index=ClassIndex({}, {})), "index: List should have at least 1 item"),
+        (with_tensor("pull", torch.tensor(float("nan"))), "'pull' has values that are not finite"),
+        (with_tensor("log_penalty", torch.tensor(1e3)), "log_penalty: the exponential"),
+        (with_tensor("queries", torch.zeros(2, 32)), r"queries is \(2, 32\), expected \(3, 32\)"),
+    ],
+)
+def test_what_would_not_be_loaded_is_not_saved(adapter: Adapter, tmp_path: Path, change: Change, message: str) -> None:
+    with pytest.raises(AdapterError, match=rf"not saved: .*{message}"):
+        save_adapter(tmp_path / "adapter", change(adapter))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_crash_between_the_renames_leaves_an_adapter_that_loads(
+    folder: Path, reader: TokenStateReader, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, calls = Path.rename, 0
+
+    def killed_at_the_second(path: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapter(folder, make_adapter(reader, seed=1))
+    assert same_tensors(load_adapter(folder)[0], adapter)
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", [*LISTED, *FITTED])
+def test_damaged_file_is_found(folder: Path, name: str) -> None:
+    good = (folder / name).read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 0xFF
+    for content in (bytes(flipped), good[: len(good) // 2]):
+        (folder / name).write_bytes(content)
+        refused(folder, naming=f"{name} is damaged")
+    (folder / name).unlink()
+    refused(folder, naming=f"lacks the file {name}")
+
+
+@pytest.mark.parametrize("name", [*LISTED[1:], *FITTED])
+def test_file_that_the_manifest_never_listed_is_missed(folder: Path, name: str) -> None:
+    unlist(folder, name)
+    refused(folder, naming=f"it has no {name}")
+
+
+def test_missing_manifest_and_folder_are_named(folder: Path, tmp_path: Path) -> None:
+    (folder / MANIFEST).unlink()
+    refused(folder, naming=f"it has no {MANIFEST}, but ['README.md', ")
+    refused(tmp_path / "nowhere", naming="nowhere")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, TENSORS, HEAD])
+def test_tensors_of_another_kind_are_found(folder: Path, name: str) -> None:
+    good = contents(folder)
+    for change, message in (
+        (lambda found: next(iter(found.values())).view(-1)[:1].fill_(float("inf")), "not finite"),
+        (lambda found: found.update({key: value.half() for key, value in found.items()}), "torch.float16, expected"),
+        (lambda found: found.update(surprise=torch.zeros(1)), "surprise"),
+    ):
+        rewrite_tensors(folder, name, change)
+        assert message in refused(folder, naming=name)
+        rewrite(folder, name, good[name])
+    rewrite(folder, name, b"nonsense")
+    refused(folder, naming=f"{name} cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [(TENSORS, "log_penalty"), (TENSORS, "queries"), (TENSORS, "probe"), (TENSORS, "index"), (HEAD, "weights")],
+)
+def test_missing_tensor_is_named(folder: Path, file: str, name: str) -> None:
+    rewrite_tensors(folder, file, lambda tensors: tensors.pop(name))
+    assert name in refused(folder, naming=file)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        (WEIGHTS, LORA_A, torch.ones(3, 32)),
+        (TENSORS, "log_step_sizes", torch.zeros(3, 3)),
+        (TENSORS, "queries", torch.zeros(4, 32)),
+        (TENSORS, "scope", torch.zeros(7)),
+        (TENSORS, "probe", torch.zeros(3, 32)),
+        (TENSORS, "index", torch.from_numpy(unit(4))),
+        (HEAD, "weights", torch.zeros(1, 3, 32, 3)),
+        (HEAD, "queries", torch.zeros(2, 3, 32)),
+        (HEAD, "class_vectors", torch.zeros(1, 2, 31)),
+        (HEAD, "lora.encoder.layer.2.attention.self.query.lora_A.weight", torch.zeros(1, 3, 32)),
+    ],
+)
+def test_tensor_of_another_shape_is_named(folder: Path, file: str, name: str, value: Tensor) -> None:
+    rewrite_tensors(folder, file, lambda tensors: tensors.update({name: value}))
+    message = refused(folder, naming=file)
+    assert name.removeprefix("base_model.model.") in message
+    assert str(tuple(value.shape)) in message
+
+
+def test_truth_values_must_be_such(folder: Path) -> None:
+    rewrite_tensors(folder, HEAD, lambda tensors: tensors["present"].fill_(0.5))
+    refused(folder, naming=f"{HEAD}: present holds something else than 0 and 1")
+
+
+def test_labels_must_be_as_many_as_the_classes_of_the_task(folder: Path) -> None:
+    rewrite_json(folder, CLASSIFIER, lambda content: content.update(classes=["a", "b", "c"]))
+    assert "expected (1, 3" in refused(folder, naming=HEAD)
+
+
+@pytest.mark.parametrize("found", [FORMAT + 1, 10**30, 7, 1, 0, -1, 8.0, True, "8", None, [8]])
+def test_another_format_is_refused(folder: Path, found: object) -> None:
+    rewrite_json(folder, META, lambda meta: meta.update(format_version=found))
+    with (folder / MANIFEST).open("a") as manifest:  # which has other files, and is not damaged
+        manifest.write(f"{'0' * 64}  tasks.json\n")
+    message = refused(folder, naming=f"{META} has format version {found!r}, this textmeta reads 8")
+    newer = type(found) is int and found > 8
+    assert message.endswith("made by a newer textmeta" if newer else "made by textmeta 0.1: train it again")
+
+
+@pytest.mark.parametrize("group", ["encoder", "lora", "learner", ""])
+def test_unknown_setting_is_refused(folder: Path, group: str) -> None:
+    rewrite_json(folder, META, lambda meta: (meta[group] if group else meta).update(surprise=1))
+    assert f"{group + '.' if group else ''}surprise" in refused(folder, naming=META)
+
+
+@pytest.mark.parametrize(
+    ("group", "change"),
+    [
+        ("lora", {"rank": 0}),
+        ("lora", {"rank": "four"}),
+        ("lora", {"targets": [3]}),
+        ("learner", {"steps": -1}),
+        ("learner", {"steps": 2.0}),
+        ("learner", {"steps": True}),
+        ("learner", {"adapt": "nothing"}),
+        ("learner", {"layers": [3, 4.0]}),
+        ("learner", {"layers": None}),
+        ("learner", {"layers": []}),
+        ("encoder", {"max_length": None}),
+        ("encoder", {"model": 3}),
+    ],
+)
+def test_setting_of_another_type_or_out_of_range_is_named(folder: Path, group: str, change: dict[str, Any]) -> None:
+    rewrite_json(folder, META, lambda meta: meta[group].update(change))
+    assert re.search(
+        rf"{META}: {group}(\.{next(iter(change))}\b|: Value error, .*{next(iter(change))} )",
+        refused(folder, naming=META),
+    )
+
+
+@pytest.mark.parametrize("key", ["encoder", "lora", "learner", "record", "versions", "index", "encoder_sha256"])
+def test_part_that_is_missing_or_of_another_kind_is_refused(folder: Path, key: str) -> None:
+    good = (folder / META).read_bytes()
+    for change in (lambda meta: meta.pop(key), lambda meta: meta.update({key: 3})):
+        rewrite_json(folder, META, change)
+        assert key in refused(folder, naming=META)
+        rewrite(folder, META, good)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        ("", "encoder_commit", "../../models--lab--evil/blobs/abc"),
+        ("", "encoder_commit", "main"),
+        ("", "encoder_sha256", "12"),
+        ("encoder", "revision", "../x"),
+        ("encoder", "revision", "/etc"),
+        ("encoder", "model", "../encoder"),
+    ],
+)
+def test_names_of_the_encoder_cannot_be_paths(folder: Path, place: str, key: str, value: str) -> None:
+    rewrite_json(folder, META, lambda meta: (meta[place] if place else meta).update({key: value}))
+    assert key in refused(folder, naming=META)
+
+
+# The encoder
+
+
+def copy_of(tiny_model: str, to: Path, change: Callable[[Path], object] = lambda _: None) -> str:
+    shutil.copytree(tiny_model, to)
+    change(to)
+    return str(to)
+
+
+def swap_words(folder: Path) -> None:
+    """Give two words of the tokenizer each other's number, as an attack or a careless update would."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    numbers = content["model"]["vocab"]
+    numbers["[CLS]"], numbers["[UNK]"] = numbers["[UNK]"], numbers["[CLS]"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def change_config(folder: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "hidden_act": "relu"}))
+
+
+@pytest.mark.parametrize("change", [swap_words, change_config])
+def test_encoder_with_the_same_weights_and_other_features_is_refused(
+    saved: Path, tiny_model: str, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    other = copy_of(tiny_model, tmp_path / "other", change)
+    with pytest.raises(AdapterError, match=r"has the adapter's weights, but makes other features"):
+        load_adapter(saved)[0].load_reader(model=other)
+
+
+def test_encoder_with_other_weights_is_refused(saved: Path, tiny_model: str, tmp_path: Path) -> None:
+    other = copy_of(tiny_model, tmp_path / "other")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        BertModel(BertConfig.from_pretrained(tiny_model), add_pooling_layer=False).save_pretrained(other)
+    with pytest.raises(AdapterError, match=re.escape(f"belongs to {tiny_model} with weights")):
+        load_adapter(saved)[0].load_reader(model=other)
+
+
+def test_encoder_moved_to_another_folder_is_accepted_and_saved_under_its_first_name(
+    folder: Path, tiny_model: str, tmp_path: Path
+) -> None:
+    adapter, fitted = load_adapter(folder)
+    moved = adapter.load_reader(model=copy_of(tiny_model, tmp_path / "moved"))
+    expected = logits(adapter.load_reader(), adapter, fitted)
+    assert torch.equal(logits(moved, adapter, fitted), expected)
+    again = Adapter.of(moved, adapter.learner, adapter.initialisation)
+    save_adapter(
+        tmp_path / "again", replace(again, index=adapter.index, record=RECORD, calibration=adapter.calibration), fitted
+    )
+    assert contents(tmp_path / "again") == contents(folder)
+
+
+def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_of(tiny_model, tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "adapter", "models/tiny")
+    monkeypatch.chdir("/")
+    adapter, _ = load_adapter(tmp_path / "adapter")
+    assert adapter.encoder.model == str(tmp_path / "models" / "tiny")
+    adapter.load_reader()
+
+
+def test_adapter_for_other_layers_is_refused_when_its_encoder_is_loaded(folder: Path) -> None:
+    rewrite_tensors(folder, WEIGHTS, lambda found: found.update({LORA_A: torch.zeros(4, 31)}))
+    with pytest.raises(AdapterError, match=r"lora_A\.weight is \(4, 31\), expected \(4, 32\)"):
+        load_adapter(folder)[0].load_reader()
+
+
+def test_made_up_sizes_take_no_memory() -> None:
+    """What loading relies on: the shapes of an initialisation can be had without its numbers."""
+    settings = LearnerSettings(layers=tuple(range(1000)), steps=50, entry_step_sizes=True)
+    with torch.device("meta"):
+        start = Initialisation.start({"encoder.layer.1.x.lora_A.weight": (2**40, 2**10)}, 2**30, settings, 0)
+    assert {value.device.type for value in start.tensors().values()} == {"meta"}
+    assert start.log_step_sizes.shape == (50, 1000, 2**30)

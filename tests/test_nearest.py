@@ -1,0 +1,142 @@
+"""How alike tasks are, the index of training corpora, and the nearest of them."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_classifier import adapter_of
+from textmeta.data.corpus import Corpus
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.errors import DataError
+from textmeta.meta.adapter import ClassIndex
+from textmeta.meta.batch import TaskBatch
+from textmeta.meta.learner import TaskLearner
+from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
+from textmeta.nearest import ClassMatch, KnownTask, index_corpora, nearest_tasks, similarity
+
+SIZE = 8
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_model: str) -> TaskLearner:
+    adapter = adapter_of(tiny_model)
+    return TaskLearner(adapter.load_reader(), adapter)
+
+
+def unit(rows: int, seed: int, size: int = SIZE) -> np.ndarray:
+    found = np.random.default_rng(seed).normal(size=(rows, size))
+    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+
+
+def task(rows: int, seed: int, size: int = SIZE) -> TaskEmbedding:
+    return TaskEmbedding(unit(rows, seed, size), tuple(f"c{i}" for i in range(rows)), np.zeros(3), 0.0, 1.0)
+
+
+def by_brute_force(one: np.ndarray, two: np.ndarray) -> float:
+    """Try every way to pair the classes of the smaller task with some of the larger."""
+    small, large = sorted((one, two), key=len)
+    chosen = itertools.permutations(range(len(large)), len(small))
+    best = max(sum(float(small[i] @ large[j]) for i, j in enumerate(order)) for order in chosen)
+    return best / len(large)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 5, 40])
+def test_a_task_is_like_itself(ways: int) -> None:
+    assert similarity(task(ways, 0), task(ways, 0)) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("ways", "others"), [*itertools.product([1, 2, 3, 5], [1, 2, 4, 6])])
+def test_similarity_is_the_best_of_all_pairings(ways: int, others: int) -> None:
+    for seed in range(5):
+        one, two = task(ways, seed), task(others, 100 + seed)
+        expected = by_brute_force(one.classes, two.classes)
+        assert similarity(one, two) == pytest.approx(expected, abs=1e-5)
+        assert similarity(two, one) == pytest.approx(expected, abs=1e-5)
+
+
+def test_order_of_the_classes_does_not_matter() -> None:
+    one, two = task(5, 0), task(7, 1)
+    order = np.random.default_rng(0).permutation(7)
+    shuffled = replace(two, classes=two.classes[order])
+    assert similarity(one, shuffled) == pytest.approx(similarity(one, two), abs=1e-6)
+
+
+def test_part_of_a_task_is_like_it_by_its_share() -> None:
+    whole = task(8, 0)
+    assert similarity(replace(whole, classes=whole.classes[[5, 2]]), whole) == pytest.approx(2 / 8, abs=1e-5)
+
+
+def test_tasks_of_different_encoders_are_not_compared() -> None:
+    with pytest.raises(DataError, match="class vectors have 8 and 9 numbers: they are of different encoders"):
+        similarity(task(3, 0), task(3, 0, size=9))
+    with pytest.raises(DataError, match="8 and 9 numbers"):
+        nearest_tasks(ClassIndex({"x": ("a",)}, {"x": unit(1, 0, size=9)}), task(3, 0))
+
+
+def test_nearest_finds_the_corpus_and_its_classes() -> None:
+    index = ClassIndex(
+        {name: tuple(f"{name}{i}" for i in range(6)) for name in "xyz"},
+        {name: unit(6, seed) for seed, name in enumerate("xyz")},
+    )
+    given = replace(task(3, 0), classes=index.vectors["y"][[4, 0, 3]], labels=("p", "q", "r"))
+    found = nearest_tasks(index, given)
+    assert found[0].corpus == "y"
+    assert found[0].similarity == pytest.approx(1, abs=1e-5)
+    assert {match.label: match.known for match in found[0].matches} == {"p": "y4", "q": "y0", "r": "y3"}
+    assert [one.similarity for one in found] == sorted((one.similarity for one in found), reverse=True)
+    assert str(found[0]).startswith("y (1.00): ")
+    assert [len(nearest_tasks(index, task(3, 9), count)) for count in (0, 1, 2, 5)] == [0, 1, 2, 3]
+
+
+def test_classes_that_a_corpus_has_too_few_of_are_missing() -> None:
+    index = ClassIndex({"x": ("a", "b")}, {"x": unit(2, 0)})
+    given = replace(task(4, 0), classes=np.concatenate([unit(2, 0), unit(2, 1)]))
+    (found,) = nearest_tasks(index, given)
+    assert len(found.matches) == 2
+    assert found.similarity == pytest.approx(by_brute_force(given.classes, unit(2, 0)), abs=1e-5)
+    cosines = [match.cosine for match in found.matches]
+    assert cosines == sorted(cosines, reverse=True)
+
+
+def test_names_in_a_known_task_cannot_move_a_terminals_cursor() -> None:
+    known = KnownTask("bank\x1b[2J", 0.5, (ClassMatch("card", "lost\ncard", 0.9),))
+    assert str(known).isprintable()
+
+
+def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(
+    learner: TaskLearner, corpus: Corpus
+) -> None:
+    corpora = [corpus.restrict(corpus.class_names[:4]), corpus.restrict(corpus.class_names[4:9])]
+    one, two, other = (index_corpora(learner, corpora, rows=5, seed=seed) for seed in (0, 0, 1))
+    assert dict(one.classes) == {"toy": corpora[0].class_names, "toy'": corpora[1].class_names}
+    for name, vectors in one.vectors.items():
+        assert vectors.shape == (len(one.classes[name]), 32)
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+        assert np.array_equal(two.vectors[name], vectors)
+        assert not np.allclose(other.vectors[name], vectors, atol=1e-3)
+
+
+def embedding_of(learner: TaskLearner, episode: Episode) -> TaskEmbedding:
+    with torch.no_grad():
+        return task_embedding(learner.learn(TaskBatch.of_episodes([episode])), episode.class_names)
+
+
+def test_vectors_of_the_index_are_those_of_a_task_with_the_same_texts(learner: TaskLearner, corpus: Corpus) -> None:
+    """The index goes its own way to them, so that this compares two ways."""
+    part = corpus.restrict(corpus.class_names[:3])
+    rows = [row for index in range(3) for row in part.rows_of(index)]
+    whole = Episode("", part.class_names, tuple(part.texts[row] for row in rows), part.labels[rows], (), np.zeros(0))
+    found = index_corpora(learner, [part], rows=1000).vectors["toy"]
+    np.testing.assert_allclose(embedding_of(learner, whole).classes, found, atol=1e-5)
+
+
+def test_a_task_of_a_corpus_is_nearest_to_it(learner: TaskLearner, corpus: Corpus) -> None:
+    parts = {"first": corpus.restrict(corpus.class_names[:6]), "second": corpus.restrict(corpus.class_names[6:])}
+    index = index_corpora(learner, [replace(part, name=name) for name, part in parts.items()], rows=16)
+    for name, part in parts.items():
+        episode = EpisodeSampler(part, EpisodeSettings(3, 12, 4), seed=0)[0]
+        assert nearest_tasks(index, embedding_of(learner, episode))[0].corpus == name

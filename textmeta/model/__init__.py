@@ -1,1 +1,0 @@
-"""Text to features, and tasks to initialisations."""

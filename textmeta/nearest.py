@@ -1,0 +1,129 @@
+"""How alike two tasks are, and which training corpus a new task is nearest to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from textmeta.data.corpus import Corpus
+from textmeta.data.labels import Label, plain
+from textmeta.errors import DataError
+from textmeta.heads.pooling import pool, to_length_one
+from textmeta.meta.adapter import ClassIndex
+from textmeta.meta.learner import TaskLearner
+from textmeta.meta.task_embedding import TaskEmbedding
+
+__all__ = ["ClassMatch", "KnownTask", "index_corpora", "nearest_tasks", "similarity"]
+
+
+@dataclass(frozen=True)
+class ClassMatch:
+    """A class of a new task, and the known class that it was paired with.
+
+    Args:
+        label: of the new task.
+        known: name of the class of the corpus.
+        cosine: of their vectors.
+    """
+
+    label: Label
+    known: str
+    cosine: float
+
+
+@dataclass(frozen=True)
+class KnownTask:
+    """The part of a training corpus that is most like a new task.
+
+    Args:
+        corpus: its name.
+        similarity: of the two tasks, at most 1 (:func:`similarity`).
+        matches: the new task's classes and theirs, the most alike first; some are missing where the corpus has fewer.
+    """
+
+    corpus: str
+    similarity: float
+    matches: tuple[ClassMatch, ...]
+
+    def __str__(self) -> str:
+        """Say it in a line. The names are those of whoever made the adapter, so nothing in them moves a cursor."""
+        pairs = ", ".join(f"{plain(match.label)} ~ {plain(match.known)}" for match in self.matches[:3])
+        return f"{plain(self.corpus)} ({self.similarity:.2f}): {pairs}{', …' if len(self.matches) > 3 else ''}"
+
+
+def similarity(one: TaskEmbedding, two: TaskEmbedding) -> float:
+    """Return how alike two tasks are: 1 for the same classes, about 0 for tasks that have nothing in common.
+
+    Each class of one task is paired with a class of the other, no class twice, so that the sum of the cosines of their
+    vectors is largest. The sum is divided by the larger number of classes.
+
+    Source: Kuhn (1955), "The Hungarian method for the assignment problem".
+
+    Args:
+        one: ``task_embedding_`` of a fitted classifier.
+        two: that of another with the same adapter; it may have another number of classes.
+
+    Raises:
+        DataError: if their vectors differ in size.
+    """
+    cosines = _best_pairs(one.classes, two.classes)[2]
+    return float(cosines.sum()) / max(len(one.classes), len(two.classes))
+
+
+def nearest_tasks(index: ClassIndex, embedding: TaskEmbedding, count: int = 3) -> list[KnownTask]:
+    """Return of each training corpus the part that is most like a task, the nearest first, and at most ``count``.
+
+    Args:
+        index: of the training corpora.
+        embedding: of the task, by the same adapter.
+        count: how many corpora.
+
+    Raises:
+        DataError: if the vectors of the two differ in size.
+    """
+    found = []
+    for corpus, names in index.classes.items():
+        rows, columns, cosines = _best_pairs(embedding.classes, index.vectors[corpus])
+        order = np.argsort(-cosines, kind="stable")
+        matches = tuple(ClassMatch(embedding.labels[rows[i]], names[columns[i]], float(cosines[i])) for i in order)
+        found.append(KnownTask(corpus, float(cosines.sum()) / len(embedding.classes), matches))
+    return sorted(found, key=lambda known: -known.similarity)[:count]
+
+
+@torch.no_grad()
+def index_corpora(learner: TaskLearner, corpora: Sequence[Corpus], rows: int = 20, seed: int = 0) -> ClassIndex:
+    """Make the index of the classes of some corpora, which tells what a new task is like; it holds no text.
+
+    Every training task is some of the classes of one corpus, so this is an index of all of them.
+
+    Args:
+        learner: with the adapter that new tasks will be learned by.
+        corpora: restricted to the classes that were trained on.
+        rows: texts of each class that its vector is made from, drawn at random.
+        seed: of the draw.
+    """
+    init = learner.adapter.initialisation
+    classes, vectors = {}, {}
+    for number, corpus in enumerate(corpora):
+        rng = np.random.default_rng((seed, number))
+        found = []
+        for index in range(len(corpus.class_names)):
+            texts = [corpus.texts[row] for row in rng.permutation(corpus.rows_of(index))[:rows]]
+            views = pool(learner.reader.read(texts, init.lora), init.queries)  # (rows, V, d)
+            found.append(to_length_one(views[:, -1].mean(0)).float().cpu().numpy())
+        name = corpus.name
+        while name in classes:  # two parts of one dataset may share its name
+            name += "'"
+        classes[name], vectors[name] = corpus.class_names, np.stack(found)
+    return ClassIndex(classes, vectors)
+
+
+def _best_pairs(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows of one, the rows of the other, and the cosines of the best pairs of class vectors (C, d)."""
+    if one.shape[1] != two.shape[1]:
+        raise DataError(f"class vectors have {one.shape[1]} and {two.shape[1]} numbers: they are of different encoders")
+    cosines = one @ two.T
+    rows, columns = linear_sum_assignment(-cosines)
+    return rows, columns, cosines[rows, columns]

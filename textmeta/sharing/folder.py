@@ -1,0 +1,275 @@
+"""Folders of an adapter's files: read without running anything in them, and saved whole or not at all.
+
+A manifest, ``SHA256SUMS``, lists every file with the hash of its content. It is what ``sha256sum -c`` reads.
+"""
+
+import hashlib
+import re
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from textmeta.errors import AdapterError, DamagedAdapterError
+from textmeta.files import is_folder, sync_folder, write_synced
+
+__all__ = [
+    "MANIFEST",
+    "check_destination",
+    "is_there",
+    "manifest_of",
+    "read_file",
+    "read_folder",
+    "write_folder",
+]
+
+MANIFEST = "SHA256SUMS"
+MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
+MAX_BYTES, MAX_TEXT_BYTES = 2**30, 2**26  # of a file of tensors, and of another; a larger one is not read
+TRIES = 20  # to read a folder while others write it
+# What can run code when it is loaded or imported, by somebody if not by textmeta.
+CODE_ENDINGS = (
+    *(".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".skops", ".dill", ".npy", ".npz", ".h5", ".hdf5"),
+    *(".keras", ".msgpack", ".onnx", ".pb", ".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat"),
+)
+
+
+def manifest_of(files: Mapping[str, bytes]) -> bytes:
+    """Return the manifest of files (name to content), in the format of ``sha256sum``."""
+    lines = (f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items()))
+    return "".join(lines).encode()
+
+
+# Reading
+
+
+def is_there(folder: str | Path) -> bool:
+    """Whether there is a folder of this name, or one that a killed save set aside."""
+    return is_folder(folder) or (folder != "" and is_folder(_sibling(Path(folder).absolute(), "old")))
+
+
+def read_folder(folder: Path, known: Collection[str] | None = None) -> dict[str, bytes]:
+    """Read every file that a folder's manifest lists, name to content, checked against its hash; nothing is written.
+
+    A folder in the Hub's cache may hold links to the cache's own files; any other link out of the folder is refused.
+
+    Args:
+        folder: to read.
+        known: names that the manifest may list; by default any.
+
+    Raises:
+        AdapterError: if anything is missing or not what was written, leads out of the folder, or can run code.
+    """
+    folder = folder.resolve()
+    for _ in range(TRIES):
+        source = folder if folder.is_dir() else _sibling(folder, "old")
+        before = _identity(source)
+        if before is None and not folder.is_dir():
+            raise AdapterError(f"no such adapter folder: {folder}")
+        try:
+            return _read_checked(source, known)
+        except (AdapterError, FileNotFoundError):
+            # a save may have put another folder into its place between two of our reads
+            if _identity(source) == before:
+                raise
+    raise AdapterError(f"{folder} was being written during each of {TRIES} tries to read it")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns
+
+
+def _read_checked(folder: Path, known: Collection[str] | None) -> dict[str, bytes]:
+    present = sorted(path.name for path in folder.iterdir())
+    _check_no_code(folder, present)
+    if MANIFEST not in present:
+        raise AdapterError(f"{folder} is no textmeta adapter: it has no {MANIFEST}, but {present[:10]}")
+    contents = {}
+    for name, expected in _manifest(read_file(folder, MANIFEST), folder / MANIFEST).items():
+        if known is not None and name not in known:
+            raise AdapterError(f"{folder / name} does not belong to an adapter, but its {MANIFEST} lists it")
+        contents[name] = read_file(folder, name)
+        found = hashlib.sha256(contents[name]).hexdigest()
+        if found != expected:
+            raise DamagedAdapterError(
+                f"{folder / name} is damaged: its sha256 is {found}, but {MANIFEST} says {expected} "
+                f"({len(contents[name])} bytes)"
+            )
+    return contents
+
+
+def _check_no_code(folder: Path, names: Iterable[str]) -> None:
+    code = [name for name in names if Path(name).suffix.lower() in CODE_ENDINGS]
+    if code:
+        raise AdapterError(
+            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, "
+            "which is safetensors and JSON alone: remove it if you know what it is"
+        )
+
+
+def _manifest(content: bytes, path: Path) -> dict[str, str]:
+    """Return name to sha256; the manifest must be, to the byte, what textmeta writes."""
+    text = content.decode("ascii", errors="backslashreplace")
+    entries: dict[str, str] = {}
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        match = MANIFEST_LINE.fullmatch(line)
+        if match is None or match[2] in entries:
+            raise AdapterError(
+                f"{path}, line {number}: expected a sha256, two spaces and a plain file name not given "
+                f"before: {line!r:.90}"
+            )
+        entries[match[2]] = match[1]
+    if not text.endswith("\n"):
+        raise DamagedAdapterError(f"{path} is cut off: it does not end with a line")
+    return entries
+
+
+def read_file(folder: Path, name: str) -> bytes:
+    """Read a plain file of a folder, following no link out of it but those of the Hub's cache to its own files.
+
+    Raises:
+        AdapterError: if it is missing, no plain file, too large, or lies elsewhere.
+    """
+    path = folder / name
+    try:
+        target = path.resolve(strict=True)
+        status = target.stat()
+        if target.parent not in _allowed_parents(folder.resolve(), target):
+            raise AdapterError(f"{path} is a link out of the folder, to {target}; it is not followed")
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterError(f"{path} is no plain file")
+        limit = MAX_BYTES if name.endswith(".safetensors") else MAX_TEXT_BYTES
+        if status.st_size > limit:
+            raise AdapterError(f"{path} has {status.st_size} bytes, expected at most {limit}")
+        return target.read_bytes()
+    except FileNotFoundError as error:
+        raise DamagedAdapterError(f"{folder} lacks the file {name}") from error
+    except (OSError, RuntimeError) as error:  # the latter for links that go round
+        raise AdapterError(f"cannot read {path}: {error}") from error
+
+
+def _allowed_parents(source: Path, target: Path) -> Iterator[Path]:
+    """Yield the folders in which a file may really lie: its own, or those where the Hub's cache keeps contents."""
+    yield source
+    for snapshots in source.parents:
+        repo = snapshots.parent
+        if snapshots.name == "snapshots" and repo.name.startswith("models--"):
+            yield repo / "blobs"
+            shared = repo.parent / "blobs"  # files of several repositories, in folders of two letters
+            if target.parent.parent == shared:
+                yield target.parent
+
+
+# Saving
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[str] = frozenset()) -> None:
+    """Write files into a folder, in place of those of its old manifest, so that a crash leaves the old or the new.
+
+    The new folder is written and synced beside the old one, the old one set aside, the new one renamed into place,
+    and the old one removed. What a crash between the renames set aside, :func:`read_folder` reads where it lies.
+    Other files in the folder (a checkpoint, results, a user's own) are carried over.
+
+    Args:
+        folder: where to.
+        files: name to content.
+        unlisted: names that the manifest leaves out, because people may edit these files.
+
+    Raises:
+        AdapterError: see :func:`check_destination`; or the folder holds what cannot be carried over, or the disk is
+            full or refuses.
+    """
+    folder = folder.resolve()
+    check_destination(folder)
+    new, old = _sibling(folder, "new"), _sibling(folder, "old")
+    manifest = manifest_of({name: content for name, content in files.items() if name not in unlisted})
+    with _cleaned_up(folder, new):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _put_back(folder)
+        for litter in (new, old):
+            shutil.rmtree(litter, ignore_errors=True)
+        carried = _carried_over(folder, files)
+        new.mkdir()
+        for name, content in {**files, MANIFEST: manifest}.items():
+            write_synced(new / name, content)
+        for path in carried:
+            shutil.copy2(path, new / path.name)
+        sync_folder(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_destination(folder: Path) -> None:
+    """Check, before long work, that a folder can be replaced as a whole; put back what a crash set aside.
+
+    Raises:
+        AdapterError: if it is a file, the working folder (or holds it), or a mount point, or holds files for which it
+            would be refused when it is read.
+    """
+    folder = folder.resolve()
+    _put_back(folder)
+    if folder.exists() and not folder.is_dir():
+        raise AdapterError(f"cannot write an adapter folder to {folder}: there is a file of that name")
+    if Path.cwd().is_relative_to(folder) or folder.is_mount():
+        raise AdapterError(
+            f"cannot write an adapter to {folder}, which is the working folder or a mount point: it is replaced as a "
+            "whole; give a folder inside it"
+        )
+    if folder.exists():
+        _check_no_code(folder, sorted(path.name for path in folder.iterdir()))
+
+
+def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Return what an existing folder holds beside an adapter's files."""
+    if not folder.exists():
+        return []
+    replaced = {*files, MANIFEST}
+    if (folder / MANIFEST).is_file():
+        lines = (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines()
+        listed = {line.partition("  ")[2] for line in lines}
+        present = {name for name in listed if name and (folder / name).is_file()}
+        if present and not present & files.keys():
+            raise AdapterError(f"cannot write an adapter to {folder}: it holds another {MANIFEST}, which would be lost")
+        replaced |= listed
+    carried = [path for path in folder.iterdir() if path.name not in replaced]
+    folders = sorted(path.name for path in carried if path.is_dir())
+    if folders:
+        raise AdapterError(
+            f"cannot write an adapter to {folder}: it holds other folders ({', '.join(folders[:5])}); give a folder of "
+            "its own"
+        )
+    return carried
+
+
+@contextmanager
+def _cleaned_up(folder: Path, new: Path) -> Iterator[None]:
+    """Leave the old folder in its place and no litter, whatever stops a save; name the path that the disk refused."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        _put_back(folder)
+        if isinstance(error, OSError):
+            raise AdapterError(
+                f"cannot write the adapter {folder}: {error.filename or new}: {error.strerror or error}"
+            ) from error
+        raise
+
+
+def _put_back(folder: Path) -> None:
+    old = _sibling(folder, "old")
+    if is_folder(old) and not folder.exists():
+        old.rename(folder)
+
+
+def _sibling(folder: Path, kind: str) -> Path:
+    """Return where a save keeps the "new" folder, and sets the "old" one aside."""
+    return folder.with_name(f".{folder.name}.textmeta-{kind}")

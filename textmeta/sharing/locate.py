@@ -1,0 +1,140 @@
+"""What a name means: a folder, an adapter that comes with textmeta, or a repository on the Hub; in this order."""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from textmeta.errors import AdapterError, DamagedAdapterError, HubError
+from textmeta.files import is_folder
+from textmeta.hub import HubAccess, fetch_snapshot, is_repo_id
+from textmeta.sharing.folder import MANIFEST, is_there
+from textmeta.sharing.format import ADAPTER_FILES, CARD, CLASSIFIER, META, read_adapter_files, read_json
+
+__all__ = ["DEFAULT_ADAPTER", "Location", "info", "locate", "read_located", "subfolder_prefix"]
+
+logger = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parents[1] / "adapters"  # of the package; their names begin with its own
+SHIPPED_PREFIX = "textmeta/"
+DEFAULT_ADAPTER = "textmeta/minilm-general"
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an adapter was found.
+
+    Args:
+        folder: on this machine.
+        kind: what its name meant.
+        commit: of a repository on the Hub.
+    """
+
+    folder: Path
+    kind: Literal["folder", "shipped", "hub"]
+    commit: str | None = None
+
+
+def locate(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    access: HubAccess | None = None,
+    force: bool = False,
+) -> Location:
+    """Find the folder of a name, downloading it if it is a repository's; the log says which it is.
+
+    Args:
+        name: a folder; an adapter that comes with textmeta (``textmeta/minilm-…``); or an id on the Hub.
+        revision: branch, tag or commit on the Hub; with one, a name can only mean the Hub.
+        subfolder: of the folder or repository.
+        access: how the Hub is reached.
+        force: download again what is in the cache.
+
+    Raises:
+        AdapterError: if it is no folder and cannot be an id on the Hub, or the subfolder none.
+        HubError: if the Hub has none of that id and revision, does not let this user at it, or cannot be reached.
+    """
+    prefix = subfolder_prefix(subfolder)
+    text = str(name)
+    if revision is None and is_there(name):
+        if not (Path(name) / prefix).resolve().is_relative_to(Path(name).resolve()):
+            raise AdapterError(f"the subfolder {subfolder} of {name} is a link out of it; it is not followed")
+        logger.debug("%s is a folder", Path(name).absolute())
+        return Location(Path(name) / prefix, "folder")
+    shipped = SHIPPED / text.removeprefix(SHIPPED_PREFIX)
+    if revision is None and text.startswith(SHIPPED_PREFIX) and shipped.parent == SHIPPED and is_folder(shipped):
+        logger.debug("%s comes with textmeta: %s", text, shipped)
+        return Location(shipped / prefix, "shipped")
+    if isinstance(name, Path) or not is_repo_id(text):
+        raise AdapterError(
+            f"no such adapter folder: {text:.200}; nor is it the id of a repository on the Hub (such as 'owner/name')"
+            + (f", which alone has revisions (given {revision!r:.80})" if revision is not None else "")
+        )
+    try:
+        wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD)]
+        snapshot = fetch_snapshot(text, wanted, revision=revision, access=access, force=force)
+    except HubError as error:
+        raise type(error)(f"{text!r} is no folder here, and {error}") from error
+    logger.info("%s is on the Hub, at commit %s: %s", text, snapshot.name, snapshot)
+    return Location(snapshot / prefix, "hub", snapshot.name)
+
+
+def subfolder_prefix(subfolder: str | None) -> str:
+    """Return what stands before the names of a subfolder's files: nothing, or a path that ends in a slash.
+
+    Raises:
+        AdapterError: if it is no path below.
+    """
+    if subfolder is None:
+        return ""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):
+        raise AdapterError(f"subfolder must be a path below, such as 'adapters/first', given {subfolder!r:.80}")
+    return f"{subfolder}/"
+
+
+def read_located(
+    name: str | Path, *, revision: str | None = None, subfolder: str | None = None, access: HubAccess | None = None
+) -> tuple[dict[str, bytes], Location]:
+    """Read the files of an adapter by its name (:func:`locate`), checked against their hashes.
+
+    What is damaged in the Hub's cache is downloaded again, once.
+
+    Raises:
+        AdapterError: if it is no adapter, was made by another version, or is damaged.
+    """
+    access = access or HubAccess()
+    where = locate(name, revision=revision, subfolder=subfolder, access=access)
+    if where.kind == "hub" and not (where.folder / MANIFEST).exists():
+        raise AdapterError(
+            f"{name!r} on the Hub is no textmeta adapter: it has no {MANIFEST} (adapters in its subfolders are loaded "
+            "with subfolder=…)"
+        )
+    try:
+        return read_adapter_files(where.folder), where
+    except DamagedAdapterError as error:
+        if where.kind != "hub" or access.local_files_only:
+            raise
+        logger.warning("%s; downloading it again", error)
+        where = locate(name, revision=where.commit, subfolder=subfolder, access=access, force=True)
+        return read_adapter_files(where.folder), where
+
+
+def info(
+    name: str | Path, *, revision: str | None = None, subfolder: str | None = None, access: HubAccess | None = None
+) -> dict[str, Any]:
+    """Return what an adapter's JSON files say, and where it was found; its hashes are checked, its tensors not read.
+
+    Returns:
+        ``folder``, ``kind`` and ``commit`` of a :class:`Location`, ``adapter`` (the content of ``textmeta.json``) and
+        ``classifier`` (that of ``classifier.json``, or None). They may be anybody's: show them with
+        :func:`~textmeta.data.labels.plain`.
+    """
+    files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
+    found = {
+        part: read_json(files[file], where.folder / file) if file in files else None
+        for part, file in (("adapter", META), ("classifier", CLASSIFIER))
+    }
+    return {"folder": str(where.folder), "kind": where.kind, "commit": where.commit, **found}

@@ -1,0 +1,143 @@
+"""Pushing adapters to the Hub: one commit, or none."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from yaml import YAMLError
+
+from textmeta.errors import AdapterError, HubError
+from textmeta.files import is_folder
+from textmeta.hub import check_reachable, clear_hub_errors, is_repo_id
+from textmeta.meta.adapter import Adapter
+from textmeta.sharing.card import PLACEHOLDER, usage_name
+from textmeta.sharing.folder import MANIFEST, manifest_of, read_file
+from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
+from textmeta.sharing.locate import subfolder_prefix
+from textmeta.sharing.store import Fitted, adapter_files, load_adapter
+
+__all__ = ["Destination", "push_adapter", "push_folder"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where to push an adapter: the arguments of :meth:`~textmeta.classifier.FewShotClassifier.push_to_hub`.
+
+    If ``private`` is True, a new repository is made private, and one that is there already must be.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    private: bool | None = None
+    commit_message: str | None = None
+
+
+def push_adapter(
+    adapter: Adapter, fitted: Fitted | None, to: Destination, *, base_model: str | None = None
+) -> CommitInfo:
+    """Push an adapter, and a fitted classifier if there is one.
+
+    Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
+    Files of an earlier adapter that the new one does not have are deleted; all else in the repository stays.
+
+    Args:
+        adapter: to push.
+        fitted: to push with it.
+        to: where.
+        base_model: id on the Hub of the adapter's encoder, where the adapter names a folder of this machine.
+
+    Raises:
+        AdapterError: if the encoder is no id on the Hub, so that nobody else could load the adapter.
+        HubError: no right to write, no answer, or somebody else pushed in between; no file is changed then (but a
+            repository or branch that was made for it stays).
+    """
+    if base_model is not None:
+        if not is_repo_id(base_model):
+            raise AdapterError(f"base_model must be an id on the Hub (such as 'owner/name'), given {base_model!r:.80}")
+        adapter = replace(adapter, encoder=replace(adapter.encoder, model=base_model, revision=None), commit=None)
+    _check_encoder(adapter)
+    return _push_files(adapter_files(adapter, fitted), to)
+
+
+def push_folder(folder: str | Path, to: Destination, *, base_model: str | None = None) -> CommitInfo:
+    """Push an adapter folder as it is, its card with whatever was edited in it; see :func:`push_adapter`.
+
+    With a ``base_model`` the files that name the encoder, and the card, are written anew.
+
+    Raises:
+        AdapterError: if the folder is no whole adapter, or its encoder no id on the Hub.
+        HubError: see :func:`push_adapter`.
+    """
+    folder = Path(folder)
+    adapter, fitted = load_adapter(folder)
+    if base_model is not None:
+        return push_adapter(adapter, fitted, to, base_model=base_model)
+    _check_encoder(adapter)
+    files = read_adapter_files(folder)
+    if (folder / CARD).is_file():
+        files[CARD] = read_file(folder, CARD)
+    return _push_files(files, to)
+
+
+def _check_encoder(adapter: Adapter) -> None:
+    if not is_repo_id(adapter.encoder.model) or is_folder(adapter.encoder.model):
+        raise AdapterError(
+            f"not pushed: the adapter's encoder is {adapter.encoder.model!r}, a folder of this machine, which nobody "
+            "else has; say which encoder on the Hub it is (base_model='owner/name'; its weights are checked on loading)"
+        )
+
+
+def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
+    prefix = subfolder_prefix(to.subfolder)
+    contents = {name: content for name, content in files.items() if name != CARD}
+    contents[MANIFEST] = manifest_of(contents)
+    api = HfApi(token=to.token)
+    check_reachable(to.repo_id, token=to.token)
+    if CARD in files:
+        _check_card(files[CARD], to)
+    with clear_hub_errors(to.repo_id, to.revision, token=to.token):
+        repo_id = api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id  # with its owner's name
+        if to.revision is not None:
+            api.create_branch(repo_id, branch=to.revision, exist_ok=True)
+        head = api.model_info(repo_id, revision=to.revision)
+    if to.private and not head.private:
+        raise HubError(f"not pushed: {repo_id!r} is there already, and is public: make it private first, or a new one")
+    if CARD in files:
+        contents[CARD] = files[CARD].replace(PLACEHOLDER.encode(), usage_name(repo_id, to.subfolder).encode())
+    present = {file.rfilename for file in head.siblings or []}
+    stale = sorted(name for name in ADAPTER_FILES - contents.keys() if prefix + name in present)
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+        *(CommitOperationAdd(prefix + name, content) for name, content in sorted(contents.items())),
+        *(CommitOperationDelete(prefix + name) for name in stale),
+    ]
+    message = to.commit_message or f"Upload a textmeta adapter{f' to {to.subfolder}' if to.subfolder else ''}"
+    try:
+        with clear_hub_errors(repo_id, to.revision, token=to.token):
+            done = api.create_commit(
+                repo_id, operations, commit_message=message, revision=to.revision, parent_commit=head.sha
+            )
+    except HubError as error:
+        if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 412:
+            raise HubError(
+                f"not pushed: somebody else pushed to {repo_id!r} in the meantime; nothing was changed. Look at what "
+                "they pushed, then push again"
+            ) from error
+        raise
+    logger.info("pushed to %s: %s", repo_id, done.commit_url)
+    return done
+
+
+def _check_card(card: bytes, to: Destination) -> None:
+    """Let the Hub check the card's metadata before anything is made or uploaded, for a message that names the card."""
+    try:
+        with clear_hub_errors(to.repo_id, token=to.token):
+            ModelCard(card.decode(), ignore_metadata_errors=False).validate(repo_type="model")
+    except (ValueError, YAMLError) as error:
+        raise AdapterError(f"not pushed: the Hub does not accept the metadata block of {CARD}: {error}") from error

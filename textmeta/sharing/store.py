@@ -1,0 +1,383 @@
+"""The adapter folder: all that meta-training makes, and a fitted classifier with it, as safetensors and JSON alone.
+
+``adapter_config.json`` and ``adapter_model.safetensors`` are LoRA as PEFT has it, so that ``PeftModel.from_pretrained``
+loads it. ``textmeta.safetensors`` holds all other tensors by name, ``textmeta.json`` settings and record, and
+``SHA256SUMS`` the hashes. A fitted classifier adds ``classifier.safetensors`` and ``classifier.json``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from textmeta.data.labels import label_to_json, read_labels
+from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.lora import LoraSettings
+from textmeta.errors import AdapterError, HubError
+from textmeta.files import is_folder
+from textmeta.hub import HubAccess, check_revision, is_repo_id
+from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
+from textmeta.meta.initialisation import LORA, Calibration, Initialisation, LearnerSettings
+from textmeta.meta.learner import LearnedTask
+from textmeta.sharing.card import is_edited, model_card
+from textmeta.sharing.folder import MANIFEST, write_folder
+from textmeta.sharing.format import (
+    CARD,
+    CLASSIFIER,
+    CONFIG,
+    FORMAT,
+    HEAD,
+    META,
+    TENSORS,
+    WEIGHTS,
+    read_adapter_files,
+    read_json,
+    write_json,
+)
+from textmeta.sharing.locate import Location, locate, read_located
+from textmeta.sharing.peft import PREFIX, config_file, load_foreign_lora, read_factors
+from textmeta.sharing.tensors import read_tensors, write_tensors
+
+__all__ = ["Fitted", "adapter_files", "load_adapter", "load_from", "load_start", "save_adapter"]
+
+M = TypeVar("M", bound=BaseModel)
+OLD_CARD = "README.old.md"
+PROBE, SCOPE, INDEX = "probe", "scope", "index"  # tensors beside those of the initialisation
+SCOPE_SIZE = 8
+UNIT_TOLERANCE = 1e-3  # of a length of 1; other machines' rounding is far less
+# Axes of each tensor of one learned task: C classes, V views, d dimensions. Truth values are stored as 0 and 1.
+TASK_AXES = {
+    **{"queries": "1Vd", "centre": "1Vd", "weights": "1VdC", "scale": "1", "names": "1CVd", "name_centre": "1Vd"},
+    **{"name_scale": "1", "class_means": "1VdC", "class_vectors": "1Cd", "mixture": "1V", "classes": "1C"},
+    **{"present": "1C", "nll": "1", "view_nll": "1V", "name_evidence": "1", "shots": "1"},
+}
+TRUTHS = ("classes", "present")
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What ``fit`` made of one task.
+
+    Args:
+        task: as it was learned, T = 1.
+        classes: the labels, in the order of the task's classes.
+        support: text and class (its number) of each example; None where they are not kept.
+    """
+
+    task: LearnedTask
+    classes: list[Any]
+    support: list[tuple[str, int]] | None = None
+
+
+class _Strict(BaseModel):
+    """JSON of which every member is known and of exactly the type that is declared."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Corpus(_Strict):
+    name: Annotated[str, Field(min_length=1)]
+    classes: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
+
+class _Meta(_Strict):
+    """The content of ``textmeta.json``."""
+
+    format_version: int
+    versions: dict[str, str]
+    encoder: EncoderSettings
+    encoder_commit: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None
+    encoder_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    lora: LoraSettings
+    learner: LearnerSettings
+    record: dict[str, Any]
+    index: Annotated[list[_Corpus], Field(min_length=1)] | None
+
+
+class _Classifier(_Strict):
+    """The content of ``classifier.json``."""
+
+    classes: Annotated[list[Any], Field(min_length=2)]
+    support: list[tuple[str, Annotated[int, Field(ge=0)]]] | None
+
+
+# Saving
+
+
+def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = None) -> None:
+    """Write an adapter folder in place of what was there; a crash leaves the old one or the new one, whole.
+
+    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``.
+
+    Args:
+        folder: where to.
+        adapter: to save. The names of the classes in its index are there for everybody who gets the folder to read.
+        fitted: a fitted classifier; its labels, and support texts if it has any, can be read, too.
+
+    Raises:
+        AdapterError: if a value is not finite or cannot be stored, or the folder cannot be replaced
+            (:func:`~textmeta.sharing.folder.write_folder`).
+    """
+    folder = Path(folder)
+    files = adapter_files(adapter, fitted)
+    if (folder / CARD).is_file():
+        old = (folder / CARD).read_bytes()
+        if is_edited(old.decode("utf-8", "replace")):
+            files[OLD_CARD] = old
+    write_folder(folder, files, unlisted=frozenset({CARD, OLD_CARD}))
+
+
+def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, bytes]:
+    """Return the files of an adapter folder but its manifest: name to content.
+
+    Raises:
+        AdapterError: if they would not be loaded again.
+    """
+    init, index = adapter.initialisation, adapter.index
+    others = {name: value for name, value in init.tensors().items() if not name.startswith(LORA)}
+    others[PROBE] = adapter.probe
+    if adapter.calibration.scope is not None:
+        others[SCOPE] = adapter.calibration.scope
+    if index is not None and index.classes:
+        others[INDEX] = torch.from_numpy(np.concatenate([index.vectors[corpus] for corpus in index.classes]))
+    meta = {
+        "format_version": FORMAT,
+        "versions": dict(adapter.versions),
+        "encoder": asdict(adapter.encoder),
+        "encoder_commit": adapter.commit,
+        "encoder_sha256": adapter.weights_sha256,
+        "lora": asdict(adapter.lora),
+        "learner": asdict(adapter.learner),
+        "record": dict(adapter.record),
+        "index": index and [{"name": name, "classes": list(classes)} for name, classes in index.classes.items()],
+    }
+    files = {
+        CONFIG: _config_file(adapter),
+        WEIGHTS: write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
+        TENSORS: write_tensors(others),
+        META: write_json(meta),
+    }
+    if fitted is not None:
+        task = {field.name: getattr(fitted.task, field.name) for field in fields(LearnedTask)}
+        task |= {LORA + name: value for name, value in task.pop("factors").items()}
+        labels = [label_to_json(label) for label in fitted.classes]
+        files[HEAD] = write_tensors(task)
+        files[CLASSIFIER] = write_json({"classes": labels, "support": fitted.support})
+    try:
+        _parse(files, Path())
+    except AdapterError as error:
+        raise AdapterError(f"not saved: {error}") from error
+    classes, support = (None, None) if fitted is None else (fitted.classes, fitted.support)
+    return {**files, CARD: model_card(adapter, classes, support).encode("utf-8", "replace")}
+
+
+def _config_file(adapter: Adapter) -> bytes:
+    revision = adapter.commit or adapter.encoder.revision
+    return config_file(adapter.encoder.model, revision, adapter.lora, adapter.initialisation.lora)
+
+
+# Loading
+
+
+def load_adapter(folder: str | Path) -> tuple[Adapter, Fitted | None]:
+    """Read an adapter folder, checking hashes, settings, and names, shapes and numbers of all tensors.
+
+    Nothing in it is run or imported, and nothing outside it is read but the contents of the Hub's cache.
+
+    Raises:
+        AdapterError: naming the file and what is wrong with it.
+    """
+    folder = Path(folder)
+    return _parse(read_adapter_files(folder), folder)
+
+
+def load_from(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    access: HubAccess | None = None,
+    encoder: str | None = None,
+) -> tuple[Adapter, Fitted | None, Location]:
+    """Load an adapter by its name; what is damaged in the Hub's cache is downloaded again, once.
+
+    The arguments are those of :func:`~textmeta.sharing.locate.locate`, and ``encoder``, what the caller will load in
+    place of the encoder that the adapter names, if anything.
+
+    Raises:
+        AdapterError: if it is none, or damaged, or came from the Hub and names a folder of this machine as its encoder.
+        HubError: see :func:`~textmeta.sharing.locate.locate`.
+    """
+    files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
+    adapter, fitted = _parse(files, where.folder)
+    model = adapter.encoder.model
+    if encoder is None and where.kind == "hub" and (not is_repo_id(model) or is_folder(model)):
+        raise AdapterError(
+            f"the adapter in {where.folder} names {model!r:.80} as its encoder. It came from the Hub, and no folder of "
+            "this machine is opened because somebody else's adapter says so: name the encoder yourself"
+        )
+    return adapter, fitted, where
+
+
+def load_start(
+    name: str | Path,
+    encoder: EncoderSettings,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    access: HubAccess | None = None,
+) -> tuple[LoraSettings, dict[str, Tensor]]:
+    """Load what a meta-training can start from: an adapter of textmeta, or a plain LoRA that PEFT wrote.
+
+    The arguments are those of :func:`load_from`, but that ``encoder`` is the one to be trained on.
+
+    Returns:
+        The settings of its LoRA, and its tensors by the names of an initialisation; of a plain LoRA its factors alone.
+
+    Raises:
+        AdapterError: if it is neither, is damaged, or was trained on another encoder.
+    """
+    where = locate(name, revision=revision, subfolder=subfolder, access=access)
+    if (where.folder / CONFIG).exists() and not (where.folder / MANIFEST).exists():
+        return load_foreign_lora(where.folder, encoder, access)
+    adapter, _, _ = load_from(name, revision=where.commit, subfolder=subfolder, access=access, encoder=encoder.model)
+    found = Encoder(encoder, adapter.lora, access=access).weights_sha256
+    if found != adapter.weights_sha256:
+        raise AdapterError(
+            f"the adapter {name} was trained on {adapter.encoder.model!r} with weights {adapter.weights_sha256[:12]}…, "
+            f"but those of {encoder.model!r} are {found[:12]}…"
+        )
+    return adapter.lora, adapter.initialisation.tensors()
+
+
+def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | None]:
+    meta = _read_model(_Meta, files[META], folder / META)
+    _check_encoder(meta.encoder, folder / META)
+    factors = read_factors(files[WEIGHTS], meta.lora.rank, folder / WEIGHTS)
+    tensors = read_tensors(files[TENSORS], folder / TENSORS)
+    scope, vectors = tensors.pop(SCOPE, None), tensors.pop(INDEX, None)
+    probe = tensors.pop(PROBE, torch.empty(0))
+    init = _initialisation(factors, tensors, meta.learner, folder / TENSORS)
+    views, hidden = init.queries.shape
+    _check_shape(PROBE, probe, (len(PROBES), views * hidden), folder / TENSORS)
+    if scope is not None:
+        _check_shape(SCOPE, scope, (SCOPE_SIZE,), folder / TENSORS)
+    adapter = Adapter(
+        encoder=meta.encoder,
+        weights_sha256=meta.encoder_sha256,
+        lora=meta.lora,
+        learner=meta.learner,
+        initialisation=init,
+        calibration=Calibration(scope),
+        probe=probe,
+        commit=meta.encoder_commit,
+        index=_index(meta.index, vectors, hidden, folder / TENSORS),
+        record=meta.record,
+        versions=meta.versions,
+    )
+    if files[CONFIG] != _config_file(adapter):  # so it can hold nothing else that PEFT would act on
+        raise AdapterError(f"{folder / CONFIG} does not say what follows from {META} and {WEIGHTS}")
+    return adapter, _fitted(files, folder, init)
+
+
+def _read_model(kind: type[M], content: bytes, path: Path) -> M:
+    """Return JSON as a model; errors name its path."""
+    read_json(content, path)  # refuses NaN, too
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise AdapterError(f"{path}: {where:.200}: {first['msg']}, found {first['input']!r:.60}") from error
+
+
+def _check_encoder(encoder: EncoderSettings, path: Path) -> None:
+    """Check that what names the encoder leads nowhere else."""
+    if ".." in PurePosixPath(encoder.model).parts:
+        raise AdapterError(f"{path}: encoder.model is {encoder.model!r:.80}: no path upwards is followed")
+    try:
+        check_revision(encoder.revision)
+    except HubError as error:
+        raise AdapterError(f"{path}: encoder.revision: {error}") from error
+
+
+def _initialisation(
+    factors: Mapping[str, Tensor], tensors: Mapping[str, Tensor], learner: LearnerSettings, path: Path
+) -> Initialisation:
+    """Return the initialisation of tensors that have the names and shapes that its settings give."""
+    queries = tensors.get("queries", torch.empty(0))
+    if not learner.layers:
+        raise AdapterError(f"{path.with_name(META)}: learner.layers names no layer")
+    if queries.ndim != 2:
+        raise AdapterError(f"{path}: queries has shape {tuple(queries.shape)}, expected views and dimensions")
+    with torch.device("meta"):  # shapes alone: a size that somebody made up must not take memory
+        shapes = {name: tuple(value.shape) for name, value in factors.items()}
+        start = Initialisation.start(shapes, queries.shape[1], learner, seed=0)
+    try:
+        init = start.with_tensors({**{LORA + name: value for name, value in factors.items()}, **tensors})
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+    for name, value in tensors.items():
+        if "log_" in name and not (value.exp().isfinite() & (value.exp() > 0)).all():
+            raise AdapterError(f"{path}: {name}: the exponential of one of its numbers is no positive number")
+    return init
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], path: Path) -> None:
+    if value.shape != shape:
+        raise AdapterError(f"{path}: {name} has shape {tuple(value.shape)}, expected {shape}")
+
+
+def _index(corpora: Sequence[_Corpus] | None, vectors: Tensor | None, hidden: int, path: Path) -> ClassIndex | None:
+    if corpora is None or vectors is None:
+        if corpora is None and vectors is None:
+            return None
+        raise AdapterError(f"{path}: it has a tensor {INDEX}, or {META} an index, without the other")
+    classes = {corpus.name: tuple(corpus.classes) for corpus in corpora}
+    if len(classes) < len(corpora) or any(len(set(names)) < len(names) for names in classes.values()):
+        raise AdapterError(f"{path.with_name(META)}: a corpus, or a class of one, is in the index twice")
+    _check_shape(INDEX, vectors, (sum(map(len, classes.values())), hidden), path)
+    if not ((vectors.double().norm(dim=1) - 1).abs() <= UNIT_TOLERANCE).all():
+        raise AdapterError(f"{path}: expected rows of length 1 in {INDEX}")
+    parts = np.split(vectors.numpy(), np.cumsum([len(names) for names in classes.values()])[:-1])
+    return ClassIndex(classes, dict(zip(classes, parts, strict=True)))
+
+
+def _fitted(files: Mapping[str, bytes], folder: Path, init: Initialisation) -> Fitted | None:
+    if not files.keys() & {HEAD, CLASSIFIER}:
+        return None
+    for name in (HEAD, CLASSIFIER):
+        if name not in files:
+            raise AdapterError(f"{folder} is no whole fitted classifier: it has no {name}")
+    content = _read_model(_Classifier, files[CLASSIFIER], folder / CLASSIFIER)
+    classes = read_labels(content.classes, folder / CLASSIFIER)
+    for row, (_, number) in enumerate(content.support or ()):
+        if number >= len(classes):
+            raise AdapterError(f"{folder / CLASSIFIER}: support.{row}: class {number} of {len(classes)}")
+    task = _learned_task(read_tensors(files[HEAD], folder / HEAD), len(classes), init, folder / HEAD)
+    return Fitted(task, classes, content.support)
+
+
+def _learned_task(tensors: Mapping[str, Tensor], ways: int, init: Initialisation, path: Path) -> LearnedTask:
+    """Return the learned task that tensors make, if they have the names and shapes of one."""
+    sizes = {"1": 1, "C": ways, "V": init.queries.shape[0], "d": init.queries.shape[1]}
+    expected = {name: tuple(sizes[axis] for axis in axes) for name, axes in TASK_AXES.items()}
+    if "queries" in tensors and tensors["queries"].ndim == 2:
+        expected["queries"] = expected["queries"][1:]  # where no step was taken they are the initial ones
+    if any(name.startswith(LORA) for name in tensors):  # LoRA was adapted, all of it
+        expected |= {LORA + name: (1, *value.shape) for name, value in init.lora.items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise AdapterError(f"{path}: {name:.200} has shape {found.get(name)}, expected {expected.get(name)}")
+    for name in TRUTHS:
+        if not ((tensors[name] == 0) | (tensors[name] == 1)).all():
+            raise AdapterError(f"{path}: {name} holds something else than 0 and 1")
+    plain = {name: value.bool() if name in TRUTHS else value for name, value in tensors.items() if name in TASK_AXES}
+    factors = {name.removeprefix(LORA): value for name, value in tensors.items() if name not in TASK_AXES}
+    return LearnedTask(**plain, factors=factors)

@@ -1,0 +1,157 @@
+"""What `textmeta train` does: load corpora, meta-train, judge the adapter on classes held out, write its folder."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+
+from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.splits import load_parts
+from textmeta.encoder.encoder import EncoderSettings
+from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.token_states import TokenStateReader
+from textmeta.errors import SettingsError
+from textmeta.meta.evaluation import format_table, frozen_prototypes, paired_difference, score_episodes, summary
+from textmeta.meta.initialisation import LearnerSettings
+from textmeta.meta.learner import TaskLearner
+from textmeta.meta.trainer import MetaTrainer
+from textmeta.nearest import index_corpora
+from textmeta.sharing.folder import check_destination
+from textmeta.sharing.store import load_start, save_adapter
+
+__all__ = ["parsed", "train", "train_parser"]
+
+TEST_WAYS, TEST_QUERIES = 5, 5
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Meta-train an adapter, save it, and print what it brings on classes that it has not seen."""
+    settings = parsed(train_parser(), arguments)
+    trainer = MetaTrainer(**{field.name: settings[field.name] for field in fields(MetaTrainer)})
+    # what might fail goes first, for training takes long
+    check_destination(settings.output)
+    if settings.test_episodes < 2:
+        raise SettingsError(f"test_episodes must be at least 2, given {settings.test_episodes}")
+    corpora, valid, test = _corpora(settings)
+    tests = _tests(test, settings.test_shots, trainer.seed)
+    start = None
+    if settings.start:
+        lora, start = load_start(settings.start, settings.encoder)
+        trainer = replace(trainer, lora=lora)
+    adapter = trainer.train(corpora, valid, settings.output, start=start)
+    state = PartialState()
+    if not state.is_main_process:
+        return
+    reader = adapter.load_reader(device=state.device, precision=trainer.precision)
+    learner = TaskLearner(reader, adapter.to(reader.encoder.device))
+    adapter = replace(adapter, index=index_corpora(learner, corpora))
+    save_adapter(settings.output, adapter)  # before it is judged, lest that be interrupted
+    results = {name: _compared(learner, reader, sampler.take(settings.test_episodes), name) for name, sampler in tests}
+    if results:
+        save_adapter(settings.output, replace(adapter, record={**adapter.record, "results": results}))
+        table = {}
+        for name, row in results.items():
+            table[f"{name}: frozen prototypes"] = row["frozen"]
+            table[f"{name}: this adapter"] = {**row["meta_trained"], "paired": row["paired"]}
+        print(format_table(table))
+    print(f"The adapter is in {settings.output}: FewShotClassifier({str(settings.output)!r}) has it.")
+
+
+def _corpora(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corpus]]:
+    """Return corpora to train on, to choose by, and to test on."""
+    sources = list(settings.corpora)
+    if settings.data is not None:
+        of_config = sources[0] if len(sources) == 1 else CorpusSettings(settings.data)
+        sources = [CorpusSettings(settings.data, splits=of_config.splits, fold=of_config.fold)]
+    if not sources:
+        raise SettingsError("nothing to train on: give --data FILE, or corpora in the config")
+    if settings.fold is not None:
+        sources = [replace(source, fold=settings.fold) for source in sources]
+    if settings.valid or not settings.hold_out:
+        return [load_corpus(source) for source in sources], [load_corpus(source) for source in settings.valid], []
+    parts = load_parts(sources)
+    return parts["train"], parts["valid"], parts["test"]
+
+
+def _tests(corpora: Sequence[Corpus], shots: Sequence[int], seed: int) -> list[tuple[str, EpisodeSampler]]:
+    """Return the name and the episodes of each test, with and without names of the classes."""
+    found = []
+    for number in shots if corpora else ():
+        for names in (0.0, 1.0):
+            asked = EpisodeSettings(TEST_WAYS, number, TEST_QUERIES, at_most=True, label_names=names)
+            name = f"{number} shot{'s' * (number != 1)}{', class names' * (names > 0)}"
+            found.append((name, EpisodeSampler(corpora, asked, seed + 2)))
+    return found
+
+
+def _compared(learner: TaskLearner, reader: TokenStateReader, episodes: list[Episode], name: str) -> dict[str, Any]:
+    """Score an adapter and frozen prototypes on the same episodes."""
+    before = frozen_prototypes(reader, episodes, f"{name}, frozen")
+    after = score_episodes(learner, episodes, name)
+    return {"frozen": summary(before), "meta_trained": summary(after), "paired": paired_difference(after, before)}
+
+
+def train_parser() -> ArgumentParser:
+    """Return the parser of ``textmeta train``: the settings of MetaTrainer, and those of a run."""
+
+    class Formatter(DefaultHelpFormatter):
+        """Wider, and so shorter."""
+
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, max_help_position=34, width=118)  # type: ignore[no-untyped-call]
+
+    parser = ArgumentParser(
+        prog="textmeta train",
+        usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--SETTING VALUE ...]",
+        description="Meta-train an adapter on labelled texts. The same command goes on with a run that was stopped.",
+        formatter_class=Formatter,
+        print_config=None,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these; the later of two counts")
+    run = parser.add_argument_group("The run")
+    run.add_argument("--output", type=Path, required=True, help="folder for checkpoint, record and adapter")
+    run.add_argument("--corpora", type=list[CorpusSettings], default=[], help="what to train on")
+    run.add_argument("--data", type=str | None, help="file with columns text and label, instead of the corpora")
+    run.add_argument("--fold", type=str | None, help="which of the class splits in the corpora's files")
+    run.add_argument("--hold_out", type=bool, default=True, help="classes to choose and test by; false trains on all")
+    run.add_argument("--valid", type=list[CorpusSettings], default=[], help="corpora to choose by; none is split then")
+    run.add_argument("--start", type=str | None, help="adapter to start from, of textmeta or PEFT")
+    run.add_argument("--test_shots", type=list[int], default=[1, 5], help="shots of the tests")
+    run.add_argument("--test_episodes", type=int, default=600, help="episodes of each test")
+    groups = {"encoder": EncoderSettings, "lora": LoraSettings, "learner": LearnerSettings}
+    parser.add_class_arguments(MetaTrainer, as_group=True, skip=set(groups))
+    for name, kind in groups.items():
+        parser.add_class_arguments(kind, name)
+    return parser
+
+
+def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    """Parse a command line; settings that are dataclasses come back as such.
+
+    Args:
+        parser: of jsonargparse.
+        arguments: ``--config FILE`` (YAML) and ``--name value``, later ones overriding; nested names have dots.
+
+    Raises:
+        SettingsError: for an unknown name, with the nearest that is known, or a value of the wrong type.
+    """
+    try:
+        settings: Namespace = parser.instantiate(parser.parse_args(list(arguments)))
+        return settings
+    except ArgumentError as error:
+        known = [*parser.get_defaults().keys(), *(field.name for field in fields(CorpusSettings))]
+        found = re.findall(
+            r"(?:group '([\w.]+)' does not accept )?(?:arguments: --|option ')([\w.]+)", str(error), re.I
+        )
+        unknown = [f"{group}.{name}".lstrip(".") for group, name in found]
+        near = [(name, best) for name in unknown for best in difflib.get_close_matches(name, known, 1, cutoff=0.4)]
+        said = "".join(f"; the nearest to {name!r} is {best!r}" for name, best in near)
+        raise SettingsError(f"{error}{said}") from error
