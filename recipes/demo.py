@@ -11,9 +11,17 @@ from pathlib import Path
 
 from textmeta import EpisodeSampler, EpisodeSettings, FewShotClassifier, MetaTrainer, TextMetaError
 from textmeta.data.bundled import load_bundled
+from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.meta.adapter import Adapter
-from textmeta.meta.evaluation import format_table, frozen_prototypes, paired_difference, score_episodes, summary
+from textmeta.meta.evaluation import (
+    EpisodeScores,
+    format_table,
+    frozen_prototypes,
+    paired_difference,
+    score_episodes,
+    summary,
+)
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.locate import DEFAULT_ADAPTER
 from textmeta.sharing.store import load_from, save_adapter
@@ -40,17 +48,24 @@ def show(classifier: FewShotClassifier, support: dict[str, list[str]], texts: li
         print(f"  {text!r} → {label}   ({shares})")
 
 
-def compare(adapters: dict[str, Adapter], sampler: EpisodeSampler, number: int, shots: str) -> dict[str, dict]:
-    """Return the rows of the table at a number of shots: frozen prototypes, and each adapter beside them."""
-    episodes, rows = sampler.take(number), {}
+def compared(adapters: dict[str, Adapter], corpus: Corpus, number: int) -> dict[str, dict]:
+    """Return the rows of a table: frozen prototypes, and each adapter beside them, at 1 and at 5 examples a class."""
+    episodes = {
+        title: EpisodeSampler(corpus, EpisodeSettings(5, shots, 5), seed=1).take(number)
+        for title, shots in (("1 shot", 1), ("5 shots", 5))
+    }
+    frozen: dict[str, EpisodeScores] = {}
+    rows: dict[str, dict] = {}
     for name, adapter in adapters.items():
         reader = adapter.load_reader()
-        if not rows:
-            before = frozen_prototypes(reader, episodes, f"{shots}: frozen prototypes")
-            rows[f"{shots}: frozen prototypes"] = summary(before)
-        after = score_episodes(TaskLearner(reader, adapter), episodes, f"{shots}: {name}")
-        rows[f"{shots}: {name}"] = {**summary(after), "paired": paired_difference(after, before)}
-    return rows
+        reader.cache(corpus.texts)
+        for title, part in episodes.items():
+            if title not in frozen:
+                frozen[title] = frozen_prototypes(reader, part, f"frozen prototypes, {title}")
+                rows[f"{title}: frozen prototypes"] = summary(frozen[title])
+            found = score_episodes(TaskLearner(reader, adapter), part, f"{name}, {title}")
+            rows[f"{title}: {name}"] = {**summary(found), "paired": paired_difference(found, frozen[title])}
+    return dict(sorted(rows.items(), key=lambda row: row[0].startswith("5")))
 
 
 def main(output: Path, encoder: EncoderSettings, shipped: str, episodes: int, tests: int) -> None:
@@ -63,11 +78,8 @@ def main(output: Path, encoder: EncoderSettings, shipped: str, episodes: int, te
     adapter = MetaTrainer(encoder, episodes=episodes).train([corpus.restrict(split.train)])
     save_adapter(output, adapter)
 
-    adapters = {"the shipped adapter": load_from(shipped)[0], "your adapter": adapter}
-    rows = {}
-    for shots in (1, 5):
-        sampler = EpisodeSampler(corpus.restrict(split.test), EpisodeSettings(5, shots, 5), seed=1)
-        rows |= compare(adapters, sampler, tests, f"{shots} shot{'s' * (shots > 1)}")
+    test = corpus.restrict(split.test)
+    rows = compared({"the shipped adapter": load_from(shipped)[0], "your adapter": adapter}, test, tests)
     print(f"\n{tests} tasks of 5 of the {len(split.test)} classes kept for testing, of other domains, without names:")
     print(format_table(rows))
     print("(The shipped adapter was trained on these classes, among those of 81 other corpora; yours was not.)")
@@ -87,8 +99,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the adapter")
     parser.add_argument("--encoder", type=EncoderSettings, default=EncoderSettings(), help="folder or id on the Hub")
     parser.add_argument("--shipped", default=DEFAULT_ADAPTER, help="adapter to compare with")
-    parser.add_argument("--episodes", type=int, default=200, help="of training")
-    parser.add_argument("--tests", type=int, default=200, help="tasks of each test")
+    parser.add_argument("--episodes", type=int, default=100, help="of training")
+    parser.add_argument("--tests", type=int, default=100, help="tasks of each test")
     try:
         main(**vars(parser.parse_args()))
     except TextMetaError as error:

@@ -124,13 +124,13 @@ def test_cache_keeps_half_precision(
     assert all(map(torch.equal, found, two.read(TEXTS, factors).unpadded()))
     mixed = [WORDS[100], *TEXTS, WORDS[101]]
     assert_close(one.read(mixed, factors).unpadded(), fresh.read(mixed, factors).unpadded(), 5e-3)
-    monkeypatch.setattr(encoder, "lower_states", None)  # not called any more
+    monkeypatch.setattr(encoder, "_prefix", None)  # not called any more
     assert all(map(torch.equal, found, one.read(TEXTS, factors).unpadded()))
 
 
 def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    lower_states = encoder.lower_states
-    monkeypatch.setattr(encoder, "lower_states", lambda *given: tuple(1e5 * part for part in lower_states(*given)))
+    states = encoder.states
+    monkeypatch.setattr(encoder, "states", lambda *given, **how: tuple(1e5 * part for part in states(*given, **how)))
     reader = TokenStateReader(encoder, [2])
     (before,) = reader.read(TEXTS[:1]).unpadded()
     reader.cache(TEXTS[:1])
@@ -145,7 +145,7 @@ def test_cache_in_a_folder_serves_other_runs(encoder: Encoder, tmp_path: Path, m
     found = one.read(TEXTS, moved_factors(encoder)).unpadded()
     assert len(list(tmp_path.iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(encoder, "lower_states", None)  # not called by the second
+        patch.setattr(encoder, "_prefix", None)  # not called by the second
         two.cache([*reversed(TEXTS), *TEXTS], tmp_path)
         assert all(map(torch.equal, found, two.read(TEXTS, moved_factors(encoder)).unpadded()))
     three.cache(TEXTS, tmp_path)  # of other layers

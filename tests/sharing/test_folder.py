@@ -173,6 +173,21 @@ def test_an_error_at_any_step_leaves_the_old_or_the_new(
     assert crashes > 0
 
 
+def test_disk_has_all_of_the_new_folder_before_it_takes_the_place_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "adapter", OLD)
+    events: list[str] = []
+
+    def noted(original: Callable[..., Any], event: str) -> Callable[..., Any]:
+        return lambda *arguments: (events.append(event), original(*arguments))[1]
+
+    monkeypatch.setattr(os, "fsync", noted(os.fsync, "sync"))
+    monkeypatch.setattr(Path, "rename", noted(Path.rename, "rename"))
+    write_folder(tmp_path / "adapter", NEW)
+    assert events == ["sync"] * (len(NEW) + 2) + ["rename"] * 2 + ["sync"], "files, manifest, folder; the folder above"
+
+
 @pytest.fixture
 def set_aside(tmp_path: Path) -> Path:
     """A folder as a process killed between the two renames leaves it."""

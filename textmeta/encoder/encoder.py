@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from textmeta.encoder.attention import use_switched_attention
@@ -108,31 +108,24 @@ class Encoder:
         self.frozen_layers = None if self._prefix is None else first
         self.overhead = 128 if self.device.type == "cpu" else 4096
 
-    @torch.no_grad()
-    def lower_states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Return the states (rows, length, hidden) after 0, 1 … ``frozen_layers`` layers, of a model that is split.
+    def states(self, inputs: Tensor, mask: Tensor, *, adapted: bool) -> tuple[Tensor, ...]:
+        """Return the states (rows, length, hidden) that enter the frozen or the adapted layers, and after each of them.
 
         Args:
-            ids: (rows, length) token ids.
-            mask: (rows, length) int64, 1 for tokens.
+            inputs: (rows, length) token ids; for the adapted layers of a model that is split, the last states of the
+                frozen ones.
+            mask: (rows, length) bool, True for tokens.
+            adapted: whether the layers with LoRA are run, with the factors in use; they are all layers of a model that
+                cannot be split.
         """
-        assert self._prefix is not None, "the model is not split"
-        return self._all_states(self._prefix, input_ids=ids, attention_mask=mask)
-
-    def upper_states(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """Return the inputs and the states after each adapted layer, with the LoRA factors in use.
-
-        Args:
-            inputs: the last of :meth:`lower_states`; token ids where the model is not split, for the states of all
-                layers.
-            mask: (rows, length) int64, 1 for tokens.
-        """
-        key = "input_ids" if self._prefix is None else "inputs_embeds"
-        return self._all_states(self._suffix, **{key: inputs, "attention_mask": mask})
-
-    def _all_states(self, half: nn.Module, **inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            output = half(**inputs, output_hidden_states=True)
+        half = self._suffix if adapted else self._prefix
+        assert half is not None, "the model is not split"
+        key = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+        with (
+            torch.set_grad_enabled(adapted and torch.is_grad_enabled()),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"),
+        ):
+            output = half(**{key: inputs, "attention_mask": mask.long()}, output_hidden_states=True)
         # some families report nothing where there is no layer: then the last states are the embeddings
         return tuple(output.hidden_states) or (output.last_hidden_state,)
 

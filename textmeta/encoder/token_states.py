@@ -229,7 +229,7 @@ class TokenStateReader:
         inputs, mask = pad_sequence(ids, batch_first=True), _mask([len(row) for row in ids], ids[0].device)
         if self.encoder.frozen_layers is None:
             return inputs, mask
-        states = self.encoder.lower_states(inputs, mask.long())
+        states = self.encoder.states(inputs, mask, adapted=False)
         return torch.stack([_at_least_float32(states[layer]) for layer in self._lower], 1), mask
 
     def _run_upper(self, inputs: Tensor, mask: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ class TokenStateReader:
         found = {} if frozen is None else dict(zip(self._lower, inputs.unbind(1), strict=True))
         if self._adapted:
             entering = inputs if frozen is None else inputs[:, -1]
-            upper = self.encoder.upper_states(entering, mask.long())
+            upper = self.encoder.states(entering, mask, adapted=True)
             found |= dict(zip(itertools.count(frozen or 0), upper, strict=False))
         return torch.stack([_at_least_float32(found[layer]) for layer in self.layers], 1)
 

@@ -33,7 +33,8 @@ class ClassIndex:
 
     Args:
         classes: corpus → names of its classes.
-        vectors: corpus → (classes, d) float32, of length 1, as :class:`~textmeta.meta.task_embedding.TaskEmbedding` has them.
+        vectors: corpus → (classes, d) float32, of length 1, as
+            :class:`~textmeta.meta.task_embedding.TaskEmbedding` has them.
     """
 
     classes: Mapping[str, tuple[str, ...]]

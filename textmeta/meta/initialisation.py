@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from textmeta.errors import AdapterError, SettingsError
 from textmeta.encoder.lora import layer_of, zero_start
+from textmeta.errors import AdapterError, SettingsError
 
 __all__ = ["LORA", "Adapt", "Calibration", "Head", "Initialisation", "LearnerSettings"]
 
@@ -27,8 +27,8 @@ class LearnerSettings:
     """How a task is learned.
 
     Args:
-        layers: of the encoder, whose token states are the views; ascending, 0 is what enters the first layer. By default
-            the upper half and what enters it.
+        layers: of the encoder, whose token states are the views; ascending, 0 is what enters the first layer. By
+            default the upper half and what enters it.
         adapt: what the inner steps change: where each view looks in a text (pooling), LoRA, both, or nothing; "offset"
             is what ANIL adapts: an offset to the head's weights.
         steps: inner steps.

@@ -157,7 +157,8 @@ class TaskLearner:
         else:
             weights = ridge(support_z, mixed, examples, init.log_penalty.exp())
             if batch.unlabelled.texts:
-                by_name = self._by_name(extra_first_z, name_z, name_scale)
+                by_name = name_scores(extra_first_z, name_z, init.name_view_weights.softmax(0))
+                by_name = name_scale[:, None, None] * by_name
                 there = batch.unlabelled.there.to(views.dtype)
                 weights = soft_labelled_ridge(
                     weights,
@@ -291,10 +292,6 @@ class TaskLearner:
         few_shot = name_gate(init.name_gate, evidence, examples) * scale
         return z, torch.where(named, torch.where(several, few_shot, init.log_zero_shot_scale.exp()), 0.0), evidence
 
-    def _by_name(self, texts: Tensor, names: Tensor, scale: Tensor) -> Tensor:
-        weights = self.adapter.initialisation.name_view_weights.softmax(0)
-        return scale[:, None, None] * name_scores(texts, names, weights)
-
     def _adapt_features(
         self, batch: TaskBatch, states: TokenStates, examples: Examples, second_order: bool
     ) -> _Adapted:
@@ -406,7 +403,7 @@ class TaskLearner:
         return last
 
     def _step_sizes(self, name: str) -> Tensor:
-        """Return the log step sizes: (J, V) or (J, V, d) of the pooling queries, (J,) of a LoRA factor or the offset."""
+        """Return the log step sizes: (J, V) or (J, V, d) of the pooling queries, (J,) of a factor or the offset."""
         init = self.adapter.initialisation
         if name == QUERIES:
             return init.log_step_sizes

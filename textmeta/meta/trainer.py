@@ -168,9 +168,7 @@ class MetaTrainer:
         tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
         run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
         run.check_fixed()
-        for corpus in tqdm(
-            corpora, "frozen layers", unit="corpus", delay=5.0, disable=not accelerator.is_main_process
-        ):
+        for corpus in tqdm(corpora, "frozen layers", unit="corpus", delay=5.0, disable=not accelerator.is_main_process):
             reader.cache(corpus.texts, cache)
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
@@ -259,7 +257,9 @@ class _Run:
                     row["valid_accuracy"] = self._validate(state, validation)
                 record.write(row)
                 shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
-                progress.set_postfix(shown | ({"best": f"{state.best_accuracy:.3f}"} if state.best else {}), refresh=False)
+                if state.best:
+                    shown["best"] = f"{state.best_accuracy:.3f}"
+                progress.set_postfix(shown, refresh=False)
                 progress.update()
                 if self.accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
                     stop = stop or stop_requested()

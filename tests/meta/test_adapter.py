@@ -1,0 +1,191 @@
+"""An adapter and the encoder that it belongs to."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from tests.conftest import WORDS, save_tiny_model, tiny_tokenizer
+from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.token_states import TokenStateReader
+from textmeta.errors import AdapterError, EncoderError, HubUnreachableError
+from textmeta.meta import adapter as adapter_module
+from textmeta.meta.adapter import Adapter
+from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
+
+TEXTS = ["bal bel", "bim bal fer bel fit"]
+
+
+@pytest.fixture
+def adapter(encoder: Encoder) -> Adapter:
+    """With LoRA that does something."""
+    reader = TokenStateReader(encoder)
+    settings = LearnerSettings(reader.layers, steps=2)
+    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    moved = {n: value + 0.1 * torch.randn(value.shape, generator=generator) for n, value in start.tensors().items()}
+    return Adapter.of(reader, LearnerSettings(steps=2), start.with_tensors(moved))
+
+
+def states_of(reader: TokenStateReader, adapter: Adapter) -> Tensor:
+    return torch.cat([text.flatten() for text in reader.read(TEXTS, adapter.initialisation.lora).unpadded()])
+
+
+def test_an_adapter_knows_its_encoder(encoder: Encoder, adapter: Adapter) -> None:
+    assert (adapter.encoder, adapter.lora, adapter.weights_sha256) == (
+        encoder.settings,
+        encoder.lora,
+        encoder.weights_sha256,
+    )
+    assert adapter.learner.layers == (2, 3, 4)  # which the settings left open
+    assert adapter.probe.shape == (3, 3 * 32)
+    torch.testing.assert_close(adapter.probe.norm(dim=1), torch.ones(3))
+    assert adapter.calibration.scope is None
+    assert set(adapter.versions) == {"textmeta", "torch", "transformers", "peft"}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_its_encoder_is_loaded_from_wherever_a_copy_is(
+    precision: str, encoder: Encoder, adapter: Adapter, tmp_path: Path
+) -> None:
+    shutil.copytree(encoder.settings.model, tmp_path / "copy")
+    for place in (None, str(tmp_path / "copy")):
+        reader = adapter.load_reader(precision=precision, model=place)
+        assert reader.layers == adapter.learner.layers
+        assert reader.encoder.settings == adapter.encoder  # the one that it names
+        expected, found = (states_of(each, adapter) for each in (TokenStateReader(encoder), reader))
+        if precision == "no":
+            assert torch.equal(found, expected)
+        else:
+            assert 0 < (found - expected).norm() / expected.norm() < 0.05
+
+
+def other_weights(folder: Path) -> None:
+    config = BertConfig.from_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        save_tiny_model(folder, BertModel(config, add_pooling_layer=False))
+
+
+def other_tokenizer(folder: Path) -> None:
+    """Words that it does not know have become a word."""
+    tokenizer = tiny_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    vocabulary["[UNK]"], vocabulary[WORDS[0]] = vocabulary[WORDS[0]], vocabulary["[UNK]"]
+    tokenizer.backend_tokenizer.model = WordLevel(vocabulary, unk_token="[UNK]")
+    tokenizer.save_pretrained(folder)
+
+
+def other_configuration(folder: Path) -> None:
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "hidden_act": "relu"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_weights, "the adapter belongs to .* but the weights of .* are"),
+        (other_tokenizer, "makes other features of the same texts .*: its tokenizer or configuration has changed"),
+        (other_configuration, "makes other features of the same texts"),
+    ],
+)
+def test_another_encoder_is_refused(
+    change: Callable[[Path], None], named: str, encoder: Encoder, adapter: Adapter, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(encoder.settings.model, folder)
+    change(folder)
+    with pytest.raises(AdapterError, match=named):
+        adapter.load_reader(model=str(folder))
+
+
+def test_a_probe_that_says_nothing_is_refused(adapter: Adapter) -> None:
+    for probe in (torch.full_like(adapter.probe, torch.nan), adapter.probe[:, :32], torch.zeros(3, 0)):
+        with pytest.raises(AdapterError, match="other features"):
+            replace(adapter, probe=probe).load_reader()
+
+
+def test_tensors_that_do_not_fit_the_encoder_are_refused(adapter: Adapter) -> None:
+    init = replace(adapter.initialisation, queries=torch.zeros(2, 32))
+    with pytest.raises(AdapterError, match=r"queries is \(2, 32\), expected \(3, 32\)"):
+        replace(adapter, initialisation=init).load_reader()
+
+
+def test_a_missing_encoder_is_named(adapter: Adapter, tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="nowhere"):
+        adapter.load_reader(model=str(tmp_path / "nowhere"))
+
+
+def test_the_commit_it_was_trained_on_is_asked_for_first(
+    adapter: Adapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any other copy will do where that cannot be had, if it is the same."""
+    asked: list[str | None] = []
+
+    def loading(settings: EncoderSettings, *given: object, **more: object) -> Encoder:
+        asked.append(settings.revision)
+        if settings.revision == "abc":
+            raise EncoderError("no abc") from HubUnreachableError("no answer")
+        return Encoder(settings, *given, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adapter_module, "Encoder", loading)
+    reader = replace(adapter, commit="abc").load_reader()
+    assert asked == ["abc", None]
+    assert reader.encoder.commit == "abc"
+    assert "no abc" in caplog.text
+
+
+def test_an_adapter_goes_to_a_device_with_all_of_its_tensors(adapter: Adapter) -> None:
+    calibrated = replace(adapter, calibration=Calibration(torch.zeros(8)))
+    moved = calibrated.to(torch.device("meta"))
+    assert all(value.is_meta for value in moved.initialisation.tensors().values())
+    assert moved.calibration.scope is not None
+    assert moved.calibration.scope.is_meta
+    assert not any(value.is_meta for value in calibrated.initialisation.tensors().values())
+    assert replace(moved, initialisation=calibrated.initialisation, calibration=calibrated.calibration) == calibrated
+
+
+def test_an_initialisation_goes_to_tensors_and_back(adapter: Adapter) -> None:
+    init = adapter.initialisation
+    tensors = init.tensors()
+    back = init.with_tensors({name: value + 1 for name, value in tensors.items()}).tensors()
+    assert list(back) == list(tensors)
+    assert all(torch.equal(back[name], value + 1) for name, value in tensors.items())
+    assert {name.removeprefix("lora.") for name in tensors if name.startswith("lora.")} == init.lora.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"pull": None}, "'pull' is missing"),
+        ({"push": torch.zeros(1)}, "'push' is not known"),
+        ({"lora.x": torch.zeros(1)}, "'lora.x' is not known"),
+        ({"step_gate": torch.zeros(3)}, r"step_gate is \(3,\), expected \(2,\)"),
+    ],
+)
+def test_other_tensors_are_refused(change: dict[str, Tensor | None], named: str, adapter: Adapter) -> None:
+    tensors = {**adapter.initialisation.tensors(), **change}
+    with pytest.raises(AdapterError, match=named):
+        adapter.initialisation.with_tensors({n: value for n, value in tensors.items() if value is not None})
+
+
+def test_training_begins_at_the_frozen_encoder_and_mean_pooling(encoder: Encoder, adapter: Adapter) -> None:
+    settings = replace(adapter.learner, steps=3, entry_step_sizes=True)
+    one, again, other = (
+        Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed) for seed in (0, 0, 1)
+    )
+    reader = TokenStateReader(encoder)
+    with_lora, without = (reader.read(TEXTS, factors).unpadded() for factors in (one.lora, None))
+    assert all(torch.equal(a, b) for a, b in zip(with_lora, without, strict=True))
+    assert not one.queries.any()
+    assert one.log_step_sizes.shape == (3, 3, 32)
+    assert one.lora_log_step_sizes.shape == (3, 2)
+    assert all(torch.equal(value, again.lora[name]) for name, value in one.lora.items())
+    assert any(not torch.equal(value, other.lora[name]) for name, value in one.lora.items())
