@@ -23,7 +23,7 @@ from textmeta.meta.learner import TaskLearner
 from textmeta.meta.trainer import MetaTrainer
 from textmeta.nearest import index_corpora
 from textmeta.sharing.folder import check_destination
-from textmeta.sharing.store import load_start, save_adapter
+from textmeta.sharing.store import load_from, save_adapter
 
 __all__ = ["parsed", "train", "train_parser"]
 
@@ -42,8 +42,8 @@ def train(arguments: Sequence[str]) -> None:
     tests = _tests(test, settings.test_shots, trainer.seed)
     start = None
     if settings.start:
-        lora, start = load_start(settings.start, settings.encoder)
-        trainer = replace(trainer, lora=lora)
+        start = load_from(settings.start, encoder=settings.encoder.model)[0]
+        trainer = replace(trainer, lora=start.lora)
     adapter = trainer.train(corpora, valid, settings.output, start=start)
     state = PartialState()
     if not state.is_main_process:
@@ -123,7 +123,7 @@ def train_parser() -> ArgumentParser:
     run.add_argument("--fold", type=str | None, help="which of the class splits in the corpora's files")
     run.add_argument("--hold_out", type=bool, default=True, help="classes to choose and test by; false trains on all")
     run.add_argument("--valid", type=list[CorpusSettings], default=[], help="corpora to choose by; none is split then")
-    run.add_argument("--start", type=str | None, help="adapter to start from, of textmeta or PEFT")
+    run.add_argument("--start", type=str | None, help="adapter to start from, with its LoRA settings")
     run.add_argument("--test_shots", type=list[int], default=[1, 5], help="shots of the tests")
     run.add_argument("--test_episodes", type=int, default=600, help="episodes of each test")
     groups = {"encoder": EncoderSettings, "lora": LoraSettings, "learner": LearnerSettings}

@@ -41,6 +41,7 @@ def make_learner(encoder: Encoder, settings: LearnerSettings, dtype: torch.dtype
         tensors[name] = (value + (0 if ".lora_A." in name else sizes.get(name, 0.1) * noise)).to(dtype)
     tensors["loss_log_scale"] -= 1.5  # so that the loss is not at its bound, log C₁
     tensors["lora_log_step_sizes"] += 1.0
+    encoder.overhead = 4096  # a forward of texts this small costs as much as one of all of them
     reader = TokenStateReader(encoder, settings.layers)
     return TaskLearner(reader, Adapter.of(reader, settings, start.with_tensors(tensors)))
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, make_task, texts_of, with_values
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
-from textmeta.encoder import token_states
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient, query_losses
@@ -139,15 +138,14 @@ def test_the_order_of_classes_and_examples_does_not_matter(row: str, encoder64: 
 
 
 @each_row
-def test_padding_does_not_matter(
-    row: str, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_does_not_matter(row: str, encoder64: Encoder, corpus: Corpus) -> None:
     episodes, learner = mixed_episodes(corpus), learner_of(row, encoder64)
-    in_buckets = meta_gradient(row, learner, episodes)
-    monkeypatch.setattr(token_states, "length_buckets", lambda lengths, *_: [[*range(len(lengths))]] * bool(lengths))
-    read = learner.reader.read(["bal bel", "bal " * 20])
-    assert [batch.mask.sum(1).tolist() for batch in read.batches] == [[4, 22]]  # short texts are padded now
-    assert_equal(in_buckets, meta_gradient(row, learner, episodes), 1e-6)
+    found = []
+    for overhead, batches in ((0, 2), (4096, 1)):  # texts of one length together, or all
+        encoder64.overhead = overhead
+        assert len(learner.reader.read(["bal bel", "bal " * 20]).batches) == batches
+        found.append(meta_gradient(row, learner, episodes))
+    assert_equal(*found, 1e-6)
 
 
 @each_row
@@ -160,7 +158,7 @@ def test_threads_do_not_disturb_each_other(row: str, encoder64: Encoder, corpus:
     found: dict[tuple[int, int], MetaGradient] = {}
 
     def work(i: int) -> None:
-        for repeat in range(3):
+        for repeat in range(2):
             found[i, repeat] = meta_gradient(rows[i], learners[i], episodes[i])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(rows))]
@@ -168,7 +166,7 @@ def test_threads_do_not_disturb_each_other(row: str, encoder64: Encoder, corpus:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 9
+    assert len(found) == 6
     for (i, _), result in found.items():
         assert_equal(alone[i], result, 1e-12)
 
@@ -185,13 +183,14 @@ def test_loss_falls_on_a_toy_problem(row: str, encoder: Encoder, corpus: Corpus)
             return float(query_losses(with_values(learner, tensors), episodes, second_order=False)[0].mean())
 
     before = query_loss()
-    for _ in range(15):
+    for _ in range(6):
         found = meta_gradient(row, with_values(learner, tensors), episodes).gradient
         # each tensor a step of its own length: theirs differ much
         tensors = {
-            name: value - 0.1 * value.norm().clamp(min=0.1) * found[name] / found[name].norm().clamp(min=1e-12)
+            name: value - 0.2 * value.norm().clamp(min=0.1) * found[name] / found[name].norm().clamp(min=1e-12)
             for name, value in tensors.items()
         }
+    print('LOSS', row, before, query_loss())
     assert query_loss() < 0.8 * before
 
 

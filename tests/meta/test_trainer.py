@@ -363,10 +363,10 @@ def test_a_start_that_does_not_fit_is_refused(
         train(tiny_model, corpus, start=given)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.0])
 def test_lora_is_taken_back_once_and_stays_there_with_the_queries_while_numbers_go_on(
-    share: float, tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    share = 0.3
     paths: dict[float, list[dict[str, Tensor]]] = {}
     for own in (1.0, share):
         paths[own] = []
@@ -437,7 +437,7 @@ def test_a_trained_adapter_beats_frozen_prototypes_and_its_own_start(tiny_model:
     corpus = noisy_corpus()
     seen, held_out = corpus.restrict(corpus.class_names[:16]), corpus.restrict(corpus.class_names[16:])
     settings = LearnerSettings((0, 2, 4), steps=2)
-    adapter = trainer_of(tiny_model, learner=settings, episodes=60, warmup=5, number_rate=0.1).train([seen])
+    adapter = trainer_of(tiny_model, learner=settings, episodes=50, warmup=5, number_rate=0.1).train([seen])
     episodes = EpisodeSampler(held_out, EpisodeSettings(5, 3, 5), seed=1).take(60)
     reader = adapter.load_reader()
     start = Initialisation.start(reader.encoder.factor_shapes, reader.encoder.hidden_size, adapter.learner, seed=0)
@@ -450,7 +450,7 @@ def test_a_trained_adapter_beats_frozen_prototypes_and_its_own_start(tiny_model:
 def test_bfloat16_trains_as_float32_does(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     losses = []
     for precision in ("no", "bf16"):
-        train(tiny_model, corpus, tmp_path / precision, precision=precision)
+        train(tiny_model, corpus, tmp_path / precision, precision=precision, episodes=2)
         losses.append(np.array([row["loss"] for row in rows_of(tmp_path / precision)]))
     assert 0 < np.abs(losses[0] - losses[1]).max() < 0.1
 

@@ -37,11 +37,10 @@ from tests.sharing.made import (
     rewrite_json,
     rewrite_tensors,
 )
-from textmeta.encoder.encoder import EncoderSettings
 from textmeta.errors import TextMetaError
 from textmeta.sharing.folder import MANIFEST
 from textmeta.sharing.locate import info
-from textmeta.sharing.store import load_adapter, load_from, load_start, save_adapter
+from textmeta.sharing.store import load_adapter, load_from, save_adapter
 
 META, TENSORS, CLASSES, HEAD = "textmeta.json", "textmeta.safetensors", "classifier.json", "classifier.safetensors"
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -60,7 +59,6 @@ class Scene(NamedTuple):
     root: Path
     adapter: Path  # a fitted classifier with an index, that names ``encoder`` as its encoder
     encoder: Path
-    peft: Path  # the same LoRA as a plain PEFT adapter, without a manifest
     secrets: Path  # copies of all of the above, of which nothing may be read
 
     @classmethod
@@ -76,10 +74,7 @@ def world(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     reader = make_reader(str(scene.encoder))
     adapter = make_adapter(reader, adapt="pooling+lora")
     save_adapter(scene.adapter, adapter, fit(reader, adapter, keep=True))
-    scene.peft.mkdir()
-    for name in (CONFIG, WEIGHTS):
-        shutil.copy(scene.adapter / name, scene.peft)
-    for name in ("adapter", "encoder", "peft"):
+    for name in ("adapter", "encoder"):
         shutil.copytree(scene.root / name, scene.secrets / name)
     words = json.loads((scene.encoder / TOKENIZER).read_text())["model"]["vocab"]
     (scene.secrets / "encoder" / "vocab.txt").write_text("\n".join(words))
@@ -94,13 +89,12 @@ def world(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     """A good scene, to be damaged; the working folder is its root, and the planted module can be imported."""
     root = tmp_path / "scene"
-    for name in ("adapter", "encoder", "peft"):
+    for name in ("adapter", "encoder"):
         shutil.copytree(world / name, root / name)
     for name in ("secrets", "planted"):
         (root / name).symlink_to(world / name)
     scene = Scene.at(root)
     renamed(str(scene.encoder))(scene)
-    loose_json(f"peft/{CONFIG}", base_model_name_or_path=str(scene.encoder))(scene)
     monkeypatch.chdir(root)
     monkeypatch.setattr(sys, "path", [str(root / "planted"), *sys.path])
     return scene
@@ -208,15 +202,6 @@ def ready(scene: Scene) -> str:
         adapter.load_reader()
 
     return refusal(load)
-
-
-def start(scene: Scene) -> str:
-    return refusal(lambda: load_start(scene.adapter, EncoderSettings(str(scene.encoder))))
-
-
-def foreign(scene: Scene) -> str:
-    """Load the plain PEFT adapter for the encoder."""
-    return refusal(lambda: load_start(scene.peft, EncoderSettings(str(scene.encoder))))
 
 
 def told(scene: Scene) -> str:
@@ -456,28 +441,12 @@ ENCODERS: dict[str, tuple[Damage, str]] = {
     "name with a null": (renamed("a\x00b"), "encoder 'a"),
     "probe of other features": (tensors(TENSORS, having("probe", torch.ones(3, 96))), "makes other features"),
 }
-FOREIGN: dict[str, tuple[Damage, str]] = {
-    "pickled weights": (all_of(gone(f"peft/{WEIGHTS}"), raw("peft/adapter_model.bin", PICKLE)),
-        r"pickled weights \(adapter_model\.bin\) are never loaded"),
-    "link": (link_out(f"peft/{WEIGHTS}"), f"{WEIGHTS} is a link out of the folder"),
-    "code": (loose_json(f"peft/{CONFIG}", auto_map={"AutoModel": f"{PLANTED}.Canary"}),
-        rf"{CONFIG}: 'auto_map' is .*, which textmeta's LoRA does not know"),
-    "alpha 1e300": (loose_json(f"peft/{CONFIG}", lora_alpha=1e300), f"{CONFIG}.*lora_alpha"),
-    "alpha that makes factors infinite": (all_of(loose_json(f"peft/{CONFIG}", lora_alpha=1e5),
-        loose_tensors(f"peft/{WEIGHTS}", lambda found: [value.fill_(3e38) for value in found.values()])),
-        f"{WEIGHTS}: times lora_alpha = 100000.0, the factors are not finite"),
-    "name of 10^6 letters": (loose_tensors(f"peft/{WEIGHTS}", having(".1.a" * 250_000, torch.zeros(4, 32))),
-        f"{WEIGHTS}: .* is no LoRA factor"),
-    "missing factor": (loose_tensors(f"peft/{WEIGHTS}", without(LORA_A)),
-        "does not fit the encoder: expected a factor"),
-}
 # fmt: on
 TABLE = [
     pytest.param(damage, message, ways, id=f"{kind} {name}")
     for kind, ways, cases in (
-        ("adapter", (ready, start), ADAPTERS),
+        ("adapter", (ready,), ADAPTERS),
         ("encoder", (ready,), ENCODERS),
-        ("foreign", (foreign,), FOREIGN),
     )
     for name, (damage, message) in cases.items()
 ]
@@ -498,7 +467,7 @@ def test_hostile_folder_is_refused_and_harmless(
 FORBIDDEN: dict[str, tuple[Callable[[Scene], object], type[BaseException]]] = {
     "pickle": (lambda scene: pickle.loads(PICKLE), AssertionError),  # noqa: S301 - what the watch is for
     "write": (lambda scene: (scene.root / "new").write_text("x"), AssertionError),
-    "secrets": (lambda scene: (scene.adapter / ".." / "secrets" / "peft" / CONFIG).read_text(), AssertionError),
+    "secrets": (lambda scene: (scene.adapter / ".." / "secrets" / "adapter" / CONFIG).read_text(), AssertionError),
     "process": (lambda scene: os.system("true"), AssertionError),
     "network": (lambda scene: socket.getaddrinfo("localhost", 1), AssertionError),
     "memory": (lambda scene: torch.zeros(MEMORY), RuntimeError),
@@ -521,20 +490,16 @@ HARMLESS: dict[str, Damage] = {
     "pickled card": raw(f"adapter/{CARD}", PICKLE),
     "card that is a pipe": replaced(f"adapter/{CARD}", os.mkfifo),
     "card of 1 TiB": replaced(f"adapter/{CARD}", sparse),
-    "pickle beside a plain PEFT adapter": raw("peft/adapter_model.bin", PICKLE),
     "pickle beside an encoder's weights": raw("encoder/pytorch_model.bin", PICKLE),
     "encoder with code that it does not need": own_code(),
     "record that is none of ours": meta(record={"settings": {"training": 3}, "results": {"x": 3}}),
-    "class that PEFT would import": loose_json(
-        f"peft/{CONFIG}", auto_mapping={"base_model_class": "Canary", "parent_library": PLANTED}
-    ),
 }
 
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_nothing_reads_has_no_effect(scene: Scene, name: str) -> None:
     HARMLESS[name](scene)
-    for way in (ready, told, start, foreign):
+    for way in (ready, told):
         with contained(scene):
             assert way(scene) == ""
 

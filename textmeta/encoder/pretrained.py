@@ -199,9 +199,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _without_bars() -> Iterator[None]:
     """Leave out transformers' progress bar, which is of a moment's work on a local folder."""
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

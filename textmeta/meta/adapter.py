@@ -179,4 +179,5 @@ def _probe(reader: TokenStateReader, initialisation: Initialisation) -> Tensor:
     device = reader.encoder.device
     factors = {name: value.detach().to(device) for name, value in initialisation.lora.items()}
     views = pool(reader.read(PROBES, factors), torch.zeros_like(initialisation.queries, device=device))
-    return (views.flatten(1) / len(reader.layers) ** 0.5).float().cpu()
+    joined: Tensor = views.flatten(1) / len(reader.layers) ** 0.5
+    return joined.float().cpu()

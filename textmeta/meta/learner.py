@@ -236,7 +236,7 @@ class TaskLearner:
             states = self.reader.read(texts, factors, torch.cat([group.row_task for group in groups]))
         else:
             states = self.reader.read(texts, self.adapter.initialisation.lora)
-        rows = torch.arange(len(texts), device=batch.ways.device).split([len(group.texts) for group in groups])
+        rows = torch.split(torch.arange(len(texts), device=batch.ways.device), [len(group.texts) for group in groups])
         support, names, unlabelled = (states.where(part) for part in rows)
         return support, names, unlabelled
 
@@ -351,8 +351,8 @@ class TaskLearner:
         own = examples.member.argmax(-1)[..., None]
 
         def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
-            offset = tensors[OFFSET].unflatten(1, weights.shape[1:3])
-            scores = torch.einsum("tnvd,tvdc->tnc", tensors["support"], tensors["weights"] + offset)
+            own_weights = tensors["weights"] + tensors[OFFSET].view_as(weights)
+            scores = torch.einsum("tnvd,tvdc->tnc", tensors["support"], own_weights)
             logits = (tensors["scale"][:, None, None] * scores).masked_fill(~examples.present[:, None], -torch.inf)
             counts = examples.weights > 0
             logs = log_softmax(torch.where(counts[..., None], logits, 0.0), -1)
@@ -362,7 +362,7 @@ class TaskLearner:
         shared = {"support": support, "weights": weights, "scale": scale}
         chance = [examples.number.clamp(min=2).log()] * self.adapter.learner.steps
         last = self._steps(loss, start, shared, chance, examples, second_order, checkpointed=False)
-        return weights + last[OFFSET].unflatten(1, weights.shape[1:3])
+        return weights + last[OFFSET].view_as(weights)
 
     def _steps(
         self,

@@ -164,7 +164,9 @@ class MetaTrainer:
         reader = TokenStateReader(encoder, self.learner.layers)
         learner = replace(ALGORITHMS[self.algorithm].learner(self.learner), layers=reader.layers)
         shape = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, learner, self.seed)
-        begun = start.initialisation.tensors() if isinstance(start, Adapter) else dict(start or {})
+        begun = dict(start or {}) if not isinstance(start, Adapter) else start.initialisation.tensors()
+        if isinstance(start, Adapter) and start.weights_sha256 != encoder.weights_sha256:
+            raise SettingsError(f"the start was trained on other weights than those of {self.encoder.model}")
         tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
         run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
         run.check_fixed()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from textmeta.data.labels import label_to_json, read_labels
-from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import AdapterError, HubError
 from textmeta.files import is_folder
@@ -25,7 +25,7 @@ from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
 from textmeta.meta.initialisation import LORA, Calibration, Initialisation, LearnerSettings
 from textmeta.meta.learner import LearnedTask
 from textmeta.sharing.card import is_edited, model_card
-from textmeta.sharing.folder import MANIFEST, write_folder
+from textmeta.sharing.folder import write_folder
 from textmeta.sharing.format import (
     CARD,
     CLASSIFIER,
@@ -39,11 +39,11 @@ from textmeta.sharing.format import (
     read_json,
     write_json,
 )
-from textmeta.sharing.locate import Location, locate, read_located
-from textmeta.sharing.peft import PREFIX, config_file, load_foreign_lora, read_factors
+from textmeta.sharing.locate import Location, read_located
+from textmeta.sharing.peft import PREFIX, config_file, read_factors
 from textmeta.sharing.tensors import read_tensors, write_tensors
 
-__all__ = ["Fitted", "adapter_files", "load_adapter", "load_from", "load_start", "save_adapter"]
+__all__ = ["Fitted", "adapter_files", "load_adapter", "load_from", "save_adapter"]
 
 M = TypeVar("M", bound=BaseModel)
 OLD_CARD = "README.old.md"
@@ -222,37 +222,6 @@ def load_from(
             "this machine is opened because somebody else's adapter says so: name the encoder yourself"
         )
     return adapter, fitted, where
-
-
-def load_start(
-    name: str | Path,
-    encoder: EncoderSettings,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    access: HubAccess | None = None,
-) -> tuple[LoraSettings, dict[str, Tensor]]:
-    """Load what a meta-training can start from: an adapter of textmeta, or a plain LoRA that PEFT wrote.
-
-    The arguments are those of :func:`load_from`, but that ``encoder`` is the one to be trained on.
-
-    Returns:
-        The settings of its LoRA, and its tensors by the names of an initialisation; of a plain LoRA its factors alone.
-
-    Raises:
-        AdapterError: if it is neither, is damaged, or was trained on another encoder.
-    """
-    where = locate(name, revision=revision, subfolder=subfolder, access=access)
-    if (where.folder / CONFIG).exists() and not (where.folder / MANIFEST).exists():
-        return load_foreign_lora(where.folder, encoder, access)
-    adapter, _, _ = load_from(name, revision=where.commit, subfolder=subfolder, access=access, encoder=encoder.model)
-    found = Encoder(encoder, adapter.lora, access=access).weights_sha256
-    if found != adapter.weights_sha256:
-        raise AdapterError(
-            f"the adapter {name} was trained on {adapter.encoder.model!r} with weights {adapter.weights_sha256[:12]}…, "
-            f"but those of {encoder.model!r} are {found[:12]}…"
-        )
-    return adapter.lora, adapter.initialisation.tensors()
 
 
 def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | None]:
