@@ -7,11 +7,15 @@ from torch import Tensor
 from tests.heads import reference
 from tests.heads.given import examples_of
 from textmeta.heads.common import Examples
-from textmeta.heads.neighbours import neighbourhood_loss
+from textmeta.heads.neighbours import neighbourhood_loss, with_company
 
 V, D = 2, 5
 SCALE = torch.tensor(3.0, dtype=torch.float64)
 WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
+
+
+def loss_of(views: Tensor, examples: Examples, view_weights: Tensor, scale: Tensor) -> Tensor:
+    return neighbourhood_loss(views, examples, with_company(examples), view_weights, scale)
 
 
 def views_of(tasks: int, n: int) -> Tensor:
@@ -24,7 +28,7 @@ TASKS = [[0, 1, 0, 1], [0, 0, 1, 1, 1, 2, 3, 1], [3, 0, 3, 0, 0, 2], [0, 0, 1, 2
 
 def test_loss_is_a_double_loop():
     views = views_of(len(TASKS), 8)
-    found = neighbourhood_loss(views, examples_of(TASKS, [4] * len(TASKS)), WEIGHTS, SCALE)
+    found = loss_of(views, examples_of(TASKS, [4] * len(TASKS)), WEIGHTS, SCALE)
     for task, labels in enumerate(TASKS):
         expected = reference.neighbourhood(views[task], labels, WEIGHTS, SCALE)
         torch.testing.assert_close(found[task], expected, rtol=0, atol=1e-12)
@@ -36,7 +40,7 @@ def test_loss_is_a_double_loop():
 )
 def test_identical_texts_lose_log_of_the_classes(labels: list[int], classes: int):
     views = views_of(1, 1).expand(1, len(labels), V, D).clone().requires_grad_()
-    loss = neighbourhood_loss(views, examples_of([labels], [5]), WEIGHTS, SCALE)
+    loss = loss_of(views, examples_of([labels], [5]), WEIGHTS, SCALE)
     assert float(loss.detach()) == pytest.approx(math.log(classes))
     assert torch.autograd.grad(loss.sum(), views)[0].isfinite().all()
 
@@ -44,17 +48,17 @@ def test_identical_texts_lose_log_of_the_classes(labels: list[int], classes: int
 def test_a_text_alone_in_its_class_votes_and_is_not_told():
     views = views_of(1, 5)
     labels = [0, 0, 1, 1, 2]
-    with_it = neighbourhood_loss(views, examples_of([labels], [3]), WEIGHTS, SCALE)
-    without = neighbourhood_loss(views[:, :4], examples_of([labels[:4]], [2]), WEIGHTS, SCALE)
+    with_it = loss_of(views, examples_of([labels], [3]), WEIGHTS, SCALE)
+    without = loss_of(views[:, :4], examples_of([labels[:4]], [2]), WEIGHTS, SCALE)
     assert float(with_it) > float(without)  # one more class to be taken for
 
 
 def test_classes_weigh_alike():
     views = views_of(1, 4)
-    few = neighbourhood_loss(views, examples_of([[0, 0, 1, 1]], [2]), WEIGHTS, SCALE)
+    few = loss_of(views, examples_of([[0, 0, 1, 1]], [2]), WEIGHTS, SCALE)
     # the votes of a class are a mean: a copy of each text changes what its own class says of it, and nothing else
     labels, rows = [0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 2, 3]
-    many = neighbourhood_loss(views[:, rows], examples_of([labels], [2]), WEIGHTS, SCALE)
+    many = loss_of(views[:, rows], examples_of([labels], [2]), WEIGHTS, SCALE)
     expected = reference.neighbourhood(views[0, rows], labels, WEIGHTS, SCALE)
     torch.testing.assert_close(many[0], expected)
     assert float(many) < float(few)  # a copy tells its text
@@ -66,7 +70,7 @@ def test_gradients_are_finite(kind: str):
     views = torch.zeros(1, len(labels[0]), V, D, dtype=torch.float64)
     views[:, :, :, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0][: len(labels[0])], dtype=torch.float64)[None, :, None]
     views.requires_grad_()
-    loss = neighbourhood_loss(views, examples_of(labels, [3]), WEIGHTS, 10 * SCALE)
+    loss = loss_of(views, examples_of(labels, [3]), WEIGHTS, 10 * SCALE)
     (gradient,) = torch.autograd.grad(loss.sum(), views)
     assert gradient.isfinite().all()
     assert loss.isfinite().all()
@@ -79,7 +83,7 @@ def test_a_large_scale_stays_finite_in_single_precision(scale: float):
     views[0, :, 0] = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
     views.requires_grad_()
     examples = Examples.of(torch.tensor([[0, 0, 1, 1]]), torch.tensor([2]), torch.float32)
-    loss = neighbourhood_loss(views, examples, torch.ones(1), torch.tensor(scale))
+    loss = loss_of(views, examples, torch.ones(1), torch.tensor(scale))
     (gradient,) = torch.autograd.grad(loss.sum(), views)
     assert loss.isfinite().all()
     assert gradient.isfinite().all()

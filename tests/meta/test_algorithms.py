@@ -45,22 +45,17 @@ def assert_equal(one: MetaGradient, two: MetaGradient, tolerance: float) -> None
 
 
 def mixed_episodes(corpus: Corpus) -> list[Episode]:
-    """Of 2 to 5 ways; with names, unlabelled texts, classes of one example or of none, names alone, and neither."""
+    """Of 2 to 5 ways; with names, unlabelled texts, classes of one example or of none; names alone; a query of no class."""
     tasks = [
         make_task(corpus, (1, 3, 4), names=True, unlabelled=4),
         make_task(corpus, (0, 0, 0), names=True, first=3),
-        make_task(corpus, (2, 3), first=6),
         make_task(corpus, (1, 1, 1, 1), first=8),
-        make_task(corpus, (2, 0, 3), names=True, first=2),
-        make_task(corpus, (3, 1, 2, 4, 5), unlabelled=6, first=5),
+        make_task(corpus, (2, 0, 3, 1, 2), names=True, first=2),
+        make_task(corpus, (2, 3), unlabelled=5, first=6),
     ]
-    outside = episode_of(tasks[2])
-    outside = replace(
-        outside,
-        query_texts=(*outside.query_texts, texts_of(corpus, 11)[0]),
-        query_labels=np.append(outside.query_labels, OUTSIDE),
-    )
-    return [*(episode_of(task) for task in tasks), outside]
+    *episodes, last = (episode_of(task) for task in tasks)
+    texts, labels = (*last.query_texts, texts_of(corpus, 11)[0]), np.append(last.query_labels, OUTSIDE)
+    return [*episodes, replace(last, query_texts=texts, query_labels=labels)]
 
 
 @each_row
@@ -75,7 +70,7 @@ def test_gradients_are_finite_complete_and_repeatable(row: str, encoder: Encoder
         assert value.isfinite().all()
         assert not value.requires_grad
         assert torch.equal(value, two.gradient[name])
-    assert one.loss.shape == one.accuracy.shape == (7,)
+    assert one.loss.shape == one.accuracy.shape == (5,)
     assert one.loss.isfinite().all()
     assert ((one.accuracy >= 0) & (one.accuracy <= 1)).all()
     assert all(one.gradient[name].any() for name in tensors if name.startswith("lora."))
@@ -98,9 +93,10 @@ def test_parameters_and_frozen_weights_are_left_alone(row: str, encoder: Encoder
 @each_row
 def test_what_is_not_learned_has_no_gradient(row: str, encoder: Encoder, corpus: Corpus) -> None:
     learner, leaves = leaves_of(learner_of(row, encoder, torch.float32))
-    every = ALGORITHMS[ROWS[row][0]].gradient(learner, mixed_episodes(corpus), leaves).gradient
+    episodes = mixed_episodes(corpus)[:1]
+    every = ALGORITHMS[ROWS[row][0]].gradient(learner, episodes, leaves).gradient
     some = {name: value for name, value in leaves.items() if not name.startswith(("lora.", "queries"))}
-    found = ALGORITHMS[ROWS[row][0]].gradient(learner, mixed_episodes(corpus), some).gradient
+    found = ALGORITHMS[ROWS[row][0]].gradient(learner, episodes, some).gradient
     assert found.keys() == some.keys()
     assert all(torch.equal(value, every[name]) for name, value in found.items())
 
@@ -141,7 +137,7 @@ def test_the_order_of_classes_and_examples_does_not_matter(row: str, encoder64: 
 def test_padding_does_not_matter(row: str, encoder64: Encoder, corpus: Corpus) -> None:
     episodes, learner = mixed_episodes(corpus), learner_of(row, encoder64)
     found = []
-    for overhead, batches in ((0, 2), (4096, 1)):  # texts of one length together, or all
+    for overhead, batches in ((16, 2), (4096, 1)):  # texts of about one length together, or all
         encoder64.overhead = overhead
         assert len(learner.reader.read(["bal bel", "bal " * 20]).batches) == batches
         found.append(meta_gradient(row, learner, episodes))
@@ -150,10 +146,10 @@ def test_padding_does_not_matter(row: str, encoder64: Encoder, corpus: Corpus) -
 
 @each_row
 def test_threads_do_not_disturb_each_other(row: str, encoder64: Encoder, corpus: Corpus) -> None:
-    """Second-order steps in one thread beside first-order ones in others, all on one encoder."""
-    rows = [row, "fomaml-pooling+lora", "maml-pooling+lora"]
+    """Second-order steps in one thread beside steps of any order in another, on one encoder."""
+    rows = [row, "maml-pooling+lora"]
     learners = [learner_of(each, encoder64) for each in rows]
-    episodes = [[episode] for episode in mixed_episodes(corpus)[2:5]]
+    episodes = [[mixed_episodes(corpus)[number]] for number in (3, 0)]
     alone = [meta_gradient(*given) for given in zip(rows, learners, episodes, strict=True)]
     found: dict[tuple[int, int], MetaGradient] = {}
 
@@ -166,14 +162,14 @@ def test_threads_do_not_disturb_each_other(row: str, encoder64: Encoder, corpus:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 6
+    assert len(found) == 4
     for (i, _), result in found.items():
         assert_equal(alone[i], result, 1e-12)
 
 
 @each_row
 def test_loss_falls_on_a_toy_problem(row: str, encoder: Encoder, corpus: Corpus) -> None:
-    episodes = EpisodeSampler(corpus, EpisodeSettings(4, 3, 3, label_names=0.5), seed=0).take(4)
+    episodes = EpisodeSampler(corpus, EpisodeSettings(4, 3, 3, label_names=0.5), seed=0).take(3)
     learner = learner_of(row, encoder, torch.float32)
     learner.reader.cache(corpus.texts)  # type: ignore[attr-defined]
     tensors = learner.adapter.initialisation.tensors()
@@ -183,15 +179,14 @@ def test_loss_falls_on_a_toy_problem(row: str, encoder: Encoder, corpus: Corpus)
             return float(query_losses(with_values(learner, tensors), episodes, second_order=False)[0].mean())
 
     before = query_loss()
-    for _ in range(6):
+    for _ in range(4):
         found = meta_gradient(row, with_values(learner, tensors), episodes).gradient
         # each tensor a step of its own length: theirs differ much
         tensors = {
             name: value - 0.2 * value.norm().clamp(min=0.1) * found[name] / found[name].norm().clamp(min=1e-12)
             for name, value in tensors.items()
         }
-    print('LOSS', row, before, query_loss())
-    assert query_loss() < 0.8 * before
+    assert query_loss() < 0.7 * before
 
 
 @each_row

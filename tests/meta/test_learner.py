@@ -175,7 +175,7 @@ def test_tasks_of_a_batch_are_learned_as_one_by_one(
         for row, (name, task) in enumerate(tasks.items()):
             alone = learn(learner, [task])[1][0]
             own = found[row, : len(task.queries), : task.ways]
-            if not torch.allclose(own, alone, rtol=1e-6, atol=1e-6):
+            if not torch.allclose(own, alone, rtol=1e-6, atol=1e-5 if name == "identical" else 1e-8):
                 wrong.append(f"{name}: {float((own - alone).abs().max()):.2e}")
             assert (found[row, :, task.ways :] == -torch.inf).all()
     assert not wrong
@@ -288,11 +288,17 @@ def test_answers_leave_a_learned_task_alone(encoder64: Encoder, corpus: Corpus) 
 @each_way
 def test_gradients_are_finite_in_odd_tasks(encoder64: Encoder, corpus: Corpus, settings: LearnerSettings) -> None:
     learner, leaves = leaves_of(make_learner(encoder64, settings))
-    for name, task in odd_tasks(corpus).items():
-        _, logits = learn(learner, [task], second_order=True)
-        assert logits.isfinite().all(), name
-        found = torch.autograd.grad(logits.square().sum(), list(leaves.values()), allow_unused=True)
-        assert all(part is None or part.isfinite().all() for part in found), name
+    tasks = odd_tasks(corpus)
+    parts = {"all": list(tasks.values())}
+    if settings.adapt == "pooling":  # each alone, too
+        parts |= {name: [task] for name, task in tasks.items()}
+    for name, part in parts.items():
+        _, logits = learn(learner, part, second_order=True)
+        there = logits > -torch.inf  # other classes a task does not have
+        assert logits[there].isfinite().all(), name
+        assert there.any(-1).all(), name
+        found = torch.autograd.grad(logits[there].square().sum(), list(leaves.values()), allow_unused=True)
+        assert all(value is None or value.isfinite().all() for value in found), name
 
 
 def test_what_tells_the_scope_is_finite_in_odd_tasks(encoder64: Encoder, corpus: Corpus) -> None:

@@ -43,12 +43,13 @@ def few_calibration_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_of(tiny_model: str, **settings) -> MetaTrainer:
-    """Six steps of two episodes; the last two settle."""
+    """Six steps of one episode; the last two settle."""
     given = {
         "encoder": EncoderSettings(tiny_model, max_length=32),
         "lora": LoraSettings(rank=4),
         "learner": LEARNER,
-        "episodes": 12,
+        "episodes": 6,
+        "tasks_per_step": 1,
         "warmup": 2,
         "settling": 1 / 3,
         "checkpoint_every": 2,
@@ -104,7 +105,7 @@ def finished(tiny_model: str, corpus: Corpus, tmp_path_factory: pytest.TempPathF
     output = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "CALIBRATION_EPISODES", 0)
-        train(tiny_model, corpus, output, episodes=2)
+        train(tiny_model, corpus, output, episodes=1)
     return output
 
 
@@ -173,7 +174,7 @@ def test_every_algorithm_trains_and_ends_in_the_same_bits_wherever_it_is_stopped
 
 
 def test_the_record_has_a_row_a_step(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    train(tiny_model, corpus, tmp_path, valid=3, episodes=9, validate_every=2, validation_episodes=2)
+    train(tiny_model, corpus, tmp_path, valid=3, episodes=9, tasks_per_step=2, validate_every=2, validation_episodes=1)
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]  # the last is of one episode
     assert all(row["loss"] > 0 and 0 <= row["accuracy"] <= 1 and row["gradient_norm"] > 0 for row in rows)
@@ -181,10 +182,10 @@ def test_the_record_has_a_row_a_step(tiny_model: str, corpus: Corpus, tmp_path: 
 
 
 def test_an_adapter_says_how_it_was_trained(tiny_model: str, corpus: Corpus) -> None:
-    adapter = train(tiny_model, corpus, episodes=2, algorithm="anil", learner=LearnerSettings(steps=1))
+    adapter = train(tiny_model, corpus, episodes=1, algorithm="anil", learner=LearnerSettings(steps=1))
     assert adapter.learner == LearnerSettings((2, 3, 4), "offset", 1, "prototype")  # the upper half, and what enters it
     told = adapter.record["settings"]
-    assert (told["algorithm"], told["episodes"], told["learner"]["adapt"]) == ("anil", 2, "offset")
+    assert (told["algorithm"], told["episodes"], told["learner"]["adapt"]) == ("anil", 1, "offset")
     assert [each["name"] for each in told["corpora"]] == ["toy"]
     assert adapter.calibration.scope is not None
     assert adapter.calibration.scope.shape == (8,)
@@ -203,9 +204,9 @@ def test_the_encoder_may_be_named_alone(tiny_model: str) -> None:
 def test_a_finished_run_is_not_run_again(
     tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = train(tiny_model, corpus, tmp_path, episodes=4)
+    first = train(tiny_model, corpus, tmp_path, episodes=3)
     on_each_step(monkeypatch, "maml", lambda *_: pytest.fail("ran again"))
-    assert_same(train(tiny_model, corpus, tmp_path, episodes=4), first)
+    assert_same(train(tiny_model, corpus, tmp_path, episodes=3), first)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -233,7 +234,7 @@ def test_a_killed_process_can_go_on(tiny_model: str, corpus: Corpus, tmp_path: P
         test_trainer.trainer_module.CALIBRATION_EPISODES = 2
         texts, labels = Path(sys.argv[2]).read_text().split("\\n\\n")
         corpus = Corpus.from_pairs("toy", texts.split("\\n"), labels.split("\\n"))
-        test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), episodes=24)
+        test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), episodes=12)
         """
     )
     names = [corpus.class_names[label] for label in corpus.labels]
@@ -248,8 +249,8 @@ def test_a_killed_process_can_go_on(tiny_model: str, corpus: Corpus, tmp_path: P
     process.wait()
     assert (tmp_path / "parts" / CHECKPOINT).exists()
     assert len(rows_of(tmp_path / "parts")) < 12
-    whole = train(tiny_model, corpus, tmp_path / "whole", episodes=24)
-    assert_same(train(tiny_model, corpus, tmp_path / "parts", episodes=24), whole)
+    whole = train(tiny_model, corpus, tmp_path / "whole", episodes=12)
+    assert_same(train(tiny_model, corpus, tmp_path / "parts", episodes=12), whole)
 
 
 @pytest.mark.parametrize(
@@ -270,13 +271,13 @@ def test_another_runs_folder_is_refused_and_left_alone(
 ) -> None:
     before = (finished / CHECKPOINT).read_bytes()
     with pytest.raises(SettingsError, match=named):
-        train(tiny_model, corpus, finished, **{"episodes": 2, **change})
+        train(tiny_model, corpus, finished, **{"episodes": 1, **change})
     assert (finished / CHECKPOINT).read_bytes() == before
 
 
 def test_another_corpus_is_refused(tiny_model: str, corpus: Corpus, finished: Path) -> None:
     with pytest.raises(SettingsError, match=r"corpora: .*'toy'.* there, .*'another'.* now"):
-        train(tiny_model, replace(corpus, name="another"), finished, episodes=2)
+        train(tiny_model, replace(corpus, name="another"), finished, episodes=1)
 
 
 def test_a_checkpoint_with_other_parameters_is_refused_and_left_alone(
@@ -289,7 +290,7 @@ def test_a_checkpoint_with_other_parameters_is_refused_and_left_alone(
     save_file({**load_file(finished / CHECKPOINT), "parameters/of_old": torch.zeros(2)}, path, metadata)
     before = path.read_bytes()
     with pytest.raises(SettingsError, match=rf"{CHECKPOINT} was written by another version of textmeta: of_old is"):
-        train(tiny_model, corpus, tmp_path, episodes=2)
+        train(tiny_model, corpus, tmp_path, episodes=1)
     assert path.read_bytes() == before
 
 
@@ -299,11 +300,11 @@ def test_a_damaged_checkpoint_is_named(
 ) -> None:
     (tmp_path / CHECKPOINT).write_bytes((finished / CHECKPOINT).read_bytes()[:keep])
     with pytest.raises(AdapterError, match=CHECKPOINT):
-        train(tiny_model, corpus, tmp_path, episodes=2)
+        train(tiny_model, corpus, tmp_path, episodes=1)
 
 
 def test_the_checkpoint_is_plain_tensors(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    train(tiny_model, corpus, tmp_path, valid=3, episodes=2, validation_episodes=1)
+    train(tiny_model, corpus, tmp_path, valid=3, episodes=1, validation_episodes=1)
     assert {name.partition("/")[0] for name in load_file(tmp_path / CHECKPOINT)} == {"parameters", "best", "optimiser"}
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, RECORD]
 
@@ -312,7 +313,7 @@ def test_where_the_frozen_states_are_kept_has_no_effect_on_the_bits(
     tiny_model: str, corpus: Corpus, tmp_path: Path
 ) -> None:
     folder = tmp_path / "cache"
-    in_memory, written, read = (train(tiny_model, corpus, episodes=4, cache=place) for place in (None, folder, folder))
+    in_memory, written, read = (train(tiny_model, corpus, episodes=3, cache=place) for place in (None, folder, folder))
     assert len(list(folder.iterdir())) == 1
     assert_same(written, in_memory)
     assert_same(read, in_memory)
@@ -325,7 +326,7 @@ def test_fixed_tensors_stay(tiny_model: str, corpus: Corpus, monkeypatch: pytest
     fixed = ("lora.", "queries", "log_evidence")
     seen: list[dict[str, Tensor]] = []
     on_each_step(monkeypatch, "reptile", lambda _, t: seen.append({n: v.detach().clone() for n, v in t.items()}))
-    learned = train(tiny_model, corpus, episodes=4, fixed=fixed, algorithm="reptile").initialisation.tensors()
+    learned = train(tiny_model, corpus, episodes=3, fixed=fixed, algorithm="reptile").initialisation.tensors()
     stayed = {name for name in learned if torch.equal(learned[name], seen[0][name])}
     assert {name for name in learned if name.startswith(fixed)} <= stayed
     assert not {"temperature", "centre", "view_prior"} & stayed
@@ -339,9 +340,9 @@ def test_fixed_names_must_be_known(tiny_model: str, corpus: Corpus) -> None:
 def test_training_starts_from_what_is_given(tiny_model: str, corpus: Corpus) -> None:
     fixed = ("lora.", "queries")
     given = {"queries": torch.ones(2, 32)}
-    one = train(tiny_model, corpus, episodes=2, start=given, fixed=("queries",))
+    one = train(tiny_model, corpus, episodes=1, start=given, fixed=("queries",))
     assert torch.equal(one.initialisation.queries, given["queries"])
-    two = train(tiny_model, corpus, episodes=2, start=one, fixed=fixed, seed=1)
+    two = train(tiny_model, corpus, episodes=1, start=one, fixed=fixed, seed=1)
     was, now = one.initialisation.tensors(), two.initialisation.tensors()
     assert all(torch.equal(was[name], now[name]) for name in was if name.startswith(fixed))
     assert not torch.equal(was["temperature"], now["temperature"])
@@ -393,7 +394,7 @@ def test_lora_is_taken_back_once_and_stays_there_with_the_queries_while_numbers_
 
 
 def test_without_settling_lora_is_learned_to_the_end(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    adapters = [train(tiny_model, corpus, episodes=4, settling=0.0, lora_share=share) for share in (0.5, 1.0)]
+    adapters = [train(tiny_model, corpus, episodes=3, settling=0.0, lora_share=share) for share in (0.5, 1.0)]
     one, two = (adapter.initialisation.tensors() for adapter in adapters)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -437,7 +438,7 @@ def test_a_trained_adapter_beats_frozen_prototypes_and_its_own_start(tiny_model:
     corpus = noisy_corpus()
     seen, held_out = corpus.restrict(corpus.class_names[:16]), corpus.restrict(corpus.class_names[16:])
     settings = LearnerSettings((0, 2, 4), steps=2)
-    adapter = trainer_of(tiny_model, learner=settings, episodes=50, warmup=5, number_rate=0.1).train([seen])
+    adapter = trainer_of(tiny_model, learner=settings, episodes=50, tasks_per_step=2, warmup=5, number_rate=0.1).train([seen])
     episodes = EpisodeSampler(held_out, EpisodeSettings(5, 3, 5), seed=1).take(60)
     reader = adapter.load_reader()
     start = Initialisation.start(reader.encoder.factor_shapes, reader.encoder.hidden_size, adapter.learner, seed=0)
@@ -450,7 +451,7 @@ def test_a_trained_adapter_beats_frozen_prototypes_and_its_own_start(tiny_model:
 def test_bfloat16_trains_as_float32_does(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     losses = []
     for precision in ("no", "bf16"):
-        train(tiny_model, corpus, tmp_path / precision, precision=precision, episodes=2)
+        train(tiny_model, corpus, tmp_path / precision, precision=precision, episodes=1)
         losses.append(np.array([row["loss"] for row in rows_of(tmp_path / precision)]))
     assert 0 < np.abs(losses[0] - losses[1]).max() < 0.1
 
@@ -460,7 +461,7 @@ def test_bfloat16_trains_as_float32_does(tiny_model: str, corpus: Corpus, tmp_pa
 
 def test_a_diverging_run_stops_and_says_where(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"step 2, on \['toy', 'toy'\]"):
-        train(tiny_model, corpus, tmp_path, number_rate=1e30, checkpoint_every=1)
+        train(tiny_model, corpus, tmp_path, number_rate=1e30, checkpoint_every=1, episodes=6, tasks_per_step=2)
     assert len(rows_of(tmp_path)) == 1
     assert all(value.isfinite().all() for value in load_file(tmp_path / CHECKPOINT).values())
 

@@ -3,7 +3,8 @@
 import itertools
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
             options["sep"] = "\t"
     try:
         # not through the user's cache: it tells files apart by name, size and time, and would keep a copy
-        with tempfile.TemporaryDirectory() as cache:
+        with tempfile.TemporaryDirectory() as cache, _without_bars():
             return datasets.load_dataset(
                 builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
             )
@@ -139,3 +140,15 @@ def _advice(error: BaseException, dataset: str) -> str:
     if "gated dataset" in str(error):  # everybody may look a gated one up, so that this comes late
         return f" Ask for access at {constants.ENDPOINT}/datasets/{dataset}, then log in with `hf auth login`"
     return FOR_A_FILE if isinstance(error, datasets.exceptions.DatasetNotFoundError | ConnectionError) else ""
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Leave out the bars of `datasets`, which are of a moment's work on a local file."""
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()

@@ -3,12 +3,22 @@
 import torch
 from torch import Tensor
 
-from textmeta.heads.common import Examples, mean_over_classes
+from textmeta.heads.common import Examples
 
-__all__ = ["neighbourhood_loss"]
+__all__ = ["neighbourhood_loss", "with_company"]
 
 
-def neighbourhood_loss(views: Tensor, examples: Examples, view_weights: Tensor, scale: Tensor) -> Tensor:
+def with_company(examples: Examples) -> Examples:
+    """Return the examples that others of their class can tell; none where fewer than two classes have two."""
+    rows = examples.member * (examples.weights > 0).to(examples.member.dtype)[..., None]
+    several = torch.einsum("tnc,tc->tn", rows, rows.sum(1)) >= 2
+    told = examples.weighted(several.to(examples.weights.dtype))
+    return told.weighted((told.present.sum(1, keepdim=True) >= 2).to(told.weights.dtype))
+
+
+def neighbourhood_loss(
+    views: Tensor, examples: Examples, told: Examples, view_weights: Tensor, scale: Tensor
+) -> Tensor:
     """Return (T,) the loss of neighbourhood components; log C₁ where neighbours tell nothing.
 
     Each text is told by the softmax over the others' cosines, Σ_v w_v u_v · u_v times a scale. Classes weigh alike in
@@ -19,7 +29,8 @@ def neighbourhood_loss(views: Tensor, examples: Examples, view_weights: Tensor, 
 
     Args:
         views: (T, n, V, d) of length 1, not centred.
-        examples: of the T tasks.
+        examples: of the T tasks, all of which vote.
+        told: those of them that are told (:func:`with_company`).
         view_weights: (V,), positive, their sum 1.
         scale: () factor on the cosines.
     """
@@ -34,10 +45,8 @@ def neighbourhood_loss(views: Tensor, examples: Examples, view_weights: Tensor, 
     weights = others @ examples.member  # (T, n, C): how much the others of each class count
     means = (votes @ examples.member) / torch.where(weights > 0, weights, 1.0)
     log_means = means.clamp(min=torch.finfo(means.dtype).tiny).log().masked_fill(weights == 0, -torch.inf)
-    own = (examples.member * weights).sum(-1) > 0  # has company
-    told = examples.weighted(own.to(examples.weights.dtype))
-    told = told.weighted((told.present.sum(1, keepdim=True) >= 2).to(told.weights.dtype))
     counts = told.weights > 0
     log_means = torch.where(counts[..., None], log_means, 0.0)
     likelihood = (examples.member * torch.where(examples.member > 0, log_means, 0.0)).sum(-1) - log_means.logsumexp(-1)
-    return mean_over_classes(-torch.where(counts, likelihood, 0.0), told)
+    total = torch.where(told.total > 0, told.total, 1.0)[:, None]
+    return -(told.balanced / total * torch.where(counts, likelihood, 0.0)).sum(1)

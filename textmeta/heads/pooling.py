@@ -38,7 +38,7 @@ def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -
         parts.append((attention[..., None, :] @ hidden)[..., 0, :])
     rows = torch.cat([batch.rows for batch in states.batches])
     pooled = torch.cat(parts).index_select(0, torch.argsort(rows))
-    return to_length_one(pooled)
+    return pooled * (pooled.square().sum(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
 
 
 def centre(views: Tensor, examples: Examples, prior: Tensor, strength: Tensor) -> Tensor:

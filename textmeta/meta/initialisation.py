@@ -13,11 +13,11 @@ from torch import Tensor
 
 from textmeta.encoder.lora import layer_of, zero_start
 from textmeta.errors import AdapterError, SettingsError
+from textmeta.heads import HEADS
 
-__all__ = ["LORA", "Adapt", "Calibration", "Head", "Initialisation", "LearnerSettings"]
+__all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings"]
 
 Adapt = Literal["none", "pooling", "lora", "pooling+lora", "offset"]
-Head = Literal["ridge", "prototype"]
 MAX_STEPS = 50
 LORA = "lora."  # before the names of LoRA's factors
 
@@ -32,22 +32,22 @@ class LearnerSettings:
         adapt: what the inner steps change: where each view looks in a text (pooling), LoRA, both, or nothing; "offset"
             is what ANIL adapts: an offset to the head's weights.
         steps: inner steps.
-        head: what makes logits of views: ridge, or prototype.
+        head: what makes logits of views, a row of :data:`~textmeta.heads.HEADS`.
         entry_step_sizes: a learned step size for each entry of a pooling query (Meta-SGD), not one a query.
     """
 
     layers: tuple[int, ...] | None = None
     adapt: Adapt = "pooling"
     steps: int = 6
-    head: Head = "ridge"
+    head: str = "ridge"
     entry_step_sizes: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.adapt not in get_args(Adapt):
             raise SettingsError(f"adapt must be one of {get_args(Adapt)}, given {self.adapt!r:.60}")
-        if self.head not in get_args(Head):
-            raise SettingsError(f"head must be one of {get_args(Head)}, given {self.head!r:.60}")
+        if self.head not in HEADS:
+            raise SettingsError(f"head must be one of {sorted(HEADS)}, given {self.head!r:.60}")
         if self.layers is not None and not all(type(layer) is int for layer in self.layers):
             raise SettingsError(f"layers must be numbers, given {self.layers!r:.60}")
         if not 0 <= self.steps <= MAX_STEPS:

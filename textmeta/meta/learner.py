@@ -10,13 +10,13 @@ from torch.nn.functional import log_softmax
 
 from textmeta.encoder.lora import layer_of
 from textmeta.encoder.token_states import TokenStates
+from textmeta.heads import HEADS
 from textmeta.heads.common import Examples, log_shots, mean_over_classes, temperature
 from textmeta.heads.evidence import fold_nll, folds_of, left_out_scores, mixture
 from textmeta.heads.names import name_evidence, name_gate, name_scores
-from textmeta.heads.neighbours import neighbourhood_loss
+from textmeta.heads.neighbours import neighbourhood_loss, with_company
 from textmeta.heads.pooling import centre, centred, pool, to_length_one, with_unlabelled_centre
 from textmeta.heads.prototype import prototypes
-from textmeta.heads.ridge import ridge
 from textmeta.heads.scope import scope_inputs
 from textmeta.heads.unlabelled import soft_labelled_ridge, unlabelled_weight
 from textmeta.meta.adapter import Adapter
@@ -152,25 +152,22 @@ class TaskLearner:
         name_views = batch.names.widened(examples.classes.shape[1]).pad(pool(names, init.queries))
         name_z, name_scale, evidence = self._names(batch, name_views, examples, centred(first, first_middle))
         scale = temperature(init.temperature, log_shots(examples), batch.ways, adapted.stepped, nll)
-        if settings.head == "prototype":
-            weights = prototypes(support_z, mixed, examples)
-        else:
-            weights = ridge(support_z, mixed, examples, init.log_penalty.exp())
-            if batch.unlabelled.texts:
-                by_name = name_scores(extra_first_z, name_z, init.name_view_weights.softmax(0))
-                by_name = name_scale[:, None, None] * by_name
-                there = batch.unlabelled.there.to(views.dtype)
-                weights = soft_labelled_ridge(
-                    weights,
-                    support_z,
-                    extra_z,
-                    there,
-                    mixed,
-                    examples,
-                    init.log_penalty.exp(),
-                    unlabelled_weight(init.unlabelled_weight, log_shots(examples), examples, there.sum(1)),
-                    lambda w: scale[:, None, None] * torch.einsum("trvd,tvdc->trc", extra_z, w) + by_name,
-                )
+        weights = HEADS[settings.head](support_z, mixed, examples, init.log_penalty.exp())
+        if batch.unlabelled.texts and settings.head == "ridge":
+            by_name = name_scores(extra_first_z, name_z, init.name_view_weights.softmax(0))
+            by_name = name_scale[:, None, None] * by_name
+            there = batch.unlabelled.there.to(views.dtype)
+            weights = soft_labelled_ridge(
+                weights,
+                support_z,
+                extra_z,
+                there,
+                mixed,
+                examples,
+                init.log_penalty.exp(),
+                unlabelled_weight(init.unlabelled_weight, log_shots(examples), examples, there.sum(1)),
+                lambda w: scale[:, None, None] * torch.einsum("trvd,tvdc->trc", extra_z, w) + by_name,
+            )
         if settings.adapt == "offset":
             weights = self._adapt_offset(support_z, weights, scale, examples, second_order)
         return LearnedTask(
@@ -312,7 +309,8 @@ class TaskLearner:
         shared = {FACTOR + name: value for name, value in init.lora.items()} if with_lora else {}
         shared |= {QUERIES: init.queries, "scale": init.loss_log_scale, "weights": init.loss_view_weights}
         parts = parts_in_turn(batch, examples, settings.steps)
-        told = [Examples.of(labels, batch.ways, init.queries.dtype) for _, labels, _ in parts]
+        voting = [Examples.of(labels, batch.ways, init.queries.dtype) for _, labels, _ in parts]
+        told = [with_company(part) for part in voting]
 
         def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
             rows, _, chosen = parts[step]
@@ -324,9 +322,9 @@ class TaskLearner:
             queries = tensors[QUERIES]
             pooled = pool(own, queries, rows.row_task if queries.ndim == 3 else None)
             weights, scale = tensors["weights"].softmax(0), tensors["scale"].exp()
-            return neighbourhood_loss(rows.pad(pooled), told[step], weights, scale)
+            return neighbourhood_loss(rows.pad(pooled), voting[step], told[step], weights, scale)
 
-        chance = [part.number.clamp(min=2).log() for part in told]
+        chance = [part.number.clamp(min=2).log() for part in voting]
         kept_texts = len(batch.support.texts) * settings.steps
         last = self._steps(loss, start, shared, chance, examples, second_order, with_lora and kept_texts > KEPT_TEXTS)
         kept = can_learn[:, None, None]

@@ -37,7 +37,7 @@ CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
 LORA_B, QUERIES = ".lora_B.", "queries"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
 MAX_GRADIENT_NORM = 1.0
-CALIBRATION_EPISODES = 400
+CALIBRATION_EPISODES = 400  # at most; else a tenth of those of training, but 50
 FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
 
 
@@ -181,7 +181,7 @@ class MetaTrainer:
             Adapter.of(reader, learner, adapter.initialisation),
             record={"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]},
         )
-        outside = list(_with_outside(episodes))
+        outside = list(_with_outside(episodes, self.episodes))
         if outside:
             bar = tqdm(outside, "calibration", unit="episode", disable=not accelerator.is_main_process)
             adapter = replace(adapter, calibration=fit_calibration(TaskLearner(reader, adapter), bar))
@@ -377,7 +377,8 @@ def _validation(trainer: MetaTrainer, valid: Sequence[Corpus]) -> list[Episode]:
     return sampler.take(trainer.validation_episodes)
 
 
-def _with_outside(episodes: MixedEpisodes) -> Iterator[Episode]:
+def _with_outside(episodes: MixedEpisodes, trained: int) -> Iterator[Episode]:
     """Yield episodes that training has not seen and that have queries of other classes."""
-    unseen = (episodes[number] for number in range(FIRST_UNSEEN, FIRST_UNSEEN + 20 * CALIBRATION_EPISODES))
-    return itertools.islice((e for e in unseen if (e.query_labels == OUTSIDE).any()), CALIBRATION_EPISODES)
+    count = min(CALIBRATION_EPISODES, max(50, trained // 10))
+    unseen = (episodes[number] for number in range(FIRST_UNSEEN, FIRST_UNSEEN + 20 * count))
+    return itertools.islice((e for e in unseen if (e.query_labels == OUTSIDE).any()), count)
