@@ -53,7 +53,7 @@ def tasks(corpus: Corpus) -> list[Episode]:
 
 
 def large_task(corpus: Corpus) -> list[Episode]:
-    """More texts than an inner step is on: the steps see parts of them in turn; with a class of one, and a small task."""
+    """More texts than an inner step is on, so that the steps see parts of them in turn; beside it a small task."""
     return [episode_of(make_task(corpus, sizes)) for sizes in ((16, 15, 16, 14, 1, 16, 13, 16, 15, 16), (3, 2))]
 
 
@@ -201,9 +201,7 @@ def test_steps_that_are_computed_again_have_the_same_gradient(
         torch.testing.assert_close(again[name], value, rtol=1e-10, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def held(
-    learner: TaskLearner, episodes: list[Episode], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Tensors], float]:
+def held(learner: TaskLearner, episodes: list[Episode], monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensors], float]:
     """The objective with the gradients and losses of all inner steps held at what they are at the learner's tensors."""
     noted: list[tuple[Tensors, Tensor]] = []
     usual = learner_module.inner_steps

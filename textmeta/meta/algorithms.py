@@ -81,17 +81,16 @@ def reptile(learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[s
     Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", batched version of algorithm 1.
     """
     found = _gradient(learner, episodes, leaves, second_order=False)
+    init, adapt = learner.adapter.initialisation, learner.adapter.learner.adapt
     both = [_with_queries_as_support(e) for e in episodes if len(e.support_texts)]
-    if not both:
-        return found
-    init = learner.adapter.initialisation
     with torch.no_grad():
-        task = learner.learn(TaskBatch.of_episodes(both, init.queries.device))
-    if task.queries.ndim == 3 and "queries" in leaves:
-        found.gradient["queries"] = (init.queries - task.queries).sum(0)
-    for name, value in task.factors.items():
-        if ".lora_B." in name and LORA + name in leaves:  # A is not adapted
-            found.gradient[LORA + name] = (init.lora[name] - value).sum(0)
+        task = learner.learn(TaskBatch.of_episodes(both, init.queries.device)) if both else None
+        ends = {} if task is None else {"queries": task.queries, **{LORA + n: v for n, v in task.factors.items()}}
+        for name, start in leaves.items():
+            # A is not adapted
+            if (name == "queries" and "pooling" in adapt) or (".lora_B." in name and "lora" in adapt):
+                end = ends.get(name, start)  # tasks that take no steps stay at the start
+                found.gradient[name] = (start - end).sum(0) if end.ndim == 3 else torch.zeros_like(start)
     return found
 
 

@@ -305,7 +305,8 @@ class TaskLearner:
             adapted = {name: value for name, value in init.lora.items() if ".lora_B." in name}
             start |= {FACTOR + name: value.expand(tasks, -1, -1) for name, value in adapted.items()}
         if not start or not settings.steps or not can_learn.any():
-            return _Adapted(init.queries, {}, can_learn & (settings.adapt == "offset"))
+            offset = settings.adapt == "offset" and settings.steps > 0  # whose loss two examples in all can lower
+            return _Adapted(init.queries, {}, (examples.present.sum(1) >= 2) & offset)
         shared = {FACTOR + name: value for name, value in init.lora.items()} if with_lora else {}
         shared |= {QUERIES: init.queries, "scale": init.loss_log_scale, "weights": init.loss_view_weights}
         parts = parts_in_turn(batch, examples, settings.steps)
@@ -388,6 +389,8 @@ class TaskLearner:
             for name, value in fast.items():
                 # one root mean square a task and view, or a task and tensor
                 square = gradients[name].square().mean(-1 if name == QUERIES else (-2, -1), keepdim=True)
+                if name == OFFSET:  # padding is no entry of a task
+                    square = square * (value.shape[-1] / examples.classes.sum(1).to(square))[:, None, None]
                 direction = gradients[name] * (square + GRADIENT_EPSILON**2).rsqrt()
                 size = self._step_sizes(name)[step].exp()
                 size = size[..., None] if name == QUERIES and size.ndim == 1 else size
