@@ -27,6 +27,7 @@ ROWS = {
     for name, algorithm in ALGORITHMS.items()
     for adapt in ("pooling", "pooling+lora")
     for settings in [algorithm.learner(LearnerSettings(LAYERS, adapt, steps=2))]  # type: ignore[arg-type]
+    if adapt == "pooling" or not settings.entry_step_sizes  # which pooling queries alone have
 }
 
 
