@@ -37,7 +37,7 @@ ENCODER = EncoderSettings(max_length=256)
 LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 LORA = LoraSettings(layers=3, rank=8, alpha=16, targets=LINEAR)
 SCOPE_EPISODES, FIRST_UNSEEN = 400, 10**6
-EPISODES, TUNING_EPISODES, ARM_EPISODES = 6000, 1500, 1000  # of the first adapter, its second run, an arm
+EPISODES, TUNING_EPISODES, ARM_EPISODES = 6000, 600, 1000  # of the first adapter, its second run, an arm
 # beginnings of the names of all tensors that have no part in names
 NOT_OF_NAMES = (
     "lora",
@@ -89,7 +89,7 @@ def _arm(learner: Mapping[str, Any] = {}, outer: Mapping[str, Any] = {}, **other
 ARMS: dict[str, Arm] = {
     "first": _arm(outer={"episodes": EPISODES}),
     # all other numbers, once LoRA is halved
-    "tuned": _arm(outer={"episodes": TUNING_EPISODES, "fixed": ("lora.",)}, after="first", lora_share=0.5),
+    "tuned": _arm(outer={"episodes": TUNING_EPISODES, "fixed": ("lora.", "queries")}, after="first", lora_share=0.5),
     "base": _arm(),
     "layers-6": _arm({"layers": (6,)}),
     "layers-3-6": _arm({"layers": (3, 6)}),
