@@ -2,7 +2,7 @@
 
     python recipes/demo.py
 
-Needs nothing but what comes with textmeta and its extra demo, and takes about two minutes on one core.
+Needs nothing but what comes with textmeta and its extra demo, and takes two to four minutes on two cores.
 """
 
 import argparse

@@ -171,6 +171,8 @@ def test_tasks_of_a_batch_are_learned_as_one_by_one(
 ) -> None:
     learner = make_learner(encoder64, settings)
     tasks = {name: task for name, task in odd_tasks(corpus).items() if unlabelled or not task.unlabelled}
+    if "lora" in settings.adapt:  # which takes the longest
+        tasks = {name: tasks[name] for name in ("name alone", "unequal", "unlabelled", "one text", "identical")}
     with torch.no_grad():
         found = learn(learner, list(tasks.values()))[1]
         wrong = []
