@@ -15,7 +15,6 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
-import datasets
 import torch
 from measure import alternate, print_table, resident, settle
 from sentence_transformers import SentenceTransformer
@@ -99,7 +98,6 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=PARTS, help="print the peak of one part in this process, in KiB")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    datasets.disable_progress_bars()
     bench = Bench(arguments.data_dir)
     if arguments.memory_of:
         side = bench.side(arguments.memory_of)

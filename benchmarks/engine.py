@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
-import datasets
 import torch
 from measure import alternate, print_table
 from torch import Tensor
@@ -123,7 +122,6 @@ def main() -> None:
     parser.add_argument("--model", default=EncoderSettings().model)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    datasets.disable_progress_bars()
     sampler = EpisodeSampler(load_corpus(CorpusSettings(arguments.data)), EpisodeSettings(5, 5, 5), seed=0)
     encoder = Encoder(EncoderSettings(arguments.model, max_length=64))
     readers = {"fresh": (fresh := TokenStateReader(encoder)), "cached": (cached := TokenStateReader(encoder))}

@@ -12,7 +12,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 
 from textmeta.data.bundled import load_bundled
@@ -91,7 +90,6 @@ def main() -> None:
     if arguments.arm in AFTER and not arguments.start:
         parser.error(f"{arguments.arm} needs --start, the adapter of {AFTER[arguments.arm]}")
     torch.set_num_threads(arguments.threads)
-    datasets.disable_progress_bars()
     trainer = replace(ARMS[arguments.arm], seed=arguments.seed)
     start = load_adapter(arguments.start)[0] if arguments.arm in AFTER else STARTS.get(arguments.arm)
     corpora = training_corpora(arguments.data_dir)

@@ -9,8 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import datasets
-
 from textmeta import EpisodeSampler, EpisodeSettings, FewShotClassifier, MetaTrainer, TextMetaError
 from textmeta.data.bundled import load_bundled
 from textmeta.data.corpus import Corpus
@@ -108,7 +106,6 @@ if __name__ == "__main__":
     parser.add_argument("--shipped", default=DEFAULT_ADAPTER, help="adapter to compare with")
     parser.add_argument("--episodes", type=int, default=200, help="of training")
     parser.add_argument("--tests", type=int, default=60, help="tasks of each test")
-    datasets.disable_progress_bars()  # for the bundled corpus, which is read in a moment
     try:
         main(**vars(parser.parse_args()))
     except TextMetaError as error:

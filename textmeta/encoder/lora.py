@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from textmeta.errors import EncoderError, SettingsError
 
-__all__ = ["LoraSettings", "inject", "layer_of", "lora_config", "using_factors", "zero_start"]
+__all__ = ["LORA_B", "LoraSettings", "inject", "layer_of", "lora_config", "using_factors", "zero_start"]
 
 MAX_ALPHA = 10**6
+LORA_B = ".lora_B."  # in the names of the factors B, the only ones that inner steps change
 
 # Names of the linear layers that carry LoRA, by model type: attention's query and value, as in the LoRA paper.
 TARGETS: dict[str, tuple[str, ...]] = {

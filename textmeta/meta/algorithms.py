@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from textmeta.data.episodes import Episode
+from textmeta.encoder.lora import LORA_B
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import LORA, LearnerSettings
-from textmeta.meta.learner import TaskLearner
+from textmeta.meta.learner import QUERIES, TaskLearner
 
 __all__ = ["ALGORITHMS", "Algorithm", "MetaGradient", "query_losses"]
 
@@ -85,10 +86,10 @@ def reptile(learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[s
     both = [_with_queries_as_support(e) for e in episodes if len(e.support_texts)]
     with torch.no_grad():
         task = learner.learn(TaskBatch.of_episodes(both, init.queries.device)) if both else None
-        ends = {} if task is None else {"queries": task.queries, **{LORA + n: v for n, v in task.factors.items()}}
+        ends = {} if task is None else {QUERIES: task.queries, **{LORA + n: v for n, v in task.factors.items()}}
         for name, start in leaves.items():
             # A is not adapted
-            if (name == "queries" and "pooling" in adapt) or (".lora_B." in name and "lora" in adapt):
+            if (name == QUERIES and "pooling" in adapt) or (LORA_B in name and "lora" in adapt):
                 end = ends.get(name, start)  # tasks that take no steps stay at the start
                 found.gradient[name] = (start - end).sum(0) if end.ndim == 3 else torch.zeros_like(start)
     return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from textmeta.encoder.lora import layer_of
+from textmeta.encoder.lora import LORA_B, layer_of
 from textmeta.encoder.token_states import TokenStates
 from textmeta.heads import HEADS
 from textmeta.heads.common import Examples, log_shots, mean_over_classes, temperature
@@ -21,13 +21,14 @@ from textmeta.heads.scope import scope_inputs
 from textmeta.heads.unlabelled import soft_labelled_ridge, unlabelled_weight
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch, parts_in_turn
+from textmeta.meta.initialisation import LORA
 from textmeta.meta.inner_loop import LossOfStep, inner_steps
 
-__all__ = ["Answers", "LearnedTask", "Reader", "TaskLearner"]
+__all__ = ["QUERIES", "Answers", "LearnedTask", "Reader", "TaskLearner"]
 
 GRADIENT_EPSILON = 1e-4
 KEPT_TEXTS = 512  # texts, times inner steps, whose activations are kept for the second order of LoRA steps
-QUERIES, OFFSET, FACTOR = "queries", "offset", "lora."
+QUERIES, OFFSET = "queries", "offset"
 
 
 class Reader(Protocol):
@@ -149,8 +150,10 @@ class TaskLearner:
             centred(extra, middle),
             centred(extra_first, first_middle),
         )
-        name_views = batch.names.widened(examples.classes.shape[1]).pad(pool(names, init.queries))
-        name_z, name_scale, evidence = self._names(batch, name_views, examples, centred(first, first_middle))
+        name_rows = batch.names.widened(examples.classes.shape[1])
+        name_views = name_rows.pad(pool(names, init.queries))
+        first_z = centred(first, first_middle)
+        name_z, name_scale, evidence = self._names(batch.ways, name_rows.there, name_views, examples, first_z)
         scale = temperature(init.temperature, log_shots(examples), batch.ways, adapted.stepped, nll)
         weights = HEADS[settings.head](support_z, mixed, examples, init.log_penalty.exp())
         if batch.unlabelled.texts and settings.head == "ridge":
@@ -267,19 +270,18 @@ class TaskLearner:
         return view_nll, nll_of(mixed)[:, 0], mixed
 
     def _names(
-        self, batch: TaskBatch, names: Tensor, examples: Examples, support: Tensor
+        self, ways: Tensor, there: Tensor, names: Tensor, examples: Examples, support: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return centred names (T, C, V, d), 0 where there are none, their scale (T,) and their evidence (T,).
 
-        ``names`` are their views (T, C, V, d), ``support`` the centred views (T, n, V, d) of the labelled texts, both
-        by the initial queries.
+        ``there`` (T, C) says which classes have a name, ``names`` are their views (T, C, V, d), ``support`` the centred
+        views (T, n, V, d) of the labelled texts, both by the initial queries.
         """
         init = self.adapter.initialisation
-        there = batch.names.widened(examples.classes.shape[1]).there
         named = there.any(1)
         # every name is a class of its own
         numbers = torch.arange(there.shape[1], device=there.device)
-        own = Examples.of(torch.where(there, numbers, -1), batch.ways, names.dtype)
+        own = Examples.of(torch.where(there, numbers, -1), ways, names.dtype)
         z = centred(names, centre(names, own, init.name_centre, init.log_name_centre_strength.exp()))
         z = z * there[..., None, None]
         scale = init.log_name_scale.exp()
@@ -302,12 +304,12 @@ class TaskLearner:
             start[QUERIES] = init.queries.expand(tasks, -1, -1)
         if with_lora:
             # A has no gradient where B is 0, so B alone is adapted
-            adapted = {name: value for name, value in init.lora.items() if ".lora_B." in name}
-            start |= {FACTOR + name: value.expand(tasks, -1, -1) for name, value in adapted.items()}
+            adapted = {name: value for name, value in init.lora.items() if LORA_B in name}
+            start |= {LORA + name: value.expand(tasks, -1, -1) for name, value in adapted.items()}
         if not start or not settings.steps or not can_learn.any():
             offset = settings.adapt == "offset" and settings.steps > 0  # whose loss two examples in all can lower
             return _Adapted(init.queries, {}, (examples.present.sum(1) >= 2) & offset)
-        shared = {FACTOR + name: value for name, value in init.lora.items()} if with_lora else {}
+        shared = {LORA + name: value for name, value in init.lora.items()} if with_lora else {}
         shared |= {QUERIES: init.queries, "scale": init.loss_log_scale, "weights": init.loss_view_weights}
         parts = parts_in_turn(batch, examples, settings.steps)
         voting = [Examples.of(labels, batch.ways, init.queries.dtype) for _, labels, _ in parts]
@@ -316,7 +318,7 @@ class TaskLearner:
         def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
             rows, _, chosen = parts[step]
             if with_lora:
-                factors = {name: tensors[FACTOR + name] for name in init.lora}
+                factors = {name: tensors[LORA + name] for name in init.lora}
                 own = self.reader.read(rows.texts, factors, rows.row_task)
             else:
                 own = states if chosen is None else states.where(chosen)
@@ -333,9 +335,7 @@ class TaskLearner:
         if not with_lora:
             return _Adapted(queries, {}, can_learn)
         factors = {
-            name: torch.where(kept, last[FACTOR + name], value)
-            if FACTOR + name in last
-            else value.expand(tasks, -1, -1)
+            name: torch.where(kept, last[LORA + name], value) if LORA + name in last else value.expand(tasks, -1, -1)
             for name, value in init.lora.items()
         }
         return _Adapted(queries, factors, can_learn)
@@ -411,7 +411,7 @@ class TaskLearner:
         if name == OFFSET:
             return init.offset_log_step_sizes
         layers = sorted({layer_of(factor) for factor in init.lora}, key=lambda layer: int(layer.rsplit(".", 1)[1]))
-        return init.lora_log_step_sizes[:, layers.index(layer_of(name.removeprefix(FACTOR)))]
+        return init.lora_log_step_sizes[:, layers.index(layer_of(name.removeprefix(LORA)))]
 
 
 def _class_vectors(support: Tensor, names: Tensor, examples: Examples) -> Tensor:

@@ -18,7 +18,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted
@@ -29,12 +29,11 @@ from textmeta.meta.calibration import fit_calibration
 from textmeta.meta.checkpoint import Record, TrainingState, restore_state, save_state, stop_requests
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
-from textmeta.meta.learner import TaskLearner
+from textmeta.meta.learner import QUERIES, TaskLearner
 
 __all__ = ["MetaTrainer"]
 
 CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
-LORA_B, QUERIES = ".lora_B.", "queries"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
 MAX_GRADIENT_NORM = 1.0
 CALIBRATION_EPISODES = 400  # at most; else a tenth of those of training, but 50
@@ -176,9 +175,8 @@ class MetaTrainer:
         if begun:
             fingerprint["start"] = tensors_digest(begun)
         found = run.loop(tensors, _validation(self, valid), Path(output), fingerprint)
-        adapter = replace(run.adapter, initialisation=shape.with_tensors(found))
         adapter = replace(
-            Adapter.of(reader, learner, adapter.initialisation),
+            Adapter.of(reader, learner, shape.with_tensors(found)),
             record={"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]},
         )
         outside = list(_with_outside(episodes, self.episodes))
@@ -321,7 +319,7 @@ class _Run:
         if state.step == trainer.settles_from < trainer.steps:
             with torch.no_grad():
                 for name, value in state.parameters.items():
-                    if name.startswith(LORA) and LORA_B in name:
+                    if LORA_B in name:
                         value.mul_(trainer.lora_share)
         row = {
             "step": state.step,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from textmeta.encoder.encoder import Encoder
-from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.encoder.pretrained import load_pretrained, weights_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
@@ -58,7 +58,7 @@ def read_factors(content: bytes, rank: int, path: Path) -> dict[str, Tensor]:
     for name, value in sorted(read_tensors(content, path).items()):
         if not re.fullmatch(re.escape(PREFIX) + r".+\.lora_[AB]\.weight", name):
             raise AdapterError(f"{path}: unexpected tensor {name!r:.300}, expected LoRA factors alone")
-        if value.ndim != 2 or 0 in value.shape or value.shape[1 if ".lora_B." in name else 0] != rank:
+        if value.ndim != 2 or 0 in value.shape or value.shape[1 if LORA_B in name else 0] != rank:
             raise AdapterError(f"{path}: {name} has shape {tuple(value.shape)}, expected a factor of rank {rank}")
         factors[name.removeprefix(PREFIX)] = value
     return factors
@@ -93,7 +93,7 @@ def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, T
         if ".lora_A." in name:
             linear = pretrained.model.get_submodule(name.removesuffix(".lora_A.weight"))
             assert isinstance(linear, nn.Linear), "LoRA is put on linear layers alone"
-            lora_b = factors[name.replace(".lora_A.", ".lora_B.")]
+            lora_b = factors[name.replace(".lora_A.", LORA_B)]
             linear.weight.data += scale * (lora_b.detach().cpu() @ lora_a.detach().cpu())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
