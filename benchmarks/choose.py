@@ -118,12 +118,14 @@ class KnownStates:
 class Contestant:
     """An adapter and what it has read of a corpus."""
 
-    def __init__(self, folder: Path, changes: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, changes: Mapping[str, Any], precision: str = "no", cache: Path | None = None
+    ) -> None:
         adapter, _ = load_adapter(folder)
         self.name = folder.name
         told = f"{tensors_digest(adapter.initialisation.tensors())} {adapter.learner}"
         self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
-        self.reader = adapter.load_reader()
+        self.reader, self.cache = adapter.load_reader(precision=precision), cache
         self.adapter = replace(adapter, learner=replace(adapter.learner, **changes))
         self.corpus, self.states = "", KnownStates(self.reader, {})
 
@@ -131,6 +133,8 @@ class Contestant:
         """Return the class probabilities of each episode's queries, and the seconds of an episode, its texts read."""
         if cell.corpus.name != self.corpus:
             self.corpus, self.states = cell.corpus.name, KnownStates(self.reader, self.adapter.initialisation.lora)
+            if self.cache:
+                self.reader.cache(cell.corpus.texts, self.cache)
         texts = [[*e.support_texts, *e.query_texts, *e.unlabelled_texts, *(e.label_names or ())] for e in episodes]
         self.states.know([text for part in texts for text in part])
         if "lora" in self.adapter.learner.adapt:  # these steps read the support set again and again
@@ -321,6 +325,8 @@ def main() -> None:
     parser.add_argument(
         "--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own"
     )
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the encoder's matrix products")
+    parser.add_argument("--cache", type=Path, help="folder for the states of the frozen layers, which adapters share")
     parser.add_argument("--by-corpus", action="store_true")
     parser.add_argument("--measure", choices=("accuracy", "f1", "nll"), default="accuracy")
     parser.add_argument("--results", type=Path, default=CORE)
@@ -330,7 +336,10 @@ def main() -> None:
     lines = read_lines(arguments.results)
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
-        contestants = [Contestant(folder, changes) for folder in arguments.adapters or [SHIPPED]]
+        contestants = [
+            Contestant(folder, changes, arguments.precision, arguments.cache)
+            for folder in arguments.adapters or [SHIPPED]
+        ]
         for who in contestants:
             if any(
                 line["key"]["adapter"] == who.name and line["result"]["adapter_sha256"] != who.digest for line in lines
