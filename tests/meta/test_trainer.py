@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
-from textmeta.errors import AdapterError, DivergedError, SettingsError, TextMetaError, TrainingInterrupted
+from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient
@@ -333,9 +333,34 @@ def test_fixed_tensors_stay(tiny_model: str, corpus: Corpus, monkeypatch: pytest
     assert not {"temperature", "centre", "view_prior"} & stayed
 
 
-def test_fixed_names_must_be_known(tiny_model: str, corpus: Corpus) -> None:
-    with pytest.raises(SettingsError, match=r"'centres', but there are .*centre"):
-        train(tiny_model, corpus, fixed=("centres",))
+ALL_BUT_LORA = tuple(each.name for each in fields(Initialisation) if each.name != "lora")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"fixed": ("centres",)}, r"fixed names 'centres', but there are lora\., queries, .*, centre, .*"),
+        ({"fixed": ("",)}, r"fixed \(''\) leaves nothing to learn$"),
+        ({"fixed": ("lora.", *ALL_BUT_LORA)}, r"fixed \('lora\.', 'queries', .* leaves nothing to learn$"),
+        ({"fixed": ALL_BUT_LORA}, r"fixed \('queries', .* leaves nothing to learn while the run settles: .*settling=0"),
+    ],
+    ids=["unknown", "beginning of all", "all", "all that settles"],
+)
+def test_fixed_names_tensors_and_leaves_some(
+    settings: dict, named: str, tiny_model: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=named):
+        train(tiny_model, corpus, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lora_can_be_learned_alone_where_nothing_settles(tiny_model: str, corpus: Corpus) -> None:
+    alone = train(tiny_model, corpus, episodes=1, fixed=ALL_BUT_LORA, settling=0.0).initialisation.lora
+    assert all(value.any() for value in alone.values())
+
+
+def test_fixed_may_be_a_list_or_one_name() -> None:
+    assert MetaTrainer(fixed=["lora."]) == MetaTrainer(fixed="lora.") == MetaTrainer(fixed=("lora.",))  # type: ignore[arg-type]
 
 
 def test_training_starts_from_what_is_given(tiny_model: str, corpus: Corpus) -> None:
@@ -361,7 +386,7 @@ def test_training_starts_from_what_is_given(tiny_model: str, corpus: Corpus) -> 
 def test_a_start_that_does_not_fit_is_refused(
     given: dict[str, Tensor], named: str, tiny_model: str, corpus: Corpus
 ) -> None:
-    with pytest.raises(TextMetaError, match=named):
+    with pytest.raises(SettingsError, match=f"start does not fit: .*{named}"):
         train(tiny_model, corpus, start=given)
 
 

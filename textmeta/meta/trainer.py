@@ -21,7 +21,7 @@ from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted
+from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
@@ -35,6 +35,7 @@ __all__ = ["MetaTrainer"]
 
 CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
+SETTLED = (LORA, QUERIES)  # beginnings of what stays when a run settles
 MAX_GRADIENT_NORM = 1.0
 CALIBRATION_EPISODES = 400  # at most; else a tenth of those of training, but 50
 FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
@@ -98,6 +99,7 @@ class MetaTrainer:
         """Check the ranges."""
         if isinstance(self.encoder, str):
             object.__setattr__(self, "encoder", EncoderSettings(self.encoder))
+        object.__setattr__(self, "fixed", (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed))
         if self.algorithm not in ALGORITHMS:
             raise SettingsError(f"algorithm must be one of {sorted(ALGORITHMS)}, given {self.algorithm!r:.60}")
         positive = ("episodes", "tasks_per_step", "warmup", "validate_every", "validation_episodes", "checkpoint_every")
@@ -150,7 +152,8 @@ class MetaTrainer:
         Raises:
             TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
             DivergedError: if loss or gradient are not finite.
-            SettingsError: if ``output`` holds a run with other settings, or ``start`` does not fit.
+            SettingsError: if ``output`` holds a run with other settings, ``start`` does not fit, or ``fixed`` names no
+                tensor or leaves none to learn.
             DataError: if a corpus has too few classes or texts.
         """
         if output is None:
@@ -166,7 +169,10 @@ class MetaTrainer:
         begun = dict(start or {}) if not isinstance(start, Adapter) else start.initialisation.tensors()
         if isinstance(start, Adapter) and start.weights_sha256 != encoder.weights_sha256:
             raise SettingsError(f"the start was trained on other weights than those of {self.encoder.model}")
-        tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
+        try:
+            tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
+        except AdapterError as error:
+            raise SettingsError(f"the start does not fit: {error}") from error
         run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
         run.check_fixed()
         for corpus in tqdm(corpora, "frozen layers", unit="corpus", delay=5.0, disable=not accelerator.is_main_process):
@@ -219,12 +225,23 @@ class _Run:
     adapter: Adapter
     episodes: MixedEpisodes
 
+    @property
+    def learned(self) -> list[str]:
+        """Names of the tensors that are not fixed."""
+        return [name for name in self.adapter.initialisation.tensors() if not name.startswith(self.trainer.fixed)]
+
     def check_fixed(self) -> None:
-        """Check that the settings fix tensors that are there."""
-        names = self.adapter.initialisation.tensors()
-        for given in self.trainer.fixed:
+        """Check that the settings fix tensors that are there, and leave some to learn in every step."""
+        names, fixed = self.adapter.initialisation.tensors(), self.trainer.fixed
+        for given in fixed:
             if not any(name.startswith(given) for name in names):
-                raise SettingsError(f"fixed names {given!r}, but there are {', '.join(names)}")
+                shown = dict.fromkeys(LORA if name.startswith(LORA) else name for name in names)
+                raise SettingsError(f"fixed names {given!r}, but there are {', '.join(shown)}")
+        told = f"fixed ({', '.join(map(repr, fixed)):.200}) leaves nothing to learn"
+        if not self.learned:
+            raise SettingsError(told)
+        if self.trainer.settles_from < self.trainer.steps and all(name.startswith(SETTLED) for name in self.learned):
+            raise SettingsError(f"{told} while the run settles: with settling=0 it does not")
 
     def loop(
         self,
@@ -236,10 +253,9 @@ class _Run:
         """Take all steps; return what was learned: the last tensors, or those with the best validation accuracy."""
         trainer, main = self.trainer, self.accelerator.is_main_process
         parameters = {name: value.detach().clone().to(self.reader.encoder.device) for name, value in tensors.items()}
-        learned = [name for name in parameters if not name.startswith(trainer.fixed or ("\0",))]
-        for name in learned:
+        for name in self.learned:
             parameters[name].requires_grad_()
-        state = TrainingState(parameters, torch.optim.Adam(self._groups(parameters, learned)))
+        state = TrainingState(parameters, torch.optim.Adam(self._groups(parameters)))
         output.mkdir(parents=True, exist_ok=True)
         if (output / CHECKPOINT).exists():
             restore_state(state, output / CHECKPOINT, fingerprint)
@@ -252,7 +268,7 @@ class _Run:
             ) as progress,
         ):
             while state.step < trainer.steps:
-                row, stop = self._step(state, learned, stop_requested())
+                row, stop = self._step(state, stop_requested())
                 if validation and (state.step % trainer.validate_every == 0 or state.step == trainer.steps):
                     row["valid_accuracy"] = self._validate(state, validation)
                 record.write(row)
@@ -274,9 +290,9 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return {name: value.detach() for name, value in (state.best or state.parameters).items()}
 
-    def _groups(self, parameters: Mapping[str, Tensor], learned: Sequence[str]) -> list[dict[str, Any]]:
+    def _groups(self, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Return the optimiser's groups: LoRA, numbers and centres, each with its rate."""
-        trainer = self.trainer
+        trainer, learned = self.trainer, self.learned
         lora = [name for name in learned if name.startswith(LORA)]
         centres = [name for name in learned if name in CENTRES]
         numbers = [name for name in learned if name not in lora and name not in centres]
@@ -285,11 +301,11 @@ class _Run:
             {"params": [parameters[name] for name in part], "lr": rate, "base": rate} for part, rate in rates if part
         ]
 
-    def _step(self, state: TrainingState, learned: Sequence[str], stop: bool) -> tuple[dict[str, float], bool]:
+    def _step(self, state: TrainingState, stop: bool) -> tuple[dict[str, float], bool]:
         """Take one outer step, in place; return its row of the record, and whether any process was asked to stop."""
         trainer = self.trainer
         settling = state.step >= trainer.settles_from
-        own = [name for name in learned if not (settling and name.startswith((LORA, QUERIES)))]
+        own = [name for name in self.learned if not (settling and name.startswith(SETTLED))]
         first = state.step * trainer.tasks_per_step
         numbers = range(first, min(first + trainer.tasks_per_step, trainer.episodes))
         mine = [self.episodes[n] for n in numbers[self.accelerator.process_index :: self.accelerator.num_processes]]
