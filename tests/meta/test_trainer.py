@@ -18,14 +18,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from tests.conftest import WORDS
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.mixed_episodes import MixedEpisodes
+from textmeta.encoder import token_states
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
+from textmeta.meta import evaluation
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient
@@ -318,6 +321,21 @@ def test_where_the_frozen_states_are_kept_has_no_effect_on_the_bits(
     assert len(list(folder.iterdir())) == 1
     assert_same(written, in_memory)
     assert_same(read, in_memory)
+
+
+def test_there_is_one_bar_at_a_time(tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    class Watched(tqdm):
+        def __init__(self, *given, **how) -> None:
+            super().__init__(*given, **how)
+            if not self.disable:
+                shown.append((self.desc, self.pos))  # 0 where no other is open
+
+    for module in (trainer_module, token_states, evaluation):
+        monkeypatch.setattr(module, "tqdm", Watched)
+    train(tiny_model, corpus, episodes=1, valid=3)
+    assert shown == [("frozen layers", 0), ("maml", 0), ("calibration", 0)]
 
 
 # -------------------------------------------------------------------------------------------- what is learned

@@ -175,8 +175,8 @@ class MetaTrainer:
             raise SettingsError(f"the start does not fit: {error}") from error
         run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
         run.check_fixed()
-        for corpus in tqdm(corpora, "frozen layers", unit="corpus", delay=5.0, disable=not accelerator.is_main_process):
-            reader.cache(corpus.texts, cache)
+        main = accelerator.is_main_process
+        reader.cache(*(corpus.texts for corpus in corpora), folder=cache, progress=main)
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
@@ -187,7 +187,7 @@ class MetaTrainer:
         )
         outside = list(_with_outside(episodes, self.episodes))
         if outside:
-            bar = tqdm(outside, "calibration", unit="episode", disable=not accelerator.is_main_process)
+            bar = tqdm(outside, "calibration", unit="episode", disable=not main)
             adapter = replace(adapter, calibration=fit_calibration(TaskLearner(reader, adapter), bar))
         return adapter
 
