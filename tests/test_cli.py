@@ -51,9 +51,10 @@ def data(corpus: Corpus, tmp_path: Path) -> Path:
 def run(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Run ``textmeta train`` with few episodes; return the output folder."""
     monkeypatch.setattr(trainer, "CALIBRATION_EPISODES", 8)
+    monkeypatch.setattr(trainer, "VALIDATION_EPISODES", 2)
 
     def run_(output: Path, *arguments: Any) -> Path:
-        few = ["--episodes", "4", "--validation_episodes", "2", "--test_episodes", "2", "--test_shots", "[1]"]
+        few = ["--episodes", "4", "--test_episodes", "2", "--test_shots", "[1]"]
         encoder = ["--encoder.model", tiny_model, "--encoder.max_length", "32"]
         main(["train", "--output", str(output), *few, *encoder, *map(str, arguments)])
         return output

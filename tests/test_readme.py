@@ -43,6 +43,7 @@ def test_python_runs_from_top_to_bottom(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(trainer, "CALIBRATION_EPISODES", 2)
+    monkeypatch.setattr(trainer, "VALIDATION_EPISODES", 2)
     corpus, _ = load_bundled()
     with open("intents.csv", "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)

@@ -84,7 +84,7 @@ def _tests(corpora: Sequence[Corpus], shots: Sequence[int], seed: int) -> list[t
     found = []
     for number in shots if corpora else ():
         for names in (0.0, 1.0):
-            asked = EpisodeSettings(TEST_WAYS, number, TEST_QUERIES, at_most=True, label_names=names)
+            asked = EpisodeSettings(TEST_WAYS, number, TEST_QUERIES, label_names=names)
             name = f"{number} shot{'s' * (number != 1)}{', class names' * (names > 0)}"
             found.append((name, EpisodeSampler(corpora, asked, seed + 2)))
     return found

@@ -36,7 +36,11 @@ __all__ = ["MetaTrainer"]
 CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
 SETTLED = (LORA, QUERIES)  # beginnings of what stays when a run settles
+CENTRE_RATE = 1e-3
+WARMUP = 20  # steps over which the learning rates rise; then they fall to 0, linearly
 MAX_GRADIENT_NORM = 1.0
+VALIDATE_EVERY, CHECKPOINT_EVERY = 100, 50  # steps
+VALIDATION_EPISODES = 100  # the same each time
 CALIBRATION_EPISODES = 400  # at most; else a tenth of those of training, but 50
 FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
 
@@ -60,16 +64,11 @@ class MetaTrainer:
         tasks_per_step: episodes whose gradients are averaged in one step of Adam, over all processes.
         lora_rate: learning rate of LoRA's factors.
         number_rate: of numbers and pooling queries.
-        centre_rate: of the learned centres of texts and names.
-        warmup: steps over which the rates rise; then they fall to 0, linearly.
         settling: share of the episodes that settle.
         lora_share: what LoRA is multiplied by when settling begins.
         names: share of the episodes that come with names of their classes.
         unlabelled: share of the episodes that come with unlabelled texts.
         fixed: names of tensors, or beginnings of them, that are not learned.
-        validate_every: steps between validations, where there are corpora to validate on.
-        validation_episodes: episodes of a validation, the same each time.
-        checkpoint_every: steps between checkpoints.
         precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
         seed: of LoRA's start and of all episodes.
     """
@@ -82,16 +81,11 @@ class MetaTrainer:
     tasks_per_step: int = 2
     lora_rate: float = 5e-4
     number_rate: float = 0.02
-    centre_rate: float = 1e-3
-    warmup: int = 20
     settling: float = 0.1
     lora_share: float = 0.5
     names: float = 0.6
     unlabelled: float = 0.2
     fixed: tuple[str, ...] = ()
-    validate_every: int = 100
-    validation_episodes: int = 100
-    checkpoint_every: int = 50
     precision: str = "no"
     seed: int = 0
 
@@ -102,11 +96,10 @@ class MetaTrainer:
         object.__setattr__(self, "fixed", (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed))
         if self.algorithm not in ALGORITHMS:
             raise SettingsError(f"algorithm must be one of {sorted(ALGORITHMS)}, given {self.algorithm!r:.60}")
-        positive = ("episodes", "tasks_per_step", "warmup", "validate_every", "validation_episodes", "checkpoint_every")
-        for name in positive:
+        for name in ("episodes", "tasks_per_step"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, given {getattr(self, name)}")
-        for name in ("lora_rate", "number_rate", "centre_rate"):
+        for name in ("lora_rate", "number_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} must be positive, given {getattr(self, name)}")
         for name in ("settling", "lora_share", "names", "unlabelled"):
@@ -203,7 +196,6 @@ class MetaTrainer:
             "corpora": [corpus.summary for corpus in corpora],
             "valid": [corpus.summary for corpus in valid],
         }
-        del told["checkpoint_every"]  # when a run is saved does not change where it ends
         return json.loads(json.dumps(told))  # type: ignore[no-any-return]
 
 
@@ -269,7 +261,7 @@ class _Run:
         ):
             while state.step < trainer.steps:
                 row, stop = self._step(state, stop_requested())
-                if validation and (state.step % trainer.validate_every == 0 or state.step == trainer.steps):
+                if validation and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
                     row["valid_accuracy"] = self._validate(state, validation)
                 record.write(row)
                 shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
@@ -280,7 +272,7 @@ class _Run:
                 if self.accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
                     stop = stop or stop_requested()
                 stop = stop and state.step < trainer.steps
-                if main and (stop or state.step % trainer.checkpoint_every == 0 or state.step == trainer.steps):
+                if main and (stop or state.step % CHECKPOINT_EVERY == 0 or state.step == trainer.steps):
                     save_state(state, output / CHECKPOINT, fingerprint)
                 if stop:
                     raise TrainingInterrupted(
@@ -296,7 +288,7 @@ class _Run:
         lora = [name for name in learned if name.startswith(LORA)]
         centres = [name for name in learned if name in CENTRES]
         numbers = [name for name in learned if name not in lora and name not in centres]
-        rates = ((lora, trainer.lora_rate), (numbers, trainer.number_rate), (centres, trainer.centre_rate))
+        rates = ((lora, trainer.lora_rate), (numbers, trainer.number_rate), (centres, CENTRE_RATE))
         return [
             {"params": [parameters[name] for name in part], "lr": rate, "base": rate} for part, rate in rates if part
         ]
@@ -368,7 +360,7 @@ class _Run:
         """Return the share of the learning rates in a step: up, then linearly down to 0; and again for the settling."""
         border, steps = self.trainer.settles_from, self.trainer.steps
         start, end = (0, border) if step < border else (border, steps)
-        return min(1.0, (step - start + 1) / self.trainer.warmup) * (1 - (step - start) / (end - start))
+        return min(1.0, (step - start + 1) / WARMUP) * (1 - (step - start) / (end - start))
 
     def _validate(self, state: TrainingState, episodes: Sequence[Episode]) -> float:
         """Return validation accuracy, each process scoring its share; keep the tensors if they are the best yet."""
@@ -387,8 +379,8 @@ def _validation(trainer: MetaTrainer, valid: Sequence[Corpus]) -> list[Episode]:
     """Return the episodes of every validation: 5 ways (or all), 5 shots, 5 queries."""
     if not valid:
         return []
-    sampler = EpisodeSampler(valid, EpisodeSettings(5, 5, 5, at_most=True), trainer.seed)
-    return sampler.take(trainer.validation_episodes)
+    sampler = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), trainer.seed)
+    return sampler.take(VALIDATION_EPISODES)
 
 
 def _with_outside(episodes: MixedEpisodes, trained: int) -> Iterator[Episode]:
