@@ -30,7 +30,7 @@ class Cell:
 
     @cached_property
     def _sampler(self) -> EpisodeSampler:
-        return EpisodeSampler(self.corpus, EpisodeSettings(WAYS, self.shots, QUERIES, at_most=True), EPISODE_SEED)
+        return EpisodeSampler(self.corpus, EpisodeSettings(WAYS, self.shots, QUERIES), EPISODE_SEED)
 
     def episode(self, number: int) -> Episode:
         """Return episode ``number``: a pure function of corpus, classes, shots and number."""

@@ -34,7 +34,7 @@ def main() -> None:
     (parser := train_parser()).add_argument("--trials", type=int, default=20)
     settings = parsed(parser, sys.argv[1:])
     base, output = MetaTrainer(**{field.name: settings[field.name] for field in fields(MetaTrainer)}), settings.output
-    parts = load_parts(settings.corpora or [CorpusSettings(settings.data)])
+    parts = load_parts(settings.corpora or [CorpusSettings(settings.data)], settings.fold)
     output.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     named = {"study_name": "search", "storage": f"sqlite:///{output / 'study.db'}", "load_if_exists": True}

@@ -38,7 +38,7 @@ def test_configs_are_what_textmeta_train_takes(config: Path, monkeypatch: pytest
     assert settings.algorithm == "fomaml"
     (source,) = settings.corpora
     assert source.name == config.stem
-    split = read_class_split(source.splits, source.fold)
+    split = read_class_split(source.splits, settings.fold)
     assert min(len(split.train), len(split.valid), len(split.test)) >= 5
 
 

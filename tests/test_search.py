@@ -30,11 +30,11 @@ def test_a_search_goes_on_in_the_middle_of_a_trial(
     search, output, data = recipe("search"), tmp_path / "search", tmp_path / "toy.jsonl"
     rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
+    for name, value in {"CALIBRATION_EPISODES": 5, "WARMUP": 1, "VALIDATE_EVERY": 1, "VALIDATION_EPISODES": 4}.items():
+        monkeypatch.setattr(trainer_module, name, value)
 
     def run(*more: str) -> str:
         arguments = ["--data", str(data), "--output", str(output), "--encoder.model", tiny_model, "--episodes=6"]
-        arguments += ["--warmup=1", "--validate_every=1", "--validation_episodes=4", "--checkpoint_every=1"]
         monkeypatch.setattr(sys, "argv", ["search.py", *arguments, *more])
         search.main()
         return capsys.readouterr().out

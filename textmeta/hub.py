@@ -26,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from textmeta.errors import HubError, HubUnreachableError
 
 __all__ = [
+    "DEADLINE",
     "HubAccess",
     "RepoKind",
     "check_reachable",

@@ -68,14 +68,12 @@ def _corpora(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corp
     sources = list(settings.corpora)
     if settings.data is not None:
         of_config = sources[0] if len(sources) == 1 else CorpusSettings(settings.data)
-        sources = [CorpusSettings(settings.data, splits=of_config.splits, fold=of_config.fold)]
+        sources = [CorpusSettings(settings.data, splits=of_config.splits)]
     if not sources:
         raise SettingsError("nothing to train on: give --data FILE, or corpora in the config")
-    if settings.fold is not None:
-        sources = [replace(source, fold=settings.fold) for source in sources]
     if settings.valid or not settings.hold_out:
         return [load_corpus(source) for source in sources], [load_corpus(source) for source in settings.valid], []
-    parts = load_parts(sources)
+    parts = load_parts(sources, settings.fold)
     return parts["train"], parts["valid"], parts["test"]
 
 
@@ -84,7 +82,7 @@ def _tests(corpora: Sequence[Corpus], shots: Sequence[int], seed: int) -> list[t
     found = []
     for number in shots if corpora else ():
         for names in (0.0, 1.0):
-            asked = EpisodeSettings(TEST_WAYS, number, TEST_QUERIES, at_most=True, label_names=names)
+            asked = EpisodeSettings(TEST_WAYS, number, TEST_QUERIES, label_names=names)
             name = f"{number} shot{'s' * (number != 1)}{', class names' * (names > 0)}"
             found.append((name, EpisodeSampler(corpora, asked, seed + 2)))
     return found
@@ -120,7 +118,7 @@ def train_parser() -> ArgumentParser:
     run.add_argument("--output", type=Path, required=True, help="folder for checkpoint, record and adapter")
     run.add_argument("--corpora", type=list[CorpusSettings], default=[], help="what to train on")
     run.add_argument("--data", type=str | None, help="file with columns text and label, instead of the corpora")
-    run.add_argument("--fold", type=str | None, help="which of the class splits in the corpora's files")
+    run.add_argument("--fold", type=str | None, help="which class split, where the corpora's files have several")
     run.add_argument("--hold_out", type=bool, default=True, help="classes to choose and test by; false trains on all")
     run.add_argument("--valid", type=list[CorpusSettings], default=[], help="corpora to choose by; none is split then")
     run.add_argument("--start", type=str | None, help="adapter to start from, with its LoRA settings")

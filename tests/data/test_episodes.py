@@ -50,7 +50,7 @@ def test_episode_has_the_ways_shots_and_queries_asked_for() -> None:
 
 
 def test_episode_is_the_same_whatever_was_drawn_before() -> None:
-    settings = EpisodeSettings((2, 5), (1, 4), (1, 3), unbalanced=True)
+    settings = EpisodeSettings((2, 5), (1, 4), (1, 3))
     used = EpisodeSampler(numbered(), settings, seed=5)
     forward = [content(used[index]) for index in range(10)]
     assert [content(used[index]) for index in reversed(range(10))] == forward[::-1]
@@ -59,7 +59,7 @@ def test_episode_is_the_same_whatever_was_drawn_before() -> None:
 
 
 def digest() -> str:
-    settings = EpisodeSettings((2, 5), (1, 4), (1, 3), unbalanced=True)
+    settings = EpisodeSettings((2, 5), (1, 4), (1, 3))
     episodes = EpisodeSampler([numbered("a"), numbered("b")], settings, seed=7).take(20)
     return hashlib.sha256(repr([content(episode) for episode in episodes]).encode()).hexdigest()
 
@@ -79,8 +79,8 @@ def test_other_seeds_and_numbers_give_other_episodes() -> None:
 
 def test_episodes_never_change_with_the_code() -> None:
     """Results of benchmarks are paired with those recorded earlier, names and unlabelled texts or not."""
-    assert digest() == "9a5ae24700f8a62d3da645f614eea7655662cf1621450e6252cb5b2b204b4d53"
-    settings = EpisodeSettings((3, 8), (0, 3), (1, 3), at_most=True, label_names=1.0)
+    assert digest() == "fa524c5fc4bd6fbabd90f4243941bf5de152c660d8ab8edd578e78a0ea39080b"
+    settings = EpisodeSettings((3, 8), (0, 3), (1, 3), label_names=1.0)
     episodes = EpisodeSampler([numbered("a"), numbered("b")], settings, seed=3).take(20, start=5)
     drawn = repr([(content(episode), episode.label_names) for episode in episodes])
     expected = "6516bcf552ba96cca62d92570c5ff342ca6ac8d04197b28a37c3070471ebd1f5"
@@ -105,17 +105,13 @@ def test_ranges_cover_both_ends_and_nothing_beyond() -> None:
     assert {n for episode in episodes for n in np.bincount(episode.query_labels)} == {2, 3, 4, 5}
 
 
-def test_one_number_of_shots_for_all_classes_unless_unbalanced() -> None:
-    balanced = EpisodeSampler(numbered(), EpisodeSettings(4, (1, 5), 2), seed=0).take(30)
-    assert all(len(set(shots_of(episode))) == 1 for episode in balanced)
-    unbalanced = EpisodeSampler(numbered(), EpisodeSettings(4, (1, 5), 2, unbalanced=True), seed=0).take(30)
-    assert sum(len(set(shots_of(episode))) > 1 for episode in unbalanced) > 20
-    assert {shots for episode in unbalanced for shots in shots_of(episode)} == {1, 2, 3, 4, 5}
-    assert all(np.bincount(episode.query_labels).tolist() == [2] * 4 for episode in unbalanced)
+def test_one_number_of_shots_for_all_classes() -> None:
+    episodes = EpisodeSampler(numbered(), EpisodeSettings(4, (1, 5), 2), seed=0).take(30)
+    assert all(len(set(shots_of(episode))) == 1 for episode in episodes)
 
 
-def test_at_most_uses_all_classes_where_there_are_fewer() -> None:
-    episodes = EpisodeSampler(numbered(classes=3), EpisodeSettings(5, 2, 2, at_most=True), seed=0).take(5)
+def test_all_classes_where_there_are_fewer_than_ways() -> None:
+    episodes = EpisodeSampler(numbered(classes=3), EpisodeSettings(5, 2, 2), seed=0).take(5)
     assert all(sorted(episode.class_names) == ["numbered 0", "numbered 1", "numbered 2"] for episode in episodes)
 
 
@@ -154,12 +150,8 @@ def test_queries_are_shuffled() -> None:
 
 
 def test_corpora_that_are_too_small_are_errors() -> None:
-    with pytest.raises(DataError, match=r"'numbered' has 3 classes, but 5 ways.*at_most"):
-        EpisodeSampler(numbered(classes=3), EpisodeSettings((2, 5), 2, 2), seed=0)
-    with pytest.raises(DataError, match="has 1 classes, but 2 ways"):
-        EpisodeSampler(numbered(classes=1), EpisodeSettings(5, 2, 2, at_most=True), seed=0)
-    with pytest.raises(DataError, match="'small' has 2 classes"):
-        EpisodeSampler([numbered(), numbered("small", classes=2)], EpisodeSettings(3, 2, 2), seed=0)
+    with pytest.raises(DataError, match="'small' has 1 classes, expected at least 2"):
+        EpisodeSampler([numbered(), numbered("small", classes=1)], EpisodeSettings(3, 2, 2), seed=0)
     short = Corpus.from_pairs("short", list("abcdefg"), ["x", "x", "x", "x", "y", "y", "y"])
     with pytest.raises(DataError, match="'short', class 'y' has 3 rows, but 2 shots and 2 queries need 4"):
         EpisodeSampler(short, EpisodeSettings(2, (1, 2), 2), seed=0)
@@ -272,7 +264,7 @@ def test_unlabelled_texts_that_cannot_be_drawn_are_errors() -> None:
 
 
 def test_a_class_may_have_a_name_and_no_examples() -> None:
-    settings = EpisodeSettings(4, (0, 2), 2, unbalanced=True, label_names=1.0)
+    settings = EpisodeSettings(4, (0, 2), 2, label_names=1.0)
     episodes = EpisodeSampler(numbered(), settings, seed=0).take(30)
     counts = [np.bincount(episode.support_labels, minlength=4) for episode in episodes]
     assert {int(shots) for part in counts for shots in part} == {0, 1, 2}

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from tests.hub.server import TOKEN, HubServer
+from tests.hub.server import TOKEN, Fault, HubServer
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.data.splits import load_parts
 from textmeta.errors import DataError, SettingsError
@@ -284,6 +285,23 @@ def test_offline_the_cache_serves(hub: HubServer, intents: str, monkeypatch: pyt
     assert offline.sha256 == online.sha256
     assert "commit" not in offline.source, "nobody could be asked"
     assert len(hub.requests) == seen
+
+
+@pytest.mark.parametrize("rows", [None, 1], ids=["whole", "streamed"])
+def test_hub_that_never_answers_is_not_waited_for(
+    hub: HubServer, intents: str, monkeypatch: pytest.MonkeyPatch, rows: int | None
+) -> None:
+    online = load_corpus(CorpusSettings("lab/intents"))
+    monkeypatch.setattr("textmeta.data.sources.DEADLINE", 0.2)
+    hub.faults.append(Fault("silence", path=".", times=10**6))
+    began, seen = time.monotonic(), len(hub.requests)
+    assert load_corpus(CorpusSettings("lab/intents", rows=rows)).texts[0] == online.texts[0], "the cache serves"
+    refused(
+        r"cannot be reached \(ReadTimeout.*'lab/plain' \(revision main\) is not in the cache", dataset="lab/plain",
+        rows=rows,
+    )  # fmt: skip
+    assert len(hub.requests) == seen + 2, "each asked once"
+    assert time.monotonic() - began < 5
 
 
 def refused(message: str, **settings: object) -> None:

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from textmeta.data.splits import PARTS, ClassSplit, draw_class_split, read_class_split
+from textmeta.data.corpus import CorpusSettings
+from textmeta.data.splits import PARTS, ClassSplit, draw_class_split, load_parts, read_class_split
 from textmeta.errors import DataError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "splits").glob("*.json"))
@@ -26,6 +27,16 @@ def test_fold_of_a_file_with_folds(tmp_path: Path) -> None:
     path = write(tmp_path, {"01": FLAT, "02": other})
     assert read_class_split(path, "01") == ClassSplit(("a", "b"), ("c",), ("d",))
     assert read_class_split(path, "02") == ClassSplit(("d",), ("a",), ("b", "c"))
+
+
+def test_corpora_are_split_by_a_fold_of_their_files(tmp_path: Path) -> None:
+    (tmp_path / "corpus.csv").write_text("text,label\n" + "".join(f"{name} text,{name}\n" for name in "abcd"))
+    path = write(tmp_path, {"01": FLAT, "02": {"train": ["d"], "valid": ["a"], "test": ["b", "c"]}})
+    parts = load_parts([CorpusSettings(str(tmp_path / "corpus.csv"), splits=str(path))], "02")
+    assert {part: corpus.class_names for part, (corpus,) in parts.items()} == {
+        "train": ("d",), "valid": ("a",), "test": ("b", "c"),
+    }  # fmt: skip
+    assert parts["train"][0].source["fold"] == "02"
 
 
 @pytest.mark.parametrize("fold", ["03", None])

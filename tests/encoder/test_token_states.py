@@ -112,7 +112,7 @@ def test_cache_keeps_half_precision(
 ) -> None:
     fresh, one, two = (TokenStateReader(encoder, layers) for _ in range(3))
     one.cache(TEXTS)
-    two.cache([*reversed(TEXTS), *TEXTS], tmp_path)
+    two.cache([*reversed(TEXTS), *TEXTS], folder=tmp_path)
     (file,) = tmp_path.iterdir()
     kept = load_file(file)["states"]
     number = {(0, 1, 2, 3, 4): 3, (1, 4): 2, (0, 1): 2, (2,): 1}[tuple(layers)]  # what enters layer 3 is of layer 2
@@ -141,15 +141,15 @@ def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: pytest
 
 def test_cache_in_a_folder_serves_other_runs(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, three = (TokenStateReader(encoder, layers) for layers in ([1, 4], [1, 4], [0, 4]))
-    one.cache(TEXTS, tmp_path)
+    one.cache(TEXTS, folder=tmp_path)
     found = one.read(TEXTS, moved_factors(encoder)).unpadded()
     assert len(list(tmp_path.iterdir())) == 1
     with monkeypatch.context() as patch:
         patch.setattr(encoder, "_prefix", None)  # not called by the second
-        two.cache([*reversed(TEXTS), *TEXTS], tmp_path)
+        two.cache([*reversed(TEXTS), *TEXTS], folder=tmp_path)
         assert all(map(torch.equal, found, two.read(TEXTS, moved_factors(encoder)).unpadded()))
-    three.cache(TEXTS, tmp_path)  # of other layers
-    two.cache(TEXTS[1:], tmp_path)  # of other texts
+    three.cache(TEXTS, folder=tmp_path)  # of other layers
+    two.cache(TEXTS, TEXTS[1:], folder=tmp_path)  # of other texts, too
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +18,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from tests.conftest import WORDS
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.mixed_episodes import MixedEpisodes
+from textmeta.encoder import token_states
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
-from textmeta.errors import AdapterError, DivergedError, SettingsError, TextMetaError, TrainingInterrupted
+from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
+from textmeta.meta import evaluation
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient
@@ -37,9 +40,13 @@ from textmeta.meta.trainer import CHECKPOINT, RECORD, MetaTrainer
 LEARNER = LearnerSettings((2, 4), steps=2)
 
 
+SHORT = {"CALIBRATION_EPISODES": 2, "WARMUP": 2, "CHECKPOINT_EVERY": 2}
+
+
 @pytest.fixture(autouse=True)
-def few_calibration_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 2)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SHORT.items():
+        monkeypatch.setattr(trainer_module, name, value)
 
 
 def trainer_of(tiny_model: str, **settings) -> MetaTrainer:
@@ -50,9 +57,7 @@ def trainer_of(tiny_model: str, **settings) -> MetaTrainer:
         "learner": LEARNER,
         "episodes": 6,
         "tasks_per_step": 1,
-        "warmup": 2,
         "settling": 1 / 3,
-        "checkpoint_every": 2,
         **settings,
     }
     return MetaTrainer(**given)
@@ -177,8 +182,12 @@ def test_every_algorithm_trains_and_ends_in_the_same_bits_wherever_it_is_stopped
     assert (tmp_path / "parts" / RECORD).read_text() == (tmp_path / "whole" / RECORD).read_text()
 
 
-def test_the_record_has_a_row_a_step(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    train(tiny_model, corpus, tmp_path, valid=3, episodes=9, tasks_per_step=2, validate_every=2, validation_episodes=1)
+def test_the_record_has_a_row_a_step(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "VALIDATE_EVERY", 2)
+    monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 1)
+    train(tiny_model, corpus, tmp_path, valid=3, episodes=9, tasks_per_step=2)
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]  # the last is of one episode
     assert all(row["loss"] > 0 and 0 <= row["accuracy"] <= 1 and row["gradient_norm"] > 0 for row in rows)
@@ -220,7 +229,7 @@ def test_a_signal_stops_after_the_step_and_saves(
     handler = signal.getsignal(number)
     on_each_step(monkeypatch, "maml", lambda begun, _: os.kill(os.getpid(), number) if begun == 2 else None)
     with pytest.raises(TrainingInterrupted, match=r"after step 3 of 6.*goes on"):
-        train(tiny_model, corpus, tmp_path, checkpoint_every=100)
+        train(tiny_model, corpus, tmp_path)
     assert signal.getsignal(number) == handler
     assert len(rows_of(tmp_path)) == 3
     with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
@@ -235,7 +244,7 @@ def test_a_killed_process_can_go_on(tiny_model: str, corpus: Corpus, tmp_path: P
         import tests.conftest  # as many threads as here: their number changes the last bits
         from tests.meta import test_trainer
         from textmeta.data.corpus import Corpus
-        test_trainer.trainer_module.CALIBRATION_EPISODES = 2
+        vars(test_trainer.trainer_module).update(test_trainer.SHORT)
         texts, labels = Path(sys.argv[2]).read_text().split("\\n\\n")
         corpus = Corpus.from_pairs("toy", texts.split("\\n"), labels.split("\\n"))
         test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), episodes=12)
@@ -305,7 +314,7 @@ def test_a_damaged_checkpoint_is_named(
 
 
 def test_the_checkpoint_is_plain_tensors(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    train(tiny_model, corpus, tmp_path, valid=3, episodes=1, validation_episodes=1)
+    train(tiny_model, corpus, tmp_path, valid=3, episodes=1)
     assert {name.partition("/")[0] for name in load_file(tmp_path / CHECKPOINT)} == {"parameters", "best", "optimiser"}
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, RECORD]
 
@@ -318,6 +327,21 @@ def test_where_the_frozen_states_are_kept_has_no_effect_on_the_bits(
     assert len(list(folder.iterdir())) == 1
     assert_same(written, in_memory)
     assert_same(read, in_memory)
+
+
+def test_there_is_one_bar_at_a_time(tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    class Watched(tqdm):
+        def __init__(self, *given, **how) -> None:
+            super().__init__(*given, **how)
+            if not self.disable:
+                shown.append((self.desc, self.pos))  # 0 where no other is open
+
+    for module in (trainer_module, token_states, evaluation):
+        monkeypatch.setattr(module, "tqdm", Watched)
+    train(tiny_model, corpus, episodes=1, valid=3)
+    assert shown == [("frozen layers", 0), ("maml", 0), ("calibration", 0)]
 
 
 # -------------------------------------------------------------------------------------------- what is learned
@@ -333,9 +357,34 @@ def test_fixed_tensors_stay(tiny_model: str, corpus: Corpus, monkeypatch: pytest
     assert not {"temperature", "centre", "view_prior"} & stayed
 
 
-def test_fixed_names_must_be_known(tiny_model: str, corpus: Corpus) -> None:
-    with pytest.raises(SettingsError, match=r"'centres', but there are .*centre"):
-        train(tiny_model, corpus, fixed=("centres",))
+ALL_BUT_LORA = tuple(each.name for each in fields(Initialisation) if each.name != "lora")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"fixed": ("centres",)}, r"fixed names 'centres', but there are lora\., queries, .*, centre, .*"),
+        ({"fixed": ("",)}, r"fixed \(''\) leaves nothing to learn$"),
+        ({"fixed": ("lora.", *ALL_BUT_LORA)}, r"fixed \('lora\.', 'queries', .* leaves nothing to learn$"),
+        ({"fixed": ALL_BUT_LORA}, r"fixed \('queries', .* leaves nothing to learn while the run settles: .*settling=0"),
+    ],
+    ids=["unknown", "beginning of all", "all", "all that settles"],
+)
+def test_fixed_names_tensors_and_leaves_some(
+    settings: dict, named: str, tiny_model: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=named):
+        train(tiny_model, corpus, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lora_can_be_learned_alone_where_nothing_settles(tiny_model: str, corpus: Corpus) -> None:
+    alone = train(tiny_model, corpus, episodes=1, fixed=ALL_BUT_LORA, settling=0.0).initialisation.lora
+    assert all(value.any() for value in alone.values())
+
+
+def test_fixed_may_be_a_list_or_one_name() -> None:
+    assert MetaTrainer(fixed=["lora."]) == MetaTrainer(fixed="lora.") == MetaTrainer(fixed=("lora.",))  # type: ignore[arg-type]
 
 
 def test_training_starts_from_what_is_given(tiny_model: str, corpus: Corpus) -> None:
@@ -361,7 +410,7 @@ def test_training_starts_from_what_is_given(tiny_model: str, corpus: Corpus) -> 
 def test_a_start_that_does_not_fit_is_refused(
     given: dict[str, Tensor], named: str, tiny_model: str, corpus: Corpus
 ) -> None:
-    with pytest.raises(TextMetaError, match=named):
+    with pytest.raises(SettingsError, match=f"start does not fit: .*{named}"):
         train(tiny_model, corpus, start=given)
 
 
@@ -406,14 +455,16 @@ def test_the_best_validated_tensors_are_the_result(
         return SimpleNamespace(accuracy=np.full(3, next(accuracies)))
 
     monkeypatch.setattr(trainer_module, "score_episodes", scores)
-    found = train(tiny_model, corpus, tmp_path, valid=3, validate_every=2, validation_episodes=3)
+    monkeypatch.setattr(trainer_module, "VALIDATE_EVERY", 2)
+    monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 3)
+    found = train(tiny_model, corpus, tmp_path, valid=3)
     accuracy = [row["valid_accuracy"] for row in rows_of(tmp_path) if "valid_accuracy" in row]
     assert accuracy == pytest.approx([0.5, 0.9, 0.7])
     tensors = found.initialisation.tensors()
     assert all(torch.equal(tensors[name], value) for name, value in seen[1].items())
     assert not torch.equal(tensors["temperature"], seen[2]["temperature"])
     # a run that is over still knows its best
-    assert_same(train(tiny_model, corpus, tmp_path, valid=3, validate_every=2, validation_episodes=3), found)
+    assert_same(train(tiny_model, corpus, tmp_path, valid=3), found)
 
 
 def noisy_corpus() -> Corpus:
@@ -433,9 +484,7 @@ def test_a_trained_adapter_beats_frozen_prototypes_and_its_own_start(tiny_model:
     corpus = noisy_corpus()
     seen, held_out = corpus.restrict(corpus.class_names[:16]), corpus.restrict(corpus.class_names[16:])
     settings = LearnerSettings((0, 2, 4), steps=2)
-    adapter = trainer_of(tiny_model, learner=settings, episodes=50, tasks_per_step=2, warmup=5, number_rate=0.1).train(
-        [seen]
-    )
+    adapter = trainer_of(tiny_model, learner=settings, episodes=50, tasks_per_step=2, number_rate=0.1).train([seen])
     episodes = EpisodeSampler(held_out, EpisodeSettings(5, 3, 5), seed=1).take(60)
     reader = adapter.load_reader()
     start = Initialisation.start(reader.encoder.factor_shapes, reader.encoder.hidden_size, adapter.learner, seed=0)
@@ -456,9 +505,12 @@ def test_bfloat16_trains_as_float32_does(tiny_model: str, corpus: Corpus, tmp_pa
 # -------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_diverging_run_stops_and_says_where(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_a_diverging_run_stops_and_says_where(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "CHECKPOINT_EVERY", 1)
     with pytest.raises(DivergedError, match=r"step 2, on \['toy', 'toy'\]"):
-        train(tiny_model, corpus, tmp_path, number_rate=1e30, checkpoint_every=1, episodes=6, tasks_per_step=2)
+        train(tiny_model, corpus, tmp_path, number_rate=1e30, episodes=6, tasks_per_step=2)
     assert len(rows_of(tmp_path)) == 1
     assert all(value.isfinite().all() for value in load_file(tmp_path / CHECKPOINT).values())
 
@@ -477,13 +529,8 @@ def test_what_is_not_finite_stops_training(name: str, tiny_model: str, corpus: C
         {"algorithm": "mamal"},
         {"episodes": 0},
         {"tasks_per_step": 0},
-        {"warmup": 0},
-        {"validate_every": 0},
-        {"validation_episodes": 0},
-        {"checkpoint_every": 0},
         {"lora_rate": 0.0},
         {"number_rate": float("inf")},
-        {"centre_rate": -1.0},
         {"settling": 1.5},
         {"lora_share": -0.1},
         {"names": 2.0},

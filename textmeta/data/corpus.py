@@ -40,7 +40,6 @@ class CorpusSettings:
         name: what records and tables call it; by default the id or the file's name.
         license: of the texts, for model cards; by default what the Hub says of a dataset.
         splits: JSON file with its class split; without one, the split is drawn.
-        fold: which of the splits in that file.
     """
 
     dataset: str
@@ -53,7 +52,6 @@ class CorpusSettings:
     name: str | None = None
     license: str | None = None
     splits: str | None = None
-    fold: str | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -23,11 +23,9 @@ class EpisodeSettings:
     """What episodes look like. A pair is a range: each episode draws its own number from it, both ends included.
 
     Args:
-        ways: classes in an episode.
+        ways: classes in an episode; of a corpus with fewer, all.
         shots: support examples of a class.
         queries: query examples of a class.
-        unbalanced: every class draws its own number of shots from the range, instead of one for all.
-        at_most: where a corpus has fewer classes than ways, use all of them instead of raising an error.
         label_names: share of the episodes whose support sets come with the names of their classes. At 1, shots may
             start from 0.
     """
@@ -35,8 +33,6 @@ class EpisodeSettings:
     ways: int | tuple[int, int] = 5
     shots: int | tuple[int, int] = 5
     queries: int | tuple[int, int] = 5
-    unbalanced: bool = False
-    at_most: bool = False
     label_names: float = 0.0
 
     def __post_init__(self) -> None:
@@ -105,8 +101,8 @@ class EpisodeSampler:
         seed: of all draws.
 
     Raises:
-        DataError: if a corpus has fewer classes than ways (unless ``at_most``), or a class has fewer rows than the
-            largest number of shots and queries.
+        DataError: if a corpus has fewer than two classes, or a class has fewer rows than the largest number of shots
+            and queries.
     """
 
     def __init__(self, corpora: Corpus | Sequence[Corpus], settings: EpisodeSettings, seed: int) -> None:
@@ -130,15 +126,13 @@ class EpisodeSampler:
         ways = min(_draw(rng, settings.ways), len(corpus.class_names))
         classes = rng.choice(len(corpus.class_names), size=ways, replace=False)
         queries = _draw(rng, settings.queries)
-        shots = [_draw(rng, settings.shots)] * ways
-        if settings.unbalanced:
-            shots = [_draw(rng, settings.shots) for _ in classes]
+        shots = _draw(rng, settings.shots)
 
         support_rows, query_rows = [], []
-        for class_index, n_shots in zip(classes, shots, strict=True):
-            rows = rng.choice(corpus.rows_of(class_index), size=n_shots + queries, replace=False)
-            support_rows.append(rows[:n_shots])
-            query_rows.append(rows[n_shots:])
+        for class_index in classes:
+            rows = rng.choice(corpus.rows_of(class_index), size=shots + queries, replace=False)
+            support_rows.append(rows[:shots])
+            query_rows.append(rows[shots:])
         support_labels = np.repeat(np.arange(ways), shots)
         query_labels = np.repeat(np.arange(ways), queries)
         order = rng.permutation(len(query_labels))
@@ -165,13 +159,8 @@ def _draw(rng: np.random.Generator, number: int | Sequence[int]) -> int:
 
 
 def _check_sizes(corpus: Corpus, settings: EpisodeSettings) -> None:
-    ways, n_classes = bounds(settings.ways)[1], len(corpus.class_names)
-    least = 2 if settings.at_most else ways
-    if n_classes < least:
-        raise DataError(
-            f"corpus {corpus.name!r} has {n_classes} classes, but {least if settings.at_most else ways} ways need as "
-            "many" + ("" if settings.at_most else "; set at_most to use all classes where there are fewer")
-        )
+    if len(corpus.class_names) < 2:
+        raise DataError(f"corpus {corpus.name!r} has {len(corpus.class_names)} classes, expected at least 2")
     needed = bounds(settings.shots)[1] + bounds(settings.queries)[1]
     for index, name in enumerate(corpus.class_names):
         rows = len(corpus.rows_of(index))

@@ -4,7 +4,7 @@ import itertools
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from textmeta.data.corpus import FILE_BUILDERS, CorpusSettings
 from textmeta.errors import DataError, HubError, HubUnreachableError
-from textmeta.hub import clear_hub_errors
+from textmeta.hub import DEADLINE, clear_hub_errors
 
 __all__ = ["read_file", "read_hub"]
 
@@ -57,7 +57,9 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
 
 
 def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Read a split of a dataset at the commit that its revision is now; offline, what `datasets` has in its cache.
+    """Read a split of a dataset at the commit that its revision is now.
+
+    Of a Hub that does not answer within ten seconds, what `datasets` has in its cache.
 
     Returns:
         The rows; and ``commit``, and ``license`` where the dataset's card has one.
@@ -75,30 +77,33 @@ def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]
     if settings.rows is not None and "[" in split:
         raise DataError(f"corpus {dataset!r}: with rows, a split must be a whole one, given {split!r}")
     where = f"dataset {dataset!r} (config {config}, split {split!r}, revision {settings.revision or 'main'})"
+    found, silence = {}, None
     try:
         found = _look_up(dataset, settings.revision)
-        options = {"revision": found.get("commit", settings.revision)}
-        if settings.rows is None:
-            return datasets.load_dataset(dataset, config, split=split, **options), found
-        columns = (settings.text_column, settings.label_column)
-        parts = [_streamed(dataset, config, part.strip(), options, columns, settings.rows) for part in split.split("+")]
-        return datasets.concatenate_datasets(parts), found
+    except HubUnreachableError as error:
+        logger.info("the Hub cannot be reached: looking for %s in the cache of `datasets`", dataset)
+        silence = error
+    except HubError as error:
+        raise DataError(f"{error}{FOR_A_FILE}") from error
+    try:
+        with nullcontext() if silence is None else _offline():
+            options = {"revision": found.get("commit", settings.revision)}
+            if settings.rows is None:
+                return datasets.load_dataset(dataset, config, split=split, **options), found
+            columns, splits = (settings.text_column, settings.label_column), map(str.strip, split.split("+"))
+            parts = [_streamed(dataset, config, part, options, columns, settings.rows) for part in splits]
+            return datasets.concatenate_datasets(parts), found
     except DataError:
         raise
     except Exception as error:  # as above
-        raise DataError(f"cannot load {where} from the Hub: {_root_cause(error)}{_advice(error, dataset)}") from error
+        told = f"cannot load {where} from the Hub" if silence is None else silence
+        raise DataError(f"{told}: {_root_cause(error)}{_advice(error, dataset)}") from error
 
 
 def _look_up(dataset: str, revision: str | None) -> dict[str, Any]:
-    """Return commit and licence; nothing where the Hub cannot be reached, and the cache may yet have the dataset."""
-    try:
-        with clear_hub_errors(dataset, revision, kind="dataset"):
-            info = HfApi().dataset_info(dataset, revision=revision, timeout=10)
-    except HubUnreachableError:
-        logger.info("the Hub cannot be reached: looking for %s in the cache of `datasets`", dataset)
-        return {}
-    except HubError as error:
-        raise DataError(f"{error}{FOR_A_FILE}") from error
+    """Return commit and licence."""
+    with clear_hub_errors(dataset, revision, kind="dataset"):
+        info = HfApi().dataset_info(dataset, revision=revision, timeout=DEADLINE)
     card = info.card_data.to_dict() if info.card_data else {}  # type: ignore[no-untyped-call]
     license_ = card.get("license_name") if card.get("license") == "other" else card.get("license")
     names = [str(name) for name in (license_ if isinstance(license_, list) else [license_]) if name is not None]
@@ -140,6 +145,17 @@ def _advice(error: BaseException, dataset: str) -> str:
     if "gated dataset" in str(error):  # everybody may look a gated one up, so that this comes late
         return f" Ask for access at {constants.ENDPOINT}/datasets/{dataset}, then log in with `hf auth login`"
     return FOR_A_FILE if isinstance(error, datasets.exceptions.DatasetNotFoundError | ConnectionError) else ""
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let `datasets` use its cache alone: it would wait without a limit for a Hub that is silent."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextmanager

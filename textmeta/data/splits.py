@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +38,12 @@ class ClassSplit:
                 seen[name] = part
 
 
-def load_parts(sources: Iterable[CorpusSettings]) -> dict[str, list[Corpus]]:
+def load_parts(sources: Iterable[CorpusSettings], fold: str | None = None) -> dict[str, list[Corpus]]:
     """Load corpora and split each by class: from its file of splits, or drawn.
+
+    Args:
+        sources: of the corpora.
+        fold: which of the splits in their files, where these have several.
 
     Returns:
         ``{"train": [...], "valid": [...], "test": [...]}``, each with one corpus a source.
@@ -48,7 +52,8 @@ def load_parts(sources: Iterable[CorpusSettings]) -> dict[str, list[Corpus]]:
     for source in sources:
         corpus = load_corpus(source)
         if source.splits is not None:
-            split = read_class_split(source.splits, source.fold)
+            split = read_class_split(source.splits, fold)
+            corpus = replace(corpus, source={**corpus.source, **({"fold": fold} if fold else {})})
         else:
             split = draw_class_split(corpus.class_names)
         for part, corpora in parts.items():

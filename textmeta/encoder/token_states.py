@@ -132,47 +132,56 @@ class TokenStateReader:
             self._lower = (*below, frozen) if self._adapted else self.layers
         self._kept: dict[str, Tensor] = {}  # text -> (len(self._lower), length, d)
 
-    def cache(self, texts: Sequence[str], folder: Path | None = None) -> None:
+    def cache(self, *groups: Sequence[str], folder: Path | None = None, progress: bool = True) -> None:
         """Keep what the frozen layers make of texts, in half precision, for every later :meth:`read` of them.
 
-        Their bits depend on the set of these texts alone, so that a resumed run has the same. Of a model that cannot be
-        split nothing is kept.
+        Their bits depend on the set of the texts of a group alone, so that a resumed run has the same. Of a model that
+        cannot be split nothing is kept.
 
         Args:
-            texts: to be kept.
-            folder: where they are kept as a file, for other runs with this encoder, these layers and this length.
+            groups: of texts to be kept.
+            folder: where each group is kept as a file, for other runs with this encoder, these layers and this length.
+            progress: whether a bar is shown if it takes long.
         """
-        distinct = sorted(set(texts))
-        if self.encoder.frozen_layers is None or not distinct:
+        if self.encoder.frozen_layers is None:
             return
+        distinct = [sorted(set(texts)) for texts in groups if texts]
+        total = sum(map(len, distinct))
+        with tqdm(
+            total=total, desc="frozen layers", unit="text", leave=False, delay=BAR_AFTER, disable=not progress
+        ) as bar:
+            for texts in distinct:
+                self._kept.update(zip(texts, self._frozen_states(texts, folder, bar), strict=True))
+
+    def _frozen_states(self, texts: Sequence[str], folder: Path | None, bar: tqdm) -> list[Tensor]:
+        """Return the states (lower, length, d) of each text, by way of a file if there is a folder for it."""
         if folder is None:
-            states = self._frozen_states(distinct)
+            return self._make_frozen_states(texts, bar)
+        path = folder / f"{self._digest(texts)}.safetensors"
+        if path.exists():
+            bar.update(len(texts))
         else:
-            path = folder / f"{self._digest(distinct)}.safetensors"
-            if not path.exists():
-                states = self._frozen_states(distinct)
-                folder.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                lengths = torch.tensor([state.shape[1] for state in states])
-                save_file({"states": torch.cat(states, 1).contiguous(), "lengths": lengths}, temporary)
-                os.replace(temporary, path)
-            stored = load_file(path)  # mapped into memory, read when it is used
-            states = list(torch.split(stored["states"], stored["lengths"].tolist(), 1))
-        self._kept.update(zip(distinct, states, strict=True))
+            states = self._make_frozen_states(texts, bar)
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            lengths = torch.tensor([state.shape[1] for state in states])
+            save_file({"states": torch.cat(states, 1).contiguous(), "lengths": lengths}, temporary)
+            os.replace(temporary, path)
+        stored = load_file(path)  # mapped into memory, read when it is used
+        return list(torch.split(stored["states"], stored["lengths"].tolist(), 1))
 
     @torch.no_grad()
-    def _frozen_states(self, texts: Sequence[str]) -> list[Tensor]:
+    def _make_frozen_states(self, texts: Sequence[str], bar: tqdm) -> list[Tensor]:
         """Return the states (lower, length, d) of each text, in half precision but for an encoder in float64."""
         found: list[Tensor | None] = [None] * len(texts)
         ids = self._tokenise(texts)
-        with tqdm(total=len(texts), desc="frozen layers", leave=False, delay=BAR_AFTER) as bar:
-            for numbers in length_buckets([len(row) for row in ids], self.encoder.overhead):
-                states, mask = self._run_lower([ids[number] for number in numbers])
-                if states.dtype != torch.float64:
-                    states = states.clamp(-65504, 65504).half()  # an outlier must not become infinite
-                for number, state, length in zip(numbers, states, mask.sum(1).tolist(), strict=True):
-                    found[number] = state[:, :length].clone()  # a view would keep the whole batch
-                bar.update(len(numbers))
+        for numbers in length_buckets([len(row) for row in ids], self.encoder.overhead):
+            states, mask = self._run_lower([ids[number] for number in numbers])
+            if states.dtype != torch.float64:
+                states = states.clamp(-65504, 65504).half()  # an outlier must not become infinite
+            for number, state, length in zip(numbers, states, mask.sum(1).tolist(), strict=True):
+                found[number] = state[:, :length].clone()  # a view would keep the whole batch
+            bar.update(len(numbers))
         return found  # type: ignore[return-value]
 
     def _digest(self, texts: Sequence[str]) -> str:

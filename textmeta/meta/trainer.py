@@ -21,7 +21,7 @@ from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted
+from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
@@ -35,7 +35,12 @@ __all__ = ["MetaTrainer"]
 
 CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
+SETTLED = (LORA, QUERIES)  # beginnings of what stays when a run settles
+CENTRE_RATE = 1e-3
+WARMUP = 20  # steps over which the learning rates rise; then they fall to 0, linearly
 MAX_GRADIENT_NORM = 1.0
+VALIDATE_EVERY, CHECKPOINT_EVERY = 100, 50  # steps
+VALIDATION_EPISODES = 100  # the same each time
 CALIBRATION_EPISODES = 400  # at most; else a tenth of those of training, but 50
 FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
 
@@ -59,16 +64,11 @@ class MetaTrainer:
         tasks_per_step: episodes whose gradients are averaged in one step of Adam, over all processes.
         lora_rate: learning rate of LoRA's factors.
         number_rate: of numbers and pooling queries.
-        centre_rate: of the learned centres of texts and names.
-        warmup: steps over which the rates rise; then they fall to 0, linearly.
         settling: share of the episodes that settle.
         lora_share: what LoRA is multiplied by when settling begins.
         names: share of the episodes that come with names of their classes.
         unlabelled: share of the episodes that come with unlabelled texts.
         fixed: names of tensors, or beginnings of them, that are not learned.
-        validate_every: steps between validations, where there are corpora to validate on.
-        validation_episodes: episodes of a validation, the same each time.
-        checkpoint_every: steps between checkpoints.
         precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
         seed: of LoRA's start and of all episodes.
     """
@@ -81,16 +81,11 @@ class MetaTrainer:
     tasks_per_step: int = 2
     lora_rate: float = 5e-4
     number_rate: float = 0.02
-    centre_rate: float = 1e-3
-    warmup: int = 20
     settling: float = 0.1
     lora_share: float = 0.5
     names: float = 0.6
     unlabelled: float = 0.2
     fixed: tuple[str, ...] = ()
-    validate_every: int = 100
-    validation_episodes: int = 100
-    checkpoint_every: int = 50
     precision: str = "no"
     seed: int = 0
 
@@ -98,13 +93,13 @@ class MetaTrainer:
         """Check the ranges."""
         if isinstance(self.encoder, str):
             object.__setattr__(self, "encoder", EncoderSettings(self.encoder))
+        object.__setattr__(self, "fixed", (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed))
         if self.algorithm not in ALGORITHMS:
             raise SettingsError(f"algorithm must be one of {sorted(ALGORITHMS)}, given {self.algorithm!r:.60}")
-        positive = ("episodes", "tasks_per_step", "warmup", "validate_every", "validation_episodes", "checkpoint_every")
-        for name in positive:
+        for name in ("episodes", "tasks_per_step"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, given {getattr(self, name)}")
-        for name in ("lora_rate", "number_rate", "centre_rate"):
+        for name in ("lora_rate", "number_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} must be positive, given {getattr(self, name)}")
         for name in ("settling", "lora_share", "names", "unlabelled"):
@@ -150,7 +145,8 @@ class MetaTrainer:
         Raises:
             TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
             DivergedError: if loss or gradient are not finite.
-            SettingsError: if ``output`` holds a run with other settings, or ``start`` does not fit.
+            SettingsError: if ``output`` holds a run with other settings, ``start`` does not fit, or ``fixed`` names no
+                tensor or leaves none to learn.
             DataError: if a corpus has too few classes or texts.
         """
         if output is None:
@@ -166,11 +162,14 @@ class MetaTrainer:
         begun = dict(start or {}) if not isinstance(start, Adapter) else start.initialisation.tensors()
         if isinstance(start, Adapter) and start.weights_sha256 != encoder.weights_sha256:
             raise SettingsError(f"the start was trained on other weights than those of {self.encoder.model}")
-        tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
+        try:
+            tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
+        except AdapterError as error:
+            raise SettingsError(f"the start does not fit: {error}") from error
         run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
         run.check_fixed()
-        for corpus in tqdm(corpora, "frozen layers", unit="corpus", delay=5.0, disable=not accelerator.is_main_process):
-            reader.cache(corpus.texts, cache)
+        main = accelerator.is_main_process
+        reader.cache(*(corpus.texts for corpus in corpora), folder=cache, progress=main)
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
@@ -181,7 +180,7 @@ class MetaTrainer:
         )
         outside = list(_with_outside(episodes, self.episodes))
         if outside:
-            bar = tqdm(outside, "calibration", unit="episode", disable=not accelerator.is_main_process)
+            bar = tqdm(outside, "calibration", unit="episode", disable=not main)
             adapter = replace(adapter, calibration=fit_calibration(TaskLearner(reader, adapter), bar))
         return adapter
 
@@ -197,7 +196,6 @@ class MetaTrainer:
             "corpora": [corpus.summary for corpus in corpora],
             "valid": [corpus.summary for corpus in valid],
         }
-        del told["checkpoint_every"]  # when a run is saved does not change where it ends
         return json.loads(json.dumps(told))  # type: ignore[no-any-return]
 
 
@@ -219,12 +217,23 @@ class _Run:
     adapter: Adapter
     episodes: MixedEpisodes
 
+    @property
+    def learned(self) -> list[str]:
+        """Names of the tensors that are not fixed."""
+        return [name for name in self.adapter.initialisation.tensors() if not name.startswith(self.trainer.fixed)]
+
     def check_fixed(self) -> None:
-        """Check that the settings fix tensors that are there."""
-        names = self.adapter.initialisation.tensors()
-        for given in self.trainer.fixed:
+        """Check that the settings fix tensors that are there, and leave some to learn in every step."""
+        names, fixed = self.adapter.initialisation.tensors(), self.trainer.fixed
+        for given in fixed:
             if not any(name.startswith(given) for name in names):
-                raise SettingsError(f"fixed names {given!r}, but there are {', '.join(names)}")
+                shown = dict.fromkeys(LORA if name.startswith(LORA) else name for name in names)
+                raise SettingsError(f"fixed names {given!r}, but there are {', '.join(shown)}")
+        told = f"fixed ({', '.join(map(repr, fixed)):.200}) leaves nothing to learn"
+        if not self.learned:
+            raise SettingsError(told)
+        if self.trainer.settles_from < self.trainer.steps and all(name.startswith(SETTLED) for name in self.learned):
+            raise SettingsError(f"{told} while the run settles: with settling=0 it does not")
 
     def loop(
         self,
@@ -236,10 +245,9 @@ class _Run:
         """Take all steps; return what was learned: the last tensors, or those with the best validation accuracy."""
         trainer, main = self.trainer, self.accelerator.is_main_process
         parameters = {name: value.detach().clone().to(self.reader.encoder.device) for name, value in tensors.items()}
-        learned = [name for name in parameters if not name.startswith(trainer.fixed or ("\0",))]
-        for name in learned:
+        for name in self.learned:
             parameters[name].requires_grad_()
-        state = TrainingState(parameters, torch.optim.Adam(self._groups(parameters, learned)))
+        state = TrainingState(parameters, torch.optim.Adam(self._groups(parameters)))
         output.mkdir(parents=True, exist_ok=True)
         if (output / CHECKPOINT).exists():
             restore_state(state, output / CHECKPOINT, fingerprint)
@@ -252,8 +260,8 @@ class _Run:
             ) as progress,
         ):
             while state.step < trainer.steps:
-                row, stop = self._step(state, learned, stop_requested())
-                if validation and (state.step % trainer.validate_every == 0 or state.step == trainer.steps):
+                row, stop = self._step(state, stop_requested())
+                if validation and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
                     row["valid_accuracy"] = self._validate(state, validation)
                 record.write(row)
                 shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
@@ -264,7 +272,7 @@ class _Run:
                 if self.accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
                     stop = stop or stop_requested()
                 stop = stop and state.step < trainer.steps
-                if main and (stop or state.step % trainer.checkpoint_every == 0 or state.step == trainer.steps):
+                if main and (stop or state.step % CHECKPOINT_EVERY == 0 or state.step == trainer.steps):
                     save_state(state, output / CHECKPOINT, fingerprint)
                 if stop:
                     raise TrainingInterrupted(
@@ -274,22 +282,22 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return {name: value.detach() for name, value in (state.best or state.parameters).items()}
 
-    def _groups(self, parameters: Mapping[str, Tensor], learned: Sequence[str]) -> list[dict[str, Any]]:
+    def _groups(self, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Return the optimiser's groups: LoRA, numbers and centres, each with its rate."""
-        trainer = self.trainer
+        trainer, learned = self.trainer, self.learned
         lora = [name for name in learned if name.startswith(LORA)]
         centres = [name for name in learned if name in CENTRES]
         numbers = [name for name in learned if name not in lora and name not in centres]
-        rates = ((lora, trainer.lora_rate), (numbers, trainer.number_rate), (centres, trainer.centre_rate))
+        rates = ((lora, trainer.lora_rate), (numbers, trainer.number_rate), (centres, CENTRE_RATE))
         return [
             {"params": [parameters[name] for name in part], "lr": rate, "base": rate} for part, rate in rates if part
         ]
 
-    def _step(self, state: TrainingState, learned: Sequence[str], stop: bool) -> tuple[dict[str, float], bool]:
+    def _step(self, state: TrainingState, stop: bool) -> tuple[dict[str, float], bool]:
         """Take one outer step, in place; return its row of the record, and whether any process was asked to stop."""
         trainer = self.trainer
         settling = state.step >= trainer.settles_from
-        own = [name for name in learned if not (settling and name.startswith((LORA, QUERIES)))]
+        own = [name for name in self.learned if not (settling and name.startswith(SETTLED))]
         first = state.step * trainer.tasks_per_step
         numbers = range(first, min(first + trainer.tasks_per_step, trainer.episodes))
         mine = [self.episodes[n] for n in numbers[self.accelerator.process_index :: self.accelerator.num_processes]]
@@ -352,7 +360,7 @@ class _Run:
         """Return the share of the learning rates in a step: up, then linearly down to 0; and again for the settling."""
         border, steps = self.trainer.settles_from, self.trainer.steps
         start, end = (0, border) if step < border else (border, steps)
-        return min(1.0, (step - start + 1) / self.trainer.warmup) * (1 - (step - start) / (end - start))
+        return min(1.0, (step - start + 1) / WARMUP) * (1 - (step - start) / (end - start))
 
     def _validate(self, state: TrainingState, episodes: Sequence[Episode]) -> float:
         """Return validation accuracy, each process scoring its share; keep the tensors if they are the best yet."""
@@ -371,8 +379,8 @@ def _validation(trainer: MetaTrainer, valid: Sequence[Corpus]) -> list[Episode]:
     """Return the episodes of every validation: 5 ways (or all), 5 shots, 5 queries."""
     if not valid:
         return []
-    sampler = EpisodeSampler(valid, EpisodeSettings(5, 5, 5, at_most=True), trainer.seed)
-    return sampler.take(trainer.validation_episodes)
+    sampler = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), trainer.seed)
+    return sampler.take(VALIDATION_EPISODES)
 
 
 def _with_outside(episodes: MixedEpisodes, trained: int) -> Iterator[Episode]:
