@@ -145,13 +145,6 @@ class Corpus:
         """Return the rows of a class, ascending, int64; of rows with equal texts the first, lest one be drawn twice."""
         return self._rows_by_class[class_index]
 
-    def thinned(self, rows: int, seed: int) -> "Corpus":
-        """Return the corpus with at most so many different rows of each class, drawn at random."""
-        rng = np.random.default_rng(seed)
-        parts = [rng.permutation(self.rows_of(index))[:rows] for index in range(len(self.class_names))]
-        kept = np.sort(np.concatenate(parts))
-        return replace(self, texts=[self.texts[row] for row in kept], labels=self.labels[kept])
-
     def restrict(self, class_names: Iterable[str]) -> "Corpus":
         """Return the corpus of these classes alone, in the order given, without rows of equal text.
 
