@@ -4,12 +4,12 @@ The layers below the lowest LoRA give every task the same, so they can be run on
 layers above run for any LoRA factors, of one task or of many at once.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from textmeta.encoder.attention import use_switched_attention
 from textmeta.encoder.lora import LoraSettings, inject, lora_config
@@ -94,12 +94,18 @@ class Encoder:
         pretrained = load_pretrained(settings.model, settings.revision, access)
         model, self.tokenizer, self.commit = pretrained.model, pretrained.tokenizer, pretrained.commit
         self.source = (settings.model, self.commit or settings.revision)
-        _check_length(model, settings)
+        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+            positions -= 2  # the first positions are the padding token's
+        if settings.max_length > positions:
+            raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")
         self.weights_sha256 = weights_digest(model)
         self.hidden_size: int = model.config.hidden_size
         layers_name = find_layers(model)
         self.total_layers = total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
-        first = total - self.lora.layer_count(total)
+        first = total - (self.lora.layers or max(1, total // 2))
+        if first < 0:
+            raise SettingsError(f"lora layers is {self.lora.layers}, but the encoder has {total}")
         use_switched_attention(model)
         self.peft_config = lora_config(model, layers_name, first, self.lora)
         self.factor_shapes = inject(model, self.peft_config)
@@ -110,6 +116,8 @@ class Encoder:
 
     def states(self, inputs: Tensor, mask: Tensor, *, adapted: bool) -> tuple[Tensor, ...]:
         """Return the states (rows, length, hidden) that enter the frozen or the adapted layers, and after each of them.
+
+        They are at least float32.
 
         Args:
             inputs: (rows, length) token ids; for the adapted layers of a model that is split, the last states of the
@@ -127,14 +135,5 @@ class Encoder:
         ):
             output = half(**{key: inputs, "attention_mask": mask.long()}, output_hidden_states=True)
         # some families report nothing where there is no layer: then the last states are the embeddings
-        return tuple(output.hidden_states) or (output.last_hidden_state,)
-
-
-def _check_length(model: PreTrainedModel, settings: EncoderSettings) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2  # the first positions are the padding token's
-    if settings.max_length > positions:
-        raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")
+        found = tuple(output.hidden_states) or (output.last_hidden_state,)
+        return tuple(states.to(torch.promote_types(states.dtype, torch.float32)) for states in found)

@@ -54,8 +54,6 @@ def split_model(model: PreTrainedModel, layers_name: str, first: int) -> tuple[n
     shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     without_after = {id(module): _PassThrough() for name, module in model.named_children() if name in AFTER_LAYERS}
     without_before = {id(module): _PassThrough() for name, module in model.named_children() if name in BEFORE_LAYERS}
-    if not without_before:
-        return _unsplit(model)
     prefix = copy.deepcopy(model, {**shared, **without_after, id(layers): layers[:first]})
     suffix = copy.deepcopy(model, {**shared, **without_before, id(layers): layers[first:]})
     device = next(model.parameters()).device
@@ -71,15 +69,12 @@ def split_model(model: PreTrainedModel, layers_name: str, first: int) -> tuple[n
         try:
             states = prefix(input_ids=probe, attention_mask=mask).last_hidden_state
             halves = suffix(inputs_embeds=states, attention_mask=mask).last_hidden_state
+            exact = torch.allclose(whole[mask.bool()], halves[mask.bool()], rtol=1e-5, atol=1e-6)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, StopIteration) as error:
             logger.debug("the halves do not run: %s", error)
-            return _unsplit(model)
-    if not torch.allclose(whole[mask.bool()], halves[mask.bool()], rtol=1e-5, atol=1e-6):
-        return _unsplit(model)
-    return prefix, suffix
-
-
-def _unsplit(model: nn.Module) -> tuple[None, nn.Module]:
+            exact = False
+    if exact and without_before:
+        return prefix, suffix
     logger.warning(
         "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower",
         type(model).__name__,
