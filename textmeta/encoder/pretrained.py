@@ -6,7 +6,6 @@ because a configuration can name other files: so files are checked before transf
 
 import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging as transformers_logging
 
 from textmeta.errors import EncoderError, HubError, HubUnreachableError
-from textmeta.files import is_folder
+from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, fetch_snapshot
 
 __all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "tensors_digest", "weights_digest"]
@@ -186,13 +185,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
         raise EncoderError(f"{path} is no plain file of at most {MAX_BYTES} bytes")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise EncoderError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise EncoderError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return read_json(path.read_bytes(), path, EncoderError, allow_nan=True)
 
 
 @contextmanager

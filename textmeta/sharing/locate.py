@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
-from textmeta.files import is_folder
+from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, fetch_snapshot, is_repo_id
 from textmeta.sharing.folder import MANIFEST, is_there
-from textmeta.sharing.format import ADAPTER_FILES, CARD, CLASSIFIER, META, read_adapter_files, read_json
+from textmeta.sharing.format import ADAPTER_FILES, CARD, CLASSIFIER, META, read_adapter_files
 
 __all__ = ["DEFAULT_ADAPTER", "Location", "info", "locate", "read_located", "subfolder_prefix"]
 
@@ -134,7 +134,7 @@ def info(
     """
     files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
     found = {
-        part: read_json(files[file], where.folder / file) if file in files else None
+        part: read_json(files[file], where.folder / file, AdapterError) if file in files else None
         for part, file in (("adapter", META), ("classifier", CLASSIFIER))
     }
     return {"folder": str(where.folder), "kind": where.kind, "commit": where.commit, **found}

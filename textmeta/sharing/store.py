@@ -19,7 +19,7 @@ from textmeta.data.labels import label_to_json, read_labels
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import AdapterError, HubError
-from textmeta.files import is_folder
+from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
 from textmeta.meta.initialisation import LORA, Calibration, Initialisation, LearnerSettings
@@ -36,7 +36,6 @@ from textmeta.sharing.format import (
     TENSORS,
     WEIGHTS,
     read_adapter_files,
-    read_json,
     write_json,
 )
 from textmeta.sharing.locate import Location, read_located
@@ -256,7 +255,7 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
 
 def _read_model(kind: type[M], content: bytes, path: Path) -> M:
     """Return JSON as a model; errors name its path."""
-    read_json(content, path)  # refuses NaN, too
+    read_json(content, path, AdapterError)  # refuses NaN, too
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
