@@ -92,7 +92,7 @@ def test_restrict_names_a_missing_class_and_the_number_missing() -> None:
     corpus = Corpus("c", ["a", "b"], np.array([0, 1]), ("x", "y"))
     with pytest.raises(DataError) as caught:
         corpus.restrict(["x", "nowhere", "neither"])
-    assert "'c' has no class 'nowhere' (2 of the 3 asked for are missing); it has 2: x, y" in str(caught.value)
+    assert "'c' has no class 'nowhere' (2 of the 3 asked for are missing); it has 2: 'x', 'y'" in str(caught.value)
     with pytest.raises(DataError, match="no classes"):
         corpus.restrict([])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textmeta.data.labels import checked_texts
+from textmeta.data.labels import checked_texts, few
 from textmeta.errors import DataError, SettingsError
 
 if TYPE_CHECKING:  # loading it takes half a second, which a classifier should not wait for
@@ -159,7 +159,7 @@ class Corpus:
         if missing:
             raise DataError(
                 f"corpus {self.name!r} has no class {missing[0]!r} ({len(missing)} of the {len(wanted)} asked for "
-                f"are missing); it has {len(self.class_names)}: {_shorten(self.class_names)}"
+                f"are missing); it has {len(self.class_names)}: {few(self.class_names)}"
             )
         rows = [self.rows_of(index[name]) for name in wanted]
         labels = np.repeat(np.arange(len(wanted)), [len(r) for r in rows])
@@ -252,7 +252,3 @@ def _source(settings: CorpusSettings) -> dict[str, Any]:
         if path.is_absolute() or ".." in path.parts:
             source[key] = path.name
     return source
-
-
-def _shorten(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
