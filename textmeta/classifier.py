@@ -25,7 +25,7 @@ from textmeta.nearest import KnownTask, nearest_tasks
 from textmeta.sharing.locate import DEFAULT_ADAPTER
 from textmeta.sharing.peft import write_merged
 from textmeta.sharing.push import Destination, push_adapter
-from textmeta.sharing.store import Fitted, load_from, save_adapter
+from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
 __all__ = ["FewShotClassifier"]
 
@@ -98,7 +98,7 @@ class FewShotClassifier:
             EncoderError: if the encoder cannot be loaded.
         """
         access = HubAccess(token, cache_dir, local_files_only)
-        adapter, fitted, _ = load_from(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
+        adapter, fitted = load_adapter(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
         classifier = cls(adapter, device=device, precision=precision, encoder=encoder)
         classifier._access = access
         queries = classifier._task_learner().adapter.initialisation.queries
@@ -284,7 +284,7 @@ class FewShotClassifier:
         """Return the adapter; one that was named is loaded the first time."""
         if self._adapter is None:
             given = self.adapter
-            self._adapter = given if isinstance(given, Adapter) else load_from(given, encoder=self.encoder)[0]
+            self._adapter = given if isinstance(given, Adapter) else load_adapter(given, encoder=self.encoder)[0]
         return self._adapter
 
     def _task_learner(self) -> TaskLearner:

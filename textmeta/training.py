@@ -23,7 +23,7 @@ from textmeta.meta.learner import TaskLearner
 from textmeta.meta.trainer import MetaTrainer
 from textmeta.nearest import index_corpora
 from textmeta.sharing.folder import check_destination
-from textmeta.sharing.store import load_from, save_adapter
+from textmeta.sharing.store import load_adapter, save_adapter
 
 __all__ = ["parsed", "train", "train_parser"]
 
@@ -42,7 +42,7 @@ def train(arguments: Sequence[str]) -> None:
     tests = _tests(test, settings.test_shots, trainer.seed)
     start = None
     if settings.start:
-        start = load_from(settings.start, encoder=settings.encoder.model)[0]
+        start = load_adapter(settings.start, encoder=settings.encoder.model)[0]
         trainer = replace(trainer, lora=start.lora)
     adapter = trainer.train(corpora, valid, settings.output, start=start)
     state = PartialState()

@@ -40,7 +40,7 @@ from tests.sharing.made import (
 from textmeta.errors import TextMetaError
 from textmeta.sharing.folder import MANIFEST
 from textmeta.sharing.locate import info
-from textmeta.sharing.store import load_adapter, load_from, save_adapter
+from textmeta.sharing.store import load_adapter, save_adapter
 
 META, TENSORS, CLASSES, HEAD = "textmeta.json", "textmeta.safetensors", "classifier.json", "classifier.safetensors"
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -198,7 +198,7 @@ def ready(scene: Scene) -> str:
     """Load the adapter and its encoder; return the message of the refusal, "" if it loads."""
 
     def load() -> None:
-        adapter, _, _ = load_from(scene.adapter)
+        adapter, _ = load_adapter(scene.adapter)
         adapter.load_reader()
 
     return refusal(load)
@@ -507,7 +507,7 @@ def test_what_nothing_reads_has_no_effect(scene: Scene, name: str) -> None:
 def test_subfolder_that_is_a_link_out_is_not_followed(scene: Scene) -> None:
     (scene.encoder / "sub").symlink_to(scene.secrets / "adapter")
     with contained(scene), pytest.raises(TextMetaError, match="sub"):
-        load_from(scene.encoder, subfolder="sub")
+        load_adapter(scene.encoder, subfolder="sub")
 
 
 # At random

@@ -6,7 +6,7 @@ it can hold nothing that PEFT would act on, such as a module to import.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from textmeta.encoder.encoder import Encoder
-from textmeta.encoder.lora import LORA_B, LoraSettings
+from textmeta.encoder.lora import LORA_B
 from textmeta.encoder.pretrained import load_pretrained, weights_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
+from textmeta.meta.adapter import Adapter
 from textmeta.sharing.format import write_json
 from textmeta.sharing.tensors import read_tensors
 
@@ -30,20 +31,20 @@ PREFIX = "base_model.model."
 # The files of an adapter folder
 
 
-def config_file(base_model: str, revision: str | None, lora: LoraSettings, factors: Iterable[str]) -> bytes:
-    """Return the content of ``adapter_config.json`` for LoRA factors of these names on an encoder."""
-    modules = {re.sub(r"\.lora_[AB]\.weight$", "", name) for name in factors}
+def config_file(adapter: Adapter) -> bytes:
+    """Return the content of ``adapter_config.json``."""
+    factors = adapter.initialisation.lora
     config = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base_model,
-        "revision": revision,
+        "base_model_name_or_path": adapter.encoder.model,
+        "revision": adapter.commit or adapter.encoder.revision,
         "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "r": adapter.lora.rank,
+        "lora_alpha": adapter.lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(modules),
+        "target_modules": sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in factors}),
     }
     return write_json(config)
 

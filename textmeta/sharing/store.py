@@ -35,14 +35,13 @@ from textmeta.sharing.format import (
     META,
     TENSORS,
     WEIGHTS,
-    read_adapter_files,
     write_json,
 )
-from textmeta.sharing.locate import Location, read_located
+from textmeta.sharing.locate import read_located
 from textmeta.sharing.peft import PREFIX, config_file, read_factors
 from textmeta.sharing.tensors import read_tensors, write_tensors
 
-__all__ = ["Fitted", "adapter_files", "load_adapter", "load_from", "save_adapter"]
+__all__ = ["Fitted", "adapter_files", "load_adapter", "save_adapter"]
 
 M = TypeVar("M", bound=BaseModel)
 OLD_CARD = "README.old.md"
@@ -156,7 +155,7 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         "index": index and [{"name": name, "classes": list(classes)} for name, classes in index.classes.items()],
     }
     files = {
-        CONFIG: _config_file(adapter),
+        CONFIG: config_file(adapter),
         WEIGHTS: write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
         TENSORS: write_tensors(others),
         META: write_json(meta),
@@ -175,41 +174,26 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
     return {**files, CARD: model_card(adapter, classes, support).encode("utf-8", "replace")}
 
 
-def _config_file(adapter: Adapter) -> bytes:
-    revision = adapter.commit or adapter.encoder.revision
-    return config_file(adapter.encoder.model, revision, adapter.lora, adapter.initialisation.lora)
-
-
 # Loading
 
 
-def load_adapter(folder: str | Path) -> tuple[Adapter, Fitted | None]:
-    """Read an adapter folder, checking hashes, settings, and names, shapes and numbers of all tensors.
-
-    Nothing in it is run or imported, and nothing outside it is read but the contents of the Hub's cache.
-
-    Raises:
-        AdapterError: naming the file and what is wrong with it.
-    """
-    folder = Path(folder)
-    return _parse(read_adapter_files(folder), folder)
-
-
-def load_from(
+def load_adapter(
     name: str | Path,
     *,
     revision: str | None = None,
     subfolder: str | None = None,
     access: HubAccess | None = None,
     encoder: str | None = None,
-) -> tuple[Adapter, Fitted | None, Location]:
-    """Load an adapter by its name; what is damaged in the Hub's cache is downloaded again, once.
+) -> tuple[Adapter, Fitted | None]:
+    """Load an adapter by its name, checking hashes, settings, and names, shapes and numbers of all tensors.
 
-    The arguments are those of :func:`~textmeta.sharing.locate.locate`, and ``encoder``, what the caller will load in
-    place of the encoder that the adapter names, if anything.
+    Nothing in it is run or imported, and nothing outside its folder is read but the contents of the Hub's cache. The
+    arguments are those of :func:`~textmeta.sharing.locate.locate`, and ``encoder``, what the caller will load in place
+    of the encoder that the adapter names, if anything.
 
     Raises:
-        AdapterError: if it is none, or damaged, or came from the Hub and names a folder of this machine as its encoder.
+        AdapterError: if it is none, or damaged, naming the file and what is wrong with it; or if it came from the Hub
+            and names a folder of this machine as its encoder.
         HubError: see :func:`~textmeta.sharing.locate.locate`.
     """
     files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
@@ -220,12 +204,18 @@ def load_from(
             f"the adapter in {where.folder} names {model!r:.80} as its encoder. It came from the Hub, and no folder of "
             "this machine is opened because somebody else's adapter says so: name the encoder yourself"
         )
-    return adapter, fitted, where
+    return adapter, fitted
 
 
 def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | None]:
     meta = _read_model(_Meta, files[META], folder / META)
-    _check_encoder(meta.encoder, folder / META)
+    # what names the encoder leads nowhere else
+    if ".." in PurePosixPath(meta.encoder.model).parts:
+        raise AdapterError(f"{folder / META}: encoder.model is {meta.encoder.model!r:.80}: no path upwards is followed")
+    try:
+        check_revision(meta.encoder.revision)
+    except HubError as error:
+        raise AdapterError(f"{folder / META}: encoder.revision: {error}") from error
     factors = read_factors(files[WEIGHTS], meta.lora.rank, folder / WEIGHTS)
     tensors = read_tensors(files[TENSORS], folder / TENSORS)
     scope, vectors = tensors.pop(SCOPE, None), tensors.pop(INDEX, None)
@@ -248,7 +238,7 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
         record=meta.record,
         versions=meta.versions,
     )
-    if files[CONFIG] != _config_file(adapter):  # so it can hold nothing else that PEFT would act on
+    if files[CONFIG] != config_file(adapter):  # so it can hold nothing else that PEFT would act on
         raise AdapterError(f"{folder / CONFIG} does not say what follows from {META} and {WEIGHTS}")
     return adapter, _fitted(files, folder, init)
 
@@ -262,16 +252,6 @@ def _read_model(kind: type[M], content: bytes, path: Path) -> M:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise AdapterError(f"{path}: {where:.200}: {first['msg']}, found {first['input']!r:.60}") from error
-
-
-def _check_encoder(encoder: EncoderSettings, path: Path) -> None:
-    """Check that what names the encoder leads nowhere else."""
-    if ".." in PurePosixPath(encoder.model).parts:
-        raise AdapterError(f"{path}: encoder.model is {encoder.model!r:.80}: no path upwards is followed")
-    try:
-        check_revision(encoder.revision)
-    except HubError as error:
-        raise AdapterError(f"{path}: encoder.revision: {error}") from error
 
 
 def _initialisation(

@@ -12,8 +12,6 @@ from textmeta.errors import AdapterError
 
 __all__ = ["read_tensors", "write_tensors"]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Return the content of a safetensors file."""
@@ -25,20 +23,19 @@ def write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     return save(stored, metadata={"format": "pt"})  # which PEFT and transformers ask for
 
 
-def read_tensors(content: bytes, path: Path, *, any_float: bool = False) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, in float32; errors name its path.
+def read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; errors name its path.
 
     Raises:
-        AdapterError: if it is damaged, or a tensor has values that are not finite, or is not float32 (with
-            ``any_float``: no floating-point type, from which it would be converted).
+        AdapterError: if it is damaged, or a tensor is not float32, or has values that are not finite.
     """
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
     for name, value in tensors.items():
-        if value.dtype != torch.float32 and not (any_float and value.dtype in FLOATS):
+        if value.dtype != torch.float32:
             raise AdapterError(f"{path}: tensor {name!r:.300} is {value.dtype}, expected torch.float32")
         if not value.isfinite().all():
             raise AdapterError(f"{path}: tensor {name!r:.300} has values that are not finite")
-    return {name: value.float() for name, value in tensors.items()}
+    return tensors
