@@ -19,7 +19,7 @@ __all__ = ["PLACEHOLDER", "is_edited", "model_card", "usage_name"]
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("card.md")
-SIGNATURE = "\n<!-- The lines above are as textmeta wrote them if their sha256 is {} -->\n"
+SIGNATURE = "\n<!-- The lines above are as textmeta wrote them if their sha256 is "
 PLACEHOLDER = '"path/to/this/folder"'  # stands in the card's code until it is pushed
 PART = r"<!-- if (not )?(\w+) -->\n(.*?)<!-- end -->\n"  # of the template, kept where there is what it tells of
 MOST_SHOWN = 50
@@ -39,13 +39,13 @@ def model_card(adapter: Adapter, classes: Sequence[Any] | None = None, support: 
         # a record may be anybody's, and hold anything
         logger.warning("the training record is not what training writes (%r): the card leaves it out", error)
         text = _filled(adapter, {}, classes, support)
-    return text + SIGNATURE.format(_digest(text))
+    return text + SIGNATURE + _digest(text)
 
 
 def is_edited(card: str) -> bool:
     """Whether a card is somebody's own, or was changed since textmeta wrote it."""
-    text, mark, _ = card.rpartition(SIGNATURE[: SIGNATURE.index("{")])
-    return not mark or card != text + SIGNATURE.format(_digest(text))
+    text, _, digest = card.rpartition(SIGNATURE)
+    return digest != _digest(text)
 
 
 def usage_name(repo_id: str, subfolder: str | None) -> str:
@@ -54,7 +54,7 @@ def usage_name(repo_id: str, subfolder: str | None) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+    return f"{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()} -->\n"
 
 
 def _filled(

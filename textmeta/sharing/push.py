@@ -100,8 +100,12 @@ def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
     contents[MANIFEST] = manifest_of(contents)
     api = HfApi(token=to.token)
     check_reachable(to.repo_id, token=to.token)
-    if CARD in files:
-        _check_card(files[CARD], to)
+    try:  # before anything is made or uploaded, for a message that names the card
+        with clear_hub_errors(to.repo_id, token=to.token):
+            if CARD in files:
+                ModelCard(files[CARD].decode(), ignore_metadata_errors=False).validate(repo_type="model")
+    except (ValueError, YAMLError) as error:
+        raise AdapterError(f"not pushed: the Hub does not accept the metadata block of {CARD}: {error}") from error
     with clear_hub_errors(to.repo_id, to.revision, token=to.token):
         repo_id = api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id  # with its owner's name
         if to.revision is not None:
@@ -132,12 +136,3 @@ def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
         raise
     logger.info("pushed to %s: %s", repo_id, done.commit_url)
     return done
-
-
-def _check_card(card: bytes, to: Destination) -> None:
-    """Let the Hub check the card's metadata before anything is made or uploaded, for a message that names the card."""
-    try:
-        with clear_hub_errors(to.repo_id, token=to.token):
-            ModelCard(card.decode(), ignore_metadata_errors=False).validate(repo_type="model")
-    except (ValueError, YAMLError) as error:
-        raise AdapterError(f"not pushed: the Hub does not accept the metadata block of {CARD}: {error}") from error
