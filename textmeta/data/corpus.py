@@ -200,14 +200,12 @@ class Corpus:
         class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel
         for row, label in enumerate(labels):
             # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
-            if label is None or not isinstance(label, str | int) or isinstance(label, bool):
+            if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
                 given = "null" if label is None else f"{type(label).__name__} {label!r}"
                 raise DataError(
                     f"corpus {name!r}, row {row}: label in column {label_column!r} is {given}, "
-                    "expected a string or an integer"
+                    "expected a string or an integer, and none is empty"
                 )
-            if label == "":
-                raise DataError(f"corpus {name!r}, row {row}: label in column {label_column!r} is empty")
         if class_names is not None:
             return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(class_names))
         return cls.from_pairs(name, texts, [str(label) for label in labels])
@@ -229,15 +227,11 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
         label_column=settings.label_column,
     )
     if settings.rows is not None:  # the first rows of a sorted dataset have few of its classes
-        present = [name for number, name in enumerate(corpus.class_names) if len(corpus.rows_of(number))]
-        if len(present) < len(corpus.class_names):
-            logger.warning(
-                "corpus %s: the first %d rows have %d of its %d classes",
-                corpus.name,
-                settings.rows,
-                len(present),
-                len(corpus.class_names),
-            )
+        names = corpus.class_names
+        present = [name for number, name in enumerate(names) if len(corpus.rows_of(number))]
+        if len(present) < len(names):
+            said = "corpus %s: the first %d rows have %d of its %d classes"
+            logger.warning(said, corpus.name, settings.rows, len(present), len(names))
             corpus = corpus.restrict(present)
     logger.info("corpus %s: %d texts, %d classes", corpus.name, len(corpus), len(corpus.class_names))
     return replace(corpus, source={**found, **_source(settings)})

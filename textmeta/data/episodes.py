@@ -113,8 +113,20 @@ class EpisodeSampler:
             raise SettingsError(f"seed must not be negative, given {seed}")
         if not self.corpora:
             raise DataError("no corpus to draw episodes from")
+        ways, shots, queries = (bounds(number)[1] for number in (settings.ways, settings.shots, settings.queries))
+        least = 2 if settings.at_most else ways
         for corpus in self.corpora:
-            _check_sizes(corpus, settings)
+            if len(corpus.class_names) < least:
+                raise DataError(
+                    f"corpus {corpus.name!r} has {len(corpus.class_names)} classes, but {least} ways need as many"
+                    + ("" if settings.at_most else "; set at_most to use all classes where there are fewer")
+                )
+            for index, name in enumerate(corpus.class_names):
+                if len(corpus.rows_of(index)) < shots + queries:
+                    raise DataError(
+                        f"corpus {corpus.name!r}, class {name!r} has {len(corpus.rows_of(index))} rows, but {shots} "
+                        f"shots and {queries} queries need {shots + queries}"
+                    )
 
     def __getitem__(self, index: int) -> Episode:
         """Return episode ``index`` (0, 1, 2, … without end)."""
@@ -158,21 +170,3 @@ class EpisodeSampler:
 def _draw(rng: np.random.Generator, number: int | Sequence[int]) -> int:
     low, high = bounds(number)
     return int(rng.integers(low, high + 1))
-
-
-def _check_sizes(corpus: Corpus, settings: EpisodeSettings) -> None:
-    ways, n_classes = bounds(settings.ways)[1], len(corpus.class_names)
-    least = 2 if settings.at_most else ways
-    if n_classes < least:
-        raise DataError(
-            f"corpus {corpus.name!r} has {n_classes} classes, but {least if settings.at_most else ways} ways need as "
-            "many" + ("" if settings.at_most else "; set at_most to use all classes where there are fewer")
-        )
-    needed = bounds(settings.shots)[1] + bounds(settings.queries)[1]
-    for index, name in enumerate(corpus.class_names):
-        rows = len(corpus.rows_of(index))
-        if rows < needed:
-            raise DataError(
-                f"corpus {corpus.name!r}, class {name!r} has {rows} rows, but {bounds(settings.shots)[1]} shots and "
-                f"{bounds(settings.queries)[1]} queries need {needed}"
-            )
