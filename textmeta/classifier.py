@@ -24,7 +24,7 @@ from textmeta.meta.learner import LearnedTask, TaskLearner
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
 from textmeta.sharing.locate import DEFAULT_ADAPTER
-from textmeta.sharing.peft import write_merged
+from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import Destination, push_adapter
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 

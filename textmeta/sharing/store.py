@@ -1,23 +1,28 @@
 """The adapter folder: all that meta-training makes, and a fitted classifier with it, as safetensors and JSON alone.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are LoRA as PEFT has it, so that ``PeftModel.from_pretrained``
-loads it. ``textmeta.safetensors`` holds all other tensors by name, ``textmeta.json`` settings and record, and
-``SHA256SUMS`` the hashes. A fitted classifier adds ``classifier.safetensors`` and ``classifier.json``.
+loads it. The former follows from everything else in the folder, so loading compares it with what it must be: it can
+hold nothing that PEFT would act on, such as a module to import. ``textmeta.safetensors`` holds all other tensors by
+name, ``textmeta.json`` settings and record, and ``SHA256SUMS`` the hashes. A fitted classifier adds
+``classifier.safetensors`` and ``classifier.json``.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from textmeta.data.labels import label_to_json, read_labels
 from textmeta.encoder.encoder import EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.errors import AdapterError, HubError
 from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, check_revision, is_repo_id
@@ -38,13 +43,12 @@ from textmeta.sharing.format import (
     write_json,
 )
 from textmeta.sharing.locate import read_located
-from textmeta.sharing.peft import PREFIX, config_file, read_factors
-from textmeta.sharing.tensors import read_tensors, write_tensors
 
 __all__ = ["Fitted", "adapter_files", "load_adapter", "save_adapter"]
 
 M = TypeVar("M", bound=BaseModel)
 OLD_CARD = "README.old.md"
+PREFIX = "base_model.model."  # of LoRA's factors in PEFT
 PROBE, SCOPE, INDEX = "probe", "scope", "index"  # tensors beside those of the initialisation
 SCOPE_SIZE = 8
 UNIT_TOLERANCE = 1e-3  # of a length of 1; other machines' rounding is far less
@@ -155,16 +159,16 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         "index": index and [{"name": name, "classes": list(classes)} for name, classes in index.classes.items()],
     }
     files = {
-        CONFIG: config_file(adapter),
-        WEIGHTS: write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
-        TENSORS: write_tensors(others),
+        CONFIG: _config_file(adapter),
+        WEIGHTS: _write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
+        TENSORS: _write_tensors(others),
         META: write_json(meta),
     }
     if fitted is not None:
-        task = {field.name: getattr(fitted.task, field.name) for field in fields(LearnedTask)}
+        task = {**vars(fitted.task)}
         task |= {LORA + name: value for name, value in task.pop("factors").items()}
         labels = [label_to_json(label) for label in fitted.classes]
-        files[HEAD] = write_tensors(task)
+        files[HEAD] = _write_tensors(task)
         files[CLASSIFIER] = write_json({"classes": labels, "support": fitted.support})
     try:
         _parse(files, Path())
@@ -172,6 +176,34 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         raise AdapterError(f"not saved: {error}") from error
     classes, support = (None, None) if fitted is None else (fitted.classes, fitted.support)
     return {**files, CARD: model_card(adapter, classes, support).encode("utf-8", "replace")}
+
+
+def _config_file(adapter: Adapter) -> bytes:
+    """Return the content of ``adapter_config.json``."""
+    factors = adapter.initialisation.lora
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": adapter.encoder.model,
+        "revision": adapter.commit or adapter.encoder.revision,
+        "inference_mode": True,
+        "r": adapter.lora.rank,
+        "lora_alpha": adapter.lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in factors}),
+    }
+    return write_json(config)
+
+
+def _write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the content of a safetensors file."""
+    stored = {
+        # copies, because safetensors refuses tensors that share memory
+        name: value.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+    return save(stored, metadata={"format": "pt"})  # which PEFT and transformers ask for
 
 
 # Loading
@@ -216,8 +248,8 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
         check_revision(meta.encoder.revision)
     except HubError as error:
         raise AdapterError(f"{folder / META}: encoder.revision: {error}") from error
-    factors = read_factors(files[WEIGHTS], meta.lora.rank, folder / WEIGHTS)
-    tensors = read_tensors(files[TENSORS], folder / TENSORS)
+    factors = _read_factors(files[WEIGHTS], meta.lora.rank, folder / WEIGHTS)
+    tensors = _read_tensors(files[TENSORS], folder / TENSORS)
     scope, vectors = tensors.pop(SCOPE, None), tensors.pop(INDEX, None)
     probe = tensors.pop(PROBE, torch.empty(0))
     init = _initialisation(factors, tensors, meta.learner, folder / TENSORS)
@@ -238,7 +270,7 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
         record=meta.record,
         versions=meta.versions,
     )
-    if files[CONFIG] != config_file(adapter):  # so it can hold nothing else that PEFT would act on
+    if files[CONFIG] != _config_file(adapter):  # so it can hold nothing else that PEFT would act on
         raise AdapterError(f"{folder / CONFIG} does not say what follows from {META} and {WEIGHTS}")
     return adapter, _fitted(files, folder, init)
 
@@ -252,6 +284,40 @@ def _read_model(kind: type[M], content: bytes, path: Path) -> M:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise AdapterError(f"{path}: {where:.200}: {first['msg']}, found {first['input']!r:.60}") from error
+
+
+def _read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; errors name its path.
+
+    Raises:
+        AdapterError: if it is damaged, or a tensor is not float32, or has values that are not finite.
+    """
+    try:
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+        raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise AdapterError(f"{path}: tensor {name!r:.300} is {value.dtype}, expected torch.float32")
+        if not value.isfinite().all():
+            raise AdapterError(f"{path}: tensor {name!r:.300} has values that are not finite")
+    return tensors
+
+
+def _read_factors(content: bytes, rank: int, path: Path) -> dict[str, Tensor]:
+    """Return the LoRA factors that ``adapter_model.safetensors`` holds by the encoder's names; errors name its path.
+
+    Raises:
+        AdapterError: if a tensor is none, or of another rank.
+    """
+    factors = {}
+    for name, value in sorted(_read_tensors(content, path).items()):
+        if not re.fullmatch(re.escape(PREFIX) + r".+\.lora_[AB]\.weight", name):
+            raise AdapterError(f"{path}: unexpected tensor {name!r:.300}, expected LoRA factors alone")
+        if value.ndim != 2 or 0 in value.shape or value.shape[1 if LORA_B in name else 0] != rank:
+            raise AdapterError(f"{path}: {name} has shape {tuple(value.shape)}, expected a factor of rank {rank}")
+        factors[name.removeprefix(PREFIX)] = value
+    return factors
 
 
 def _initialisation(
@@ -307,7 +373,7 @@ def _fitted(files: Mapping[str, bytes], folder: Path, init: Initialisation) -> F
     for row, (_, number) in enumerate(content.support or ()):
         if number >= len(classes):
             raise AdapterError(f"{folder / CLASSIFIER}: support.{row}: class {number} of {len(classes)}")
-    task = _learned_task(read_tensors(files[HEAD], folder / HEAD), len(classes), init, folder / HEAD)
+    task = _learned_task(_read_tensors(files[HEAD], folder / HEAD), len(classes), init, folder / HEAD)
     return Fitted(task, classes, content.support)
 
 
