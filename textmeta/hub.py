@@ -113,9 +113,7 @@ def fetch_snapshot(
                 time.sleep(wait)
 
 
-def check_reachable(
-    repo_id: str, revision: str | None = None, *, kind: RepoKind = "model", token: str | bool | None = None
-) -> None:
+def check_reachable(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> None:
     """Check that the Hub answers when it is asked for a repository, whatever it says.
 
     Its library waits without a limit in most places, behind a firewall that swallows packets for ever. This waits ten
@@ -124,9 +122,9 @@ def check_reachable(
     Raises:
         HubUnreachableError: if it does not.
     """
-    with clear_hub_errors(repo_id, revision, kind=kind, token=token):
+    with clear_hub_errors(repo_id, revision, token=token):
         try:
-            HfApi(token=token).repo_info(repo_id, repo_type=kind, timeout=DEADLINE)
+            HfApi(token=token).repo_info(repo_id, timeout=DEADLINE)
         except Exception as error:
             if isinstance(error, OfflineModeIsEnabled) or _is_network_error(error):
                 raise
@@ -171,17 +169,13 @@ def _explain(
     """Return an error of our own for one of the Hub library's, None for one of somebody else's."""
     where = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     has_token = token is not False and bool(token if isinstance(token, str) else get_token())
-    log_in = "log in with `hf auth login`, or give a token"
+    lacking = "the token given has no right to it"
+    if not has_token:
+        lacking = "no token was given: log in with `hf auth login`, or give a token"
     if isinstance(error, GatedRepoError):  # before its base class
-        return HubError(
-            f"the {kind} {repo_id!r} is gated: ask for access at {where}"
-            + (" with the account of the token given" if has_token else f", then {log_in}")
-        )
+        return HubError(f"the {kind} {repo_id!r} is gated: ask for access at {where}; {lacking}")
     if isinstance(error, RepositoryNotFoundError):
-        return HubError(
-            f"there is no {kind} {repo_id!r} on the Hub ({where}), or it is private and "
-            + ("the token given does not open it" if has_token else f"no token was given: {log_in}")
-        )
+        return HubError(f"there is no {kind} {repo_id!r} on the Hub ({where}), or it is private and {lacking}")
     if isinstance(error, RevisionNotFoundError):
         return HubError(f"the {kind} {repo_id!r} has no revision {revision!r} (branch, tag or commit): see {where}")
     if isinstance(error, HFValidationError):
@@ -193,12 +187,8 @@ def _explain(
         )
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        if status in (401, 403):
-            return HubError(
-                f"the Hub refuses this to {'the token given' if has_token else 'users without a token'} for the "
-                f"{kind} {repo_id!r} (status {status}): {_first_line(error)}" + ("" if has_token else f"; {log_in}")
-            )
-        return HubError(f"the Hub answers status {status} for the {kind} {repo_id!r}: {_first_line(error)}")
+        said = f"the Hub answers status {status} for the {kind} {repo_id!r}: {_first_line(error)}"
+        return HubError(f"{said}; {lacking}" if status in (401, 403) else said)
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or _is_network_error(error):
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
         reason = f"{type(cause).__name__}: {_first_line(cause)}" if cause else "only local files were asked for"

@@ -178,7 +178,7 @@ def test_hub_that_never_answers_is_not_waited_for(
     for act in (
         lambda: load_adapter("tester/other"),
         lambda: push(pushed),
-        lambda: check_reachable("lab/data", kind="dataset"),
+        lambda: check_reachable("lab/data"),
     ):
         with pytest.raises(HubUnreachableError, match=r"cannot be reached \(ReadTimeout"):
             act()
@@ -198,7 +198,7 @@ def test_snapshot_folder_of_the_cache_can_be_named(hub: HubServer, pushed: Adapt
 def test_no_such_repository(hub: HubServer) -> None:
     with pytest.raises(HubError, match=r"'tester/none' is no folder here.*no model 'tester/none'.*no token was given"):
         load_adapter("tester/none")
-    with pytest.raises(HubError, match=r"no model 'tester/none'.*the token given does not open it"):
+    with pytest.raises(HubError, match=r"no model 'tester/none'.*the token given has no right to it"):
         load_adapter("tester/none", access=HubAccess(TOKEN))
 
 
@@ -223,7 +223,7 @@ def test_private_push_into_a_public_repository_is_refused(hub: HubServer, pushed
 
 def test_gated_repository(hub: HubServer) -> None:
     hub.add_repo("lab/gated", {"textmeta.json": b"{}"}, gated=True)
-    with pytest.raises(HubError, match=rf"'lab/gated' is gated: ask for access at {hub.url}/lab/gated, then log in"):
+    with pytest.raises(HubError, match=rf"'lab/gated' is gated: ask for access at {hub.url}/lab/gated; .*log in"):
         load_adapter("lab/gated")
 
 
@@ -288,9 +288,9 @@ def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
 
 
 def test_push_without_the_right_to_write(hub: HubServer, pushed: Adapter) -> None:
-    with pytest.raises(HubError, match=r"refuses this to the token given.*tester/adapter.*403"):
+    with pytest.raises(HubError, match=r"status 403 for .*tester/adapter.*the token given has no right"):
         push(pushed, token=READ_TOKEN)
-    with pytest.raises(HubError, match=r"refuses this to users without a token.*hf auth login"):
+    with pytest.raises(HubError, match=r"status 40\d for .*no token was given.*hf auth login"):
         push(pushed, token=None)
     with pytest.raises(HubError, match="lab/mine"):
         push(pushed, to="lab/mine")

@@ -220,13 +220,13 @@ def load_adapter(
     """Load an adapter by its name, checking hashes, settings, and names, shapes and numbers of all tensors.
 
     Nothing in it is run or imported, and nothing outside its folder is read but the contents of the Hub's cache. The
-    arguments are those of :func:`~textmeta.sharing.locate.locate`, and ``encoder``, what the caller will load in place
-    of the encoder that the adapter names, if anything.
+    arguments are those of :func:`~textmeta.sharing.locate.read_located`, and ``encoder``, what the caller will load in
+    place of the encoder that the adapter names, if anything.
 
     Raises:
         AdapterError: if it is none, or damaged, naming the file and what is wrong with it; or if it came from the Hub
             and names a folder of this machine as its encoder.
-        HubError: see :func:`~textmeta.sharing.locate.locate`.
+        HubError: see :func:`~textmeta.sharing.locate.read_located`.
     """
     files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
     adapter, fitted = _parse(files, where.folder)
