@@ -91,8 +91,7 @@ class Encoder:
         except RuntimeError as error:
             raise SettingsError(f"no such device: {device!r}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …") from error
         self.settings, self.lora, self.precision, self.access = settings, lora or LoraSettings(), precision, access
-        pretrained = load_pretrained(settings.model, settings.revision, access)
-        model, self.tokenizer, self.commit = pretrained.model, pretrained.tokenizer, pretrained.commit
+        model, self.tokenizer, self.commit = load_pretrained(settings.model, settings.revision, access)
         self.source = (settings.model, self.commit or settings.revision)
         positions = getattr(model.config, "max_position_embeddings", None) or math.inf
         if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):

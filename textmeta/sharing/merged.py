@@ -34,13 +34,13 @@ def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, T
     folder, encoder = folder.resolve(), reader.encoder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(f"cannot write a merged encoder to {folder}: it is there already, and is not empty")
-    pretrained = load_pretrained(*encoder.source, encoder.access)
-    if weights_digest(pretrained.model) != encoder.weights_sha256:
+    model, tokenizer, _ = load_pretrained(*encoder.source, encoder.access)
+    if weights_digest(model) != encoder.weights_sha256:
         raise AdapterError(f"the weights of {encoder.source[0]} are no longer those that were loaded before")
     scale = encoder.lora.alpha / encoder.lora.rank
     for name, lora_a in factors.items():
         if ".lora_A." in name:
-            linear = pretrained.model.get_submodule(name.removesuffix(".lora_A.weight"))
+            linear = model.get_submodule(name.removesuffix(".lora_A.weight"))
             assert isinstance(linear, nn.Linear), "LoRA is put on linear layers alone"
             lora_b = factors[name.replace(".lora_A.", LORA_B)]
             linear.weight.data += scale * (lora_b.detach().cpu() @ lora_a.detach().cpu())
@@ -63,8 +63,8 @@ def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, T
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=".textmeta-") as beside:
             new = Path(beside) / folder.name
-            pretrained.model.save_pretrained(new)
-            pretrained.tokenizer.save_pretrained(new)
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
             for name, content in files.items():
                 (new / name).parent.mkdir(exist_ok=True)
                 (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

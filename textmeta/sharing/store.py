@@ -363,11 +363,8 @@ def _index(corpora: Sequence[_Corpus] | None, vectors: Tensor | None, hidden: in
 
 
 def _fitted(files: Mapping[str, bytes], folder: Path, init: Initialisation) -> Fitted | None:
-    if not files.keys() & {HEAD, CLASSIFIER}:
+    if HEAD not in files:
         return None
-    for name in (HEAD, CLASSIFIER):
-        if name not in files:
-            raise AdapterError(f"{folder} is no whole fitted classifier: it has no {name}")
     content = _read_model(_Classifier, files[CLASSIFIER], folder / CLASSIFIER)
     classes = read_labels(content.classes, folder / CLASSIFIER)
     for row, (_, number) in enumerate(content.support or ()):
