@@ -46,10 +46,7 @@ def load_parts(sources: Iterable[CorpusSettings]) -> dict[str, list[Corpus]]:
     parts: dict[str, list[Corpus]] = {part: [] for part in PARTS}
     for source in sources:
         corpus = load_corpus(source)
-        if source.splits is not None:
-            split = read_class_split(source.splits, source.fold)
-        else:
-            split = draw_class_split(corpus.class_names)
+        split = read_class_split(source.splits, source.fold) if source.splits else draw_class_split(corpus.class_names)
         for part, corpora in parts.items():
             corpora.append(corpus.restrict(getattr(split, part)))
     return parts

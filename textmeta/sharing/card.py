@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -64,19 +65,13 @@ def _filled(
     labels, revision = list(classes or ()), adapter.commit or encoder.revision
     more = ", …" if len(labels) > MOST_SHOWN else ""
     values = {
+        **asdict(encoder) | asdict(adapter.lora) | asdict(learner),
         "metadata": _metadata(adapter, record).to_yaml(),
         "name": PLACEHOLDER,
         "base": f'"{encoder.model}"' + (f', revision="{revision}"' if revision else ""),
-        "model": encoder.model,
         "revision": f"`{revision}`" if revision else "unknown",
         "weights_sha256": adapter.weights_sha256,
-        "max_length": encoder.max_length,
-        "rank": adapter.lora.rank,
-        "alpha": adapter.lora.alpha,
         "layers": ", ".join(map(str, learner.layers or ())),
-        "steps": learner.steps,
-        "adapt": learner.adapt,
-        "head": learner.head,
         "index": sum(map(len, index.classes.values())) if index else 0,
         "ways": len(labels),
         "classes": ", ".join(f"`{plain(label)}`" for label in labels[:MOST_SHOWN]) + more,

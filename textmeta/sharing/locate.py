@@ -4,15 +4,15 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
-from textmeta.files import is_folder, read_json
+from textmeta.files import is_folder
 from textmeta.hub import HubAccess, fetch_snapshot, is_repo_id
 from textmeta.sharing.folder import MANIFEST, is_there
-from textmeta.sharing.format import ADAPTER_FILES, CARD, CLASSIFIER, META, read_adapter_files
+from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
 
-__all__ = ["DEFAULT_ADAPTER", "Location", "info", "read_located", "subfolder_prefix"]
+__all__ = ["DEFAULT_ADAPTER", "Location", "read_located", "subfolder_prefix"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,21 +110,3 @@ def subfolder_prefix(subfolder: str | None) -> str:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):
         raise AdapterError(f"subfolder must be a path below, such as 'adapters/first', given {subfolder!r:.80}")
     return f"{subfolder}/"
-
-
-def info(
-    name: str | Path, *, revision: str | None = None, subfolder: str | None = None, access: HubAccess | None = None
-) -> dict[str, Any]:
-    """Return what an adapter's JSON files say, and where it was found; its hashes are checked, its tensors not read.
-
-    Returns:
-        ``folder``, ``kind`` and ``commit`` of a :class:`Location`, ``adapter`` (the content of ``textmeta.json``) and
-        ``classifier`` (that of ``classifier.json``, or None). They may be anybody's: show them with
-        :func:`~textmeta.data.labels.plain`.
-    """
-    files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
-    found = {
-        part: read_json(files[file], where.folder / file, AdapterError) if file in files else None
-        for part, file in (("adapter", META), ("classifier", CLASSIFIER))
-    }
-    return {"folder": str(where.folder), "kind": where.kind, "commit": where.commit, **found}
