@@ -126,10 +126,6 @@ class MixedEpisodes:
             unlabelled_texts=texts(unlabelled_rows),
         )
 
-    def take(self, count: int, start: int = 0) -> list[Episode]:
-        """Return episodes ``start`` to ``start + count - 1``."""
-        return [self[index] for index in range(start, start + count)]
-
 
 def _draw_names(rng: np.random.Generator, words: tuple[str, ...], unequal: bool) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names an episode comes with, and (ways,) bool, which classes keep their examples."""

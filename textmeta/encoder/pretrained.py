@@ -7,8 +7,7 @@ because a configuration can name other files: so files are checked before transf
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +69,13 @@ def load_pretrained(
     if "adapter_config.json" in names:
         raise EncoderError(f"{name!r} is an adapter, not an encoder: name the encoder that it was trained on")
     _check_files(folder)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # of a moment's work on a folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        with _without_bars():
-            model, report = AutoModel.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-            )
+        model, report = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     except BaseException as error:  # the libraries raise anything, and a panic of their Rust parts is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -85,6 +85,9 @@ def load_pretrained(
             "model (safetensors) and its tokenizer, or the id of one on the Hub"
             + (f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else "")
         ) from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise EncoderError(f"the encoder {name!r} lacks weights, which would be random: {', '.join(missing[:5])}")
@@ -169,15 +172,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
         raise EncoderError(f"{path} is no plain file of at most {MAX_BYTES} bytes")
     return read_json(path.read_bytes(), path, EncoderError, allow_nan=True)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Leave out transformers' progress bar, which is of a moment's work on a local folder."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
