@@ -234,15 +234,11 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
             logger.warning(said, corpus.name, settings.rows, len(present), len(names))
             corpus = corpus.restrict(present)
     logger.info("corpus %s: %d texts, %d classes", corpus.name, len(corpus), len(corpus.class_names))
-    return replace(corpus, source={**found, **_source(settings)})
-
-
-def _source(settings: CorpusSettings) -> dict[str, Any]:
-    """Return the settings that are not the defaults, without this machine's folders."""
+    # the settings that are not the defaults, without this machine's folders
     defaults = asdict(CorpusSettings(""))
     source = {key: value for key, value in asdict(settings).items() if value != defaults[key]}
     for key in ("dataset", "splits") if settings.is_file else ("splits",):
         path = Path(source.get(key, ""))
         if path.is_absolute() or ".." in path.parts:
             source[key] = path.name
-    return source
+    return replace(corpus, source={**found, **source})

@@ -15,7 +15,7 @@ from textmeta.data.labels import plain
 from textmeta.hub import is_repo_id
 from textmeta.meta.adapter import Adapter
 
-__all__ = ["PLACEHOLDER", "is_edited", "model_card", "usage_name"]
+__all__ = ["PLACEHOLDER", "is_edited", "model_card"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,6 @@ def is_edited(card: str) -> bool:
     """Whether a card is somebody's own, or was changed since textmeta wrote it."""
     text, _, digest = card.rpartition(SIGNATURE)
     return digest != _digest(text)
-
-
-def usage_name(repo_id: str, subfolder: str | None) -> str:
-    """Return the arguments by which the code of a card loads an adapter that is on the Hub."""
-    return f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
 
 
 def _digest(text: str) -> str:

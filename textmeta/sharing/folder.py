@@ -13,15 +13,7 @@ from pathlib import Path
 from textmeta.errors import AdapterError, DamagedAdapterError
 from textmeta.files import is_folder, sync_folder, write_synced
 
-__all__ = [
-    "MANIFEST",
-    "check_destination",
-    "is_there",
-    "manifest_of",
-    "read_file",
-    "read_folder",
-    "write_folder",
-]
+__all__ = ["MANIFEST", "check_destination", "is_there", "manifest_of", "read_file", "read_folder", "write_folder"]
 
 MANIFEST = "SHA256SUMS"
 MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)\n")

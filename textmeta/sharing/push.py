@@ -13,7 +13,7 @@ from textmeta.errors import AdapterError, HubError
 from textmeta.files import is_folder
 from textmeta.hub import check_reachable, clear_hub_errors, is_repo_id
 from textmeta.meta.adapter import Adapter
-from textmeta.sharing.card import PLACEHOLDER, usage_name
+from textmeta.sharing.card import PLACEHOLDER
 from textmeta.sharing.folder import MANIFEST, manifest_of, read_file
 from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
 from textmeta.sharing.locate import subfolder_prefix
@@ -114,7 +114,8 @@ def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
     if to.private and not head.private:
         raise HubError(f"not pushed: {repo_id!r} is there already, and is public: make it private first, or a new one")
     if CARD in files:
-        contents[CARD] = files[CARD].replace(PLACEHOLDER.encode(), usage_name(repo_id, to.subfolder).encode())
+        name = f'"{repo_id}"' + (f', subfolder="{to.subfolder}"' if to.subfolder else "")
+        contents[CARD] = files[CARD].replace(PLACEHOLDER.encode(), name.encode())
     present = {file.rfilename for file in head.siblings or []}
     stale = sorted(name for name in ADAPTER_FILES - contents.keys() if prefix + name in present)
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [

@@ -31,17 +31,7 @@ from textmeta.meta.initialisation import LORA, Calibration, Initialisation, Lear
 from textmeta.meta.learner import LearnedTask
 from textmeta.sharing.card import is_edited, model_card
 from textmeta.sharing.folder import write_folder
-from textmeta.sharing.format import (
-    CARD,
-    CLASSIFIER,
-    CONFIG,
-    FORMAT,
-    HEAD,
-    META,
-    TENSORS,
-    WEIGHTS,
-    write_json,
-)
+from textmeta.sharing.format import CARD, CLASSIFIER, CONFIG, FORMAT, HEAD, META, TENSORS, WEIGHTS, write_json
 from textmeta.sharing.locate import read_located
 
 __all__ = ["Fitted", "adapter_files", "load_adapter", "save_adapter"]
