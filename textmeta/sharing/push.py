@@ -42,16 +42,10 @@ class Destination:
 def push_adapter(
     adapter: Adapter, fitted: Fitted | None, to: Destination, *, base_model: str | None = None
 ) -> CommitInfo:
-    """Push an adapter, and a fitted classifier if there is one.
+    """Push an adapter, and a fitted classifier if there is one; ``base_model`` is its encoder's id on the Hub.
 
-    Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
+    Without a ``base_model`` that is what the adapter says, which may be a folder of this machine. Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
     Files of an earlier adapter that the new one does not have are deleted; all else in the repository stays.
-
-    Args:
-        adapter: to push.
-        fitted: to push with it.
-        to: where.
-        base_model: id on the Hub of the adapter's encoder, where the adapter names a folder of this machine.
 
     Raises:
         AdapterError: if the encoder is no id on the Hub, so that nobody else could load the adapter.
