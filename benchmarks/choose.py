@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from choose_episodes import EPISODE_SEED, SHOTS, Cell, ChooseCorpora, result_of
+from choose_episodes import EPISODE_SEED, SHOTS, Cell, ChooseCorpora, result_of, with_unlabelled
 from runs import Line, Run, do_missing, read_lines
 from scipy import stats
 from torch import Tensor
 
-from textmeta.data.episodes import Episode, with_unlabelled
+from textmeta.data.episodes import Episode
 from textmeta.data.labels import readable_name
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader, TokenStates
@@ -72,7 +72,7 @@ def without_examples(episode: Episode) -> Episode:
 
 def unlabelled(mixture: str) -> Callable[[Episode, Cell, int], Episode]:
     """Return what adds unlabelled texts to an episode."""
-    return lambda e, cell, number: with_unlabelled(e, cell.corpus, EPISODE_SEED, number, mixture=mixture)  # type: ignore[arg-type]
+    return lambda e, cell, number: with_unlabelled(e, cell.corpus, EPISODE_SEED, number, mixture=mixture)
 
 
 Variant = Callable[[Episode, Cell, int], Episode]

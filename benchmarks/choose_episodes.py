@@ -1,7 +1,7 @@
 """The episodes that designs are chosen by: cells of the choose corpora, the same for every method and version."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ import numpy as np
 
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.mixed_episodes import draw_unlabelled
 
-__all__ = ["EPISODE_SEED", "QUERIES", "SHOTS", "Cell", "ChooseCorpora", "result_of"]
+__all__ = ["EPISODE_SEED", "QUERIES", "SHOTS", "Cell", "ChooseCorpora", "result_of", "with_unlabelled"]
 
 WAYS, QUERIES, SHOTS, EPISODE_SEED = 5, 5, (1, 2, 5, 10), 2
+UNLABELLED_DRAW = 2  # third number of the seed unlabelled texts are drawn by: the sampler's own seeds have two
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,38 @@ class ChooseCorpora:
                 ]
                 if len(names) >= 2:
                     yield Cell(corpus.restrict(names), k)
+
+
+def with_unlabelled(
+    episode: Episode, corpus: Corpus, seed: int, number: int, per_class: int = 15, mixture: str = "same"
+) -> Episode:
+    """Return an episode with unlabelled texts, a pure function of the arguments.
+
+    They are drawn from the rows of the corpus whose texts are in neither the support nor the query set, and shuffled.
+
+    Args:
+        episode: of classes of the corpus.
+        corpus: to draw from.
+        seed: of all draws.
+        number: of the episode, so that each has draws of its own.
+        per_class: unlabelled texts of a class, or as many as there are.
+        mixture: "same", "skewed" or "others" (:func:`~textmeta.data.mixed_episodes.draw_unlabelled`).
+    """
+    index = {name: label for label, name in enumerate(corpus.class_names)}
+    taken = {*episode.support_texts, *episode.query_texts}
+
+    def left(name: str) -> np.ndarray:
+        rows = np.array([row for row in corpus.rows_of(index[name]) if corpus.texts[row] not in taken], dtype=np.int64)
+        taken.update(corpus.texts[row] for row in rows)  # a text that has two classes may be drawn only once
+        return rows
+
+    pools = [left(name) for name in episode.class_names]
+    others = np.empty(0, dtype=np.int64)
+    if mixture == "others":
+        others = np.concatenate([others, *(left(name) for name in index if name not in episode.class_names)])
+        assert others.size, f"{corpus.name} has no text of a class other than the episode's"
+    rows = draw_unlabelled(np.random.default_rng((seed, number, UNLABELLED_DRAW)), pools, others, per_class, mixture)
+    return replace(episode, unlabelled_texts=tuple(corpus.texts[row] for row in rows))
 
 
 def result_of(probabilities: Sequence[np.ndarray], episodes: Sequence[Episode]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from textmeta.data.bundled import load_bundled
@@ -67,10 +68,18 @@ STARTS: dict[str, Mapping[str, torch.Tensor]] = {"no-centre": {"log_centre_stren
 AFTER = {"names-after": "no-names"}  # the arm whose adapter another starts from
 
 
+def thinned(corpus: Corpus, rows: int) -> Corpus:
+    """Return the corpus with at most so many different rows of each class, drawn at random."""
+    rng = np.random.default_rng(0)
+    parts = [rng.permutation(corpus.rows_of(index))[:rows] for index in range(len(corpus.class_names))]
+    kept = np.sort(np.concatenate(parts))
+    return replace(corpus, texts=[corpus.texts[row] for row in kept], labels=corpus.labels[kept])
+
+
 def training_corpora(data_dir: Path) -> list[Corpus]:
     """Load the 82 corpora that may be trained on, at most 80 rows a class."""
     paths = sorted((data_dir / "train").glob("*.jsonl")) + [data_dir / f"{name}.jsonl" for name in FIRST_COLLECTION]
-    loaded = [load_corpus(CorpusSettings(str(path))).thinned(ROWS, seed=0) for path in paths]
+    loaded = [thinned(load_corpus(CorpusSettings(str(path))), ROWS) for path in paths]
     return [*loaded, load_bundled()[0]]
 
 

@@ -24,7 +24,7 @@ from textmeta.meta.evaluation import (
 )
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.locate import DEFAULT_ADAPTER
-from textmeta.sharing.store import load_from, save_adapter
+from textmeta.sharing.store import load_adapter, save_adapter
 
 BIKES = {  # messages to a bicycle rental; the labels are read, too
     "rent a bike": ["two city bikes for Saturday, please", "Do you have a tandem free next weekend?"],
@@ -80,7 +80,7 @@ def main(output: Path, encoder: EncoderSettings, shipped: str, episodes: int, te
     save_adapter(output, adapter)
 
     test = corpus.restrict(split.test)
-    rows = compared({"the shipped adapter": load_from(shipped)[0], "your adapter": adapter}, test, tests)
+    rows = compared({"the shipped adapter": load_adapter(shipped)[0], "your adapter": adapter}, test, tests)
     print(
         f"\n{tests} tasks of 5 of the {len(split.test)} classes kept for testing, of other domains, with their names:"
     )

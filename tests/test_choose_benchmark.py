@@ -1,8 +1,10 @@
 """The benchmark that designs are chosen by: records episodes, resumes, prints paired differences."""
 
+import hashlib
 import importlib
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +12,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tests.data.test_episodes import content, numbered
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode
+from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.meta.adapter import Adapter
@@ -134,3 +137,80 @@ def test_arms_are_compared_with_the_mean_of_the_base_arms_seeds(
     assert float(rows["plain adapt=pooling+lora @ base-0"]) == pytest.approx(0, abs=0.03)
     adapters = {line.adapter.rpartition("-")[0] for line in ablation.LINES}
     assert adapters | {"general"} == set(ablation.ARMS)
+
+
+# Episodes with unlabelled texts
+
+
+def test_unlabelled_texts_never_change_with_the_code(choose: ModuleType) -> None:
+    """Results are paired with those recorded earlier."""
+    corpus, mixtures = numbered(), ("same", "skewed", "others")
+    tasks = EpisodeSampler(corpus, EpisodeSettings(3, 2, 2), seed=0).take(3)
+    more = [choose.with_unlabelled(e, corpus, 1, i, 5, mixture) for i, e in enumerate(tasks) for mixture in mixtures]
+    drawn = repr([episode.unlabelled_texts for episode in more])
+    expected = "4752f727dd2b9a4e2e4e28f18c797069288dd0f59322471c6f280c0e07389a46"
+    assert hashlib.sha256(drawn.encode()).hexdigest() == expected
+
+
+def unlabelled_of(episode: Episode) -> Counter:
+    """Number of unlabelled texts of each class, which their texts tell."""
+    return Counter(text.rpartition(" ")[0] for text in episode.unlabelled_texts)
+
+
+@pytest.mark.parametrize("mixture", ["same", "skewed", "others"])
+def test_unlabelled_texts_are_in_no_other_set(choose: ModuleType, mixture: str) -> None:
+    corpus = numbered(rows=8)
+    for number, episode in enumerate(EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(20)):
+        more = choose.with_unlabelled(episode, corpus, 0, number, mixture=mixture)
+        texts = more.support_texts + more.query_texts + more.unlabelled_texts
+        assert len(set(texts)) == len(texts) > 20
+        assert content(more) == content(episode)
+        assert (
+            choose.with_unlabelled(episode, corpus, 0, number, mixture=mixture).unlabelled_texts
+            == more.unlabelled_texts
+        )
+        for seed, other in ((1, number), (0, number + 1)):
+            again = choose.with_unlabelled(episode, corpus, seed, other, mixture=mixture)
+            assert again.unlabelled_texts != more.unlabelled_texts
+
+
+def test_unlabelled_texts_are_mixed_as_asked(choose: ModuleType) -> None:
+    corpus = numbered(rows=40)
+    for number, episode in enumerate(EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(20)):
+        same = choose.with_unlabelled(episode, corpus, 0, number)
+        assert unlabelled_of(same) == dict.fromkeys(episode.class_names, 15)
+        assert list(same.unlabelled_texts) != sorted(same.unlabelled_texts)
+        skewed = unlabelled_of(choose.with_unlabelled(episode, corpus, 0, number, mixture="skewed"))
+        assert sorted(skewed.values()) == [1, 1, 1, 27]
+        assert set(skewed) == set(episode.class_names)
+        others = unlabelled_of(choose.with_unlabelled(episode, corpus, 0, number, per_class=10, mixture="others"))
+        assert sum(others.values()) == 40
+        assert sum(others[name] for name in episode.class_names) == 20
+
+
+def test_skew_is_of_another_class_each_time(choose: ModuleType) -> None:
+    corpus = numbered(classes=3, rows=40)
+    episode = EpisodeSampler(corpus, EpisodeSettings(3, 3, 2), seed=0)[0]
+    mains = [
+        unlabelled_of(choose.with_unlabelled(episode, corpus, 0, i, 5, "skewed")).most_common(1)[0] for i in range(20)
+    ]
+    assert {name for name, _ in mains} == set(episode.class_names)
+    assert {number for _, number in mains} == {9}
+
+
+def test_as_many_unlabelled_texts_as_there_are(choose: ModuleType) -> None:
+    corpus = numbered(classes=3, rows=6)
+    episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 2), seed=0)[0]
+    assert unlabelled_of(choose.with_unlabelled(episode, corpus, 0, 0)) == dict.fromkeys(episode.class_names, 2)
+    assert sorted(unlabelled_of(choose.with_unlabelled(episode, corpus, 0, 0, mixture="skewed")).values()) == [1, 2, 2]
+    episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 4), seed=0)[0]
+    for mixture in ("same", "skewed"):
+        assert choose.with_unlabelled(episode, corpus, 0, 0, mixture=mixture).unlabelled_texts == ()
+
+
+def test_a_text_of_two_classes_is_drawn_once_and_not_if_it_has_a_label(choose: ModuleType) -> None:
+    texts = [f"{row}" for row in range(8)] * 2
+    corpus = Corpus.from_pairs("twice", texts, ["x"] * 8 + ["y"] * 8)
+    labels = np.array([0, 1])
+    episode = Episode("twice", ("x", "y"), ("0", "1"), labels, ("2", "3"), np.array([0, OUTSIDE]))
+    assert sorted(choose.with_unlabelled(episode, corpus, 0, 0).unlabelled_texts) == ["4", "5", "6", "7"]

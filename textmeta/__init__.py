@@ -32,19 +32,16 @@ __all__ = [
     "similarity",
 ]
 
-_HOME = {
-    "Adapter": "meta.adapter",
-    "Corpus": "data.corpus",
-    "CorpusSettings": "data.corpus",
-    "Episode": "data.episodes",
-    "EpisodeSampler": "data.episodes",
-    "EpisodeSettings": "data.episodes",
-    "FewShotClassifier": "classifier",
-    "MetaTrainer": "meta.trainer",
-    "TextMetaError": "errors",
-    "load_corpus": "data.corpus",
-    "similarity": "nearest",
+_PUBLIC = {
+    "classifier": ("FewShotClassifier",),
+    "data.corpus": ("Corpus", "CorpusSettings", "load_corpus"),
+    "data.episodes": ("Episode", "EpisodeSampler", "EpisodeSettings"),
+    "errors": ("TextMetaError",),
+    "meta.adapter": ("Adapter",),
+    "meta.trainer": ("MetaTrainer",),
+    "nearest": ("similarity",),
 }
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from textmeta.meta.learner import LearnedTask, TaskLearner
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
 from textmeta.sharing.locate import DEFAULT_ADAPTER
-from textmeta.sharing.peft import write_merged
+from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import Destination, push_adapter
-from textmeta.sharing.store import Fitted, load_from, save_adapter
+from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
 __all__ = ["FewShotClassifier"]
 
@@ -59,8 +60,6 @@ class FewShotClassifier:
     ) -> None:
         self.adapter, self.device, self.precision, self.encoder = adapter, device, precision, encoder
         self._access = HubAccess()
-        self._adapter: Adapter | None = None  # this and the next from the first use on
-        self._learner: TaskLearner | None = None
         self._fitted: Fitted | None = None  # replaced as a whole: other threads may be predicting
 
     @classmethod
@@ -98,10 +97,10 @@ class FewShotClassifier:
             EncoderError: if the encoder cannot be loaded.
         """
         access = HubAccess(token, cache_dir, local_files_only)
-        adapter, fitted, _ = load_from(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
+        adapter, fitted = load_adapter(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
         classifier = cls(adapter, device=device, precision=precision, encoder=encoder)
         classifier._access = access
-        queries = classifier._task_learner().adapter.initialisation.queries
+        queries = classifier._learner.adapter.initialisation.queries
         classifier._fitted = fitted and replace(fitted, task=_on(queries.device, fitted.task))
         return classifier
 
@@ -137,7 +136,7 @@ class FewShotClassifier:
         classes, names = task_classes(rows, label_names)
         number = {label: i for i, label in enumerate(classes)}
         numbers = [number[label] for label in rows]
-        learner = self._task_learner()
+        learner = self._learner
         device = learner.adapter.initialisation.queries.device
         batch = TaskBatch.of([texts], [numbers], [len(classes)], [names], [more], device)
         try:
@@ -204,7 +203,7 @@ class FewShotClassifier:
         Args:
             count: how many corpora, each with its classes that are most like these.
         """
-        index = self._own_adapter().index
+        index = self._adapter.index
         if index is None:
             raise AdapterError("this adapter has no index of the classes that it was trained on")
         return nearest_tasks(index, self.task_embedding_, count)
@@ -233,7 +232,7 @@ class FewShotClassifier:
             include_support: whether to store the texts of ``fit`` with their labels, for everybody who gets the folder
                 to read; the model card says so.
         """
-        save_adapter(folder, self._own_adapter(), self._to_store(include_support))
+        save_adapter(folder, self._adapter, self._to_store(include_support))
 
     def push_to_hub(
         self,
@@ -265,7 +264,7 @@ class FewShotClassifier:
             HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
         """
         to = Destination(repo_id, revision, subfolder, token, private, commit_message)
-        return push_adapter(self._own_adapter(), self._to_store(include_support), to, base_model=base_model)
+        return push_adapter(self._adapter, self._to_store(include_support), to, base_model=base_model)
 
     def merge(self, folder: str | Path) -> None:
         """Write the encoder with its LoRA merged, that of the fitted task if it has its own, as a sentence encoder.
@@ -275,27 +274,24 @@ class FewShotClassifier:
         Args:
             folder: where to; must not exist, or be empty (AdapterError).
         """
-        learner, factors = self._task_learner(), self._fitted.task.factors if self._fitted else {}
+        learner, factors = self._learner, self._fitted.task.factors if self._fitted else {}
         own = {name: value[0] for name, value in factors.items()} or learner.adapter.initialisation.lora
         assert isinstance(learner.reader, TokenStateReader)
         write_merged(Path(folder), learner.reader, own)
 
-    def _own_adapter(self) -> Adapter:
-        """Return the adapter; one that was named is loaded the first time."""
-        if self._adapter is None:
-            given = self.adapter
-            self._adapter = given if isinstance(given, Adapter) else load_from(given, encoder=self.encoder)[0]
-        return self._adapter
+    @cached_property
+    def _adapter(self) -> Adapter:
+        """The adapter; one that was named is loaded the first time."""
+        given = self.adapter
+        return given if isinstance(given, Adapter) else load_adapter(given, encoder=self.encoder)[0]
 
-    def _task_learner(self) -> TaskLearner:
-        """Return what learns tasks; the encoder is loaded the first time."""
-        if self._learner is None:
-            adapter = self._own_adapter()
-            reader = adapter.load_reader(
-                device=self.device, precision=self.precision, model=self.encoder, access=self._access
-            )
-            self._learner = TaskLearner(reader, adapter.to(reader.encoder.device))
-        return self._learner
+    @cached_property
+    def _learner(self) -> TaskLearner:
+        """What learns tasks; the encoder is loaded the first time."""
+        reader = self._adapter.load_reader(
+            device=self.device, precision=self.precision, model=self.encoder, access=self._access
+        )
+        return TaskLearner(reader, self._adapter.to(reader.encoder.device))
 
     def _now(self) -> Fitted:
         """Return the fitted task, which one call holds from beginning to end, whatever other threads fit."""
@@ -305,7 +301,7 @@ class FewShotClassifier:
 
     def _answer(self, fitted: Fitted, texts: Sequence[str]) -> tuple[np.ndarray, Tensor]:
         """Return the probabilities (n, C) of texts, float64, and what their scope is told by, (n, 7)."""
-        texts, learner = checked_texts(texts, "predict", allow_empty=True), self._task_learner()
+        texts, learner = checked_texts(texts, "predict", allow_empty=True), self._learner
         device = learner.adapter.initialisation.queries.device
         probabilities = [np.zeros((0, len(fitted.classes)))]
         scope_inputs = [torch.zeros(0, len(SCOPE_INPUTS), device=device)]
@@ -318,7 +314,7 @@ class FewShotClassifier:
         return np.concatenate(probabilities), torch.cat(scope_inputs)
 
     def _scope_score(self, scope_inputs: Tensor) -> np.ndarray:
-        rule = self._task_learner().adapter.calibration.scope
+        rule = self._learner.adapter.calibration.scope
         if rule is None:
             raise AdapterError(f"this adapter has no rule for what is out of scope, as {DEFAULT_ADAPTER} has")
         return np.asarray(scope_probability(rule, scope_inputs).double().cpu())

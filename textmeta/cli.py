@@ -7,10 +7,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from textmeta.errors import TextMetaError
+from textmeta.errors import AdapterError, TextMetaError
 
 __all__ = ["main"]
 
@@ -66,26 +65,32 @@ def _push(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     from textmeta.data.labels import plain  # noqa: PLC0415
-    from textmeta.sharing.format import ADAPTER_FILES  # noqa: PLC0415
-    from textmeta.sharing.locate import info  # noqa: PLC0415
+    from textmeta.files import read_json  # noqa: PLC0415
+    from textmeta.sharing.format import CLASSIFIER, META  # noqa: PLC0415
+    from textmeta.sharing.locate import read_located  # noqa: PLC0415
 
-    found = info(options.name, revision=options.revision, subfolder=options.subfolder)
-    size = sum(path.stat().st_size for path in Path(found["folder"]).iterdir() if path.name in ADAPTER_FILES)
+    files, where = read_located(options.name, revision=options.revision, subfolder=options.subfolder)
+    told = {
+        name: read_json(files[name], where.folder / name, AdapterError) for name in {META, CLASSIFIER} & files.keys()
+    }
+    place = f"{where.folder} ({where.kind}{f', commit {where.commit}' if where.commit else ''})"
+    size = f"{sum(map(len, files.values())) / 2**20:.1f} MiB"
     try:
-        rows = [*_described(found, size), *_trained(found["adapter"]["record"])]
+        rows = [*_described(told[META], told.get(CLASSIFIER), place, size), *_trained(told[META]["record"])]
     except (KeyError, TypeError, ValueError, AttributeError):  # a record may be anybody's, and hold anything
-        rows = [("what", "an adapter, whose description is not as textmeta writes it"), ("where", found["folder"])]
+        rows = [("what", "an adapter, whose description is not as textmeta writes it"), ("where", place)]
     for name, value in rows:
         print(f"{name:<10} {plain(value)}")
 
 
-def _described(found: Mapping[str, Any], size: int) -> Iterator[tuple[str, str]]:
-    """Yield what an adapter of so many bytes is, by what its JSON files say."""
-    adapter, classifier = found["adapter"], found["classifier"]
+def _described(
+    adapter: Mapping[str, Any], classifier: Mapping[str, Any] | None, place: str, size: str
+) -> Iterator[tuple[str, str]]:
+    """Yield what an adapter is, by what its JSON files say."""
     encoder, learner = adapter["encoder"], adapter["learner"]
     yield "what", "fitted classifier" if classifier else "meta-trained adapter"
-    yield "where", f"{found['folder']} ({found['kind']}{', commit ' + found['commit'] if found['commit'] else ''})"
-    yield "size", f"{size / 2**20:.1f} MiB, written with textmeta {adapter['versions']['textmeta']}"
+    yield "where", place
+    yield "size", f"{size}, written with textmeta {adapter['versions']['textmeta']}"
     revision = adapter["encoder_commit"] or encoder["revision"] or "unknown"
     yield "encoder", f"{encoder['model']}, revision {revision}; texts are cut at {encoder['max_length']} tokens"
     yield "learner", f"{learner['head']} on layers {learner['layers']}, {learner['steps']} steps on {learner['adapt']}"

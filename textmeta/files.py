@@ -1,9 +1,32 @@
-"""Writing files so that what is said to be written is on the disk."""
+"""Files: written so that what is said to be written is on the disk, and JSON that may be anybody's."""
 
 import os
 from pathlib import Path
+from typing import Any
 
-__all__ = ["is_folder", "sync_folder", "write_atomically", "write_synced"]
+from pydantic_core import from_json
+
+from textmeta.errors import TextMetaError
+
+__all__ = ["is_folder", "read_json", "sync_folder", "write_atomically", "write_synced"]
+
+
+def read_json(content: bytes, path: Path, error: type[TextMetaError], *, allow_nan: bool = False) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Args:
+        content: of the file.
+        path: of the file, to name in the error.
+        error: what is raised if it holds none, or is nested too deeply.
+        allow_nan: whether numbers may be NaN or infinite.
+    """
+    try:
+        parsed = from_json(content, allow_inf_nan=allow_nan)
+    except ValueError as cause:
+        raise error(f"{path} is no JSON: {cause}") from cause
+    if not isinstance(parsed, dict):
+        raise error(f"{path}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
 
 
 def write_synced(path: Path, content: bytes) -> None:

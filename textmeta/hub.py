@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -84,35 +83,38 @@ def fetch_snapshot(
         HubError: no such repository or revision, or no right to it; what to do is said.
         HubUnreachableError: no answer, and not in the cache.
     """
-    access = access or HubAccess()
+    access, silence, waits = access or HubAccess(), None, iter(WAITS)
     check_revision(revision)
-    silence = None if access.local_files_only else _silence(repo_id, "model", access.token)
-    download = partial(
-        snapshot_download,
-        repo_id,
-        revision=revision,
-        token=access.token,
-        cache_dir=access.cache_dir,
-        local_files_only=access.local_files_only or silence is not None,
-        allow_patterns=list(patterns),
-        ignore_patterns=list(ignore),
-        force_download=force,
-    )
+    if not access.local_files_only:
+        try:
+            check_reachable(repo_id, revision, token=access.token)
+        except HubUnreachableError as error:
+            silence = error
     with clear_hub_errors(repo_id, revision, token=access.token):
-        for wait in WAITS:
+        while True:
             try:
-                return Path(download())
+                found = snapshot_download(
+                    repo_id,
+                    revision=revision,
+                    token=access.token,
+                    cache_dir=access.cache_dir,
+                    local_files_only=access.local_files_only or silence is not None,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(ignore),
+                    force_download=force,
+                )
+                return Path(found)
             except Exception as error:
                 if silence is not None and not isinstance(error, IncompleteSnapshotError):
                     raise silence from error  # says more than that the cache lacks it
-                if not _may_pass(error):
+                wait = next(waits, None) if _may_pass(error) else None
+                if wait is None:
                     raise
                 logger.warning("%s; trying again in %s s", _first_line(error), wait)
                 time.sleep(wait)
-        return Path(download())
 
 
-def check_reachable(repo_id: str, *, kind: RepoKind = "model", token: str | bool | None = None) -> None:
+def check_reachable(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> None:
     """Check that the Hub answers when it is asked for a repository, whatever it says.
 
     Its library waits without a limit in most places, behind a firewall that swallows packets for ever. This waits ten
@@ -121,19 +123,12 @@ def check_reachable(repo_id: str, *, kind: RepoKind = "model", token: str | bool
     Raises:
         HubUnreachableError: if it does not.
     """
-    if (silence := _silence(repo_id, kind, token)) is not None:
-        with clear_hub_errors(repo_id, kind=kind, token=token):
-            raise silence
-
-
-def _silence(repo_id: str, kind: RepoKind, token: str | bool | None) -> Exception | None:
-    """Return why the Hub does not answer; None where it does."""
-    try:
-        HfApi(token=token).repo_info(repo_id, repo_type=kind, timeout=DEADLINE)
-    except Exception as error:
-        if isinstance(error, OfflineModeIsEnabled) or _is_network_error(error):
-            return error
-    return None
+    with clear_hub_errors(repo_id, revision, token=token):
+        try:
+            HfApi(token=token).repo_info(repo_id, timeout=DEADLINE)
+        except Exception as error:
+            if isinstance(error, OfflineModeIsEnabled) or _is_network_error(error):
+                raise
 
 
 def is_repo_id(name: str) -> bool:
@@ -175,17 +170,13 @@ def _explain(
     """Return an error of our own for one of the Hub library's, None for one of somebody else's."""
     where = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     has_token = token is not False and bool(token if isinstance(token, str) else get_token())
-    log_in = "log in with `hf auth login`, or give a token"
+    lacking = "the token given has no right to it"
+    if not has_token:
+        lacking = "no token was given: log in with `hf auth login`, or give a token"
     if isinstance(error, GatedRepoError):  # before its base class
-        return HubError(
-            f"the {kind} {repo_id!r} is gated: ask for access at {where}"
-            + (" with the account of the token given" if has_token else f", then {log_in}")
-        )
+        return HubError(f"the {kind} {repo_id!r} is gated: ask for access at {where}; {lacking}")
     if isinstance(error, RepositoryNotFoundError):
-        return HubError(
-            f"there is no {kind} {repo_id!r} on the Hub ({where}), or it is private and "
-            + ("the token given does not open it" if has_token else f"no token was given: {log_in}")
-        )
+        return HubError(f"there is no {kind} {repo_id!r} on the Hub ({where}), or it is private and {lacking}")
     if isinstance(error, RevisionNotFoundError):
         return HubError(f"the {kind} {repo_id!r} has no revision {revision!r} (branch, tag or commit): see {where}")
     if isinstance(error, HFValidationError):
@@ -197,12 +188,8 @@ def _explain(
         )
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        if status in (401, 403):
-            return HubError(
-                f"the Hub refuses this to {'the token given' if has_token else 'users without a token'} for the "
-                f"{kind} {repo_id!r} (status {status}): {_first_line(error)}" + ("" if has_token else f"; {log_in}")
-            )
-        return HubError(f"the Hub answers status {status} for the {kind} {repo_id!r}: {_first_line(error)}")
+        said = f"the Hub answers status {status} for the {kind} {repo_id!r}: {_first_line(error)}"
+        return HubError(f"{said}; {lacking}" if status in (401, 403) else said)
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or _is_network_error(error):
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
         reason = f"{type(cause).__name__}: {_first_line(cause)}" if cause else "only local files were asked for"

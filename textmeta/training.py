@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
-from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.data.splits import load_parts
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
-from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import SettingsError
 from textmeta.meta.evaluation import format_table, frozen_prototypes, paired_difference, score_episodes, summary
 from textmeta.meta.initialisation import LearnerSettings
@@ -23,7 +23,7 @@ from textmeta.meta.learner import TaskLearner
 from textmeta.meta.trainer import MetaTrainer
 from textmeta.nearest import index_corpora
 from textmeta.sharing.folder import check_destination
-from textmeta.sharing.store import load_from, save_adapter
+from textmeta.sharing.store import load_adapter, save_adapter
 
 __all__ = ["parsed", "train", "train_parser"]
 
@@ -42,7 +42,7 @@ def train(arguments: Sequence[str]) -> None:
     tests = _tests(test, settings.test_shots, trainer.seed)
     start = None
     if settings.start:
-        start = load_from(settings.start, encoder=settings.encoder.model)[0]
+        start = load_adapter(settings.start, encoder=settings.encoder.model)[0]
         trainer = replace(trainer, lora=start.lora)
     adapter = trainer.train(corpora, valid, settings.output, start=start)
     state = PartialState()
@@ -52,7 +52,13 @@ def train(arguments: Sequence[str]) -> None:
     learner = TaskLearner(reader, adapter.to(reader.encoder.device))
     adapter = replace(adapter, index=index_corpora(learner, corpora))
     save_adapter(settings.output, adapter)  # before it is judged, lest that be interrupted
-    results = {name: _compared(learner, reader, sampler.take(settings.test_episodes), name) for name, sampler in tests}
+    results: dict[str, dict[str, Any]] = {}
+    for name, sampler in tests:  # the adapter and frozen prototypes on the same episodes
+        episodes = sampler.take(settings.test_episodes)
+        before = frozen_prototypes(reader, episodes, f"{name}, frozen")
+        after = score_episodes(learner, episodes, name)
+        paired = paired_difference(after, before)
+        results[name] = {"frozen": summary(before), "meta_trained": summary(after), "paired": paired}
     if results:
         save_adapter(settings.output, replace(adapter, record={**adapter.record, "results": results}))
         table = {}
@@ -88,27 +94,14 @@ def _tests(corpora: Sequence[Corpus], shots: Sequence[int], seed: int) -> list[t
     return found
 
 
-def _compared(learner: TaskLearner, reader: TokenStateReader, episodes: list[Episode], name: str) -> dict[str, Any]:
-    """Score an adapter and frozen prototypes on the same episodes."""
-    before = frozen_prototypes(reader, episodes, f"{name}, frozen")
-    after = score_episodes(learner, episodes, name)
-    return {"frozen": summary(before), "meta_trained": summary(after), "paired": paired_difference(after, before)}
-
-
 def train_parser() -> ArgumentParser:
     """Return the parser of ``textmeta train``: the settings of MetaTrainer, and those of a run."""
-
-    class Formatter(DefaultHelpFormatter):
-        """Wider, and so shorter."""
-
-        def __init__(self, prog: str) -> None:
-            super().__init__(prog, max_help_position=34, width=118)  # type: ignore[no-untyped-call]
-
     parser = ArgumentParser(
         prog="textmeta train",
         usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--SETTING VALUE ...]",
         description="Meta-train an adapter on labelled texts. The same command goes on with a run that was stopped.",
-        formatter_class=Formatter,
+        # wider, and so shorter
+        formatter_class=partial(DefaultHelpFormatter, max_help_position=34, width=118),  # type: ignore[arg-type]
         print_config=None,
         exit_on_error=False,
         allow_abbrev=False,

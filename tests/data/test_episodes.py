@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings, with_unlabelled
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.errors import DataError, SettingsError
 
 
@@ -78,18 +78,12 @@ def test_other_seeds_and_numbers_give_other_episodes() -> None:
 
 
 def test_episodes_never_change_with_the_code() -> None:
-    """Results of benchmarks are paired with those recorded earlier, names and unlabelled texts or not."""
+    """Results of benchmarks are paired with those recorded earlier, names or not."""
     assert digest() == "fa524c5fc4bd6fbabd90f4243941bf5de152c660d8ab8edd578e78a0ea39080b"
     settings = EpisodeSettings((3, 8), (0, 3), (1, 3), label_names=1.0)
     episodes = EpisodeSampler([numbered("a"), numbered("b")], settings, seed=3).take(20, start=5)
     drawn = repr([(content(episode), episode.label_names) for episode in episodes])
     expected = "6516bcf552ba96cca62d92570c5ff342ca6ac8d04197b28a37c3070471ebd1f5"
-    assert hashlib.sha256(drawn.encode()).hexdigest() == expected
-    corpus, mixtures = numbered(), ("same", "skewed", "others")
-    tasks = EpisodeSampler(corpus, EpisodeSettings(3, 2, 2), seed=0).take(3)
-    more = [with_unlabelled(e, corpus, 1, i, 5, mixture) for i, e in enumerate(tasks) for mixture in mixtures]
-    drawn = repr([episode.unlabelled_texts for episode in more])
-    expected = "4752f727dd2b9a4e2e4e28f18c797069288dd0f59322471c6f280c0e07389a46"
     assert hashlib.sha256(drawn.encode()).hexdigest() == expected
 
 
@@ -189,78 +183,6 @@ def test_share_of_episodes_has_names() -> None:
     assert 80 < sum(episode.label_names is not None for episode in some) < 160
     assert all(a.label_names in (None, b.label_names) for a, b in zip(some, all_, strict=True))
     assert [content(e) for e in none] == [content(e) for e in some] == [content(e) for e in all_], "texts are the same"
-
-
-def unlabelled_of(episode: Episode) -> Counter:
-    """Number of unlabelled texts of each class, which their texts tell."""
-    return Counter(text.rpartition(" ")[0] for text in episode.unlabelled_texts)
-
-
-@pytest.mark.parametrize("mixture", ["same", "skewed", "others"])
-def test_unlabelled_texts_are_in_no_other_set(mixture: str) -> None:
-    corpus = numbered(rows=8)
-    for number, episode in enumerate(EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(20)):
-        more = with_unlabelled(episode, corpus, 0, number, mixture=mixture)
-        texts = more.support_texts + more.query_texts + more.unlabelled_texts
-        assert len(set(texts)) == len(texts) > 20
-        assert content(more) == content(episode)
-        assert with_unlabelled(episode, corpus, 0, number, mixture=mixture).unlabelled_texts == more.unlabelled_texts
-        for seed, other in ((1, number), (0, number + 1)):
-            again = with_unlabelled(episode, corpus, seed, other, mixture=mixture)
-            assert again.unlabelled_texts != more.unlabelled_texts
-
-
-def test_unlabelled_texts_are_mixed_as_asked() -> None:
-    corpus = numbered(rows=40)
-    for number, episode in enumerate(EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(20)):
-        same = with_unlabelled(episode, corpus, 0, number)
-        assert unlabelled_of(same) == dict.fromkeys(episode.class_names, 15)
-        assert list(same.unlabelled_texts) != sorted(same.unlabelled_texts)
-        skewed = unlabelled_of(with_unlabelled(episode, corpus, 0, number, mixture="skewed"))
-        assert sorted(skewed.values()) == [1, 1, 1, 27]
-        assert set(skewed) == set(episode.class_names)
-        others = unlabelled_of(with_unlabelled(episode, corpus, 0, number, per_class=10, mixture="others"))
-        assert sum(others.values()) == 40
-        assert sum(others[name] for name in episode.class_names) == 20
-
-
-def test_skew_is_of_another_class_each_time() -> None:
-    corpus = numbered(classes=3, rows=40)
-    episode = EpisodeSampler(corpus, EpisodeSettings(3, 3, 2), seed=0)[0]
-    mains = [unlabelled_of(with_unlabelled(episode, corpus, 0, i, 5, "skewed")).most_common(1)[0] for i in range(20)]
-    assert {name for name, _ in mains} == set(episode.class_names)
-    assert {number for _, number in mains} == {9}
-
-
-def test_as_many_unlabelled_texts_as_there_are() -> None:
-    corpus = numbered(classes=3, rows=6)
-    episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 2), seed=0)[0]
-    assert unlabelled_of(with_unlabelled(episode, corpus, 0, 0)) == dict.fromkeys(episode.class_names, 2)
-    assert sorted(unlabelled_of(with_unlabelled(episode, corpus, 0, 0, mixture="skewed")).values()) == [1, 2, 2]
-    episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 4), seed=0)[0]
-    for mixture in ("same", "skewed"):
-        assert with_unlabelled(episode, corpus, 0, 0, mixture=mixture).unlabelled_texts == ()
-
-
-def test_a_text_of_two_classes_is_drawn_once_and_not_if_it_has_a_label() -> None:
-    texts = [f"{row}" for row in range(8)] * 2
-    corpus = Corpus.from_pairs("twice", texts, ["x"] * 8 + ["y"] * 8)
-    labels = np.array([0, 1])
-    episode = Episode("twice", ("x", "y"), ("0", "1"), labels, ("2", "3"), np.array([0, OUTSIDE]))
-    assert sorted(with_unlabelled(episode, corpus, 0, 0).unlabelled_texts) == ["4", "5", "6", "7"]
-
-
-def test_unlabelled_texts_that_cannot_be_drawn_are_errors() -> None:
-    corpus = numbered(classes=3)
-    episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 2), seed=0)[0]
-    with pytest.raises(DataError, match="'numbered' has 3 classes and no text of a class other than the episode's 3"):
-        with_unlabelled(episode, corpus, 0, 0, mixture="others")
-    with pytest.raises(DataError, match="'b' has no class 'numbered"):
-        with_unlabelled(episode, numbered("b"), 0, 0)
-    with pytest.raises(SettingsError, match=r"mixture must be one of .* given 'more'"):
-        with_unlabelled(episode, corpus, 0, 0, mixture="more")
-    with pytest.raises(SettingsError, match="per_class at least 1, given 0, 0, 0"):
-        with_unlabelled(episode, corpus, 0, 0, per_class=0)
 
 
 def test_a_class_may_have_a_name_and_no_examples() -> None:

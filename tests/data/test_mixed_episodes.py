@@ -1,7 +1,7 @@
 import hashlib
 from collections import Counter
 from dataclasses import astuple
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def near(number: int, share: float, count: int = COUNT) -> bool:
 
 @pytest.fixture(scope="module")
 def episodes() -> list[Episode]:
-    return MixedEpisodes(CORPORA, seed=0).take(COUNT)
+    return list(islice(MixedEpisodes(CORPORA, seed=0), COUNT))
 
 
 def of_many(episodes: list[Episode]) -> list[Episode]:
@@ -59,12 +59,12 @@ def test_episode_is_the_same_whatever_was_drawn_before() -> None:
     drawn = MixedEpisodes(CORPORA, seed=3)
     forward = [content(drawn[index]) for index in range(60)]
     assert [content(drawn[index]) for index in reversed(range(60))] == forward[::-1]
-    assert [content(episode) for episode in MixedEpisodes(CORPORA, seed=3).take(20, start=40)] == forward[40:]
-    assert not set(forward) & {content(episode) for episode in MixedEpisodes(CORPORA, seed=4).take(60)}
+    assert [content(episode) for episode in islice(MixedEpisodes(CORPORA, seed=3), 40, 60)] == forward[40:]
+    assert not set(forward) & {content(episode) for episode in islice(MixedEpisodes(CORPORA, seed=4), 60)}
 
 
 def test_episodes_never_change_with_the_code() -> None:
-    drawn = repr([content(episode) for episode in MixedEpisodes(CORPORA, seed=3, unlabelled=0.5).take(60)])
+    drawn = repr([content(episode) for episode in islice(MixedEpisodes(CORPORA, seed=3, unlabelled=0.5), 60)])
     expected = "5813e799ca0995f2940b92c793f46a3b1ffbeecbbb70204e1f7fc337c0045636"
     assert hashlib.sha256(drawn.encode()).hexdigest() == expected
 
@@ -143,7 +143,7 @@ def test_names_are_of_the_kind_drawn(episodes: list[Episode]) -> None:
 
 def test_names_are_words() -> None:
     corpus = Corpus.from_pairs("x", [f"{c} {row}" for row in range(6) for c in "ab"], ["LostCard", "my_balance"] * 6)
-    drawn = MixedEpisodes([corpus], seed=0, names=1.0).take(60)
+    drawn = list(islice(MixedEpisodes([corpus], seed=0, names=1.0), 60))
     words = {"LostCard": "lost card", "my_balance": "my balance"}
     assert any(e.label_names == tuple(words[name] for name in e.class_names) for e in drawn)
     assert any(e.label_names == tuple(words[name] for name in e.class_names[::-1]) for e in drawn)
@@ -183,9 +183,9 @@ def test_unlabelled_texts_have_their_mixtures(episodes: list[Episode]) -> None:
 
 
 def test_shares_change_no_other_text() -> None:
-    plain = MixedEpisodes(CORPORA, 0, names=0, unlabelled=0).take(200)
-    unlabelled = MixedEpisodes(CORPORA, 0, names=0, unlabelled=1).take(200)
-    named = MixedEpisodes(CORPORA, 0, names=1, unlabelled=0).take(200)
+    plain = list(islice(MixedEpisodes(CORPORA, 0, names=0, unlabelled=0), 200))
+    unlabelled = list(islice(MixedEpisodes(CORPORA, 0, names=0, unlabelled=1), 200))
+    named = list(islice(MixedEpisodes(CORPORA, 0, names=1, unlabelled=0), 200))
     assert not any(e.unlabelled_texts or e.label_names for e in plain)
     assert all(e.unlabelled_texts or e.corpus == "small" for e in unlabelled)
     for one, two, three in zip(plain, unlabelled, named, strict=True):
@@ -200,7 +200,7 @@ def test_classes_with_too_few_texts_of_their_own_are_left_out() -> None:
     # y has five rows, but one text twice and one that is also of x; of z's four texts all are different
     texts = [*"abcdef", *"ghiia", *"klmn"]
     corpus = Corpus.from_pairs("odd", texts, [*"xxxxxx", *"yyyyy", *"zzzz"])
-    for episode in MixedEpisodes([corpus], seed=0).take(30):
+    for episode in islice(MixedEpisodes([corpus], seed=0), 30):
         assert sorted(episode.class_names) == ["x", "z"]
         assert not {*episode.support_texts, *episode.query_texts, *episode.unlabelled_texts} & {*"aghi"}
     with pytest.raises(DataError, match=r"'odd' has 1 classes with at least 4 different texts .*expected at least 2"):

@@ -49,19 +49,19 @@ def test_missing_fold_lists_the_folds(tmp_path: Path, fold: str | None) -> None:
 
 
 def test_fold_of_a_flat_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folds, but fold '01'"):
+    with pytest.raises(DataError, match="no fold '01', but one split"):
         read_class_split(write(tmp_path, FLAT), "01")
 
 
 def test_class_given_twice_is_named() -> None:
-    with pytest.raises(DataError, match="class 'b' is in both train and test"):
+    with pytest.raises(DataError, match="class 'b' is given 2 times, in train and test"):
         ClassSplit(("a", "b"), ("c",), ("d", "b"))
-    with pytest.raises(DataError, match="class 'c' is twice in valid"):
+    with pytest.raises(DataError, match="class 'c' is given 2 times, in valid;"):
         ClassSplit(("a",), ("c", "c"), ("d",))
 
 
 def test_overlap_in_a_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="class 'a' is in both train and valid"):
+    with pytest.raises(DataError, match="class 'a' is given 2 times, in train and valid"):
         read_class_split(write(tmp_path, {"01": {**FLAT, "valid": ["a"]}}), "01")
 
 

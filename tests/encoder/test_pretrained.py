@@ -40,7 +40,7 @@ def test_the_carried_copy_is_used_where_the_hub_is_out_of_reach(
     carried: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        model = pretrained.load_pretrained(pretrained.DEFAULT_ENCODER).model
+        model = pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)[0]
     assert "using the copy carried by the package carrying_package" in caplog.text
     assert model.config.hidden_size == 32
     assert model.dtype == torch.float32
@@ -72,7 +72,7 @@ def test_only_the_default_encoder_is_carried(carried: Path) -> None:
 
 
 def test_the_digest_sees_every_weight_and_not_the_storage(tiny_model: str) -> None:
-    model = pretrained.load_pretrained(tiny_model).model
+    model = pretrained.load_pretrained(tiny_model)[0]
     before = pretrained.weights_digest(model)
     assert pretrained.weights_digest(model.double()) == before
     with torch.no_grad():
@@ -181,4 +181,4 @@ def test_pickles_and_code_beside_what_is_needed_do_no_harm(folder: Path) -> None
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
     own_code(folder)
     changed("config.json", model_type="bert")(folder)
-    assert pretrained.load_pretrained(str(folder)).model.config.hidden_size == 32
+    assert pretrained.load_pretrained(str(folder))[0].config.hidden_size == 32

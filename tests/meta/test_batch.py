@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import torch
 
-from textmeta.data.episodes import EpisodeSampler, EpisodeSettings, with_unlabelled
+from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.batch import Rows, TaskBatch
 
 
@@ -42,7 +44,7 @@ def test_tasks_are_padded_and_come_with_what_they_have():
 
 def test_episodes_bring_names_and_unlabelled_texts(corpus):
     episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 1, label_names=1.0), seed=0)[0]
-    batch = TaskBatch.of_episodes([with_unlabelled(episode, corpus, 0, 0, per_class=2)])
+    batch = TaskBatch.of_episodes([replace(episode, unlabelled_texts=("bal", "fim"))])
     assert sorted(batch.support.texts) == sorted(episode.support_texts)
     assert batch.names.texts == episode.label_names
-    assert len(batch.unlabelled.texts) == 6
+    assert batch.unlabelled.texts == ("bal", "fim")

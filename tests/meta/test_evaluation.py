@@ -13,7 +13,7 @@ from transformers import AutoModel
 from tests.conftest import tiny_tokenizer
 from tests.meta.given import CPU, make_learner
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings, with_unlabelled
+from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import DataError
@@ -37,7 +37,7 @@ def episodes(corpus: Corpus) -> list[Episode]:
     named = EpisodeSampler(corpus, EpisodeSettings(3, (0, 1), 3, label_names=1.0), seed=2)
     found = [*map(unequal, sampler.take(8)), *named.take(3)]
     assert {0, 1, 4} <= {int(n) for e in found for n in np.bincount(e.support_labels, minlength=e.ways)}
-    found[0] = with_unlabelled(found[0], corpus, seed=0, number=0, per_class=2)
+    found[0] = replace(found[0], unlabelled_texts=tuple(corpus.texts[-4:]))
     found[1] = outside_first(found[1])
     return found
 

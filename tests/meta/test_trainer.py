@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,7 +132,7 @@ def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
 
     monkeypatch.setitem(ALGORITHMS, "maml", replace(ALGORITHMS["maml"], gradient=gradient))
     train(tiny_model, corpus, tmp_path, episodes=5, tasks_per_step=3)
-    drawn = MixedEpisodes([corpus.restrict(corpus.class_names[:5])], seed=0).take(5)
+    drawn = list(islice(MixedEpisodes([corpus.restrict(corpus.class_names[:5])], seed=0), 5))
     assert [e.support_texts for part in seen for e in part] == [e.support_texts for e in drawn]
     *_, last = alone
     assert len(last) == 2  # all that are left

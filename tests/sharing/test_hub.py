@@ -26,8 +26,9 @@ from textmeta.hub import HubAccess, check_reachable
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing import locate as locating
 from textmeta.sharing.folder import MANIFEST
+from textmeta.sharing.locate import Location, read_located
 from textmeta.sharing.push import Destination, push_adapter, push_folder
-from textmeta.sharing.store import Fitted, load_from, save_adapter
+from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
 ENCODER, ADAPTER = "lab/tiny", "tester/adapter"
 WEIGHTS = "adapter_model.safetensors"
@@ -70,9 +71,13 @@ def push(adapter: Adapter, fitted: Fitted | None = None, to: str = ADAPTER, **op
 
 def loaded_logits(name: str = ADAPTER, access: HubAccess | None = None, **options: Any) -> torch.Tensor:
     """Load a fitted classifier with its encoder; return what it makes of the queries."""
-    adapter, fitted, _ = load_from(name, access=access, **options)
+    adapter, fitted = load_adapter(name, access=access, **options)
     assert fitted is not None
     return logits(adapter.load_reader(access=access), adapter, fitted)
+
+
+def found_at(name: str | Path, **options: Any) -> Location:
+    return read_located(name, **options)[1]
 
 
 def snapshot(name: str = ADAPTER) -> Path:
@@ -85,7 +90,8 @@ def test_round_trip_through_the_hub_is_exact_to_the_bit(
     done = push(pushed, fitted, private=False, commit_message="the first")
     assert done.commit_message == "the first"
     assert torch.equal(loaded_logits(), logits(pushed_reader, pushed, fitted))
-    adapter, found, where = load_from(ADAPTER)
+    adapter, found = load_adapter(ADAPTER)
+    where = found_at(ADAPTER)
     assert (where.kind, where.commit, adapter.commit) == ("hub", done.oid, encoder_on_hub)
     assert found is not None
     assert found.support == fitted.support
@@ -98,7 +104,7 @@ def test_round_trip_through_the_hub_is_exact_to_the_bit(
 def test_nothing_but_safetensors_and_text_is_downloaded(hub: HubServer, pushed: Adapter) -> None:
     push(pushed)
     hub.commit(ADAPTER, {"pytorch_model.bin": b"pickled", "notes.txt": b"mine"})
-    load_from(ADAPTER)[0].load_reader()
+    load_adapter(ADAPTER)[0].load_reader()
     fetched = [call.path for call in hub.requests if "/resolve/" in call.path]
     assert any(WEIGHTS in target for target in fetched)
     assert not [target for target in fetched if re.search(r"\.bin|\.py|onnx|notes", target)]
@@ -118,9 +124,9 @@ def test_revision_subfolder_and_cache(hub: HubServer, pushed: Adapter, fitted: F
     first = push(pushed)
     push(pushed, fitted, revision="fitted")
     push(pushed, fitted, subfolder="sub")
-    assert load_from(ADAPTER)[1] is None
-    assert load_from(ADAPTER, revision="fitted")[1] is not None
-    assert load_from(ADAPTER, revision=first.oid)[2].commit == first.oid
+    assert load_adapter(ADAPTER)[1] is None
+    assert load_adapter(ADAPTER, revision="fitted")[1] is not None
+    assert found_at(ADAPTER, revision=first.oid).commit == first.oid
     loaded_logits(subfolder="sub", access=HubAccess(cache_dir=tmp_path / "cache"))
     assert (tmp_path / "cache" / "models--tester--adapter").is_dir()
     assert (tmp_path / "cache" / "models--lab--tiny").is_dir(), "the encoder goes there too"
@@ -133,7 +139,7 @@ def test_second_push_deletes_what_the_new_adapter_has_not(hub: HubServer, pushed
     push(pushed)
     assert not [name for name in hub.files(ADAPTER) if name.startswith("classifier")]
     assert hub.files(ADAPTER)["notes.txt"] == b"mine"
-    assert load_from(ADAPTER)[1] is None
+    assert load_adapter(ADAPTER)[1] is None
 
 
 def test_folder_is_pushed_with_what_was_edited_in_its_card(
@@ -170,9 +176,9 @@ def test_hub_that_never_answers_is_not_waited_for(
     began = time.monotonic()
     assert torch.equal(loaded_logits(), expected), "the cache serves"
     for act in (
-        lambda: load_from("tester/other"),
+        lambda: load_adapter("tester/other"),
         lambda: push(pushed),
-        lambda: check_reachable("lab/data", kind="dataset"),
+        lambda: check_reachable("lab/data"),
     ):
         with pytest.raises(HubUnreachableError, match=r"cannot be reached \(ReadTimeout"):
             act()
@@ -181,9 +187,9 @@ def test_hub_that_never_answers_is_not_waited_for(
 
 def test_snapshot_folder_of_the_cache_can_be_named(hub: HubServer, pushed: Adapter) -> None:
     push(pushed)
-    load_from(ADAPTER)
+    load_adapter(ADAPTER)
     assert (snapshot() / WEIGHTS).is_symlink()
-    assert load_from(snapshot())[2].kind == "folder"
+    assert found_at(snapshot()).kind == "folder"
 
 
 # Errors
@@ -191,16 +197,16 @@ def test_snapshot_folder_of_the_cache_can_be_named(hub: HubServer, pushed: Adapt
 
 def test_no_such_repository(hub: HubServer) -> None:
     with pytest.raises(HubError, match=r"'tester/none' is no folder here.*no model 'tester/none'.*no token was given"):
-        load_from("tester/none")
-    with pytest.raises(HubError, match=r"no model 'tester/none'.*the token given does not open it"):
-        load_from("tester/none", access=HubAccess(TOKEN))
+        load_adapter("tester/none")
+    with pytest.raises(HubError, match=r"no model 'tester/none'.*the token given has no right to it"):
+        load_adapter("tester/none", access=HubAccess(TOKEN))
 
 
 def test_private_repository_and_private_encoder(hub: HubServer, pushed: Adapter) -> None:
     push(pushed, private=True)
     with pytest.raises(HubError, match=r"private and no token was given: log in with `hf auth login`"):
-        load_from(ADAPTER)
-    adapter, _, _ = load_from(ADAPTER, access=HubAccess(READ_TOKEN))
+        load_adapter(ADAPTER)
+    adapter, _ = load_adapter(ADAPTER, access=HubAccess(READ_TOKEN))
     hub.repos["model", ENCODER].private = True
     shutil.rmtree(Path(constants.HF_HUB_CACHE) / "models--lab--tiny")
     with pytest.raises(EncoderError, match=rf"no model '{ENCODER}' on the Hub"):
@@ -217,8 +223,8 @@ def test_private_push_into_a_public_repository_is_refused(hub: HubServer, pushed
 
 def test_gated_repository(hub: HubServer) -> None:
     hub.add_repo("lab/gated", {"textmeta.json": b"{}"}, gated=True)
-    with pytest.raises(HubError, match=rf"'lab/gated' is gated: ask for access at {hub.url}/lab/gated, then log in"):
-        load_from("lab/gated")
+    with pytest.raises(HubError, match=rf"'lab/gated' is gated: ask for access at {hub.url}/lab/gated; .*log in"):
+        load_adapter("lab/gated")
 
 
 @pytest.mark.parametrize("revision", ["v9", "../x", "/etc", "a..b", "", "x" * 300, "a\nb"])
@@ -227,25 +233,25 @@ def test_revision_that_there_is_not_or_that_can_be_none(hub: HubServer, pushed: 
     seen = len(hub.requests)
     expected = "has no revision 'v9'" if revision == "v9" else "is no revision"
     with pytest.raises(HubError, match=expected):
-        load_from(ADAPTER, revision=revision)
+        load_adapter(ADAPTER, revision=revision)
     assert revision == "v9" or len(hub.requests) == seen, "nobody is asked"
 
 
 def test_no_network_and_nothing_cached(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HubUnreachableError, match=r"cannot be reached \(only local files.*not in the cache"):
-        load_from(ADAPTER, access=HubAccess(local_files_only=True))
+        load_adapter(ADAPTER, access=HubAccess(local_files_only=True))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(
         HubUnreachableError, match=r"cannot be reached \(ConnectError.*'tester/adapter'.*not in the cache"
     ):
-        load_from(ADAPTER)
+        load_adapter(ADAPTER)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "modules.json", "notes.txt"])
 def test_repository_that_is_no_adapter(hub: HubServer, name: str) -> None:
     hub.add_repo("lab/other", {name: b"{}"})
     with pytest.raises(AdapterError, match=f"'lab/other' on the Hub is no textmeta adapter: it has no {MANIFEST}"):
-        load_from("lab/other")
+        load_adapter("lab/other")
 
 
 def test_other_formats_are_told_so(hub: HubServer, pushed: Adapter, tmp_path: Path) -> None:
@@ -254,7 +260,7 @@ def test_other_formats_are_told_so(hub: HubServer, pushed: Adapter, tmp_path: Pa
         rewrite_json(tmp_path / "adapter", "textmeta.json", lambda meta, n=found: meta.update(format_version=n))
         hub.add_repo(ADAPTER, contents(tmp_path / "adapter"))
         with pytest.raises(AdapterError, match=message):
-            load_from(ADAPTER)
+            load_adapter(ADAPTER)
 
 
 def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
@@ -267,8 +273,8 @@ def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
     # somebody else's adapter that names a folder of this machine
     hub.add_repo("lab/evil", contents(saved))
     with pytest.raises(AdapterError, match=r"no folder of this machine is opened .*: name the encoder"):
-        load_from("lab/evil")
-    loaded, _, _ = load_from("lab/evil", encoder=tiny_model)
+        load_adapter("lab/evil")
+    loaded, _ = load_adapter("lab/evil", encoder=tiny_model)
     loaded.load_reader(model=tiny_model)
     # and with the encoder's name on the Hub it can be pushed
     for attempt in (
@@ -276,15 +282,15 @@ def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
         lambda: push_folder(saved, Destination(ADAPTER, token=TOKEN), base_model=ENCODER),
     ):
         attempt()
-        assert load_from(ADAPTER)[0].load_reader().encoder.settings.model == ENCODER
+        assert load_adapter(ADAPTER)[0].load_reader().encoder.settings.model == ENCODER
     with pytest.raises(AdapterError, match=r"base_model must be an id on the Hub .*given 'not valid id!'"):
         push(adapter, base_model="not valid id!")
 
 
 def test_push_without_the_right_to_write(hub: HubServer, pushed: Adapter) -> None:
-    with pytest.raises(HubError, match=r"refuses this to the token given.*tester/adapter.*403"):
+    with pytest.raises(HubError, match=r"status 403 for .*tester/adapter.*the token given has no right"):
         push(pushed, token=READ_TOKEN)
-    with pytest.raises(HubError, match=r"refuses this to users without a token.*hf auth login"):
+    with pytest.raises(HubError, match=r"status 40\d for .*no token was given.*hf auth login"):
         push(pushed, token=None)
     with pytest.raises(HubError, match="lab/mine"):
         push(pushed, to="lab/mine")
@@ -295,9 +301,9 @@ def test_push_in_between_is_noticed_and_nothing_changed(hub: HubServer, pushed: 
     hub.faults.append(Fault("stale_parent", path="commit"))
     with pytest.raises(HubError, match=r"somebody else pushed to 'tester/adapter' .*; nothing was changed"):
         push(pushed, fitted)
-    assert load_from(ADAPTER)[1] is None
+    assert load_adapter(ADAPTER)[1] is None
     push(pushed, fitted)
-    assert load_from(ADAPTER)[1] is not None
+    assert load_adapter(ADAPTER)[1] is not None
 
 
 def test_damaged_folder_is_not_pushed(hub: HubServer, pushed: Adapter, tmp_path: Path) -> None:
@@ -344,9 +350,9 @@ def test_download_that_never_gets_through_leaves_nothing_that_is_used(
     push(pushed)
     hub.faults.append(Fault(kind, path=r"storage", method="GET", times=10**6, after=500))
     with pytest.raises(HubError, match=message):
-        load_from(ADAPTER)
+        load_adapter(ADAPTER)
     hub.faults.clear()
-    load_from(ADAPTER)
+    load_adapter(ADAPTER)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "textmeta.json", MANIFEST])
@@ -358,7 +364,7 @@ def test_file_damaged_in_the_cache_is_downloaded_again(
     blob = (snapshot() / name).resolve()
     os.truncate(blob, blob.stat().st_size // 2)
     with pytest.raises(AdapterError, match=re.escape(name)):
-        load_from(ADAPTER, access=HubAccess(local_files_only=True))
+        load_adapter(ADAPTER, access=HubAccess(local_files_only=True))
     assert torch.equal(loaded_logits(), expected)
     assert "downloading it again" in caplog.text
 
@@ -369,7 +375,7 @@ def test_adapter_that_is_damaged_on_the_hub_itself_is_refused(hub: HubServer, pu
     content[-1] ^= 1
     hub.commit(ADAPTER, {WEIGHTS: bytes(content)})
     with pytest.raises(AdapterError, match=rf"{WEIGHTS} is damaged"):
-        load_from(ADAPTER)
+        load_adapter(ADAPTER)
 
 
 def test_encoder_whose_weights_changed_is_found_by_its_commit_or_refused(
@@ -379,7 +385,7 @@ def test_encoder_whose_weights_changed_is_found_by_its_commit_or_refused(
     weights = load((Path(tiny_model) / "model.safetensors").read_bytes())
     changed = {name: value + 1 for name, value in weights.items()}
     hub.commit(ENCODER, {"model.safetensors": save(changed, metadata={"format": "pt"})})
-    adapter, _, _ = load_from(ADAPTER)
+    adapter, _ = load_adapter(ADAPTER)
     adapter.load_reader()  # the adapter knows the commit that it was trained on
     with pytest.raises(AdapterError, match=rf"belongs to {ENCODER} with weights"):
         adapter.load_reader(model=ENCODER)
@@ -392,7 +398,7 @@ def test_encoder_whose_commit_is_gone_is_looked_for_with_a_warning(
     shutil.rmtree(Path(constants.HF_HUB_CACHE) / "models--lab--tiny")
     files = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
     hub.add_repo(ENCODER, {**files, "notes.txt": b"made anew"})
-    load_from(ADAPTER)[0].load_reader()
+    load_adapter(ADAPTER)[0].load_reader()
     assert "looking for the encoder at revision main" in caplog.text
 
 
@@ -415,30 +421,30 @@ def test_a_folder_comes_before_the_package_and_the_package_before_the_hub(
     save_adapter(tmp_path / "made", pushed)
     hub.add_repo(name, contents(tmp_path / "made"))
     monkeypatch.chdir(tmp_path)
-    assert load_from(name)[2].kind == "hub"
+    assert found_at(name).kind == "hub"
     assert f"{name} is on the Hub, at commit" in caplog.text
     monkeypatch.setattr(locating, "SHIPPED", tmp_path / "package")
     shutil.copytree(tmp_path / "made", tmp_path / "package" / "minilm-test")
-    assert load_from(name)[2].kind == "shipped"
+    assert found_at(name).kind == "shipped"
     assert f"{name} comes with textmeta" in caplog.text
-    assert load_from(name, revision="main")[2].kind == "hub", "a revision is one on the Hub"
+    assert found_at(name, revision="main").kind == "hub", "a revision is one on the Hub"
     shutil.copytree(tmp_path / "made", tmp_path / name)
-    assert load_from(name)[2].kind == "folder"
+    assert found_at(name).kind == "folder"
     assert f"{tmp_path / name} is a folder" in caplog.text
     with pytest.raises(AdapterError, match=r"nor is it the id .*which alone has revisions"):
-        load_from(str(tmp_path / name), revision="main")
+        load_adapter(str(tmp_path / name), revision="main")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "../none", "a/b/c", "runs/none/", "a//b", "-x", ""])
 def test_name_that_is_no_folder_and_no_id_is_said_to_be_neither(hub: HubServer, name: str) -> None:
     with pytest.raises(AdapterError, match=r"no such adapter folder.*nor is it the id of a repository"):
-        load_from(name)
+        load_adapter(name)
     assert not hub.requests
 
 
 @pytest.mark.parametrize("subfolder", ["../other", "/etc", "a/../../b", "./sub", "sub/", "", "a[1]", "a//b", "*"])
 def test_subfolder_that_is_no_plain_path_below_is_refused(hub: HubServer, pushed: Adapter, subfolder: str) -> None:
-    for act in (lambda: load_from(ADAPTER, subfolder=subfolder), lambda: push(pushed, subfolder=subfolder)):
+    for act in (lambda: load_adapter(ADAPTER, subfolder=subfolder), lambda: push(pushed, subfolder=subfolder)):
         with pytest.raises(AdapterError, match="subfolder must be a path below"):
             act()
     assert ("model", ADAPTER) not in hub.repos
@@ -450,7 +456,7 @@ def test_folder_that_a_killed_save_set_aside_is_found_by_its_name(
     monkeypatch.chdir(tmp_path)
     save_adapter("runs/mine", adapter)
     (tmp_path / "runs" / "mine").rename(tmp_path / "runs" / ".mine.textmeta-old")
-    assert load_from("runs/mine")[2].kind == "folder"
+    assert found_at("runs/mine").kind == "folder"
     assert not hub.requests, "the Hub does not learn of it"
 
 
@@ -461,8 +467,8 @@ def test_new_processes_push_and_pull_unmodified(
     save_adapter(tmp_path / "adapter", pushed, fitted)
     script = (
         "from textmeta.sharing.push import Destination, push_folder\n"
-        "from textmeta.sharing.store import load_from\n"
-        f"push_folder('adapter', Destination('{ADAPTER}')); print(load_from('{ADAPTER}')[2].commit)"
+        "from textmeta.sharing.locate import read_located\n"
+        f"push_folder('adapter', Destination('{ADAPTER}')); print(read_located('{ADAPTER}')[1].commit)"
     )
     variables = {**os.environ, **environment(hub, tmp_path / "home", TOKEN), "OMP_NUM_THREADS": "1"}
     variables["PYTHONPATH"] = str(Path(__file__).parents[2])
@@ -470,5 +476,5 @@ def test_new_processes_push_and_pull_unmodified(
         [sys.executable, "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == load_from(ADAPTER)[2].commit
+    assert done.stdout.strip() == found_at(ADAPTER).commit
     assert any("info/lfs" in call.path for call in hub.requests)

@@ -21,7 +21,7 @@ from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.heads.pooling import pool
 from textmeta.meta.adapter import Adapter
-from textmeta.sharing.peft import write_merged
+from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import Destination, push_adapter
 
 TEXTS = ["bal bel", "fim fon gur dal kes", "bal", "kut kut dal fim bel bol bun bam ban"]

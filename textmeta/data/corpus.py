@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textmeta.data.labels import checked_texts
+from textmeta.data.labels import checked_texts, few
 from textmeta.errors import DataError, SettingsError
 
 if TYPE_CHECKING:  # loading it takes half a second, which a classifier should not wait for
@@ -143,13 +143,6 @@ class Corpus:
         """Return the rows of a class, ascending, int64; of rows with equal texts the first, lest one be drawn twice."""
         return self._rows_by_class[class_index]
 
-    def thinned(self, rows: int, seed: int) -> "Corpus":
-        """Return the corpus with at most so many different rows of each class, drawn at random."""
-        rng = np.random.default_rng(seed)
-        parts = [rng.permutation(self.rows_of(index))[:rows] for index in range(len(self.class_names))]
-        kept = np.sort(np.concatenate(parts))
-        return replace(self, texts=[self.texts[row] for row in kept], labels=self.labels[kept])
-
     def restrict(self, class_names: Iterable[str]) -> "Corpus":
         """Return the corpus of these classes alone, in the order given, without rows of equal text.
 
@@ -164,7 +157,7 @@ class Corpus:
         if missing:
             raise DataError(
                 f"corpus {self.name!r} has no class {missing[0]!r} ({len(missing)} of the {len(wanted)} asked for "
-                f"are missing); it has {len(self.class_names)}: {_shorten(self.class_names)}"
+                f"are missing); it has {len(self.class_names)}: {few(self.class_names)}"
             )
         rows = [self.rows_of(index[name]) for name in wanted]
         labels = np.repeat(np.arange(len(wanted)), [len(r) for r in rows])
@@ -205,14 +198,12 @@ class Corpus:
         class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel
         for row, label in enumerate(labels):
             # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
-            if label is None or not isinstance(label, str | int) or isinstance(label, bool):
+            if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
                 given = "null" if label is None else f"{type(label).__name__} {label!r}"
                 raise DataError(
                     f"corpus {name!r}, row {row}: label in column {label_column!r} is {given}, "
-                    "expected a string or an integer"
+                    "expected a string or an integer, and none is empty"
                 )
-            if label == "":
-                raise DataError(f"corpus {name!r}, row {row}: label in column {label_column!r} is empty")
         if class_names is not None:
             return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(class_names))
         return cls.from_pairs(name, texts, [str(label) for label in labels])
@@ -234,30 +225,18 @@ def load_corpus(settings: CorpusSettings) -> Corpus:
         label_column=settings.label_column,
     )
     if settings.rows is not None:  # the first rows of a sorted dataset have few of its classes
-        present = [name for number, name in enumerate(corpus.class_names) if len(corpus.rows_of(number))]
-        if len(present) < len(corpus.class_names):
-            logger.warning(
-                "corpus %s: the first %d rows have %d of its %d classes",
-                corpus.name,
-                settings.rows,
-                len(present),
-                len(corpus.class_names),
-            )
+        names = corpus.class_names
+        present = [name for number, name in enumerate(names) if len(corpus.rows_of(number))]
+        if len(present) < len(names):
+            said = "corpus %s: the first %d rows have %d of its %d classes"
+            logger.warning(said, corpus.name, settings.rows, len(present), len(names))
             corpus = corpus.restrict(present)
     logger.info("corpus %s: %d texts, %d classes", corpus.name, len(corpus), len(corpus.class_names))
-    return replace(corpus, source={**found, **_source(settings)})
-
-
-def _source(settings: CorpusSettings) -> dict[str, Any]:
-    """Return the settings that are not the defaults, without this machine's folders."""
+    # the settings that are not the defaults, without this machine's folders
     defaults = asdict(CorpusSettings(""))
     source = {key: value for key, value in asdict(settings).items() if value != defaults[key]}
     for key in ("dataset", "splits") if settings.is_file else ("splits",):
         path = Path(source.get(key, ""))
         if path.is_absolute() or ".." in path.parts:
             source[key] = path.name
-    return source
-
-
-def _shorten(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+    return replace(corpus, source={**found, **source})

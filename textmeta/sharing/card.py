@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -14,12 +15,12 @@ from textmeta.data.labels import plain
 from textmeta.hub import is_repo_id
 from textmeta.meta.adapter import Adapter
 
-__all__ = ["PLACEHOLDER", "is_edited", "model_card", "usage_name"]
+__all__ = ["PLACEHOLDER", "is_edited", "model_card"]
 
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("card.md")
-SIGNATURE = "\n<!-- The lines above are as textmeta wrote them if their sha256 is {} -->\n"
+SIGNATURE = "\n<!-- The lines above are as textmeta wrote them if their sha256 is "
 PLACEHOLDER = '"path/to/this/folder"'  # stands in the card's code until it is pushed
 PART = r"<!-- if (not )?(\w+) -->\n(.*?)<!-- end -->\n"  # of the template, kept where there is what it tells of
 MOST_SHOWN = 50
@@ -39,22 +40,17 @@ def model_card(adapter: Adapter, classes: Sequence[Any] | None = None, support: 
         # a record may be anybody's, and hold anything
         logger.warning("the training record is not what training writes (%r): the card leaves it out", error)
         text = _filled(adapter, {}, classes, support)
-    return text + SIGNATURE.format(_digest(text))
+    return text + SIGNATURE + _digest(text)
 
 
 def is_edited(card: str) -> bool:
     """Whether a card is somebody's own, or was changed since textmeta wrote it."""
-    text, mark, _ = card.rpartition(SIGNATURE[: SIGNATURE.index("{")])
-    return not mark or card != text + SIGNATURE.format(_digest(text))
-
-
-def usage_name(repo_id: str, subfolder: str | None) -> str:
-    """Return the arguments by which the code of a card loads an adapter that is on the Hub."""
-    return f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    text, _, digest = card.rpartition(SIGNATURE)
+    return digest != _digest(text)
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+    return f"{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()} -->\n"
 
 
 def _filled(
@@ -64,19 +60,13 @@ def _filled(
     labels, revision = list(classes or ()), adapter.commit or encoder.revision
     more = ", …" if len(labels) > MOST_SHOWN else ""
     values = {
+        **asdict(encoder) | asdict(adapter.lora) | asdict(learner),
         "metadata": _metadata(adapter, record).to_yaml(),
         "name": PLACEHOLDER,
         "base": f'"{encoder.model}"' + (f', revision="{revision}"' if revision else ""),
-        "model": encoder.model,
         "revision": f"`{revision}`" if revision else "unknown",
         "weights_sha256": adapter.weights_sha256,
-        "max_length": encoder.max_length,
-        "rank": adapter.lora.rank,
-        "alpha": adapter.lora.alpha,
         "layers": ", ".join(map(str, learner.layers or ())),
-        "steps": learner.steps,
-        "adapt": learner.adapt,
-        "head": learner.head,
         "index": sum(map(len, index.classes.values())) if index else 0,
         "ways": len(labels),
         "classes": ", ".join(f"`{plain(label)}`" for label in labels[:MOST_SHOWN]) + more,

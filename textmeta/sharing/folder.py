@@ -8,24 +8,15 @@ import re
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from textmeta.errors import AdapterError, DamagedAdapterError
 from textmeta.files import is_folder, sync_folder, write_synced
 
-__all__ = [
-    "MANIFEST",
-    "check_destination",
-    "is_there",
-    "manifest_of",
-    "read_file",
-    "read_folder",
-    "write_folder",
-]
+__all__ = ["MANIFEST", "check_destination", "is_there", "manifest_of", "read_file", "read_folder", "write_folder"]
 
 MANIFEST = "SHA256SUMS"
-MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
+MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)\n")
 MAX_BYTES, MAX_TEXT_BYTES = 2**30, 2**26  # of a file of tensors, and of another; a larger one is not read
 TRIES = 20  # to read a folder while others write it
 # What can run code when it is loaded or imported, by somebody if not by textmeta.
@@ -114,18 +105,16 @@ def _check_no_code(folder: Path, names: Iterable[str]) -> None:
 
 def _manifest(content: bytes, path: Path) -> dict[str, str]:
     """Return name to sha256; the manifest must be, to the byte, what textmeta writes."""
-    text = content.decode("ascii", errors="backslashreplace")
     entries: dict[str, str] = {}
-    for number, line in enumerate(text.split("\n")[:-1], 1):
+    lines = content.decode("ascii", errors="backslashreplace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         match = MANIFEST_LINE.fullmatch(line)
         if match is None or match[2] in entries:
-            raise AdapterError(
+            raise DamagedAdapterError(
                 f"{path}, line {number}: expected a sha256, two spaces and a plain file name not given "
                 f"before: {line!r:.90}"
             )
         entries[match[2]] = match[1]
-    if not text.endswith("\n"):
-        raise DamagedAdapterError(f"{path} is cut off: it does not end with a line")
     return entries
 
 
@@ -188,9 +177,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
     check_destination(folder)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     manifest = manifest_of({name: content for name, content in files.items() if name not in unlisted})
-    with _cleaned_up(folder, new):
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _put_back(folder)
         for litter in (new, old):
             shutil.rmtree(litter, ignore_errors=True)
         carried = _carried_over(folder, files)
@@ -205,6 +193,13 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
         new.rename(folder)
         sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:  # whatever stops a save leaves the old folder in its place and no litter
+        shutil.rmtree(new, ignore_errors=True)
+        _put_back(folder)
+        if isinstance(error, OSError):
+            what = f"{error.filename or new}: {error.strerror or error}"
+            raise AdapterError(f"cannot write the adapter {folder}: {what}") from error
+        raise
 
 
 def check_destination(folder: Path) -> None:
@@ -247,21 +242,6 @@ def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
             "its own"
         )
     return carried
-
-
-@contextmanager
-def _cleaned_up(folder: Path, new: Path) -> Iterator[None]:
-    """Leave the old folder in its place and no litter, whatever stops a save; name the path that the disk refused."""
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(new, ignore_errors=True)
-        _put_back(folder)
-        if isinstance(error, OSError):
-            raise AdapterError(
-                f"cannot write the adapter {folder}: {error.filename or new}: {error.strerror or error}"
-            ) from error
-        raise
 
 
 def _put_back(folder: Path) -> None:

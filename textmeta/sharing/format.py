@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json
-
 from textmeta.errors import AdapterError
+from textmeta.files import read_json
 from textmeta.sharing.folder import read_file, read_folder
 
-__all__ = ["ADAPTER_FILES", "CARD", "FORMAT", "read_adapter_files", "read_json", "write_json"]
+__all__ = ["ADAPTER_FILES", "CARD", "FORMAT", "read_adapter_files", "write_json"]
 
 FORMAT = 8  # of what is written, and all that is read
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # LoRA, as PEFT has it
@@ -27,7 +26,7 @@ def read_adapter_files(folder: Path) -> dict[str, bytes]:
         AdapterError: if it was made by another version of textmeta, is damaged, or is no adapter.
     """
     try:
-        found = read_json(read_file(folder, META), folder / META).get("format_version")
+        found = read_json(read_file(folder, META), folder / META, AdapterError).get("format_version")
     except AdapterError:
         found = FORMAT  # whatever is wrong will be found, and named, in its turn
     # first of all: that another version has other files, too, would else be called damage
@@ -38,7 +37,8 @@ def read_adapter_files(folder: Path) -> dict[str, bytes]:
             f"made by {'a newer textmeta' if newer else 'textmeta 0.1: train it again'}"
         )
     files = read_folder(folder, ADAPTER_FILES)
-    for name in sorted(REQUIRED - files.keys()):
+    required = ADAPTER_FILES if files.keys() & {CLASSIFIER, HEAD} else REQUIRED
+    for name in sorted(required - files.keys()):
         raise AdapterError(f"{folder} is no whole textmeta adapter: it has no {name}")
     return files
 
@@ -53,18 +53,3 @@ def write_json(content: Any) -> bytes:
         return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterError(f"not saved: what is to be stored as JSON cannot be: {error}") from error
-
-
-def read_json(content: bytes, path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds; errors name its path.
-
-    Raises:
-        AdapterError: if it holds none, has NaN, or is nested too deeply.
-    """
-    try:
-        parsed = from_json(content, allow_inf_nan=False)
-    except ValueError as error:
-        raise AdapterError(f"{path} is no JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise AdapterError(f"{path}: expected a JSON object, found {type(parsed).__name__}")
-    return parsed

@@ -4,15 +4,15 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
 from textmeta.files import is_folder
 from textmeta.hub import HubAccess, fetch_snapshot, is_repo_id
 from textmeta.sharing.folder import MANIFEST, is_there
-from textmeta.sharing.format import ADAPTER_FILES, CARD, CLASSIFIER, META, read_adapter_files, read_json
+from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
 
-__all__ = ["DEFAULT_ADAPTER", "Location", "info", "locate", "read_located", "subfolder_prefix"]
+__all__ = ["DEFAULT_ADAPTER", "Location", "read_located", "subfolder_prefix"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +36,44 @@ class Location:
     commit: str | None = None
 
 
-def locate(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    access: HubAccess | None = None,
-    force: bool = False,
-) -> Location:
-    """Find the folder of a name, downloading it if it is a repository's; the log says which it is.
+def read_located(
+    name: str | Path, *, revision: str | None = None, subfolder: str | None = None, access: HubAccess | None = None
+) -> tuple[dict[str, bytes], Location]:
+    """Read the files of an adapter by its name, checked against their hashes; the log says what the name meant.
+
+    What is damaged in the Hub's cache is downloaded again, once.
 
     Args:
         name: a folder; an adapter that comes with textmeta (``textmeta/minilm-…``); or an id on the Hub.
         revision: branch, tag or commit on the Hub; with one, a name can only mean the Hub.
         subfolder: of the folder or repository.
         access: how the Hub is reached.
-        force: download again what is in the cache.
 
     Raises:
-        AdapterError: if it is no folder and cannot be an id on the Hub, or the subfolder none.
+        AdapterError: if it is no folder and cannot be an id on the Hub, or the subfolder none; if it is no adapter, was
+            made by another version, or is damaged.
         HubError: if the Hub has none of that id and revision, does not let this user at it, or cannot be reached.
     """
+    where = _locate(name, revision, subfolder, access)
+    if where.kind == "hub" and not (where.folder / MANIFEST).exists():
+        raise AdapterError(
+            f"{name!r} on the Hub is no textmeta adapter: it has no {MANIFEST} (adapters in its subfolders are loaded "
+            "with subfolder=…)"
+        )
+    try:
+        return read_adapter_files(where.folder), where
+    except DamagedAdapterError as error:
+        if where.kind != "hub" or (access and access.local_files_only):
+            raise
+        logger.warning("%s; downloading it again", error)
+        where = _locate(name, where.commit, subfolder, access, force=True)
+        return read_adapter_files(where.folder), where
+
+
+def _locate(
+    name: str | Path, revision: str | None, subfolder: str | None, access: HubAccess | None, force: bool = False
+) -> Location:
+    """Find the folder of a name, downloading it if it is a repository's, and again if that is forced."""
     prefix = subfolder_prefix(subfolder)
     text = str(name)
     if revision is None and is_there(name):
@@ -93,48 +110,3 @@ def subfolder_prefix(subfolder: str | None) -> str:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):
         raise AdapterError(f"subfolder must be a path below, such as 'adapters/first', given {subfolder!r:.80}")
     return f"{subfolder}/"
-
-
-def read_located(
-    name: str | Path, *, revision: str | None = None, subfolder: str | None = None, access: HubAccess | None = None
-) -> tuple[dict[str, bytes], Location]:
-    """Read the files of an adapter by its name (:func:`locate`), checked against their hashes.
-
-    What is damaged in the Hub's cache is downloaded again, once.
-
-    Raises:
-        AdapterError: if it is no adapter, was made by another version, or is damaged.
-    """
-    access = access or HubAccess()
-    where = locate(name, revision=revision, subfolder=subfolder, access=access)
-    if where.kind == "hub" and not (where.folder / MANIFEST).exists():
-        raise AdapterError(
-            f"{name!r} on the Hub is no textmeta adapter: it has no {MANIFEST} (adapters in its subfolders are loaded "
-            "with subfolder=…)"
-        )
-    try:
-        return read_adapter_files(where.folder), where
-    except DamagedAdapterError as error:
-        if where.kind != "hub" or access.local_files_only:
-            raise
-        logger.warning("%s; downloading it again", error)
-        where = locate(name, revision=where.commit, subfolder=subfolder, access=access, force=True)
-        return read_adapter_files(where.folder), where
-
-
-def info(
-    name: str | Path, *, revision: str | None = None, subfolder: str | None = None, access: HubAccess | None = None
-) -> dict[str, Any]:
-    """Return what an adapter's JSON files say, and where it was found; its hashes are checked, its tensors not read.
-
-    Returns:
-        ``folder``, ``kind`` and ``commit`` of a :class:`Location`, ``adapter`` (the content of ``textmeta.json``) and
-        ``classifier`` (that of ``classifier.json``, or None). They may be anybody's: show them with
-        :func:`~textmeta.data.labels.plain`.
-    """
-    files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
-    found = {
-        part: read_json(files[file], where.folder / file) if file in files else None
-        for part, file in (("adapter", META), ("classifier", CLASSIFIER))
-    }
-    return {"folder": str(where.folder), "kind": where.kind, "commit": where.commit, **found}

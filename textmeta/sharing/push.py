@@ -13,7 +13,7 @@ from textmeta.errors import AdapterError, HubError
 from textmeta.files import is_folder
 from textmeta.hub import check_reachable, clear_hub_errors, is_repo_id
 from textmeta.meta.adapter import Adapter
-from textmeta.sharing.card import PLACEHOLDER, usage_name
+from textmeta.sharing.card import PLACEHOLDER
 from textmeta.sharing.folder import MANIFEST, manifest_of, read_file
 from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
 from textmeta.sharing.locate import subfolder_prefix
@@ -42,16 +42,11 @@ class Destination:
 def push_adapter(
     adapter: Adapter, fitted: Fitted | None, to: Destination, *, base_model: str | None = None
 ) -> CommitInfo:
-    """Push an adapter, and a fitted classifier if there is one.
+    """Push an adapter, and a fitted classifier if there is one; ``base_model`` is its encoder's id on the Hub.
 
-    Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
-    Files of an earlier adapter that the new one does not have are deleted; all else in the repository stays.
-
-    Args:
-        adapter: to push.
-        fitted: to push with it.
-        to: where.
-        base_model: id on the Hub of the adapter's encoder, where the adapter names a folder of this machine.
+    Without a ``base_model`` that is what the adapter says, which may be a folder of this machine. Everything goes in
+    one commit on top of the one that was looked at, so readers see the old adapter or the new one. Files of an earlier
+    adapter that the new one does not have are deleted; all else in the repository stays.
 
     Raises:
         AdapterError: if the encoder is no id on the Hub, so that nobody else could load the adapter.
@@ -100,8 +95,12 @@ def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
     contents[MANIFEST] = manifest_of(contents)
     api = HfApi(token=to.token)
     check_reachable(to.repo_id, token=to.token)
-    if CARD in files:
-        _check_card(files[CARD], to)
+    try:  # before anything is made or uploaded, for a message that names the card
+        with clear_hub_errors(to.repo_id, token=to.token):
+            if CARD in files:
+                ModelCard(files[CARD].decode(), ignore_metadata_errors=False).validate(repo_type="model")
+    except (ValueError, YAMLError) as error:
+        raise AdapterError(f"not pushed: the Hub does not accept the metadata block of {CARD}: {error}") from error
     with clear_hub_errors(to.repo_id, to.revision, token=to.token):
         repo_id = api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id  # with its owner's name
         if to.revision is not None:
@@ -110,7 +109,8 @@ def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
     if to.private and not head.private:
         raise HubError(f"not pushed: {repo_id!r} is there already, and is public: make it private first, or a new one")
     if CARD in files:
-        contents[CARD] = files[CARD].replace(PLACEHOLDER.encode(), usage_name(repo_id, to.subfolder).encode())
+        name = f'"{repo_id}"' + (f', subfolder="{to.subfolder}"' if to.subfolder else "")
+        contents[CARD] = files[CARD].replace(PLACEHOLDER.encode(), name.encode())
     present = {file.rfilename for file in head.siblings or []}
     stale = sorted(name for name in ADAPTER_FILES - contents.keys() if prefix + name in present)
     operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
@@ -132,12 +132,3 @@ def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
         raise
     logger.info("pushed to %s: %s", repo_id, done.commit_url)
     return done
-
-
-def _check_card(card: bytes, to: Destination) -> None:
-    """Let the Hub check the card's metadata before anything is made or uploaded, for a message that names the card."""
-    try:
-        with clear_hub_errors(to.repo_id, token=to.token):
-            ModelCard(card.decode(), ignore_metadata_errors=False).validate(repo_type="model")
-    except (ValueError, YAMLError) as error:
-        raise AdapterError(f"not pushed: the Hub does not accept the metadata block of {CARD}: {error}") from error

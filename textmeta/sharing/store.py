@@ -1,52 +1,44 @@
 """The adapter folder: all that meta-training makes, and a fitted classifier with it, as safetensors and JSON alone.
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are LoRA as PEFT has it, so that ``PeftModel.from_pretrained``
-loads it. ``textmeta.safetensors`` holds all other tensors by name, ``textmeta.json`` settings and record, and
-``SHA256SUMS`` the hashes. A fitted classifier adds ``classifier.safetensors`` and ``classifier.json``.
+loads it. The former follows from everything else in the folder, so loading compares it with what it must be: it can
+hold nothing that PEFT would act on, such as a module to import. ``textmeta.safetensors`` holds all other tensors by
+name, ``textmeta.json`` settings and record, and ``SHA256SUMS`` the hashes. A fitted classifier adds
+``classifier.safetensors`` and ``classifier.json``.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from textmeta.data.labels import label_to_json, read_labels
 from textmeta.encoder.encoder import EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.errors import AdapterError, HubError
-from textmeta.files import is_folder
+from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
 from textmeta.meta.initialisation import LORA, Calibration, Initialisation, LearnerSettings
 from textmeta.meta.learner import LearnedTask
 from textmeta.sharing.card import is_edited, model_card
 from textmeta.sharing.folder import write_folder
-from textmeta.sharing.format import (
-    CARD,
-    CLASSIFIER,
-    CONFIG,
-    FORMAT,
-    HEAD,
-    META,
-    TENSORS,
-    WEIGHTS,
-    read_adapter_files,
-    read_json,
-    write_json,
-)
-from textmeta.sharing.locate import Location, read_located
-from textmeta.sharing.peft import PREFIX, config_file, read_factors
-from textmeta.sharing.tensors import read_tensors, write_tensors
+from textmeta.sharing.format import CARD, CLASSIFIER, CONFIG, FORMAT, HEAD, META, TENSORS, WEIGHTS, write_json
+from textmeta.sharing.locate import read_located
 
-__all__ = ["Fitted", "adapter_files", "load_adapter", "load_from", "save_adapter"]
+__all__ = ["Fitted", "adapter_files", "load_adapter", "save_adapter"]
 
 M = TypeVar("M", bound=BaseModel)
 OLD_CARD = "README.old.md"
+PREFIX = "base_model.model."  # of LoRA's factors in PEFT
 PROBE, SCOPE, INDEX = "probe", "scope", "index"  # tensors beside those of the initialisation
 SCOPE_SIZE = 8
 UNIT_TOLERANCE = 1e-3  # of a length of 1; other machines' rounding is far less
@@ -158,15 +150,15 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
     }
     files = {
         CONFIG: _config_file(adapter),
-        WEIGHTS: write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
-        TENSORS: write_tensors(others),
+        WEIGHTS: _write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
+        TENSORS: _write_tensors(others),
         META: write_json(meta),
     }
     if fitted is not None:
-        task = {field.name: getattr(fitted.task, field.name) for field in fields(LearnedTask)}
+        task = {**vars(fitted.task)}
         task |= {LORA + name: value for name, value in task.pop("factors").items()}
         labels = [label_to_json(label) for label in fitted.classes]
-        files[HEAD] = write_tensors(task)
+        files[HEAD] = _write_tensors(task)
         files[CLASSIFIER] = write_json({"classes": labels, "support": fitted.support})
     try:
         _parse(files, Path())
@@ -177,41 +169,54 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
 
 
 def _config_file(adapter: Adapter) -> bytes:
-    revision = adapter.commit or adapter.encoder.revision
-    return config_file(adapter.encoder.model, revision, adapter.lora, adapter.initialisation.lora)
+    """Return the content of ``adapter_config.json``."""
+    factors = adapter.initialisation.lora
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": adapter.encoder.model,
+        "revision": adapter.commit or adapter.encoder.revision,
+        "inference_mode": True,
+        "r": adapter.lora.rank,
+        "lora_alpha": adapter.lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in factors}),
+    }
+    return write_json(config)
+
+
+def _write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return the content of a safetensors file."""
+    stored = {
+        # copies, because safetensors refuses tensors that share memory
+        name: value.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+    return save(stored, metadata={"format": "pt"})  # which PEFT and transformers ask for
 
 
 # Loading
 
 
-def load_adapter(folder: str | Path) -> tuple[Adapter, Fitted | None]:
-    """Read an adapter folder, checking hashes, settings, and names, shapes and numbers of all tensors.
-
-    Nothing in it is run or imported, and nothing outside it is read but the contents of the Hub's cache.
-
-    Raises:
-        AdapterError: naming the file and what is wrong with it.
-    """
-    folder = Path(folder)
-    return _parse(read_adapter_files(folder), folder)
-
-
-def load_from(
+def load_adapter(
     name: str | Path,
     *,
     revision: str | None = None,
     subfolder: str | None = None,
     access: HubAccess | None = None,
     encoder: str | None = None,
-) -> tuple[Adapter, Fitted | None, Location]:
-    """Load an adapter by its name; what is damaged in the Hub's cache is downloaded again, once.
+) -> tuple[Adapter, Fitted | None]:
+    """Load an adapter by its name, checking hashes, settings, and names, shapes and numbers of all tensors.
 
-    The arguments are those of :func:`~textmeta.sharing.locate.locate`, and ``encoder``, what the caller will load in
+    Nothing in it is run or imported, and nothing outside its folder is read but the contents of the Hub's cache. The
+    arguments are those of :func:`~textmeta.sharing.locate.read_located`, and ``encoder``, what the caller will load in
     place of the encoder that the adapter names, if anything.
 
     Raises:
-        AdapterError: if it is none, or damaged, or came from the Hub and names a folder of this machine as its encoder.
-        HubError: see :func:`~textmeta.sharing.locate.locate`.
+        AdapterError: if it is none, or damaged, naming the file and what is wrong with it; or if it came from the Hub
+            and names a folder of this machine as its encoder.
+        HubError: see :func:`~textmeta.sharing.locate.read_located`.
     """
     files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
     adapter, fitted = _parse(files, where.folder)
@@ -221,14 +226,20 @@ def load_from(
             f"the adapter in {where.folder} names {model!r:.80} as its encoder. It came from the Hub, and no folder of "
             "this machine is opened because somebody else's adapter says so: name the encoder yourself"
         )
-    return adapter, fitted, where
+    return adapter, fitted
 
 
 def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | None]:
     meta = _read_model(_Meta, files[META], folder / META)
-    _check_encoder(meta.encoder, folder / META)
-    factors = read_factors(files[WEIGHTS], meta.lora.rank, folder / WEIGHTS)
-    tensors = read_tensors(files[TENSORS], folder / TENSORS)
+    # what names the encoder leads nowhere else
+    if ".." in PurePosixPath(meta.encoder.model).parts:
+        raise AdapterError(f"{folder / META}: encoder.model is {meta.encoder.model!r:.80}: no path upwards is followed")
+    try:
+        check_revision(meta.encoder.revision)
+    except HubError as error:
+        raise AdapterError(f"{folder / META}: encoder.revision: {error}") from error
+    factors = _read_factors(files[WEIGHTS], meta.lora.rank, folder / WEIGHTS)
+    tensors = _read_tensors(files[TENSORS], folder / TENSORS)
     scope, vectors = tensors.pop(SCOPE, None), tensors.pop(INDEX, None)
     probe = tensors.pop(PROBE, torch.empty(0))
     init = _initialisation(factors, tensors, meta.learner, folder / TENSORS)
@@ -256,7 +267,7 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
 
 def _read_model(kind: type[M], content: bytes, path: Path) -> M:
     """Return JSON as a model; errors name its path."""
-    read_json(content, path)  # refuses NaN, too
+    read_json(content, path, AdapterError)  # refuses NaN, too
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
@@ -265,14 +276,38 @@ def _read_model(kind: type[M], content: bytes, path: Path) -> M:
         raise AdapterError(f"{path}: {where:.200}: {first['msg']}, found {first['input']!r:.60}") from error
 
 
-def _check_encoder(encoder: EncoderSettings, path: Path) -> None:
-    """Check that what names the encoder leads nowhere else."""
-    if ".." in PurePosixPath(encoder.model).parts:
-        raise AdapterError(f"{path}: encoder.model is {encoder.model!r:.80}: no path upwards is followed")
+def _read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; errors name its path.
+
+    Raises:
+        AdapterError: if it is damaged, or a tensor is not float32, or has values that are not finite.
+    """
     try:
-        check_revision(encoder.revision)
-    except HubError as error:
-        raise AdapterError(f"{path}: encoder.revision: {error}") from error
+        tensors = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+        raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
+    for name, value in tensors.items():
+        if value.dtype != torch.float32:
+            raise AdapterError(f"{path}: tensor {name!r:.300} is {value.dtype}, expected torch.float32")
+        if not value.isfinite().all():
+            raise AdapterError(f"{path}: tensor {name!r:.300} has values that are not finite")
+    return tensors
+
+
+def _read_factors(content: bytes, rank: int, path: Path) -> dict[str, Tensor]:
+    """Return the LoRA factors that ``adapter_model.safetensors`` holds by the encoder's names; errors name its path.
+
+    Raises:
+        AdapterError: if a tensor is none, or of another rank.
+    """
+    factors = {}
+    for name, value in sorted(_read_tensors(content, path).items()):
+        if not re.fullmatch(re.escape(PREFIX) + r".+\.lora_[AB]\.weight", name):
+            raise AdapterError(f"{path}: unexpected tensor {name!r:.300}, expected LoRA factors alone")
+        if value.ndim != 2 or 0 in value.shape or value.shape[1 if LORA_B in name else 0] != rank:
+            raise AdapterError(f"{path}: {name} has shape {tuple(value.shape)}, expected a factor of rank {rank}")
+        factors[name.removeprefix(PREFIX)] = value
+    return factors
 
 
 def _initialisation(
@@ -318,17 +353,14 @@ def _index(corpora: Sequence[_Corpus] | None, vectors: Tensor | None, hidden: in
 
 
 def _fitted(files: Mapping[str, bytes], folder: Path, init: Initialisation) -> Fitted | None:
-    if not files.keys() & {HEAD, CLASSIFIER}:
+    if HEAD not in files:
         return None
-    for name in (HEAD, CLASSIFIER):
-        if name not in files:
-            raise AdapterError(f"{folder} is no whole fitted classifier: it has no {name}")
     content = _read_model(_Classifier, files[CLASSIFIER], folder / CLASSIFIER)
     classes = read_labels(content.classes, folder / CLASSIFIER)
     for row, (_, number) in enumerate(content.support or ()):
         if number >= len(classes):
             raise AdapterError(f"{folder / CLASSIFIER}: support.{row}: class {number} of {len(classes)}")
-    task = _learned_task(read_tensors(files[HEAD], folder / HEAD), len(classes), init, folder / HEAD)
+    task = _learned_task(_read_tensors(files[HEAD], folder / HEAD), len(classes), init, folder / HEAD)
     return Fitted(task, classes, content.support)
 
 

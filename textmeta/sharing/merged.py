@@ -1,0 +1,75 @@
+"""An encoder of its own: LoRA merged into its weights, in the format of transformers and sentence-transformers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from textmeta.encoder.lora import LORA_B
+from textmeta.encoder.pretrained import load_pretrained, weights_digest
+from textmeta.encoder.token_states import TokenStateReader
+from textmeta.errors import AdapterError
+
+__all__ = ["write_merged"]
+
+
+def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, Tensor]) -> None:
+    """Write the encoder with LoRA merged into it, W + (alpha / rank) · B A in place of W, as a sentence encoder.
+
+    ``SentenceTransformer(folder)`` makes of a text the mean over the tokens of its last layer, of length 1.
+
+    Source: Hu et al. (2021), "LoRA", section 4.1.
+
+    Args:
+        folder: where to; must not exist, or be empty.
+        reader: whose encoder.
+        factors: every LoRA factor by name, (out, in).
+
+    Raises:
+        AdapterError: if the folder holds anything or cannot be written, or the encoder's files have changed by now.
+    """
+    folder, encoder = folder.resolve(), reader.encoder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AdapterError(f"cannot write a merged encoder to {folder}: it is there already, and is not empty")
+    model, tokenizer, _ = load_pretrained(*encoder.source, encoder.access)
+    if weights_digest(model) != encoder.weights_sha256:
+        raise AdapterError(f"the weights of {encoder.source[0]} are no longer those that were loaded before")
+    scale = encoder.lora.alpha / encoder.lora.rank
+    for name, lora_a in factors.items():
+        if ".lora_A." in name:
+            linear = model.get_submodule(name.removesuffix(".lora_A.weight"))
+            assert isinstance(linear, nn.Linear), "LoRA is put on linear layers alone"
+            lora_b = factors[name.replace(".lora_A.", LORA_B)]
+            linear.weight.data += scale * (lora_b.detach().cpu() @ lora_a.detach().cpu())
+    modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    files = {  # which tell sentence-transformers how a text becomes a vector
+        "modules.json": [
+            {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{module}"}
+            for number, (path, module) in enumerate(modules.items())
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": encoder.hidden_size,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True,
+        },
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": encoder.settings.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=".textmeta-") as beside:
+            new = Path(beside) / folder.name
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            for name, content in files.items():
+                (new / name).parent.mkdir(exist_ok=True)
+                (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            if folder.exists():
+                folder.rmdir()
+            new.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"cannot write a merged encoder to {folder}: {error}") from error
