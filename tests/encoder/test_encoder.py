@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.encoder.given import TEXTS, assert_close, moved_factors, save_family
-from textmeta.encoder import splitting
+from textmeta.encoder import encoder as module
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
@@ -46,7 +46,7 @@ def test_a_model_that_cannot_be_split_works_with_a_warning(
         def forward(self, *, inputs_embeds: Tensor, **_: object) -> Tensor:
             return inputs_embeds + 0.1
 
-    monkeypatch.setattr(splitting, "_PassThrough", Wrong)
+    monkeypatch.setattr(module, "_PassThrough", Wrong)
     with caplog.at_level(logging.WARNING):
         whole = Encoder(encoder.settings, encoder.lora)
     assert whole.frozen_layers is None

@@ -1,25 +1,34 @@
 """The encoder: a frozen transformer whose upper layers carry LoRA.
 
 The layers below the lowest LoRA give every task the same, so they can be run once per text and their states kept. The
-layers above run for any LoRA factors, of one task or of many at once.
+layers above run for any LoRA factors, of one task or of many at once. So the transformer is split, exactly, in two.
 """
 
+import copy
+import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from textmeta.encoder.attention import use_switched_attention
 from textmeta.encoder.lora import LoraSettings, inject, lora_config
 from textmeta.encoder.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
-from textmeta.encoder.splitting import find_layers, split_model
-from textmeta.errors import SettingsError
+from textmeta.errors import EncoderError, SettingsError
 from textmeta.files import is_folder
 from textmeta.hub import HubAccess
 
 __all__ = ["Encoder", "EncoderSettings"]
+
+logger = logging.getLogger(__name__)
+
+# Children of a model, other than its layers, that only one of the halves runs.
+BEFORE_LAYERS = ("embeddings", "embeddings_project")  # the latter is ELECTRA's
+AFTER_LAYERS = ("final_norm",)  # ModernBERT's
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Encoder:
             raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")
         self.weights_sha256 = weights_digest(model)
         self.hidden_size: int = model.config.hidden_size
-        layers_name = find_layers(model)
+        layers_name = _find_layers(model)
         self.total_layers = total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
         first = total - (self.lora.layers or max(1, total // 2))
         if first < 0:
@@ -109,7 +118,7 @@ class Encoder:
         self.peft_config = lora_config(model, layers_name, first, self.lora)
         self.factor_shapes = inject(model, self.peft_config)
         model.to(self.device)  # type: ignore[arg-type]
-        self._prefix, self._suffix = split_model(model, layers_name, first)
+        self._prefix, self._suffix = _split(model, layers_name, first)
         self.frozen_layers = None if self._prefix is None else first
         self.overhead = 128 if self.device.type == "cpu" else 4096
 
@@ -136,3 +145,66 @@ class Encoder:
         # some families report nothing where there is no layer: then the last states are the embeddings
         found = tuple(output.hidden_states) or (output.last_hidden_state,)
         return tuple(states.to(torch.promote_types(states.dtype, torch.float32)) for states in found)
+
+
+class _PassThrough(nn.Module):
+    """Stands in for a module of the other half: its input already is the hidden state."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        # families differ in the order and names of the arguments; the states are the one that is floating
+        return next(v for v in (*arguments, *named.values()) if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def _find_layers(model: PreTrainedModel) -> str:
+    """Return the name of the list of a transformer's layers (``encoder.layer``).
+
+    Raises:
+        EncoderError: if it has none.
+    """
+    total: int = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return str(name)
+    raise EncoderError(
+        f"{type(model).__name__} has no list of its {total} layers; expected a transformer encoder such as BERT"
+    )
+
+
+def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Module | None, nn.Module]:
+    """Split a transformer below layer ``first`` into (prefix, suffix), or (None, model) where that is not exact.
+
+    Both halves are the model's own class: the prefix with fewer layers and nothing after them, the suffix with its
+    embeddings passed through, so each family's masks and positions are its own code. A probe decides whether the split
+    is exact.
+    """
+    layers: nn.ModuleList = model.get_submodule(layers_name)  # type: ignore[assignment]
+    # deepcopy with these answers given: all weights that both halves use stay shared
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    without_after = {id(module): _PassThrough() for name, module in model.named_children() if name in AFTER_LAYERS}
+    without_before = {id(module): _PassThrough() for name, module in model.named_children() if name in BEFORE_LAYERS}
+    prefix = copy.deepcopy(model, {**shared, **without_after, id(layers): layers[:first]})
+    suffix = copy.deepcopy(model, {**shared, **without_before, id(layers): layers[first:]})
+    device = next(model.parameters()).device
+    probe = torch.arange(10, 18, device=device).reshape(2, 4) % model.config.vocab_size
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=device)
+    with torch.no_grad():
+        try:
+            whole = model(input_ids=probe, attention_mask=mask).last_hidden_state
+        except (TypeError, ValueError) as error:
+            raise EncoderError(
+                f"{type(model).__name__} does not run on token ids alone, expected an encoder such as BERT: {error}"
+            ) from error
+        try:
+            states = prefix(input_ids=probe, attention_mask=mask).last_hidden_state
+            halves = suffix(inputs_embeds=states, attention_mask=mask).last_hidden_state
+            exact = torch.allclose(whole[mask.bool()], halves[mask.bool()], rtol=1e-5, atol=1e-6)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, StopIteration) as error:
+            logger.debug("the halves do not run: %s", error)
+            exact = False
+    if exact and without_before:
+        return prefix, suffix
+    logger.warning(
+        "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower",
+        type(model).__name__,
+    )
+    return None, model
