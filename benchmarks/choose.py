@@ -224,6 +224,20 @@ def accuracies(lines: Sequence[Line], measure: str = "accuracy") -> dict[str, Ce
     return found
 
 
+def calibration_errors(lines: Sequence[Line]) -> dict[tuple[str, int], float]:
+    """Return the expected calibration error, in percent, of each core method at each number of shots."""
+    bins: dict[tuple[str, int], np.ndarray] = {}
+    for line in lines:
+        key, result = line["key"], line["result"]
+        if "bins" in result:
+            name = (f"{key['method']} @ {key['adapter']}", key["shots"])
+            bins[name] = bins.get(name, 0) + np.array(result["bins"])
+    return {
+        name: 100 * float(np.abs(part[:, 1] - part[:, 2] / 1000).sum() / part[:, 0].sum())
+        for name, part in sorted(bins.items())
+    }
+
+
 def difference(one: Cells, other: Cells, keys: Sequence[tuple[str, int]]) -> tuple[float, float] | None:
     """Return the mean over cells of the paired differences, and half its 95 % interval."""
     pairs = [(one[key], other[key]) for key in keys if key in one and key in other]
@@ -359,6 +373,12 @@ def main() -> None:
         if not names or "@" not in method or method.partition(" @ ")[2] in names
     }
     print("\n".join(table(found)))
+    errors = calibration_errors([line for line in lines if not names or line["key"]["adapter"] in names])
+    if errors:
+        print("\nExpected calibration error, percent")
+    for method in dict.fromkeys(method for method, _ in errors):
+        parts = [f"{errors[method, k]:.1f}" if (method, k) in errors else "-" for k in SHOTS]
+        print(f"{method:38}" + "".join(part.rjust(16) for part in parts))
     if arguments.by_corpus:
         for method in sorted(name for name in found if name.startswith(("plain @", "names @"))):
             print("", *by_corpus(found, method), sep="\n")

@@ -15,6 +15,7 @@ from textmeta.data.mixed_episodes import draw_unlabelled
 __all__ = ["EPISODE_SEED", "QUERIES", "SHOTS", "Cell", "ChooseCorpora", "result_of", "with_unlabelled"]
 
 WAYS, QUERIES, SHOTS, EPISODE_SEED = 5, 5, (1, 2, 5, 10), 2
+BINS = 15  # of equal width, for the expected calibration error
 UNLABELLED_DRAW = 2  # third number of the seed unlabelled texts are drawn by: the sampler's own seeds have two
 
 
@@ -114,8 +115,12 @@ def with_unlabelled(
 
 
 def result_of(probabilities: Sequence[np.ndarray], episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Return, as JSON takes it, each episode's right answers and queries, mean NLL and macro-F1 (thousandths)."""
+    """Return, as JSON takes it, each episode's right answers and queries, mean NLL and macro-F1 (thousandths).
+
+    And of all together, for each bin of confidence: queries, right ones, and the sum of confidences (thousandths).
+    """
     right, queries, nll, f1 = [], [], [], []
+    bins = np.zeros((BINS, 3))
     for rows, episode in zip(probabilities, episodes, strict=True):
         labels, predicted = episode.query_labels, rows.argmax(1)
         hit = predicted == labels
@@ -125,4 +130,7 @@ def result_of(probabilities: Sequence[np.ndarray], episodes: Sequence[Episode]) 
         own = rows[np.arange(len(labels)), labels]
         nll.append(round(1000 * float(-np.log(np.maximum(own, 1e-300)).mean())))
         f1.append(round(1000 * float((2 * counts[0] / np.maximum(counts[1] + counts[2], 1)).mean())))
-    return {"right": right, "queries": queries, "nll": nll, "f1": f1}
+        sure = rows.max(1)
+        np.add.at(bins, np.minimum(sure * BINS, BINS - 1).astype(int), np.stack([np.ones_like(sure), hit, sure], 1))
+    bins[:, 2] *= 1000
+    return {"right": right, "queries": queries, "nll": nll, "f1": f1, "bins": bins.round().astype(int).tolist()}

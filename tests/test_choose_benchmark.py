@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSett
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.meta.adapter import Adapter
-from textmeta.meta.evaluation import score_episodes
+from textmeta.meta.evaluation import _calibration_error, score_episodes
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import load_adapter, save_adapter
@@ -214,3 +214,18 @@ def test_a_text_of_two_classes_is_drawn_once_and_not_if_it_has_a_label(choose: M
     labels = np.array([0, 1])
     episode = Episode("twice", ("x", "y"), ("0", "1"), labels, ("2", "3"), np.array([0, OUTSIDE]))
     assert sorted(choose.with_unlabelled(episode, corpus, 0, 0).unlabelled_texts) == ["4", "5", "6", "7"]
+
+
+def test_calibration_errors_are_those_of_all_queries_together(choose: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    lines, sure, right = [], [], []
+    for corpus in ("a", "b"):
+        probabilities = [rng.dirichlet([0.5] * 3, 6) for _ in range(4)]
+        labels = [rng.integers(0, 3, 6) for _ in range(4)]
+        episodes = [SimpleNamespace(query_labels=part) for part in labels]
+        key = {"method": "plain", "adapter": "x", "corpus": corpus, "shots": 5}
+        lines.append({"key": key, "result": choose.result_of(probabilities, episodes)})
+        sure += [rows.max(1) for rows in probabilities]
+        right += [rows.argmax(1) == part for rows, part in zip(probabilities, labels, strict=True)]
+    expected = 100 * _calibration_error(np.concatenate(sure), np.concatenate(right))
+    assert choose.calibration_errors(lines) == {("plain @ x", 5): pytest.approx(expected, abs=0.05)}
