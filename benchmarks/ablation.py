@@ -56,7 +56,7 @@ class Judged:
 
 LINES = [
     *(Judged(name, variant) for variant in ("plain", "names") for name in BASE),
-    *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("general", "base", "names-after")),
+    *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("base", "names-after")),
     Judged("names-after-0", "names"),
     Judged("base-0", "unlabelled"),
     Judged("base-0", "plain", ("--adapt", "pooling+lora", "--shots", "5", "--episodes", "50")),

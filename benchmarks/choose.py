@@ -134,7 +134,7 @@ class Contestant:
         if cell.corpus.name != self.corpus:
             self.corpus, self.states = cell.corpus.name, KnownStates(self.reader, self.adapter.initialisation.lora)
             if self.cache:
-                self.reader.cache(cell.corpus.texts, self.cache)
+                self.reader.cache(cell.corpus.texts, folder=self.cache)
         texts = [[*e.support_texts, *e.query_texts, *e.unlabelled_texts, *(e.label_names or ())] for e in episodes]
         self.states.know([text for part in texts for text in part])
         if "lora" in self.adapter.learner.adapt:  # these steps read the support set again and again

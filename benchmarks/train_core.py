@@ -1,6 +1,6 @@
-"""Meta-train an adapter on all training corpora: the general one, or an arm of the ablation.
+"""Meta-train an adapter on all training corpora: an arm of the ablation.
 
-    python benchmarks/train_core.py --data-dir DATA --arm general --output runs/core/general
+    python benchmarks/train_core.py --data-dir DATA --arm base --output runs/core/base-0
 
 An arm is a row of ARMS. A run resumes where it was; its adapter is written into the output folder.
 """
@@ -12,27 +12,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from textmeta.data.bundled import load_bundled
-from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
-from textmeta.encoder.encoder import EncoderSettings
-from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import TrainingInterrupted
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.trainer import MetaTrainer
 from textmeta.sharing.store import load_adapter, save_adapter
 
-FIRST_COLLECTION = ("banking77", "clinc150", "stackoverflow", "snips", "dbpedia14")  # may be trained on
-ROWS = 80  # of a class, as the second collection has them
-LINEAR = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
-BASE = MetaTrainer(
-    encoder=EncoderSettings(max_length=256),
-    lora=LoraSettings(layers=3, rank=8, alpha=16, targets=LINEAR),
-    episodes=1000,
-    precision="bf16",
-)
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # the corpora and settings of the shipped adapter
+from general import GENERAL, training_corpora
+
+BASE = replace(GENERAL, episodes=1000)
 # all tensors that have no part in names
 NOT_OF_NAMES = tuple(f.name for f in fields(Initialisation) if "name" not in f.name and f.name != "log_zero_shot_scale")
 
@@ -43,7 +33,6 @@ def _learner(episodes: int = BASE.episodes, **changes: Any) -> MetaTrainer:
 
 # All arms take as long as 1,000 episodes of the base arm: numbers of episodes are by time measured on equal episodes.
 ARMS: dict[str, MetaTrainer] = {
-    "general": replace(BASE, episodes=7500),
     "base": BASE,
     "layers-6": _learner(layers=(6,)),
     "layers-3-6": _learner(layers=(3, 6)),
@@ -68,26 +57,11 @@ STARTS: dict[str, Mapping[str, torch.Tensor]] = {"no-centre": {"log_centre_stren
 AFTER = {"names-after": "no-names"}  # the arm whose adapter another starts from
 
 
-def thinned(corpus: Corpus, rows: int) -> Corpus:
-    """Return the corpus with at most so many different rows of each class, drawn at random."""
-    rng = np.random.default_rng(0)
-    parts = [rng.permutation(corpus.rows_of(index))[:rows] for index in range(len(corpus.class_names))]
-    kept = np.sort(np.concatenate(parts))
-    return replace(corpus, texts=[corpus.texts[row] for row in kept], labels=corpus.labels[kept])
-
-
-def training_corpora(data_dir: Path) -> list[Corpus]:
-    """Load the 82 corpora that may be trained on, at most 80 rows a class."""
-    paths = sorted((data_dir / "train").glob("*.jsonl")) + [data_dir / f"{name}.jsonl" for name in FIRST_COLLECTION]
-    loaded = [thinned(load_corpus(CorpusSettings(str(path))), ROWS) for path in paths]
-    return [*loaded, load_bundled()[0]]
-
-
 def main() -> None:
     """Train an arm."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--arm", choices=ARMS, default="general")
+    parser.add_argument("--arm", choices=ARMS, default="base")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
         "--cache", type=Path, default=Path("runs/frozen"), help="states of the frozen layers: about 3 GB"

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 
@@ -72,9 +71,9 @@ def test_an_arm_is_trained_and_another_goes_on_from_it(
     arms = {name: replace(arm, **small) for name, arm in core.ARMS.items()}
     arms["no-centre"] = replace(arms["no-centre"], learner=LearnerSettings(layers=(2, 4), steps=1))
     monkeypatch.setattr(core, "ARMS", arms)
-    for name in (*core.FIRST_COLLECTION, "train/more"):
-        (tmp_path / f"{name}.jsonl").parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.jsonl").write_text(toy.read_text())
+    (tmp_path / "corpora.csv").write_text("corpus,source,licence\none,here,MIT\n")
+    monkeypatch.setattr(sys.modules["general"], "CORPORA", tmp_path / "corpora.csv")
+    (tmp_path / "one.jsonl").write_text(toy.read_text())
     before = train(core, monkeypatch, tmp_path, "no-names", tmp_path / "first")
     start = ["--start", str(tmp_path / "first")]
     after = train(core, monkeypatch, tmp_path, "names-after", tmp_path / "second", *start)
@@ -86,15 +85,3 @@ def test_an_arm_is_trained_and_another_goes_on_from_it(
     assert not without["centre"].any()
     with pytest.raises(SystemExit):
         train(core, monkeypatch, tmp_path, "names-after", tmp_path / "fourth")
-
-
-def test_thinned_keeps_different_rows_of_every_class(benchmark) -> None:
-    thinned = benchmark("train_core").thinned
-    texts = [f"{label} {row // 2}" for label in "abc" for row in range(20)]  # each twice
-    corpus = Corpus.from_pairs("c", texts, [text[0] for text in texts])
-    few = thinned(corpus, 5)
-    assert np.bincount(few.labels).tolist() == [5, 5, 5]
-    assert len(set(few.texts)) == 15
-    assert all(text[0] == few.class_names[label] for text, label in zip(few.texts, few.labels, strict=True))
-    assert list(few.texts) == list(thinned(corpus, 5).texts)
-    assert len(thinned(corpus, 99)) == 30

@@ -1,18 +1,26 @@
-"""The recipes: the demo runs on the tiny encoder, and the configs are what `textmeta train` takes."""
+"""The recipes: they run on the tiny encoder, and the configs are what `textmeta train` takes."""
 
+import csv
 import importlib.util
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
+from textmeta.data.corpus import Corpus
 from textmeta.data.splits import read_class_split
 from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
+from textmeta.meta.trainer import MetaTrainer
 from textmeta.sharing.store import load_adapter, save_adapter
 from textmeta.training import parsed, train_parser
 
@@ -61,3 +69,71 @@ def test_demo(
     assert f"textmeta push {tmp_path / 'own'}" in printed
     (corpus,) = load_adapter(tmp_path / "own")[0].record["settings"]["corpora"]
     assert corpus["classes"] == 64
+
+
+def test_thinned_keeps_different_rows_of_every_class() -> None:
+    thinned = recipe("general").thinned
+    texts = [f"{label} {row // 2}" for label in "abc" for row in range(20)]  # each twice
+    corpus = Corpus.from_pairs("c", texts, [text[0] for text in texts])
+    few = thinned(corpus, 5)
+    assert np.bincount(few.labels).tolist() == [5, 5, 5]
+    assert len(set(few.texts)) == 15
+    assert all(text[0] == few.class_names[label] for text, label in zip(few.texts, few.labels, strict=True))
+    assert list(few.texts) == list(thinned(corpus, 5).texts)
+    assert len(thinned(corpus, 99)) == 30
+
+
+def test_every_corpus_of_the_general_adapter_has_a_licence() -> None:
+    general = recipe("general")
+    rows = list(csv.DictReader(general.CORPORA.read_text(encoding="utf-8").splitlines()))
+    assert len({row["corpus"] for row in rows}) == len(rows) == 81  # and the bundled one
+    assert all(row["source"] and row["licence"] for row in rows)
+    assert set(general.LEFT_OUT) < {row["corpus"] for row in rows}
+
+
+@pytest.mark.slow
+def test_the_general_adapter_is_made_again_byte_for_byte(
+    corpus: Corpus, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scope is told by a run without some corpora, and its card names all with their licences."""
+    general = recipe("general")
+    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
+    (tmp_path / "train").mkdir()
+    for name in ("train/one", "train/two", "three"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "corpora.csv").write_text("corpus,source,licence\none,here,MIT\ntwo,here,CC0\nthree,here,Apache-2.0\n")
+    tiny = EncoderSettings(tiny_model, max_length=32)
+    for name, value in {
+        "CORPORA": tmp_path / "corpora.csv",
+        "LEFT_OUT": ("two",),
+        "LEFT_OUT_EPISODES": 2,
+        "CALIBRATION_EPISODES": 5,
+        "GENERAL": replace(general.GENERAL, encoder=tiny, lora=LoraSettings(rank=4), episodes=4),
+    }.items():
+        monkeypatch.setattr(general, name, value)
+    monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
+    trained: list[list[str]] = []
+    train = MetaTrainer.train
+    monkeypatch.setattr(
+        MetaTrainer,
+        "train",
+        lambda self, corpora, **more: trained.append([c.name for c in corpora]) or train(self, corpora, **more),
+    )
+    threads = torch.get_num_threads()
+    for output in ("first", "second"):
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["general.py", "--data-dir", str(tmp_path), "--output", str(tmp_path / output), f"--threads={threads}"],
+        )
+        general.main()
+    assert trained == [["one", "two", "three", "everyday"], ["one", "three", "everyday"]] * 2
+    for file in ("adapter_model.safetensors", "textmeta.safetensors"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    adapter = load_adapter(tmp_path / "first")[0]
+    assert adapter.calibration.scope is not None
+    assert adapter.index is not None
+    assert set(adapter.index.classes) == {"one", "two", "three", "everyday"}
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert "| three | " in card
+    assert "Apache-2.0" in card

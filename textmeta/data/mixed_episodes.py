@@ -14,8 +14,10 @@ from textmeta.errors import DataError, SettingsError
 __all__ = ["MixedEpisodes", "draw_unlabelled"]
 
 MAX_WAYS = 12  # ways are drawn from 2 to this
-QUERIES = 3  # queries of a class
-MAX_SUPPORT = 60  # support texts of an episode, which bound its memory
+MANY_WAYS, MANY = 60, 0.05  # and up to this in a share of the episodes of corpora that have more
+QUERIES = 3  # queries of a class, but at most MAX_QUERIES in all
+MAX_QUERIES = 60
+MAX_SUPPORT, MANY_SUPPORT = 60, 120  # support texts of an episode, and of one of many ways; they bound its memory
 SHOTS = (1, 1, 2, 3, 5, 5, 8, 10)  # shots of every class, all equally likely
 UNEQUAL = 0.25  # share of episodes whose classes each draw their own shots, from 1 to MAX_UNEQUAL
 MAX_UNEQUAL = 10
@@ -70,22 +72,24 @@ class MixedEpisodes:
         rng, names_rng, outside_rng, unlabelled_rng = np.random.default_rng((self.seed, index)).spawn(4)
         corpus = self.corpora[rng.integers(len(self.corpora))]
         n_classes = len(corpus.class_names)
-        ways = min(int(rng.integers(2, MAX_WAYS + 1)), n_classes)
+        many = n_classes > MAX_WAYS and rng.random() < MANY
+        ways = min(int(rng.integers(*((MAX_WAYS + 1, MANY_WAYS + 1) if many else (2, MAX_WAYS + 1)))), n_classes)
+        queries = min(QUERIES, MAX_QUERIES // ways)
         order = rng.permutation(n_classes)
         joined = rng.random() < JOINED and n_classes >= 2 * ways
         sizes = rng.integers(2, 4, ways) if joined else np.ones(ways, dtype=np.int64)
         groups = [order[way::ways][:size] for way, size in enumerate(sizes)]
         pools = [interleaved(rng, [corpus.rows_of(c) for c in group]) for group in groups]
 
-        most = MAX_SUPPORT // ways
+        most = (MANY_SUPPORT if many else MAX_SUPPORT) // ways
         shots = np.full(ways, min(rng.choice(SHOTS), most))
         unequal = rng.random() < UNEQUAL
         if unequal:
             shots = rng.integers(1, min(MAX_UNEQUAL, most) + 1, ways)
-        shots = np.minimum(shots, [len(pool) - QUERIES for pool in pools])
+        shots = np.minimum(shots, [len(pool) - queries for pool in pools])
         # shuffled again, lest queries and support texts of joined classes be of one class each
-        drawn = [rng.permutation(pool[: QUERIES + n]) for pool, n in zip(pools, shots, strict=True)]
-        left = [pool[QUERIES + n :] for pool, n in zip(pools, shots, strict=True)]
+        drawn = [rng.permutation(pool[: queries + n]) for pool, n in zip(pools, shots, strict=True)]
+        left = [pool[queries + n :] for pool, n in zip(pools, shots, strict=True)]
 
         words = tuple(" or ".join(readable_name(corpus.class_names[c]) for c in group) for group in groups)
         label_names = None
@@ -96,9 +100,9 @@ class MixedEpisodes:
         others = [corpus.rows_of(c) for c in np.setdiff1d(order, np.concatenate(groups))]
         other_rows = outside_rng.permutation(np.concatenate([np.empty(0, dtype=np.int64), *others]))
         n_outside = OUTSIDE_QUERIES if outside_rng.random() < OUTSIDE_SHARE else 0
-        query_rows = np.concatenate([*(rows[:QUERIES] for rows in drawn), other_rows[:n_outside]])
+        query_rows = np.concatenate([*(rows[:queries] for rows in drawn), other_rows[:n_outside]])
         query_labels = np.full(len(query_rows), OUTSIDE)
-        query_labels[: ways * QUERIES] = np.repeat(np.arange(ways), QUERIES)
+        query_labels[: ways * queries] = np.repeat(np.arange(ways), queries)
         shuffled = outside_rng.permutation(len(query_rows))
 
         unlabelled_rows = np.empty(0, dtype=np.int64)
@@ -117,7 +121,7 @@ class MixedEpisodes:
             corpus=corpus.name,
             class_names=words if joined else tuple(corpus.class_names[group[0]] for group in groups),
             support_texts=texts(
-                np.concatenate([rows[QUERIES : QUERIES + n] for rows, n in zip(drawn, shots, strict=True)])
+                np.concatenate([rows[queries : queries + n] for rows, n in zip(drawn, shots, strict=True)])
             ),
             support_labels=np.repeat(np.arange(ways), shots),
             query_texts=texts(query_rows[shuffled]),

@@ -1,18 +1,28 @@
 """What is set once training is over: the rule of the out-of-scope score, on episodes with queries of other classes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
 from textmeta.data.episodes import OUTSIDE, Episode
+from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.errors import DataError
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import Calibration
 from textmeta.meta.learner import TaskLearner
 
-__all__ = ["fit_calibration"]
+__all__ = ["episodes_with_outside", "fit_calibration"]
+
+FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
+
+
+def episodes_with_outside(episodes: MixedEpisodes, count: int) -> Iterator[Episode]:
+    """Yield at most ``count`` episodes that training has not seen and that have queries of other classes."""
+    unseen = (episodes[number] for number in range(FIRST_UNSEEN, FIRST_UNSEEN + 20 * count))
+    return islice((e for e in unseen if (e.query_labels == OUTSIDE).any()), count)
 
 
 @torch.no_grad()

@@ -1,10 +1,9 @@
 """Meta-training: episodes of many corpora, the gradient of what their queries lose after the inner steps, Adam."""
 
-import itertools
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LORA_B, LoraSettings
@@ -25,7 +24,7 @@ from textmeta.errors import AdapterError, DivergedError, SettingsError, Training
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
-from textmeta.meta.calibration import fit_calibration
+from textmeta.meta.calibration import episodes_with_outside, fit_calibration
 from textmeta.meta.checkpoint import Record, TrainingState, restore_state, save_state, stop_requests
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
@@ -42,7 +41,6 @@ MAX_GRADIENT_NORM = 1.0
 VALIDATE_EVERY, CHECKPOINT_EVERY = 100, 50  # steps
 VALIDATION_EPISODES = 100  # the same each time
 CALIBRATION_EPISODES = 400  # at most; else a tenth of those of training, but 50
-FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ class MetaTrainer:
             Adapter.of(reader, learner, shape.with_tensors(found)),
             record={"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]},
         )
-        outside = list(_with_outside(episodes, self.episodes))
+        outside = list(episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10))))
         if outside:
             bar = tqdm(outside, "calibration", unit="episode", disable=not main)
             adapter = replace(adapter, calibration=fit_calibration(TaskLearner(reader, adapter), bar))
@@ -381,10 +379,3 @@ def _validation(trainer: MetaTrainer, valid: Sequence[Corpus]) -> list[Episode]:
         return []
     sampler = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), trainer.seed)
     return sampler.take(VALIDATION_EPISODES)
-
-
-def _with_outside(episodes: MixedEpisodes, trained: int) -> Iterator[Episode]:
-    """Yield episodes that training has not seen and that have queries of other classes."""
-    count = min(CALIBRATION_EPISODES, max(50, trained // 10))
-    unseen = (episodes[number] for number in range(FIRST_UNSEEN, FIRST_UNSEEN + 20 * count))
-    return itertools.islice((e for e in unseen if (e.query_labels == OUTSIDE).any()), count)
