@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +43,18 @@ class Judged:
     @property
     def method(self) -> str:
         """What choose.py calls it."""
-        values = dict(zip(self.options[::2], self.options[1::2], strict=True))
-        suffix = f" adapt={values['--adapt']}" if "--adapt" in values else ""
-        return f"{self.variant}{suffix} @ {self.adapter}"
+        suffix = {"--adapt": " adapt=", "--rounds": " rounds=", "--evidence-after": " evidence-after"}
+        told = "".join(
+            suffix.get(option, option * (before in suffix)) for before, option in pairwise(("", *self.options))
+        )
+        return f"{self.variant}{told} @ {self.adapter}"
 
     @property
     def rivals(self) -> list[str]:
         """What it is compared with: the base arm's seeds, or what the same adapter does without the options."""
-        if self.options or self.variant == "unlabelled":
+        if self.options:
+            return [f"{self.variant} @ {self.adapter}"]
+        if self.variant == "unlabelled":
             return [f"plain @ {self.adapter}"]
         return [f"{self.variant} @ {name}" for name in BASE]
 
@@ -59,6 +64,9 @@ LINES = [
     *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("base", "names-after")),
     Judged("names-after-0", "names"),
     Judged("base-0", "unlabelled"),
+    Judged("base-0", "unlabelled", ("--rounds", "0")),
+    Judged("base-0", "unlabelled", ("--rounds", "1")),
+    Judged("base-0", "plain", ("--evidence-after",)),
     Judged("base-0", "plain", ("--adapt", "pooling+lora", "--shots", "5", "--episodes", "50")),
 ]
 
@@ -80,7 +88,7 @@ def run(data_dir: Path, folder: Path, lines: Sequence[Judged]) -> None:
 
 def _complete(line: Judged, data_dir: Path) -> bool:
     """Whether all cells of a line are recorded."""
-    options = dict(zip(line.options[::2], line.options[1::2], strict=True))
+    options = dict(pairwise(line.options))
     shots = [int(options["--shots"])] if "--shots" in options else SHOTS
     episodes = int(options.get("--episodes", EPISODES))
     found = accuracies(read_lines(CORE, mend=False)).get(line.method, {})

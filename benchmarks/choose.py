@@ -13,6 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ from textmeta.data.episodes import Episode
 from textmeta.data.labels import readable_name
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader, TokenStates
+from textmeta.heads.common import Examples
+from textmeta.heads.pooling import pool
+from textmeta.heads.unlabelled import soft_labelled_ridge
+from textmeta.meta import learner as learner_module
 from textmeta.meta.batch import Rows, TaskBatch
-from textmeta.meta.learner import TaskLearner
+from textmeta.meta.learner import LearnedTask, TaskLearner
 from textmeta.sharing.store import load_adapter
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,8 +120,26 @@ class KnownStates:
         return TokenStates.padded([self.states[text] for text in texts], overhead=512)
 
 
+class EvidenceAfter(TaskLearner):
+    """Learns tasks with the mixture by evidence from after the steps, which have seen what the folds leave out."""
+
+    def learn(self, batch: TaskBatch, second_order: bool = False) -> LearnedTask:
+        """Learn tasks; their texts are read twice."""
+        support = self._read(batch, {})[0]
+        queries, rows = self.adapter.initialisation.queries, batch.support.row_task
+        examples = Examples.of(batch.labels, batch.ways, queries.dtype)
+        adapted = self._adapt_features(batch, support, examples, second_order).queries
+        self.after = batch.support.pad(pool(support, adapted, rows if adapted.ndim == 3 else None))
+        return super().learn(batch, second_order)
+
+    def _evidence(self, views: Tensor, examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
+        return super()._evidence(self.after, examples)
+
+
 class Contestant:
     """An adapter and what it has read of a corpus."""
+
+    learner = TaskLearner
 
     def __init__(
         self, folder: Path, changes: Mapping[str, Any], precision: str = "no", cache: Path | None = None
@@ -139,7 +162,7 @@ class Contestant:
         self.states.know([text for part in texts for text in part])
         if "lora" in self.adapter.learner.adapt:  # these steps read the support set again and again
             self.reader.cache([text for part in texts for text in part])
-        learner = TaskLearner(self.states, self.adapter)
+        learner = self.learner(self.states, self.adapter)
         start, answers = time.perf_counter(), []
         for together in in_parts(episodes, [sum(map(len, part)) for part in texts]):
             answers += probabilities(learner, together)
@@ -339,6 +362,8 @@ def main() -> None:
     parser.add_argument(
         "--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own"
     )
+    parser.add_argument("--rounds", type=int, help="of soft labels for unlabelled texts; by default 3")
+    parser.add_argument("--evidence-after", action="store_true", help="the mixture is told after the steps, not before")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the encoder's matrix products")
     parser.add_argument("--cache", type=Path, help="folder for the states of the frozen layers, which adapters share")
     parser.add_argument("--by-corpus", action="store_true")
@@ -360,6 +385,12 @@ def main() -> None:
             ):
                 raise SystemExit(f"{arguments.results} has lines of another adapter named {who.name}: rename this one")
         suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
+        if arguments.rounds is not None:
+            suffix += f" rounds={arguments.rounds}"
+            learner_module.soft_labelled_ridge = partial(soft_labelled_ridge, rounds=arguments.rounds)
+        if arguments.evidence_after:
+            suffix += " evidence-after"
+            Contestant.learner = EvidenceAfter
         corpora = ChooseCorpora(arguments.data_dir, arguments.corpora)
         do_missing(
             list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),

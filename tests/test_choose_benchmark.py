@@ -102,6 +102,28 @@ def test_what_is_recorded_is_what_evaluation_says(
     assert np.array(result["f1"]) == pytest.approx(1000 * expected.macro_f1, abs=1)
 
 
+def test_what_is_changed_without_training_is_another_method(
+    choose: ModuleType,
+    data_dir: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module, name in ((choose.learner_module, "soft_labelled_ridge"), (choose.Contestant, "learner")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back after the test
+    monkeypatch.setattr(choose, "CHUNK", 6)
+    results = tmp_path / "results.jsonl"
+    command = ["--data-dir", str(data_dir), "--results", str(results), "--shots", "5", "--episodes", "6", "--run"]
+    command += ["--adapters", str(adapter), "--variants", "unlabelled", "--cache", str(tmp_path / "frozen")]
+    for more in ([], ["--precision", "bf16"], ["--rounds", "0"], ["--rounds", "3", "--evidence-after"]):
+        run(choose, monkeypatch, capsys, *command, *more)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    methods = ["unlabelled", "unlabelled rounds=0", "unlabelled rounds=3 evidence-after"]
+    assert [line["key"]["method"] for line in lines] == methods
+    assert len({tuple(line["result"]["nll"]) for line in lines}) == 3
+
+
 def test_differences_are_paired_by_episode(choose: ModuleType) -> None:
     rng = np.random.default_rng(0)
     hard = rng.uniform(20, 90, 200)
