@@ -153,7 +153,7 @@ def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adap
     [
         ([], "nothing to train on: give --data FILE, or corpora in the config"),
         (["--data", "no-such.csv"], "no such file"),
-        (["--data", "{data}", "--test_shots", "[12]"], "12 shots and 5 queries need 17"),
+        (["--data", "{data}", "--test_shots", "[12]"], "8 classes of 17 different texts; `--hold_out false`"),
         (["--data", "{data}", "--test_episodes", "1"], "test_episodes must be at least 2, given 1"),
         (["--data", "{data}", "--output", "."], "working folder"),
         (["--data", "{data}", "--start", "no-such"], "no-such"),

@@ -79,7 +79,8 @@ def _corpora(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corp
         raise SettingsError("nothing to train on: give --data FILE, or corpora in the config")
     if settings.valid or not settings.hold_out:
         return [load_corpus(source) for source in sources], [load_corpus(source) for source in settings.valid], []
-    parts = load_parts(sources, settings.fold)
+    # of each class 5 shots to choose by
+    parts = load_parts(sources, settings.fold, max([5, *settings.test_shots]) + TEST_QUERIES)
     return parts["train"], parts["valid"], parts["test"]
 
 
