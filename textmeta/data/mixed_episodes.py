@@ -1,5 +1,6 @@
 """Episodes of every kind a user may have: what a general adapter is meta-trained on."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from string import ascii_lowercase
@@ -8,10 +9,12 @@ import numpy as np
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode
-from textmeta.data.labels import readable_name
+from textmeta.data.labels import few, readable_name
 from textmeta.errors import DataError, SettingsError
 
 __all__ = ["MixedEpisodes", "draw_unlabelled"]
+
+logger = logging.getLogger(__name__)
 
 MAX_WAYS = 12  # ways are drawn from 2 to this
 QUERIES = 3  # queries of a class
@@ -194,6 +197,10 @@ def _usable(corpus: Corpus) -> Corpus:
             f"corpus {corpus.name!r} has {len(classes)} classes with at least {QUERIES + 1} different texts (that "
             "are in no other class), expected at least 2"
         )
+    left_out = [name for name, size in zip(corpus.class_names, sizes, strict=True) if size <= QUERIES]
+    if left_out:
+        said = "corpus %s: fewer than %d different texts (in no other class) of %s, left out of training"
+        logger.warning(said, corpus.name, QUERIES + 1, few(left_out))
     kept = np.isin(labels, classes)
     return replace(
         corpus,
