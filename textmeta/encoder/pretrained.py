@@ -4,6 +4,7 @@ An encoder may come from a stranger. ``trust_remote_code=False`` and ``use_safet
 because a configuration can name other files: so files are checked before transformers reads them.
 """
 
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -133,8 +134,14 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
     found = hashlib.sha256(weights.read_bytes()).hexdigest()
     if found != CARRIED_SHA256:
         raise EncoderError(f"{weights} is not the published file: sha256 is {found}, expected {CARRIED_SHA256}")
-    logger.info("%s %s: using the copy carried by the package %s", name, where, CARRIED_PACKAGE)
+    _say_once(f"{name} {where}: using the copy carried by the package {CARRIED_PACKAGE}")
     return weights.parent, None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    """Log what is the same whenever the encoder is loaded, as training does twice."""
+    logger.info(message)
 
 
 def _check_files(folder: Path) -> None:
