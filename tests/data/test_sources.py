@@ -56,7 +56,7 @@ def write_parquet(path: Path) -> None:
 
 
 def load(path: Path | str) -> Corpus:
-    return load_corpus(CorpusSettings(str(path)))
+    return load_corpus(str(path))
 
 
 @pytest.mark.parametrize(

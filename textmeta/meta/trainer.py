@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
+from textmeta.files import CHECKPOINT
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
@@ -33,7 +34,7 @@ from textmeta.meta.learner import QUERIES, TaskLearner
 
 __all__ = ["MetaTrainer"]
 
-CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
+RECORD = "record.jsonl"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
 SETTLED = (LORA, QUERIES)  # beginnings of what stays when a run settles
 CENTRE_RATE = 1e-3
@@ -96,6 +97,11 @@ class MetaTrainer:
         object.__setattr__(self, "fixed", (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed))
         if self.algorithm not in ALGORITHMS:
             raise SettingsError(f"algorithm must be one of {sorted(ALGORITHMS)}, given {self.algorithm!r:.60}")
+        learner = ALGORITHMS[self.algorithm].learner(self.learner)
+        for setting in fields(LearnerSettings):
+            given, made = getattr(self.learner, setting.name), getattr(learner, setting.name)
+            if given not in (made, setting.default):
+                raise SettingsError(f"{self.algorithm} sets the learner's {setting.name} to {made!r}, given {given!r}")
         for name in ("episodes", "tasks_per_step"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, given {getattr(self, name)}")
@@ -120,8 +126,8 @@ class MetaTrainer:
 
     def train(
         self,
-        corpora: Sequence[Corpus],
-        valid: Sequence[Corpus] = (),
+        corpora: Corpus | Sequence[Corpus],
+        valid: Corpus | Sequence[Corpus] = (),
         output: Path | str | None = None,
         *,
         start: Adapter | Mapping[str, Tensor] | None = None,
@@ -133,7 +139,7 @@ class MetaTrainer:
         Step s uses the episodes s·T to s·T + T - 1, whatever the number of processes.
 
         Args:
-            corpora: to draw episodes from.
+            corpora: one or several, to draw episodes from.
             valid: whose classes no training corpus has; the tensors that tell their episodes best are the result. By
                 default the last ones are.
             output: folder of the run, for its checkpoint and ``record.jsonl`` (a row a step). A run with the same
@@ -153,6 +159,7 @@ class MetaTrainer:
             with tempfile.TemporaryDirectory() as folder:
                 return self.train(corpora, valid, folder, start=start, cache=cache, access=access)
         assert isinstance(self.encoder, EncoderSettings)
+        corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
         accelerator = Accelerator()
         episodes = MixedEpisodes(corpora, self.seed, names=self.names, unlabelled=self.unlabelled)
         encoder = Encoder(self.encoder, self.lora, accelerator.device, self.precision, access=access)
