@@ -33,6 +33,7 @@ ORDER = [
     "classifier",
     "training",
     "cli",
+    "__main__",
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -32,7 +32,7 @@ class LearnerSettings:
         adapt: what the inner steps change: where each view looks in a text (pooling), LoRA, both, or nothing; "offset"
             is what ANIL adapts: an offset to the head's weights.
         steps: inner steps.
-        head: what makes logits of views, a row of :data:`~textmeta.heads.HEADS`.
+        head: what makes logits of views, one of :data:`~textmeta.heads.HEADS`.
         entry_step_sizes: a learned step size for each entry of a pooling query (Meta-SGD), not one a query.
     """
 

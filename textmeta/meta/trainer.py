@@ -60,7 +60,7 @@ class MetaTrainer:
         encoder: which one, and how long texts may be; a string names the encoder alone.
         lora: of the adapter.
         learner: how tasks are learned.
-        algorithm: a row of :data:`~textmeta.meta.algorithms.ALGORITHMS`.
+        algorithm: one of :data:`~textmeta.meta.algorithms.ALGORITHMS`.
         episodes: how many are seen in all.
         tasks_per_step: episodes whose gradients are averaged in one step of Adam, over all processes.
         lora_rate: learning rate of LoRA's factors.
