@@ -2,7 +2,4 @@
 
 from textmeta.cli import main
 
-__all__ = ["main"]
-
-if __name__ == "__main__":
-    main()
+main()

@@ -106,11 +106,8 @@ class _Help(DefaultHelpFormatter):
 
 def plain_help(text: str) -> str:
     """Return what a docstring says of a setting without its markup; a table is shown as the names of its rows."""
-
-    def shown(role: re.Match[str]) -> str:
-        return ", ".join(TABLES[role[1]]) if role[1] in TABLES else f"`{role[1]}`"
-
-    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", shown, text).replace("``", "`")
+    text = re.sub(rf":data:`~[\w.]+\.({'|'.join(TABLES)})`", lambda role: ", ".join(TABLES[role[1]]), text)
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
 
 
 def train_parser() -> ArgumentParser:

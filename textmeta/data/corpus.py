@@ -190,9 +190,8 @@ class Corpus:
         """
         for role, column in (("text_column", text_column), ("label_column", label_column)):
             if column not in dataset.column_names:
-                raise DataError(
-                    f"corpus {name!r} has no column {column!r} ({role}); its columns are {dataset.column_names}"
-                )
+                told = f"corpus {name!r} has no column {column!r} ({role}); its columns are {dataset.column_names}"
+                raise DataError(told)
         texts = checked_texts(dataset[text_column], f"corpus {name!r}, column {text_column!r}")
         labels = list(dataset[label_column])
         class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel

