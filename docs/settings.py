@@ -10,6 +10,7 @@ from textmeta import CorpusSettings, EpisodeSettings, MetaTrainer
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta.initialisation import LearnerSettings
+from textmeta.training import plain_help
 
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Settings
@@ -33,8 +34,7 @@ def described(kind: type) -> dict[str, str]:
     found = {}
     for entry in re.split(r"\n(?=\S)", textwrap.dedent(arguments)):
         name, _, text = entry.partition(":")
-        text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", " ".join(text.split()))
-        found[name] = text.replace("``", "`").replace("|", "\\|")
+        found[name] = plain_help(" ".join(text.split())).replace("|", "\\|")
     return found
 
 

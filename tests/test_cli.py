@@ -22,7 +22,9 @@ from textmeta.cli import main
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import SettingsError
+from textmeta.heads import HEADS
 from textmeta.meta import trainer
+from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.initialisation import LearnerSettings
 from textmeta.sharing.store import load_adapter
 from textmeta.training import parsed, train_parser
@@ -153,7 +155,7 @@ def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adap
     [
         ([], "nothing to train on: give --data FILE, or corpora in the config"),
         (["--data", "no-such.csv"], "no such file"),
-        (["--data", "{data}", "--test_shots", "[12]"], "12 shots and 5 queries need 17"),
+        (["--data", "{data}", "--test_shots", "[12]"], "8 classes of 17 different texts; `--hold_out false`"),
         (["--data", "{data}", "--test_episodes", "1"], "test_episodes must be at least 2, given 1"),
         (["--data", "{data}", "--output", "."], "working folder"),
         (["--data", "{data}", "--start", "no-such"], "no-such"),
@@ -185,7 +187,11 @@ def test_there_are_few_settings_and_their_help_is_short() -> None:
     names.remove("config")
     assert len(names) == len(set(names)) <= 33, names
     assert {"output", "corpora", "algorithm", "encoder.model", "lora.rank", "learner.adapt"} <= set(names)
-    assert len(parser.format_help().splitlines()) <= 80
+    shown = parser.format_help()
+    assert len(shown.splitlines()) <= 80
+    for table in (ALGORITHMS, HEADS):
+        assert f"one of {', '.join(table)}" in shown
+    assert not re.search(r":\w+:`|``", shown), "markup of docstrings"
 
 
 def test_every_setting_has_its_default_and_a_config_file_changes_it(tmp_path: Path) -> None:
@@ -330,6 +336,11 @@ def test_info_loads_no_more_than_it_needs(adapter: Path) -> None:
     command = [sys.executable, "-c", program, str(adapter)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_package_can_be_run_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "textmeta", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: textmeta")
 
 
 def test_the_command_is_installed_and_lists_its_commands(capsys: Shown) -> None:

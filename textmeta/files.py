@@ -8,7 +8,9 @@ from pydantic_core import from_json
 
 from textmeta.errors import TextMetaError
 
-__all__ = ["is_folder", "read_json", "sync_folder", "write_atomically", "write_synced"]
+__all__ = ["CHECKPOINT", "is_folder", "read_json", "sync_folder", "write_atomically", "write_synced"]
+
+CHECKPOINT = "checkpoint.safetensors"  # of a run of training
 
 
 def read_json(content: bytes, path: Path, error: type[TextMetaError], *, allow_nan: bool = False) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from argparse import Action
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from textmeta.data.splits import load_parts
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import SettingsError
+from textmeta.heads import HEADS
+from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.evaluation import format_table, frozen_prototypes, paired_difference, score_episodes, summary
 from textmeta.meta.initialisation import LearnerSettings
 from textmeta.meta.learner import TaskLearner
@@ -25,9 +28,10 @@ from textmeta.nearest import index_corpora
 from textmeta.sharing.folder import check_destination
 from textmeta.sharing.store import load_adapter, save_adapter
 
-__all__ = ["parsed", "train", "train_parser"]
+__all__ = ["parsed", "plain_help", "train", "train_parser"]
 
 TEST_WAYS, TEST_QUERIES = 5, 5
+TABLES: dict[str, Iterable[str]] = {"ALGORITHMS": ALGORITHMS, "HEADS": HEADS}
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -79,7 +83,8 @@ def _corpora(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corp
         raise SettingsError("nothing to train on: give --data FILE, or corpora in the config")
     if settings.valid or not settings.hold_out:
         return [load_corpus(source) for source in sources], [load_corpus(source) for source in settings.valid], []
-    parts = load_parts(sources, settings.fold)
+    # of each class 5 shots to choose by
+    parts = load_parts(sources, settings.fold, max([5, *settings.test_shots]) + TEST_QUERIES)
     return parts["train"], parts["valid"], parts["test"]
 
 
@@ -94,6 +99,17 @@ def _tests(corpora: Sequence[Corpus], shots: Sequence[int], seed: int) -> list[t
     return found
 
 
+class _Help(DefaultHelpFormatter):
+    def _expand_help(self, action: Action) -> str:
+        return plain_help(super()._expand_help(action))
+
+
+def plain_help(text: str) -> str:
+    """Return what a docstring says of a setting without its markup; a table is shown as the names of its rows."""
+    text = re.sub(rf":data:`~[\w.]+\.({'|'.join(TABLES)})`", lambda role: ", ".join(TABLES[role[1]]), text)
+    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
+
+
 def train_parser() -> ArgumentParser:
     """Return the parser of ``textmeta train``: the settings of MetaTrainer, and those of a run."""
     parser = ArgumentParser(
@@ -101,7 +117,7 @@ def train_parser() -> ArgumentParser:
         usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--SETTING VALUE ...]",
         description="Meta-train an adapter on labelled texts. The same command goes on with a run that was stopped.",
         # wider, and so shorter
-        formatter_class=partial(DefaultHelpFormatter, max_help_position=34, width=118),  # type: ignore[arg-type]
+        formatter_class=partial(_Help, max_help_position=34, width=118),  # type: ignore[arg-type]
         print_config=None,
         exit_on_error=False,
         allow_abbrev=False,

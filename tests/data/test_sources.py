@@ -56,7 +56,7 @@ def write_parquet(path: Path) -> None:
 
 
 def load(path: Path | str) -> Corpus:
-    return load_corpus(CorpusSettings(str(path)))
+    return load_corpus(str(path))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_revision_is_the_one_asked_for_and_its_commit_is_kept(hub: HubServer, in
 def test_source_goes_with_the_parts_of_a_class_split(hub: HubServer, intents: str) -> None:
     rows: list[tuple[str, object]] = [(f"text {number}", str(number % 8)) for number in range(40)]
     commit = hub.add_repo("lab/many", {"train.jsonl": jsonl(rows)}, repo_type="dataset")
-    parts = load_parts([CorpusSettings("lab/many", name="many")])
+    parts = load_parts([CorpusSettings("lab/many", name="many")], texts=5)
     assert parts["train"][0].source == {"dataset": "lab/many", "commit": commit, "name": "many"}
 
 

@@ -32,7 +32,7 @@ def test_fold_of_a_file_with_folds(tmp_path: Path) -> None:
 def test_corpora_are_split_by_a_fold_of_their_files(tmp_path: Path) -> None:
     (tmp_path / "corpus.csv").write_text("text,label\n" + "".join(f"{name} text,{name}\n" for name in "abcd"))
     path = write(tmp_path, {"01": FLAT, "02": {"train": ["d"], "valid": ["a"], "test": ["b", "c"]}})
-    parts = load_parts([CorpusSettings(str(tmp_path / "corpus.csv"), splits=str(path))], "02")
+    parts = load_parts([CorpusSettings(str(tmp_path / "corpus.csv"), splits=str(path))], "02", texts=1)
     assert {part: corpus.class_names for part, (corpus,) in parts.items()} == {
         "train": ("d",), "valid": ("a",), "test": ("b", "c"),
     }  # fmt: skip
@@ -106,13 +106,35 @@ def test_drawn_split_is_a_function_of_the_seed_and_the_names() -> None:
     assert draw_class_split(NAMES).train != tuple(sorted(NAMES)[:10])
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_every_part_of_a_drawn_split_has_a_class_or_there_are_too_few(number: int) -> None:
-    if number < 4:
-        with pytest.raises(DataError, match=f"{number} classes are too few .* at least 4"):
+@pytest.mark.parametrize("number", range(20))
+def test_every_part_of_a_drawn_split_has_two_classes_or_there_are_too_few(number: int) -> None:
+    if number < 8:
+        with pytest.raises(DataError, match=f"{number} classes are too few .* at least 8"):
             draw_class_split(NAMES[:number])
     else:
-        assert all(getattr(draw_class_split(NAMES[:number]), part) for part in PARTS)
+        assert all(len(getattr(draw_class_split(NAMES[:number]), part)) >= 2 for part in PARTS)
+
+
+def corpus_file(folder: Path, classes: int, texts: int) -> str:
+    rows = [f"{name} text {number},{name}\n" for name in NAMES[:classes] for number in range(texts)]
+    (folder / "small.csv").write_text("text,label\n" + "".join(rows), encoding="utf-8")
+    return str(folder / "small.csv")
+
+
+@pytest.mark.parametrize(("classes", "texts"), [(2, 10), (4, 10), (5, 10), (7, 10), (8, 4), (8, 9)])
+def test_small_file_is_told_what_holding_classes_out_needs(tmp_path: Path, classes: int, texts: int) -> None:
+    file = corpus_file(tmp_path, classes, texts)
+    with pytest.raises(DataError) as caught:
+        load_parts([CorpusSettings(file)])
+    told = str(caught.value)
+    assert told.startswith(f"{file} has {classes} classes")
+    assert ("too few texts of 'class " in told) is (classes == 8)
+    assert "needs 8 classes of 10 different texts; `--hold_out false` trains on all" in told
+
+
+def test_eight_classes_of_ten_texts_are_enough(tmp_path: Path) -> None:
+    parts = load_parts([CorpusSettings(corpus_file(tmp_path, 8, 10))])
+    assert [len(parts[part][0].class_names) for part in PARTS] == [4, 2, 2]
 
 
 def test_class_name_given_twice_is_an_error() -> None:

@@ -29,6 +29,8 @@ from textmeta.encoder import token_states
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
+from textmeta.files import CHECKPOINT
+from textmeta.heads import HEADS
 from textmeta.meta import evaluation
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.adapter import Adapter
@@ -36,7 +38,8 @@ from textmeta.meta.algorithms import ALGORITHMS, MetaGradient
 from textmeta.meta.evaluation import frozen_prototypes, paired_difference, score_episodes
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
-from textmeta.meta.trainer import CHECKPOINT, RECORD, MetaTrainer
+from textmeta.meta.trainer import RECORD, MetaTrainer
+from textmeta.sharing.store import load_adapter
 
 LEARNER = LearnerSettings((2, 4), steps=2)
 
@@ -71,7 +74,7 @@ def train(
     names = corpus.class_names
     held_out = [corpus.restrict(names[5 : 5 + valid])] if valid else []
     trainer = trainer_of(tiny_model, **settings)
-    return trainer.train([corpus.restrict(names[:5])], held_out, output, start=start, cache=cache)
+    return trainer.train(corpus.restrict(names[:5]), held_out, output, start=start, cache=cache)
 
 
 def rows_of(output: Path) -> list[dict[str, float]]:
@@ -542,3 +545,25 @@ def test_what_is_not_finite_stops_training(name: str, tiny_model: str, corpus: C
 def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=str(next(iter(wrong)))):
         MetaTrainer(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [2, "24", (2.0,)])
+def test_layers_that_are_no_numbers_are_named(layers: object) -> None:
+    with pytest.raises(SettingsError, match=r"layers must be numbers, such as \(2, 4, 6\), given"):
+        LearnerSettings(layers=layers)  # type: ignore[arg-type]
+
+
+def test_a_setting_that_the_algorithm_has_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HEADS, "other", HEADS["ridge"])
+    for algorithm in ("anil", "protonet"):
+        with pytest.raises(SettingsError, match=f"{algorithm} sets the learner's head to 'prototype', given 'other'"):
+            MetaTrainer(algorithm=algorithm, learner=LearnerSettings(head="other"))
+        with pytest.raises(SettingsError, match=f"{algorithm} sets the learner's adapt to '.*', given 'lora'"):
+            MetaTrainer(algorithm=algorithm, learner=LearnerSettings(adapt="lora"))
+        MetaTrainer(algorithm=algorithm, learner=LearnerSettings(head="prototype"))
+    MetaTrainer(algorithm="maml", learner=LearnerSettings(head="other", adapt="lora"))
+
+
+def test_a_run_says_that_its_folder_is_no_adapter(finished: Path) -> None:
+    with pytest.raises(AdapterError, match=r"it is a run's: `FewShotClassifier\(adapter\)\.save_pretrained` keeps"):
+        load_adapter(finished)

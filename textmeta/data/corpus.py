@@ -190,9 +190,8 @@ class Corpus:
         """
         for role, column in (("text_column", text_column), ("label_column", label_column)):
             if column not in dataset.column_names:
-                raise DataError(
-                    f"corpus {name!r} has no column {column!r} ({role}); its columns are {dataset.column_names}"
-                )
+                told = f"corpus {name!r} has no column {column!r} ({role}); its columns are {dataset.column_names}"
+                raise DataError(told)
         texts = checked_texts(dataset[text_column], f"corpus {name!r}, column {text_column!r}")
         labels = list(dataset[label_column])
         class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel
@@ -209,14 +208,15 @@ class Corpus:
         return cls.from_pairs(name, texts, [str(label) for label in labels])
 
 
-def load_corpus(settings: CorpusSettings) -> Corpus:
-    """Load a corpus from a local file or from the Hub.
+def load_corpus(settings: CorpusSettings | str) -> Corpus:
+    """Load a corpus from a local file or from the Hub; a string names the dataset alone.
 
     Raises:
         DataError: if it cannot be read, is empty, lacks a column, or has a row that cannot be used.
     """
     from textmeta.data.sources import read_file, read_hub  # noqa: PLC0415 - they load `datasets`
 
+    settings = CorpusSettings(settings) if isinstance(settings, str) else settings
     dataset, found = (read_file(settings), {}) if settings.is_file else read_hub(settings)
     corpus = Corpus.from_dataset(
         dataset.select(range(min(len(dataset), settings.rows or len(dataset)))),

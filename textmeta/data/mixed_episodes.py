@@ -1,5 +1,6 @@
 """Episodes of every kind a user may have: what a general adapter is meta-trained on."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from string import ascii_lowercase
@@ -8,10 +9,12 @@ import numpy as np
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode
-from textmeta.data.labels import readable_name
+from textmeta.data.labels import few, readable_name
 from textmeta.errors import DataError, SettingsError
 
 __all__ = ["MixedEpisodes", "draw_unlabelled"]
+
+logger = logging.getLogger(__name__)
 
 MAX_WAYS = 12  # ways are drawn from 2 to this
 MANY_WAYS, MANY = 60, 0.05  # and up to this in a share of the episodes of corpora that have more
@@ -109,10 +112,11 @@ class MixedEpisodes:
         if unlabelled_rng.random() < self.unlabelled:
             mixture = MIXTURES[unlabelled_rng.choice(len(MIXTURES), p=MIXTURE_SHARES)]
             # skewed ones are twice as many as a class's, whatever the number of classes
-            per_class = (
-                UNLABELLED_PER_CLASS if mixture == "skewed" else min(UNLABELLED_PER_CLASS, MAX_UNLABELLED // ways)
-            )
+            most = MAX_UNLABELLED // (1 if mixture == "skewed" else ways)
+            per_class = min(UNLABELLED_PER_CLASS, most)
             unlabelled_rows = draw_unlabelled(unlabelled_rng, left, other_rows[n_outside:], per_class, mixture)
+
+        support = [rows[queries : queries + n] for rows, n in zip(drawn, shots, strict=True)]
 
         def texts(rows: np.ndarray) -> tuple[str, ...]:
             return tuple(corpus.texts[row] for row in rows)
@@ -120,9 +124,7 @@ class MixedEpisodes:
         return Episode(
             corpus=corpus.name,
             class_names=words if joined else tuple(corpus.class_names[group[0]] for group in groups),
-            support_texts=texts(
-                np.concatenate([rows[queries : queries + n] for rows, n in zip(drawn, shots, strict=True)])
-            ),
+            support_texts=texts(np.concatenate(support)),
             support_labels=np.repeat(np.arange(ways), shots),
             query_texts=texts(query_rows[shuffled]),
             query_labels=query_labels[shuffled],
@@ -198,6 +200,10 @@ def _usable(corpus: Corpus) -> Corpus:
             f"corpus {corpus.name!r} has {len(classes)} classes with at least {QUERIES + 1} different texts (that "
             "are in no other class), expected at least 2"
         )
+    left_out = [name for name, size in zip(corpus.class_names, sizes, strict=True) if size <= QUERIES]
+    if left_out:
+        said = "corpus %s: fewer than %d different texts (in no other class) of %s, left out of training"
+        logger.warning(said, corpus.name, QUERIES + 1, few(left_out))
     kept = np.isin(labels, classes)
     return replace(
         corpus,

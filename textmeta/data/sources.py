@@ -120,9 +120,8 @@ def _streamed(
     for row in tqdm(itertools.islice(stream, rows), desc=f"{dataset} {split}", unit="row", total=rows):
         missing = [column for column in columns if column not in row]
         if missing:
-            raise DataError(
-                f"dataset {dataset!r}, split {split!r} has no column {missing[0]!r}; its columns are {list(row)}"
-            )
+            told = f"dataset {dataset!r}, split {split!r} has no column {missing[0]!r}; its columns are {list(row)}"
+            raise DataError(told)
         taken.append({column: row[column] for column in columns})
     if not taken:
         raise DataError(f"dataset {dataset!r}, split {split!r} is empty: 0 rows, expected at least 1")

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.labels import few
 from textmeta.errors import DataError
 from textmeta.files import read_json
 
 __all__ = ["ClassSplit", "draw_class_split", "load_parts", "read_class_split"]
 
 PARTS = ("train", "valid", "test")
+MIN_CLASSES = 8  # from which on every part of a drawn split has the two classes that an episode needs
 
 
 @dataclass(frozen=True)
@@ -37,26 +39,41 @@ class ClassSplit:
                 raise DataError(f"class split: class {name!r} is given {times} times, in {parts}; expected once")
 
 
-def load_parts(sources: Iterable[CorpusSettings], fold: str | None = None) -> dict[str, list[Corpus]]:
+def load_parts(sources: Iterable[CorpusSettings], fold: str | None = None, texts: int = 10) -> dict[str, list[Corpus]]:
     """Load corpora and split each by class: from its file of splits, or drawn.
 
     Args:
         sources: of the corpora.
         fold: which of the splits in their files, where these have several.
+        texts: how many different ones a class that is held out (to choose or to test by) needs.
 
     Returns:
         ``{"train": [...], "valid": [...], "test": [...]}``, each with one corpus a source.
+
+    Raises:
+        DataError: if a corpus cannot be loaded, or has too few classes, or too few texts in one that is held out.
     """
     parts: dict[str, list[Corpus]] = {part: [] for part in PARTS}
     for source in sources:
         corpus = load_corpus(source)
+        told = f"{source.dataset} has {len(corpus.class_names)} classes"
+        needed = (
+            f"to hold classes out, it needs {MIN_CLASSES} classes of {texts} different texts; `--hold_out false` "
+            "trains on all of them, and tests nothing"
+        )
         if source.splits is not None:
             split = read_class_split(source.splits, fold)
             corpus = replace(corpus, source={**corpus.source, **({"fold": fold} if fold else {})})
+        elif len(corpus.class_names) < MIN_CLASSES:
+            raise DataError(f"{told}: {needed}")
         else:
             split = draw_class_split(corpus.class_names)
         for part, corpora in parts.items():
             corpora.append(corpus.restrict(getattr(split, part)))
+        held_out = split.valid + split.test
+        short = [name for name in held_out if len(corpus.rows_of(corpus.class_names.index(name))) < texts]
+        if short:
+            raise DataError(f"{told}, and too few texts of {few(short)}: {needed}")
     return parts
 
 
@@ -94,12 +111,11 @@ def draw_class_split(class_names: Iterable[str], seed: int = 0) -> ClassSplit:
         seed: of the draw.
 
     Raises:
-        DataError: if a part would have no class.
+        DataError: if there are fewer than 8 classes, for episodes need two of each part.
     """
     names = sorted(class_names)
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    if len(names) < MIN_CLASSES:
+        raise DataError(f"{len(names)} classes are too few to draw a class split of; expected at least {MIN_CLASSES}")
     first, second = round(0.5 * len(names)), round(0.75 * len(names))
-    split = ClassSplit(tuple(shuffled[:first]), tuple(shuffled[first:second]), tuple(shuffled[second:]))
-    if not (split.train and split.valid and split.test):
-        raise DataError(f"{len(names)} classes are too few to draw a class split of; expected at least 4")
-    return split
+    return ClassSplit(tuple(shuffled[:first]), tuple(shuffled[first:second]), tuple(shuffled[second:]))

@@ -165,9 +165,7 @@ def _find_layers(model: PreTrainedModel) -> str:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
             return str(name)
-    raise EncoderError(
-        f"{type(model).__name__} has no list of its {total} layers; expected a transformer encoder such as BERT"
-    )
+    raise EncoderError(f"{type(model).__name__} has no list of its {total} layers; expected an encoder such as BERT")
 
 
 def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Module | None, nn.Module]:
@@ -191,9 +189,8 @@ def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Mod
         try:
             whole = model(input_ids=probe, attention_mask=mask).last_hidden_state
         except (TypeError, ValueError) as error:
-            raise EncoderError(
-                f"{type(model).__name__} does not run on token ids alone, expected an encoder such as BERT: {error}"
-            ) from error
+            told = f"{type(model).__name__} does not run on token ids alone, expected an encoder such as BERT: {error}"
+            raise EncoderError(told) from error
         try:
             states = prefix(input_ids=probe, attention_mask=mask).last_hidden_state
             halves = suffix(inputs_embeds=states, attention_mask=mask).last_hidden_state

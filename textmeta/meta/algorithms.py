@@ -97,12 +97,10 @@ def reptile(learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[s
 
 def _with_queries_as_support(episode: Episode) -> Episode:
     inside = episode.query_labels >= 0
+    queries = (text for text, kept in zip(episode.query_texts, inside, strict=True) if kept)
     return replace(
         episode,
-        support_texts=(
-            *episode.support_texts,
-            *(text for text, kept in zip(episode.query_texts, inside, strict=True) if kept),
-        ),
+        support_texts=(*episode.support_texts, *queries),
         support_labels=np.concatenate([episode.support_labels, episode.query_labels[inside]]),
         label_names=None,
         unlabelled_texts=(),
@@ -113,12 +111,8 @@ def _gradient(
     learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor], second_order: bool
 ) -> MetaGradient:
     loss, accuracy = query_losses(learner, episodes, second_order)
-    found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-    gradient = {
-        name: torch.zeros_like(leaf) if part is None else part
-        for (name, leaf), part in zip(leaves.items(), found, strict=True)
-    }
-    return MetaGradient(gradient, loss.detach(), accuracy)
+    found = torch.autograd.grad(loss.sum(), list(leaves.values()), materialize_grads=True)
+    return MetaGradient(dict(zip(leaves, found, strict=True)), loss.detach(), accuracy)
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,8 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         accuracy, half, f1, ece = (100 * result[key] for key in ("accuracy", "accuracy_ci95", "macro_f1", "ece"))
         paired = [100 * result["paired"][key] for key in ("difference", "low", "high")] if "paired" in result else []
         difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*paired) if paired else ""
-        rows.append(
-            (name, f"{accuracy:.2f} ± {half:.2f}", f"{f1:.2f}", f"{result['nll']:.2f}", f"{ece:.2f}", difference)
-        )
+        scores = (f"{accuracy:.2f} ± {half:.2f}", f"{f1:.2f}", f"{result['nll']:.2f}", f"{ece:.2f}")
+        rows.append((name, *scores, difference))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])

@@ -4,7 +4,7 @@ Numbers that must be positive are kept as logarithms. Shapes: V views, d dimensi
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -32,7 +32,7 @@ class LearnerSettings:
         adapt: what the inner steps change: where each view looks in a text (pooling), LoRA, both, or nothing; "offset"
             is what ANIL adapts: an offset to the head's weights.
         steps: inner steps.
-        head: what makes logits of views, a row of :data:`~textmeta.heads.HEADS`.
+        head: what makes logits of views, one of :data:`~textmeta.heads.HEADS`.
         entry_step_sizes: a learned step size for each entry of a pooling query (Meta-SGD), not one a query.
     """
 
@@ -48,8 +48,9 @@ class LearnerSettings:
             raise SettingsError(f"adapt must be one of {get_args(Adapt)}, given {self.adapt!r:.60}")
         if self.head not in HEADS:
             raise SettingsError(f"head must be one of {sorted(HEADS)}, given {self.head!r:.60}")
-        if self.layers is not None and not all(type(layer) is int for layer in self.layers):
-            raise SettingsError(f"layers must be numbers, given {self.layers!r:.60}")
+        layers = () if self.layers is None else self.layers
+        if not isinstance(layers, Sequence) or not all(type(layer) is int for layer in layers):
+            raise SettingsError(f"layers must be numbers, such as (2, 4, 6), given {layers!r:.60}")
         if not 0 <= self.steps <= MAX_STEPS:
             raise SettingsError(f"steps must be from 0 to {MAX_STEPS}, given {self.steps}")
 

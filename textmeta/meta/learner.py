@@ -145,14 +145,10 @@ class TaskLearner:
 
         middle = self._centre(batch, examples, views, extra)
         first_middle = self._centre(batch, examples, first, extra_first)
-        support_z, extra_z, extra_first_z = (
-            centred(views, middle),
-            centred(extra, middle),
-            centred(extra_first, first_middle),
-        )
+        support_z, extra_z = centred(views, middle), centred(extra, middle)
+        first_z, extra_first_z = centred(first, first_middle), centred(extra_first, first_middle)
         name_rows = batch.names.widened(examples.classes.shape[1])
         name_views = name_rows.pad(pool(names, init.queries))
-        first_z = centred(first, first_middle)
         name_z, name_scale, evidence = self._names(batch.ways, name_rows.there, name_views, examples, first_z)
         scale = temperature(init.temperature, log_shots(examples), batch.ways, adapted.stepped, nll)
         weights = HEADS[settings.head](support_z, mixed, examples, init.log_penalty.exp())

@@ -4,7 +4,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
+from textmeta.files import CHECKPOINT
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
@@ -32,7 +33,7 @@ from textmeta.meta.learner import QUERIES, TaskLearner
 
 __all__ = ["MetaTrainer"]
 
-CHECKPOINT, RECORD = "checkpoint.safetensors", "record.jsonl"
+RECORD = "record.jsonl"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
 SETTLED = (LORA, QUERIES)  # beginnings of what stays when a run settles
 CENTRE_RATE = 1e-3
@@ -57,7 +58,7 @@ class MetaTrainer:
         encoder: which one, and how long texts may be; a string names the encoder alone.
         lora: of the adapter.
         learner: how tasks are learned.
-        algorithm: a row of :data:`~textmeta.meta.algorithms.ALGORITHMS`.
+        algorithm: one of :data:`~textmeta.meta.algorithms.ALGORITHMS`.
         episodes: how many are seen in all.
         tasks_per_step: episodes whose gradients are averaged in one step of Adam, over all processes.
         lora_rate: learning rate of LoRA's factors.
@@ -94,6 +95,11 @@ class MetaTrainer:
         object.__setattr__(self, "fixed", (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed))
         if self.algorithm not in ALGORITHMS:
             raise SettingsError(f"algorithm must be one of {sorted(ALGORITHMS)}, given {self.algorithm!r:.60}")
+        learner = ALGORITHMS[self.algorithm].learner(self.learner)
+        for setting in fields(LearnerSettings):
+            given, made = getattr(self.learner, setting.name), getattr(learner, setting.name)
+            if given not in (made, setting.default):
+                raise SettingsError(f"{self.algorithm} sets the learner's {setting.name} to {made!r}, given {given!r}")
         for name in ("episodes", "tasks_per_step"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, given {getattr(self, name)}")
@@ -118,8 +124,8 @@ class MetaTrainer:
 
     def train(
         self,
-        corpora: Sequence[Corpus],
-        valid: Sequence[Corpus] = (),
+        corpora: Corpus | Sequence[Corpus],
+        valid: Corpus | Sequence[Corpus] = (),
         output: Path | str | None = None,
         *,
         start: Adapter | Mapping[str, Tensor] | None = None,
@@ -131,7 +137,7 @@ class MetaTrainer:
         Step s uses the episodes s·T to s·T + T - 1, whatever the number of processes.
 
         Args:
-            corpora: to draw episodes from.
+            corpora: one or several, to draw episodes from.
             valid: whose classes no training corpus has; the tensors that tell their episodes best are the result. By
                 default the last ones are.
             output: folder of the run, for its checkpoint and ``record.jsonl`` (a row a step). A run with the same
@@ -151,8 +157,10 @@ class MetaTrainer:
             with tempfile.TemporaryDirectory() as folder:
                 return self.train(corpora, valid, folder, start=start, cache=cache, access=access)
         assert isinstance(self.encoder, EncoderSettings)
+        corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
         accelerator = Accelerator()
         episodes = MixedEpisodes(corpora, self.seed, names=self.names, unlabelled=self.unlabelled)
+        judges = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), self.seed) if valid else None
         encoder = Encoder(self.encoder, self.lora, accelerator.device, self.precision, access=access)
         reader = TokenStateReader(encoder, self.learner.layers)
         learner = replace(ALGORITHMS[self.algorithm].learner(self.learner), layers=reader.layers)
@@ -171,7 +179,7 @@ class MetaTrainer:
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
-        found = run.loop(tensors, _validation(self, valid), Path(output), fingerprint)
+        found = run.loop(tensors, judges.take(VALIDATION_EPISODES) if judges else [], Path(output), fingerprint)
         adapter = replace(
             Adapter.of(reader, learner, shape.with_tensors(found)),
             record={"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]},
@@ -234,11 +242,7 @@ class _Run:
             raise SettingsError(f"{told} while the run settles: with settling=0 it does not")
 
     def loop(
-        self,
-        tensors: Mapping[str, Tensor],
-        validation: Sequence[Episode],
-        output: Path,
-        fingerprint: Mapping[str, Any],
+        self, tensors: Mapping[str, Tensor], validation: Sequence[Episode], output: Path, fingerprint: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Take all steps; return what was learned: the last tensors, or those with the best validation accuracy."""
         trainer, main = self.trainer, self.accelerator.is_main_process
@@ -371,11 +375,3 @@ class _Run:
             state.best_accuracy, state.best_step = accuracy, state.step
             state.best = {name: value.detach().clone() for name, value in state.parameters.items()}
         return accuracy
-
-
-def _validation(trainer: MetaTrainer, valid: Sequence[Corpus]) -> list[Episode]:
-    """Return the episodes of every validation: 5 ways (or all), 5 shots, 5 queries."""
-    if not valid:
-        return []
-    sampler = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), trainer.seed)
-    return sampler.take(VALIDATION_EPISODES)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from textmeta.errors import AdapterError, DamagedAdapterError
-from textmeta.files import is_folder, sync_folder, write_synced
+from textmeta.files import CHECKPOINT, is_folder, sync_folder, write_synced
 
 __all__ = ["MANIFEST", "check_destination", "is_there", "manifest_of", "read_file", "read_folder", "write_folder"]
 
@@ -79,7 +79,9 @@ def _read_checked(folder: Path, known: Collection[str] | None) -> dict[str, byte
     present = sorted(path.name for path in folder.iterdir())
     _check_no_code(folder, present)
     if MANIFEST not in present:
-        raise AdapterError(f"{folder} is no textmeta adapter: it has no {MANIFEST}, but {present[:10]}")
+        run = CHECKPOINT in present  # no adapter, for it is the caller of train who has that
+        hint = "; it is a run's: `FewShotClassifier(adapter).save_pretrained` keeps the adapter that train returns"
+        raise AdapterError(f"{folder} is no textmeta adapter: it has no {MANIFEST}, but {present[:10]}{hint * run}")
     contents = {}
     for name, expected in _manifest(read_file(folder, MANIFEST), folder / MANIFEST).items():
         if known is not None and name not in known:

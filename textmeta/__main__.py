@@ -1,0 +1,5 @@
+"""`python -m textmeta` is the command `textmeta`."""
+
+from textmeta.cli import main
+
+main()
