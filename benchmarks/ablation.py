@@ -23,6 +23,7 @@ from runs import read_lines
 from train_core import AFTER, ARMS
 
 HERE = Path(__file__).parent
+FROZEN = Path("runs/frozen")
 BASE = ("base-0", "base-1", "base-2")
 
 
@@ -71,26 +72,39 @@ LINES = [
 ]
 
 
-def run(data_dir: Path, folder: Path, lines: Sequence[Judged]) -> None:
-    """Train and judge what is missing."""
+def run(data_dir: Path, folder: Path, lines: Sequence[Judged], episodes: int) -> None:
+    """Train and judge what is missing, the encoder in bfloat16 and each frozen layer read once for all adapters."""
     for line in lines:
         arm, _, seed = line.adapter.rpartition("-")
         output = folder / line.adapter
         told = ["--data-dir", str(data_dir)]
-        judge = ["choose.py", *told, "--run", "--adapters", str(output), "--variants", line.variant, *line.options]
-        if _complete(line, data_dir):
+        judge = ["choose.py", *told, "--run", "--adapters", str(output), "--variants", line.variant]
+        judge += ["--episodes", str(episodes), *line.options, "--precision", "bf16", "--cache", str(FROZEN)]
+        if _complete(line, data_dir, episodes):
             continue
         if not (output / "textmeta.json").exists():
             start = ["--start", str(folder / f"{AFTER[arm]}-{seed}")] if arm in AFTER else []
-            _call("train_core.py", *told, "--arm", arm, "--seed", seed, "--output", str(output), *start)
+            _call(
+                "train_core.py",
+                *told,
+                "--arm",
+                arm,
+                "--seed",
+                seed,
+                "--output",
+                str(output),
+                "--cache",
+                str(FROZEN),
+                *start,
+            )
         _call(*judge)
 
 
-def _complete(line: Judged, data_dir: Path) -> bool:
+def _complete(line: Judged, data_dir: Path, episodes: int) -> bool:
     """Whether all cells of a line are recorded."""
     options = dict(pairwise(line.options))
     shots = [int(options["--shots"])] if "--shots" in options else SHOTS
-    episodes = int(options.get("--episodes", EPISODES))
+    episodes = int(options.get("--episodes", episodes))
     found = accuracies(read_lines(CORE, mend=False)).get(line.method, {})
     wanted = {(cell.corpus.name, cell.shots) for cell in ChooseCorpora(data_dir).cells(shots)}
     return all(len(found.get(key, ())) >= episodes for key in wanted)
@@ -126,6 +140,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--arms", nargs="+", help="adapters to run, such as base-0; by default all")
+    parser.add_argument("--episodes", type=int, default=EPISODES, help="of a cell")
     parser.add_argument("--folder", type=Path, default=Path("runs/core"), help="of the adapters")
     arguments = parser.parse_args()
     if arguments.run:
@@ -135,6 +150,7 @@ def main() -> None:
             arguments.data_dir,
             arguments.folder,
             [line for line in LINES if not arguments.arms or line.adapter in arguments.arms],
+            arguments.episodes,
         )
     print("\n".join(table(accuracies(read_lines(CORE, mend=False)))))
 
