@@ -22,13 +22,9 @@ from choose_episodes import ChooseCorpora
 from runs import read_lines
 from train_core import AFTER, ARMS
 
-from textmeta.meta.averaging import average
-from textmeta.sharing.store import load_adapter, save_adapter
-
 HERE = Path(__file__).parent
 FROZEN = Path("runs/frozen")
 BASE = ("base-0", "base-1", "base-2")
-AVERAGES = {"average-2": ("base-0", "fomaml-0"), "average-3": BASE}  # of adapters that stand above them in LINES
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,6 @@ LINES = [
     *(Judged(name, variant) for variant in ("plain", "names") for name in BASE),
     *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("base", "names-after")),
     Judged("names-after-0", "names"),
-    *(Judged(name) for name in AVERAGES),
     Judged("base-0", "unlabelled"),
     Judged("base-0", "unlabelled", ("--rounds", "0")),
     Judged("base-0", "unlabelled", ("--rounds", "1")),
@@ -87,10 +82,7 @@ def run(data_dir: Path, folder: Path, lines: Sequence[Judged], episodes: int) ->
         judge += ["--episodes", str(episodes), *line.options, "--precision", "bf16", "--cache", str(FROZEN)]
         if _complete(line, data_dir, episodes):
             continue
-        made = (output / "textmeta.json").exists()
-        if not made and line.adapter in AVERAGES:
-            save_adapter(output, average([load_adapter(folder / name)[0] for name in AVERAGES[line.adapter]]))
-        elif not made:
+        if not (output / "textmeta.json").exists():
             start = ["--start", str(folder / f"{AFTER[arm]}-{seed}")] if arm in AFTER else []
             _call(
                 "train_core.py",
