@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,26 +33,26 @@ class Judged:
     Args:
         adapter: name of its folder: the arm and its seed.
         variant: of the episodes.
-        options: of choose.py.
+        change: the option of choose.py that does otherwise than the adapter, without training, and its value.
+        shots: by default all.
+        episodes: of a cell, if not as many as of the other lines.
     """
 
     adapter: str
     variant: str = "plain"
-    options: tuple[str, ...] = ()
+    change: tuple[str, ...] = ()
+    shots: tuple[int, ...] = SHOTS
+    episodes: int | None = None
 
     @property
     def method(self) -> str:
         """What choose.py calls it."""
-        suffix = {"--adapt": " adapt=", "--rounds": " rounds=", "--evidence-after": " evidence-after"}
-        told = "".join(
-            suffix.get(option, option * (before in suffix)) for before, option in pairwise(("", *self.options))
-        )
-        return f"{self.variant}{told} @ {self.adapter}"
+        return f"{self.variant}{'='.join(self.change).replace('--', ' ')} @ {self.adapter}"
 
     @property
     def rivals(self) -> list[str]:
-        """What it is compared with: the base arm's seeds, or what the same adapter does without the options."""
-        if self.options:
+        """What it is compared with: the base arm's seeds, or what the same adapter does without the change."""
+        if self.change:
             return [f"{self.variant} @ {self.adapter}"]
         if self.variant == "unlabelled":
             return [f"plain @ {self.adapter}"]
@@ -68,45 +67,30 @@ LINES = [
     Judged("base-0", "unlabelled", ("--rounds", "0")),
     Judged("base-0", "unlabelled", ("--rounds", "1")),
     Judged("base-0", "plain", ("--evidence-after",)),
-    Judged("base-0", "plain", ("--adapt", "pooling+lora", "--shots", "5", "--episodes", "50")),
+    Judged("base-0", "plain", ("--adapt", "pooling+lora"), shots=(5,), episodes=50),
 ]
 
 
 def run(data_dir: Path, folder: Path, lines: Sequence[Judged], episodes: int) -> None:
     """Train and judge what is missing, the encoder in bfloat16 and each frozen layer read once for all adapters."""
+    told = ["--data-dir", str(data_dir), "--cache", str(FROZEN)]
     for line in lines:
         arm, _, seed = line.adapter.rpartition("-")
-        output = folder / line.adapter
-        told = ["--data-dir", str(data_dir)]
-        judge = ["choose.py", *told, "--run", "--adapters", str(output), "--variants", line.variant]
-        judge += ["--episodes", str(episodes), *line.options, "--precision", "bf16", "--cache", str(FROZEN)]
-        if _complete(line, data_dir, episodes):
+        output, number = folder / line.adapter, line.episodes or episodes
+        if _complete(line, data_dir, number):
             continue
         if not (output / "textmeta.json").exists():
             start = ["--start", str(folder / f"{AFTER[arm]}-{seed}")] if arm in AFTER else []
-            _call(
-                "train_core.py",
-                *told,
-                "--arm",
-                arm,
-                "--seed",
-                seed,
-                "--output",
-                str(output),
-                "--cache",
-                str(FROZEN),
-                *start,
-            )
-        _call(*judge)
+            _call("train_core.py", *told, "--arm", arm, "--seed", seed, "--output", str(output), *start)
+        judge = [*told, "--run", "--adapters", str(output), "--variants", line.variant, "--precision", "bf16"]
+        judge += ["--episodes", str(number), "--shots", *map(str, line.shots), *line.change]
+        _call("choose.py", *judge)
 
 
 def _complete(line: Judged, data_dir: Path, episodes: int) -> bool:
     """Whether all cells of a line are recorded."""
-    options = dict(pairwise(line.options))
-    shots = [int(options["--shots"])] if "--shots" in options else SHOTS
-    episodes = int(options.get("--episodes", episodes))
     found = accuracies(read_lines(CORE, mend=False)).get(line.method, {})
-    wanted = {(cell.corpus.name, cell.shots) for cell in ChooseCorpora(data_dir).cells(shots)}
+    wanted = {(cell.corpus.name, cell.shots) for cell in ChooseCorpora(data_dir).cells(line.shots)}
     return all(len(found.get(key, ())) >= episodes for key in wanted)
 
 

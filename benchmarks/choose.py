@@ -139,12 +139,16 @@ class EvidenceAfter(TaskLearner):
 class Contestant:
     """An adapter and what it has read of a corpus."""
 
-    learner = TaskLearner
-
     def __init__(
-        self, folder: Path, changes: Mapping[str, Any], precision: str = "no", cache: Path | None = None
+        self,
+        folder: Path,
+        changes: Mapping[str, Any],
+        learner: type[TaskLearner] = TaskLearner,
+        precision: str = "no",
+        cache: Path | None = None,
     ) -> None:
         adapter, _ = load_adapter(folder)
+        self.learner = learner
         self.name = folder.name
         told = f"{tensors_digest(adapter.initialisation.tensors())} {adapter.learner}"
         self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
@@ -375,8 +379,9 @@ def main() -> None:
     lines = read_lines(arguments.results)
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
+        learner = EvidenceAfter if arguments.evidence_after else TaskLearner
         contestants = [
-            Contestant(folder, changes, arguments.precision, arguments.cache)
+            Contestant(folder, changes, learner, arguments.precision, arguments.cache)
             for folder in arguments.adapters or [SHIPPED]
         ]
         for who in contestants:
@@ -390,7 +395,6 @@ def main() -> None:
             learner_module.soft_labelled_ridge = partial(soft_labelled_ridge, rounds=arguments.rounds)
         if arguments.evidence_after:
             suffix += " evidence-after"
-            Contestant.learner = EvidenceAfter
         corpora = ChooseCorpora(arguments.data_dir, arguments.corpora)
         do_missing(
             list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),

@@ -1,6 +1,6 @@
 """Draw where each layer looks in a sentence, before and after the steps of a task: docs/where_it_looks.png.
 
-python docs/where_it_looks.py            # needs the extras demo and plot
+python docs/where_it_looks.py            # needs the extra demo, and matplotlib
 """
 
 import argparse
@@ -12,6 +12,7 @@ import torch
 
 from textmeta import EpisodeSampler, EpisodeSettings
 from textmeta.data.bundled import load_bundled
+from textmeta.encoder.token_states import StateBatch
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.locate import DEFAULT_ADAPTER
@@ -23,10 +24,10 @@ from matplotlib import pyplot as plt
 EPISODE = 3  # of those of seed 0
 
 
-def shares(states: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """Return (V, L) the share of each token in each view, of states (V, L, d) and queries (V, d)."""
-    scaled = states * (states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    return (torch.einsum("vld,vd->vl", scaled, queries) / math.sqrt(states.shape[-1])).softmax(-1)
+def shares(text: StateBatch, queries: torch.Tensor) -> torch.Tensor:
+    """Return (V, L) the share of each token of one text in each view, by queries (V, d), as pooling has it."""
+    scores = torch.einsum("vld,vd->vl", text.states[0], queries) * text.inverse_rms[0]
+    return (scores / math.sqrt(queries.shape[-1])).softmax(-1)
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def main() -> None:
     episode = EpisodeSampler(corpus.restrict(split.test), EpisodeSettings(5, 5, 5), seed=0)[EPISODE]
     learned = TaskLearner(reader, adapter).learn(TaskBatch.of_episodes([episode]))
     text = episode.query_texts[0]
-    (states,) = reader.read([text], adapter.initialisation.lora).unpadded()
+    (states,) = reader.read([text], adapter.initialisation.lora).batches
     tokens = reader.encoder.tokenizer.tokenize(text, add_special_tokens=True)
     figure, axes = plt.subplots(2, 1, figsize=(1.5 + 0.6 * len(tokens), 4.2), layout="constrained")
     looks = {"before": shares(states, adapter.initialisation.queries), "after": shares(states, learned.queries[0])}

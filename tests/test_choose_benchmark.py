@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -57,19 +58,26 @@ def run(
     return capsys.readouterr().out
 
 
-def test_every_variant_is_recorded_once_and_told(
+@pytest.fixture
+def record(
     choose: ModuleType,
     data_dir: Path,
     adapter: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> Callable[..., str]:
+    """Record 6 episodes a cell in results.jsonl, 3 a line, with further options; return what is printed."""
     monkeypatch.setattr(choose, "CHUNK", 3)
-    results = tmp_path / "results.jsonl"
-    command = ["--data-dir", str(data_dir), "--results", str(results), "--shots", "1", "5", "--episodes", "6"]
-    command += ["--run", "--adapters", str(adapter)]
-    out = run(choose, monkeypatch, capsys, *command, "--by-corpus")
+    command = ["--data-dir", str(data_dir), "--results", str(tmp_path / "results.jsonl"), "--episodes", "6", "--run"]
+    return lambda *more: run(choose, monkeypatch, capsys, *command, "--adapters", str(adapter), *more)
+
+
+def test_every_variant_is_recorded_once_and_told(
+    choose: ModuleType, record: Callable[..., str], tmp_path: Path
+) -> None:
+    results, shots = tmp_path / "results.jsonl", ("--shots", "1", "5")
+    out = record(*shots, "--by-corpus")
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     alone = sum("alone" in name for name in choose.VARIANTS)
     assert len(lines) == 2 * (2 * (len(choose.VARIANTS) - alone) + alone)
@@ -77,11 +85,11 @@ def test_every_variant_is_recorded_once_and_told(
     assert "toy" in out
     assert "names @ tiny" in out
     assert "over plain" in out
-    run(choose, monkeypatch, capsys, *command)
+    record(*shots)
     assert len(results.read_text().splitlines()) == len(lines)
     results.write_text(results.read_text().replace(lines[0]["result"]["adapter_sha256"], "another"))
     with pytest.raises(SystemExit, match="another adapter"):
-        run(choose, monkeypatch, capsys, *command)
+        record(*shots)
 
 
 @pytest.mark.parametrize("adapt", ["pooling", "pooling+lora"])
@@ -103,21 +111,15 @@ def test_what_is_recorded_is_what_evaluation_says(
 
 
 def test_what_is_changed_without_training_is_another_method(
-    choose: ModuleType,
-    data_dir: Path,
-    adapter: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    choose: ModuleType, record: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name in ((choose.learner_module, "soft_labelled_ridge"), (choose.Contestant, "learner")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # put back after the test
+    # put back after the test
+    monkeypatch.setattr(choose.learner_module, "soft_labelled_ridge", choose.soft_labelled_ridge)
     monkeypatch.setattr(choose, "CHUNK", 6)
     results = tmp_path / "results.jsonl"
-    command = ["--data-dir", str(data_dir), "--results", str(results), "--shots", "5", "--episodes", "6", "--run"]
-    command += ["--adapters", str(adapter), "--variants", "unlabelled", "--cache", str(tmp_path / "frozen")]
+    options = ("--shots", "5", "--variants", "unlabelled", "--cache", str(tmp_path / "frozen"))
     for more in ([], ["--precision", "bf16"], ["--rounds", "0"], ["--rounds", "3", "--evidence-after"]):
-        run(choose, monkeypatch, capsys, *command, *more)
+        record(*options, *more)
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     methods = ["unlabelled", "unlabelled rounds=0", "unlabelled rounds=3 evidence-after"]
     assert [line["key"]["method"] for line in lines] == methods
