@@ -7,7 +7,7 @@ import torch
 
 from tests.encoder.given import TEXTS, moved_factors
 from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import FactorLinear, LoraSettings, layer_of, using_factors, zero_start
+from textmeta.encoder.lora import LoraLinear, LoraSettings, layer_of, using_factors, zero_start
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import EncoderError, SettingsError
 
@@ -39,12 +39,14 @@ def test_threads_do_not_see_each_others_factors(encoder: Encoder) -> None:
 
 
 def test_factors_are_out_of_use_after_an_error() -> None:
-    linear, x = FactorLinear("x", torch.nn.Parameter(torch.eye(2))), torch.ones(1, 1, 2)
-    with using_factors({"x": torch.zeros(2, 2)}):
-        assert not linear(x).any()
-    with pytest.raises(ZeroDivisionError), using_factors({"x": torch.zeros(2, 2)}):
+    linear, x = LoraLinear(torch.nn.Linear(2, 2), "x", LoraSettings(rank=2)), torch.ones(1, 1, 2)
+    factors = {name: torch.eye(2) for name in linear.names}
+    plain = linear(x)
+    with using_factors(factors):
+        assert torch.allclose(linear(x), plain + 8)  # alpha / rank
+    with pytest.raises(ZeroDivisionError), using_factors(factors):
         raise ZeroDivisionError
-    assert torch.equal(linear(x), x)
+    assert torch.equal(linear(x), plain)
 
 
 def test_gradients_of_per_task_factors_are_the_same_bits_each_time() -> None:
@@ -55,11 +57,12 @@ def test_gradients_of_per_task_factors_are_the_same_bits_each_time() -> None:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(200, 8, 16, generator=generator)
         weight = torch.randn(2, 384, 16, generator=generator, requires_grad=True)
-        linear = FactorLinear("x", torch.nn.Parameter(torch.zeros(384, 16)))
+        linear = LoraLinear(torch.nn.Linear(16, 384), "x", LoraSettings(rank=16))
+        names = linear.names
         row_task = torch.randint(2, (200,), generator=generator)
         seen = []
         for _ in range(20):
-            with using_factors({"x": weight}, row_task):
+            with using_factors({names[0]: torch.eye(16), names[1]: weight}, row_task):
                 seen.append(torch.autograd.grad(linear(x).square().sum(), weight)[0])
         assert all(torch.equal(gradient, seen[0]) for gradient in seen)
     finally:

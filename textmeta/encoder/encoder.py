@@ -116,7 +116,7 @@ class Encoder:
             raise SettingsError(f"lora layers is {self.lora.layers}, but the encoder has {total}")
         use_switched_attention(model)
         self.peft_config = lora_config(model, layers_name, first, self.lora)
-        self.factor_shapes = inject(model, self.peft_config)
+        self.factor_shapes = inject(model, self.peft_config.target_modules or (), self.lora)
         model.to(self.device)  # type: ignore[arg-type]
         self._prefix, self._suffix = _split(model, layers_name, first)
         self.frozen_layers = None if self._prefix is None else first

@@ -1,22 +1,21 @@
 """LoRA whose factors travel with the call, and may differ from task to task in one forward.
 
-PEFT puts the low-rank branch into the model and names its factors; here its two linear maps are replaced by
-:class:`FactorLinear`, which reads its weight from a context variable. So a module is never changed to switch tasks
-(safe under threads), gradients of any order flow to the factors that were passed, and a factor with a leading task
-dimension applies each task's own weight to that task's rows.
+The linear maps that carry LoRA become :class:`LoraLinear`, which reads its factors from a context variable. So a module
+is never changed to switch tasks (safe under threads), gradients of any order flow to the factors that were passed, and
+a factor with a leading task dimension applies each task's own weight to that task's rows. Names are PEFT's.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from textmeta.errors import EncoderError, SettingsError
@@ -75,84 +74,118 @@ def lora_config(model: PreTrainedModel, layers_name: str, first_layer: int, sett
         EncoderError: if no linear layer's name has one of the endings.
     """
     layers = model.get_submodule(layers_name)
-    linear = {
+    maps = {
         f"{layers_name}.{number}.{name}"
         for number in range(first_layer, len(layers))  # type: ignore[arg-type]
         for name, module in layers.get_submodule(str(number)).named_modules()
         if isinstance(module, nn.Linear)
     }
     endings = settings.targets or TARGETS.get(model.config.model_type, ())
-    targets = sorted(name for name in linear if any(f".{name}".endswith(f".{ending}") for ending in endings))
+    targets = sorted(name for name in maps if any(f".{name}".endswith(f".{ending}") for ending in endings))
     if not targets:
         raise EncoderError(
             f"no linear layer of this {model.config.model_type} encoder ends in {endings or '(no default known)'}; "
-            f"set lora targets to endings of these: {', '.join(sorted(linear)[:12])} …"
+            f"set lora targets to endings of these: {', '.join(sorted(maps)[:12])} …"
         )
     return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
-# The factors of the forward in progress, and the task of each row (rows,) where factors have a task dimension.
-_ACTIVE: ContextVar[tuple[Mapping[str, Tensor], Tensor | None] | None] = ContextVar("textmeta_active", default=None)
+@dataclass(frozen=True)
+class _Active:
+    """The factors of the forward in progress.
+
+    Args:
+        tensors: by name.
+        row_task: task of each row (rows,), where factors have a task dimension.
+        folded: weights with LoRA in them, by the name of their factor A; those that all tasks share, made once.
+    """
+
+    tensors: Mapping[str, Tensor]
+    row_task: Tensor | None
+    folded: dict[str, Tensor]
+
+
+_ACTIVE: ContextVar[_Active | None] = ContextVar("textmeta_active", default=None)
 
 
 @contextmanager
-def using_factors(tensors: Mapping[str, Tensor], row_task: Tensor | None = None) -> Iterator[None]:
-    """Let every :class:`FactorLinear` in a forward read its weight from ``tensors``, in this thread alone.
+def using_factors(
+    tensors: Mapping[str, Tensor], row_task: Tensor | None = None, folded: dict[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Let every :class:`LoraLinear` in a forward read its factors from ``tensors``, in this thread alone.
 
     Args:
         tensors: factor name to weight, (out, in), or (tasks, out, in) for one weight a task.
         row_task: (rows,) int64, the task of each row of the batch; needed where a factor has a task dimension.
+        folded: where weights with LoRA in them are kept, for further forwards with the same factors.
     """
-    token = _ACTIVE.set((tensors, row_task))
+    token = _ACTIVE.set(_Active(tensors, row_task, {} if folded is None else folded))
     try:
         yield
     finally:
         _ACTIVE.reset(token)
 
 
-class FactorLinear(nn.Module):
-    """A bias-free linear map whose weight comes from the factors in use, by name.
+class LoraLinear(nn.Module):
+    """A linear map with LoRA, whose factors are those in use, by name; without any it is the map itself.
+
+    Factors that all tasks share are folded into the weight: one product instead of three.
 
     Args:
-        name: of its factor.
-        weight: (out, in), used where no factors are in use.
+        base: the map.
+        name: of its factors, before ``.lora_A.weight`` and ``.lora_B.weight``, as PEFT has them.
+        settings: of the adapter.
     """
 
-    def __init__(self, name: str, weight: nn.Parameter) -> None:
+    def __init__(self, base: nn.Linear, name: str, settings: LoraSettings) -> None:
         super().__init__()
-        self.name = name
-        self.weight = weight
+        self.weight, self.bias = base.weight, base.bias
+        self.names = f"{name}.lora_A.weight", f"{name}{LORA_B}weight"
+        self.scale = settings.alpha / settings.rank
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (rows, length, in) to (rows, length, out)."""
         active = _ACTIVE.get()
         if active is None:
-            return nn.functional.linear(x, self.weight)
-        factors, row_task = active
-        weight = factors[self.name]
-        if weight.ndim == 2:
-            return nn.functional.linear(x, weight)
-        assert row_task is not None, "a factor with a task dimension needs the task of each row"
-        # not weight[row_task]: on a CPU its backward adds up in an order that differs from run to run
-        return torch.bmm(x, weight.index_select(0, row_task).transpose(1, 2))
+            return linear(x, self.weight, self.bias)
+        first, second = (active.tensors[name] for name in self.names)
+        if first.ndim == second.ndim == 2:
+            if (key := self.names[0]) not in active.folded:
+                # not in half precision: an update is small beside the weight
+                with torch.autocast(x.device.type, enabled=False):
+                    active.folded[key] = torch.addmm(self.weight, second, first, alpha=self.scale)
+            return linear(x, active.folded[key], self.bias)
+        branch = _product(_product(x, first, active.row_task), second, active.row_task)
+        return linear(x, self.weight, self.bias) + self.scale * branch
 
 
-def inject(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Put LoRA into a model, in place, with :class:`FactorLinear` as its linear maps.
+def _product(x: Tensor, weight: Tensor, row_task: Tensor | None) -> Tensor:
+    """Return x (rows, length, in) times a weight (out, in), or times that of each row's task."""
+    if weight.ndim == 2:
+        return linear(x, weight)
+    assert row_task is not None, "a factor with a task dimension needs the task of each row"
+    # not weight[row_task]: on a CPU its backward adds up in an order that differs from run to run
+    return torch.bmm(x, weight.index_select(0, row_task).transpose(1, 2))
+
+
+def inject(model: PreTrainedModel, targets: Iterable[str], settings: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """Make linear maps of a model :class:`LoraLinear`, in place, and the model's own weights constant.
+
+    Args:
+        model: the transformer.
+        targets: names of the maps.
+        settings: of the adapter.
 
     Returns:
         Shape of each factor by name: ``encoder.layer.3.attention.self.query.lora_A.weight`` → (rank, in) and
         ``… .lora_B.weight`` → (out, rank). With the prefix ``base_model.model.`` these are PEFT's own names.
     """
-    inject_adapter_in_model(config, model)
     shapes: dict[str, tuple[int, ...]] = {}
-    for target in sorted(config.target_modules or ()):
-        module: Any = model.get_submodule(target)
-        module.cast_input_dtype_enabled = False  # under autocast it would make float32 of bfloat16, and back
-        for factor in ("lora_A", "lora_B"):
-            name, maps = f"{target}.{factor}.weight", getattr(module, factor)
-            shapes[name] = tuple(maps["default"].weight.shape)
-            maps["default"] = FactorLinear(name, maps["default"].weight)
+    for target in sorted(targets):
+        module = LoraLinear(model.get_submodule(target), target, settings)  # type: ignore[arg-type]
+        model.set_submodule(target, module)
+        out, into = module.weight.shape
+        shapes |= zip(module.names, ((settings.rank, into), (out, settings.rank)), strict=True)
     model.requires_grad_(False)
     return shapes
 

@@ -208,7 +208,8 @@ class TokenStateReader:
         )
         parts = ((kept, stored), (fresh, self._lower_batches([texts[number] for number in fresh])))
         differentiated = factors is not None and any(factor.requires_grad for factor in factors.values())
-        batches = []
+        batches: list[StateBatch] = []
+        folded: dict[str, Tensor] = {}  # LoRA in the weights, for all batches
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
             for own, (numbers, lower, mask) in ((own, batch) for own, part in parts for batch in part):
                 rows = torch.tensor([own[number] for number in numbers], device=device)
@@ -216,7 +217,7 @@ class TokenStateReader:
                 if self._adapted:
                     entering = lower if frozen is None else lower[:, -1]
                     task = None if row_task is None else row_task[rows]
-                    with nullcontext() if factors is None else using_factors(factors, task):
+                    with nullcontext() if factors is None else using_factors(factors, task, folded):
                         upper = encoder.states(entering, mask, adapted=True)
                     found |= dict(zip(itertools.count(frozen or 0), upper, strict=False))
                 states = torch.stack([found[layer] for layer in self.layers], 1)
