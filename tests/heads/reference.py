@@ -160,7 +160,7 @@ def adapted(task: Task, t: Mapping[str, Tensor], adapt: str, read: Read) -> tupl
             b = dict(zip(b, rest, strict=True))
         loss = neighbourhood(views_of(read(task.texts, {**factors, **b}), q), task.labels, weights, scale)
         found = list(torch.autograd.grad(loss, moving, create_graph=True))
-        far = gamma * torch.minimum(torch.ones_like(loss), loss / math.log(len(sizes)))
+        far = gamma * torch.minimum(torch.ones_like(loss), loss)
         if "pooling" in adapt:
             g = found.pop(0)
             rms = (g.square().mean(-1, keepdim=True) + 1e-4**2).sqrt()

@@ -40,7 +40,7 @@ def make_learner(encoder: Encoder, settings: LearnerSettings, dtype: torch.dtype
     for name, value in start.tensors().items():
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
         tensors[name] = (value + (0 if ".lora_A." in name else sizes.get(name, 0.1) * noise)).to(dtype)
-    tensors["loss_log_scale"] -= 1.5  # so that the loss is not at its bound, log C₁
+    tensors["loss_log_scale"] -= 1.5  # so that the loss is not so large that steps do not see it
     tensors["lora_log_step_sizes"] += 1.0
     encoder.overhead = 4096  # a forward of texts this small costs as much as one of all of them
     reader = TokenStateReader(encoder, settings.layers)
@@ -81,7 +81,7 @@ def odd_tasks(corpus: Corpus) -> dict[str, Task]:
     identical = make_task(corpus, (3, 3))
     identical.texts = [identical.texts[0]] * 6
     misleading = make_task(corpus, (3, 3))
-    # the nearest text is of the other class: the loss is above log C₁
+    # the nearest text is of the other class: the loss is larger than by chance
     misleading.texts = [*misleading.texts[:3], *misleading.texts[1:4]]
     return {
         "five by five": make_task(corpus, (5, 5, 5, 5, 5)),

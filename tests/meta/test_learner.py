@@ -114,7 +114,7 @@ def offset_by_hand(learner: TaskLearner, task: Task, learned: LearnedTask) -> Te
             losses.append(-scores.log_softmax(0)[list(rows_of).index(label)])
         loss = reference.class_mean(torch.stack(losses), task.labels)
         (g,) = torch.autograd.grad(loss, offset)
-        far = gate * min(1.0, float(loss.detach()) / math.log(max(2, len(rows_of))))
+        far = gate * min(1.0, float(loss.detach()))
         offset = (offset - far * size * g / (g.square().mean() + 1e-8).sqrt() - t["pull"].sigmoid() * offset).detach()
     return weights + offset
 

@@ -81,7 +81,7 @@ def steps_of_the_peer(second_order: bool) -> Callable[..., tuple[Tensor, Tensors
             found = torch.autograd.grad(loss, list(now.values()), create_graph=second_order, retain_graph=True)
             gradients = dict(zip(now, found, strict=True))
             loss = loss if second_order else loss.detach()
-            far = gate * torch.minimum(torch.ones_like(loss), loss / math.log(len(sizes)))
+            far = gate * torch.minimum(torch.ones_like(loss), loss)
             moved: Tensors = {}
             for number, (layer, names) in enumerate(of_layer.items()):
                 directions = {}

@@ -323,9 +323,8 @@ class TaskLearner:
             weights, scale = tensors["weights"].softmax(0), tensors["scale"].exp()
             return neighbourhood_loss(rows.pad(pooled), voting[step], told[step], weights, scale)
 
-        chance = [part.number.clamp(min=2).log() for part in voting]
         kept_texts = len(batch.support.texts) * settings.steps
-        last = self._steps(loss, start, shared, chance, examples, second_order, with_lora and kept_texts > KEPT_TEXTS)
+        last = self._steps(loss, start, shared, examples, second_order, with_lora and kept_texts > KEPT_TEXTS)
         kept = can_learn[:, None, None]
         queries = torch.where(kept, last[QUERIES], start[QUERIES]) if QUERIES in last else init.queries
         if not with_lora:
@@ -355,8 +354,7 @@ class TaskLearner:
 
         start = {OFFSET: weights.new_zeros(weights.shape[0], weights.shape[1] * weights.shape[2], weights.shape[3])}
         shared = {"support": support, "weights": weights, "scale": scale}
-        chance = [examples.number.clamp(min=2).log()] * self.adapter.learner.steps
-        last = self._steps(loss, start, shared, chance, examples, second_order, checkpointed=False)
+        last = self._steps(loss, start, shared, examples, second_order, checkpointed=False)
         return weights + last[OFFSET].view_as(weights)
 
     def _steps(
@@ -364,14 +362,13 @@ class TaskLearner:
         loss: LossOfStep,
         start: Mapping[str, Tensor],
         shared: Mapping[str, Tensor],
-        chance: Sequence[Tensor],
         examples: Examples,
         second_order: bool,
         checkpointed: bool,
     ) -> dict[str, Tensor]:
         """Take the inner steps on a loss; return what they made of the tensors of ``start``, (T, …) each.
 
-        x ← x - γ(k) α_j min(1, L / log C₁) g / √(mean(g²) + ε²) - δ (x - x₀), with ``chance`` the log C₁ of each step.
+        x ← x - γ(k) α_j min(1, L) g / √(mean(g²) + ε²) - δ (x - x₀); steps shrink as the loss L does.
         """
         init, steps = self.adapter.initialisation, self.adapter.learner.steps
         gate = torch.sigmoid(init.step_gate[0] + init.step_gate[1] * log_shots(examples))  # (T,)
@@ -380,7 +377,7 @@ class TaskLearner:
         def update(
             step: int, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor], losses: Tensor
         ) -> dict[str, Tensor]:
-            far = gate * (losses / chance[step].to(losses)).clamp(max=1.0)  # (T,)
+            far = gate * losses.clamp(max=1.0)  # (T,)
             moved = {}
             for name, value in fast.items():
                 # one root mean square a task and view, or a task and tensor
