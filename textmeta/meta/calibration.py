@@ -1,16 +1,18 @@
 """What is set once training is over: the rule of the out-of-scope score, on episodes with queries of other classes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
 
 from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.errors import DataError
 from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.evaluation import in_parts
 from textmeta.meta.initialisation import Calibration
 from textmeta.meta.learner import TaskLearner
 
@@ -19,14 +21,14 @@ __all__ = ["episodes_with_outside", "fit_calibration"]
 FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
 
 
-def episodes_with_outside(episodes: MixedEpisodes, count: int) -> Iterator[Episode]:
-    """Yield at most ``count`` episodes that training has not seen and that have queries of other classes."""
+def episodes_with_outside(episodes: MixedEpisodes, count: int) -> list[Episode]:
+    """Return at most ``count`` episodes that training has not seen and that have queries of other classes."""
     unseen = (episodes[number] for number in range(FIRST_UNSEEN, FIRST_UNSEEN + 20 * count))
-    return islice((e for e in unseen if (e.query_labels == OUTSIDE).any()), count)
+    return list(islice((e for e in unseen if (e.query_labels == OUTSIDE).any()), count))
 
 
 @torch.no_grad()
-def fit_calibration(learner: TaskLearner, episodes: Iterable[Episode]) -> Calibration:
+def fit_calibration(learner: TaskLearner, episodes: Sequence[Episode], progress: str | None = None) -> Calibration:
     """Fit the rule that tells texts of a task's classes from others, by logistic regression.
 
     Texts in scope and out of it weigh alike together.
@@ -34,16 +36,20 @@ def fit_calibration(learner: TaskLearner, episodes: Iterable[Episode]) -> Calibr
     Args:
         learner: as it was trained.
         episodes: some of whose queries are of no class (:data:`~textmeta.data.episodes.OUTSIDE`).
+        progress: label of a progress bar; None shows none.
 
     Raises:
         DataError: if no query is, or every one.
     """
+    device = learner.adapter.initialisation.queries.device
     inputs, inside = [], []
-    for episode in episodes:
-        device = learner.adapter.initialisation.queries.device
-        task = learner.learn(TaskBatch.of_episodes([episode], device))
-        inputs.append(learner.answer(task, Rows.of([episode.query_texts], device)).scope_inputs[0].double().cpu())
-        inside.append(episode.query_labels != OUTSIDE)
+    with tqdm(total=len(episodes), desc=progress, unit="episode", disable=progress is None) as bar:
+        for part in in_parts(episodes):
+            task = learner.learn(TaskBatch.of_episodes(part, device))
+            found = learner.answer(task, Rows.of([e.query_texts for e in part], device)).scope_inputs.double().cpu()
+            inputs += [own[: len(e.query_texts)] for own, e in zip(found, part, strict=True)]
+            inside += [e.query_labels != OUTSIDE for e in part]
+            bar.update(len(part))
     labels = np.concatenate([*inside, np.zeros(0, bool)])
     if labels.all() or not labels.any():
         raise DataError(f"a scope rule needs texts in scope and out of it, given {len(labels)} of one kind")

@@ -18,7 +18,15 @@ from textmeta.heads.pooling import pool, to_length_one
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.learner import TaskLearner
 
-__all__ = ["EpisodeScores", "format_table", "frozen_prototypes", "paired_difference", "score_episodes", "summary"]
+__all__ = [
+    "EpisodeScores",
+    "format_table",
+    "frozen_prototypes",
+    "in_parts",
+    "paired_difference",
+    "score_episodes",
+    "summary",
+]
 
 TASKS_AT_ONCE, TEXTS_AT_ONCE = 8, 512  # so that memory stays bounded; a task of more texts is learned alone
 COSINE_SCALE = 10.0  # what frozen prototypes' cosines are multiplied by to become logits
@@ -139,13 +147,13 @@ def _score(
         raise DataError("no episodes to score")
     rows: list[tuple[Any, ...]] = []
     with torch.no_grad(), tqdm(total=len(episodes), desc=progress, unit="episode", disable=progress is None) as bar:
-        for part in _parts(episodes):
+        for part in in_parts(episodes):
             rows += map(_scores_of, part, logits_of(part))
             bar.update(len(part))
     return EpisodeScores(*map(np.hstack, zip(*rows, strict=True)))
 
 
-def _parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
+def in_parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
     """Yield episodes in groups that are small enough to be learned at once."""
     part: list[Episode] = []
     for episode in episodes:
@@ -154,7 +162,8 @@ def _parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
             yield part
             part = []
         part.append(episode)
-    yield part
+    if part:
+        yield part
 
 
 def _scores_of(episode: Episode, logits: Tensor) -> tuple[Any, ...]:

@@ -184,10 +184,10 @@ class MetaTrainer:
             Adapter.of(reader, learner, shape.with_tensors(found)),
             record={"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]},
         )
-        outside = list(episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10))))
+        outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
         if outside:
-            bar = tqdm(outside, "calibration", unit="episode", disable=not main)
-            adapter = replace(adapter, calibration=fit_calibration(TaskLearner(reader, adapter), bar))
+            rule = fit_calibration(TaskLearner(reader, adapter), outside, "calibration" if main else None)
+            adapter = replace(adapter, calibration=rule)
         return adapter
 
     def _fingerprint(
