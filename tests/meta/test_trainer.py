@@ -31,7 +31,7 @@ from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.files import CHECKPOINT
 from textmeta.heads import HEADS
-from textmeta.meta import evaluation
+from textmeta.meta import calibration, evaluation
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient
@@ -342,7 +342,7 @@ def test_there_is_one_bar_at_a_time(tiny_model: str, corpus: Corpus, monkeypatch
             if not self.disable:
                 shown.append((self.desc, self.pos))  # 0 where no other is open
 
-    for module in (trainer_module, token_states, evaluation):
+    for module in (trainer_module, token_states, evaluation, calibration):
         monkeypatch.setattr(module, "tqdm", Watched)
     train(tiny_model, corpus, episodes=1, valid=3)
     assert shown == [("frozen layers", 0), ("maml", 0), ("calibration", 0)]
