@@ -1,8 +1,8 @@
-"""Meta-train an adapter on all training corpora: an arm of the ablation.
+"""Meta-train an adapter on all training corpora: an arm of the ablation, or a run in search of a better default.
 
     python benchmarks/train_core.py --data-dir DATA --arm base --output runs/core/base-0
 
-An arm is a row of ARMS. A run resumes where it was; its adapter is written into the output folder.
+An arm is a row of ARMS, or of SEARCH. A run resumes where it was; its adapter is written into the output folder.
 """
 
 import argparse
@@ -53,6 +53,17 @@ ARMS: dict[str, MetaTrainer] = {
     # the names' own numbers alone, learned once all else is; that has settled already
     "names-after": replace(BASE, episodes=200, fixed=NOT_OF_NAMES, settling=0.0),
 }
+# Runs in search of a better default: LoRA stays at full strength.
+FULL = replace(GENERAL, settling=0.0)
+TWO_VIEWS = replace(FULL, learner=LearnerSettings(layers=(3, 6)), episodes=3000)
+SEARCH = {
+    "full-2000": replace(FULL, episodes=2000),
+    "two-views-3000": TWO_VIEWS,
+    "two-views-6600": replace(TWO_VIEWS, episodes=6600),
+    "slow-lora": replace(TWO_VIEWS, lora_rate=2e-4),
+    "six-layers": replace(TWO_VIEWS, lora=replace(GENERAL.lora, layers=6), episodes=1500),
+    "four-tasks": replace(TWO_VIEWS, tasks_per_step=4),
+}
 STARTS: dict[str, Mapping[str, torch.Tensor]] = {"no-centre": {"log_centre_strength": torch.tensor(-30.0)}}
 AFTER = {"names-after": "no-names"}  # the arm whose adapter another starts from
 
@@ -61,7 +72,7 @@ def main() -> None:
     """Train an arm."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--arm", choices=ARMS, default="base")
+    parser.add_argument("--arm", choices=(*ARMS, *SEARCH), default="base")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
         "--cache", type=Path, default=Path("runs/frozen"), help="states of the frozen layers: about 3 GB"
@@ -73,7 +84,7 @@ def main() -> None:
     if arguments.arm in AFTER and not arguments.start:
         parser.error(f"{arguments.arm} needs --start, the adapter of {AFTER[arguments.arm]}")
     torch.set_num_threads(arguments.threads)
-    trainer = replace(ARMS[arguments.arm], seed=arguments.seed)
+    trainer = replace((ARMS | SEARCH)[arguments.arm], seed=arguments.seed)
     start = load_adapter(arguments.start)[0] if arguments.arm in AFTER else STARTS.get(arguments.arm)
     corpora = training_corpora(arguments.data_dir)
     try:
