@@ -90,7 +90,7 @@ def query_loss(reader: TokenStateReader, p: Tensors, e: Episode, steps: int, sec
         own = queries if second else queries.detach().requires_grad_()
         loss = neighbourhood_loss(pool(*support, own), labels, p)
         (g,) = torch.autograd.grad(loss, own, create_graph=second)
-        far = gate * ((loss if second else loss.detach()) / math.log(ways)).clamp(max=1.0)
+        far = gate * (loss if second else loss.detach()).clamp(max=1.0)
         move = far * p["log_step_sizes"][step].exp()[:, None] * g * (g.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
         queries = queries - move - p["pull"].sigmoid() * (queries - p["queries"])
     u = pool(h, scale, mask, queries)
