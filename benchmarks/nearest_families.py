@@ -18,6 +18,7 @@ from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.task_embedding import task_embedding
+from textmeta.nearest import index_corpora
 from textmeta.sharing.store import load_adapter
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
@@ -42,10 +43,11 @@ def main() -> None:
     arguments = parser.parse_args()
     adapter, _ = load_adapter(arguments.adapter)
     learner = TaskLearner(adapter.load_reader(), adapter)
-    vectors = adapter.index.vectors
+    corpora = training_corpora(arguments.data_dir)
+    vectors = (adapter.index or index_corpora(learner, corpora)).vectors
     print("| corpus | its relatives | nearest | among 5 | at random |\n|---|---|---|---|---|")
     found = []
-    for corpus in training_corpora(arguments.data_dir):
+    for corpus in corpora:
         if not (kin := relatives(corpus.name, list(vectors))):
             continue
         known = np.concatenate([own for name, own in vectors.items() if name != corpus.name])
