@@ -351,6 +351,15 @@ def test_there_is_one_bar_at_a_time(tiny_model: str, corpus: Corpus, monkeypatch
 # -------------------------------------------------------------------------------------------- what is learned
 
 
+def test_episodes_that_what_is_learned_has_no_part_in_are_no_error(tiny_model: str, corpus: Corpus) -> None:
+    """The share of unlabelled texts, where none comes with any."""
+    tensors = Initialisation.start({}, 32, LearnerSettings((3, 4)), seed=0).tensors()
+    fixed = ("lora.", *(name for name in tensors if name != "log_unlabelled_share"))
+    how = {"algorithm": "fomaml", "unlabelled": 0.0, "settling": 0.0}
+    learned = train(tiny_model, corpus, episodes=2, fixed=fixed, **how).initialisation
+    assert learned.log_unlabelled_share == tensors["log_unlabelled_share"]
+
+
 def test_fixed_tensors_stay(tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = ("lora.", "queries", "log_evidence")
     seen: list[dict[str, Tensor]] = []

@@ -111,7 +111,12 @@ def _gradient(
     learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor], second_order: bool
 ) -> MetaGradient:
     loss, accuracy = query_losses(learner, episodes, second_order)
-    found = torch.autograd.grad(loss.sum(), list(leaves.values()), materialize_grads=True)
+    # no leaf may have a part in these episodes: step sizes where a task takes no step
+    found = (
+        torch.autograd.grad(loss.sum(), list(leaves.values()), materialize_grads=True)
+        if loss.requires_grad
+        else map(torch.zeros_like, leaves.values())
+    )
     return MetaGradient(dict(zip(leaves, found, strict=True)), loss.detach(), accuracy)
 
 
