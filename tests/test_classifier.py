@@ -338,10 +338,33 @@ def test_unusable_examples_are_named_and_leave_the_last_fit(
     assert fitted.classes_.tolist() == ["b", "f", "k"]
 
 
-@pytest.mark.parametrize("texts", ["bal", ["bal", None], ["bal", 7], ["bal", "\ud83d"]])
+@pytest.mark.parametrize("texts", [["bal", None], ["bal", 7], ["bal", "\ud83d"]])
 def test_unusable_texts_to_predict_are_named(fitted: FewShotClassifier, texts: Any) -> None:
-    with pytest.raises(DataError, match="one string" if isinstance(texts, str) else "row 1"):
+    with pytest.raises(DataError, match="row 1"):
         fitted.predict(texts)
+
+
+def test_one_string_is_one_text(fitted: FewShotClassifier) -> None:
+    assert fitted.predict("fim fon").tolist() == ["f"]
+    np.testing.assert_array_equal(fitted.predict_proba("fim fon"), fitted.predict_proba(["fim fon"]))
+
+
+def test_table_of_texts_and_labels_is_not_taken_for_its_column_names(fitted: FewShotClassifier) -> None:
+    frame = pd.DataFrame({"text": SUPPORT, "label": LABELS})
+    expected = fitted.predict(SUPPORT).tolist()
+    assert fitted.predict(frame[["text"]]).tolist() == expected
+    assert fitted.score(frame[["text"]], frame[["label"]]) == fitted.score(SUPPORT, LABELS)
+    assert fitted.fit(frame[["text"]], frame["label"]).predict(SUPPORT).tolist() == expected
+    for call in (
+        lambda: fitted.predict(frame),
+        lambda: fitted.predict_proba({"text": SUPPORT}),
+        lambda: fitted.score(frame, LABELS),
+        lambda: fitted.score(SUPPORT, frame),
+        lambda: fitted.fit(frame, LABELS),
+        lambda: fitted.fit(SUPPORT, LABELS, unlabelled=frame),
+    ):
+        with pytest.raises(DataError, match="columns: 'text'"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from numbers import Real
@@ -106,16 +106,16 @@ class FewShotClassifier:
 
     def fit(
         self,
-        texts: Sequence[str] = (),
+        texts: Iterable[str] = (),
         labels: Iterable[Label] = (),
         *,
         label_names: LabelNames = "auto",
-        unlabelled: Sequence[str] = (),
+        unlabelled: Iterable[str] = (),
     ) -> "FewShotClassifier":
         """Learn a task: at least two classes, each with an example or more, a name, or both.
 
         Args:
-            texts: the labelled examples.
+            texts: the labelled examples: a list, an array, a series, or a table's only column; so are all others.
             labels: label of each: a string, a number or a truth value.
             label_names: what the classes are called. "auto" reads the labels themselves, if all are words; a mapping
                 from labels to names says it better, and may have classes without examples; a list has a name for each
@@ -150,18 +150,18 @@ class FewShotClassifier:
         self._fitted = Fitted(task, classes, list(zip(texts, numbers, strict=True)))
         return self
 
-    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+    def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
         """Return (n, classes) float64, the probability of each class, columns in the order of ``classes_``.
 
         A text's probabilities do not depend on the texts that it is sent with, but for rounding in the last digits.
         """
         return self._answer(self._now(), texts)[0]
 
-    def predict(self, texts: Sequence[str], *, reject: float | bool = False, outside: Any = None) -> np.ndarray:
+    def predict(self, texts: Iterable[str], *, reject: float | bool = False, outside: Any = None) -> np.ndarray:
         """Return (n,) the most probable label of each text, as given to ``fit``.
 
         Args:
-            texts: n of them.
+            texts: n of them; a string alone is one.
             reject: whether to reject texts that seem to belong to none of the classes: those whose :meth:`scope_score`
                 is below this number; True is 0.5.
             outside: what is returned for these.
@@ -182,7 +182,7 @@ class FewShotClassifier:
         pairs = zip(predicted.tolist(), rejected.tolist(), strict=True)
         return label_array([outside if is_out else label for label, is_out in pairs])
 
-    def scope_score(self, texts: Sequence[str]) -> np.ndarray:
+    def scope_score(self, texts: Iterable[str]) -> np.ndarray:
         """Return (n,) float64, the probability that a text belongs to any of the classes.
 
         The rule was learned over tasks of which some classes had been left out, and is right where as many texts belong
@@ -190,7 +190,7 @@ class FewShotClassifier:
         """
         return self._scope_score(self._answer(self._now(), texts)[1])
 
-    def score(self, texts: Sequence[str], labels: Iterable[Label]) -> float:
+    def score(self, texts: Iterable[str], labels: Iterable[Label]) -> float:
         """Return the share of texts whose label is predicted right."""
         rows, predicted = checked_labels(labels), self.predict(texts)
         if len(predicted) != len(rows) or not rows:
@@ -299,9 +299,10 @@ class FewShotClassifier:
             raise NotFittedError("this classifier has not been fitted: call fit(texts, labels) first")
         return self._fitted
 
-    def _answer(self, fitted: Fitted, texts: Sequence[str]) -> tuple[np.ndarray, Tensor]:
+    def _answer(self, fitted: Fitted, texts: Iterable[str]) -> tuple[np.ndarray, Tensor]:
         """Return the probabilities (n, C) of texts, float64, and what their scope is told by, (n, 7)."""
-        texts, learner = checked_texts(texts, "predict", allow_empty=True), self._learner
+        given = [texts] if isinstance(texts, str) else texts
+        texts, learner = checked_texts(given, "predict", allow_empty=True), self._learner
         device = learner.adapter.initialisation.queries.device
         probabilities = [np.zeros((0, len(fitted.classes)))]
         scope_inputs = [torch.zeros(0, len(SCOPE_INPUTS), device=device)]

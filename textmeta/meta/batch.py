@@ -2,11 +2,10 @@
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
@@ -45,10 +44,6 @@ class Rows:
             torch.cat([*places, torch.zeros(0, dtype=torch.long)]).to(device),
             (torch.arange(width) < sizes[:, None]).to(device),
         )
-
-    def widened(self, width: int) -> "Rows":
-        """Return the same texts in a wider layout."""
-        return replace(self, there=pad(self.there, (0, width - self.there.shape[1])))
 
     def pad(self, flat: Tensor) -> Tensor:
         """Lay flat rows (N, …) out as (T, n, …), zeros for padding."""

@@ -1,12 +1,12 @@
 """Learning a task: from its support set to all that its queries are classified by."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, pad
 
 from textmeta.encoder.lora import LORA_B, layer_of
 from textmeta.encoder.token_states import TokenStates
@@ -147,7 +147,8 @@ class TaskLearner:
         first_middle = self._centre(batch, examples, first, extra_first)
         support_z, extra_z = centred(views, middle), centred(extra, middle)
         first_z, extra_first_z = centred(first, first_middle), centred(extra_first, first_middle)
-        name_rows = batch.names.widened(examples.classes.shape[1])
+        more = examples.classes.shape[1] - batch.names.there.shape[1]
+        name_rows = replace(batch.names, there=pad(batch.names.there, (0, more)))
         name_views = name_rows.pad(pool(names, init.queries))
         name_z, name_scale, evidence = self._names(batch.ways, name_rows.there, name_views, examples, first_z)
         scale = temperature(init.temperature, log_shots(examples), batch.ways, adapted.stepped, nll)
