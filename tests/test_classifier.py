@@ -1,7 +1,11 @@
 """The classifier, as users call it."""
 
+import copy
+import io
 import json
+import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -640,7 +645,40 @@ def test_merged_encoder_has_the_lora_in_its_weights(tiny_model: str, tmp_path: P
         torch.testing.assert_close(found, text.detach(), rtol=0, atol=1e-5)
 
 
-# Threads
+# Copies, processes and threads
+
+
+def test_copies_and_pickles_answer_the_same(fitted: FewShotClassifier) -> None:
+    for fit in (lambda: fitted, lambda: fitted.fit(SUPPORT[2:], LABELS[2:]), lambda: fitted.fit(label_names=NAMES)):
+        expected = fit().predict_proba(TEXTS)
+        file = io.BytesIO()
+        joblib.dump(fitted, file)
+        file.seek(0)
+        for copied in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted)), joblib.load(file)):  # noqa: S301
+            np.testing.assert_array_equal(copied.predict_proba(TEXTS), expected)
+            assert copied.support_ == fitted.support_
+    copied.fit(SUPPORT, LABELS)  # and it is a copy
+    np.testing.assert_array_equal(fitted.predict_proba(TEXTS), expected)
+
+
+def test_pickle_before_fit_and_before_loading(fitted: FewShotClassifier) -> None:
+    copied = pickle.loads(pickle.dumps(FewShotClassifier(fitted.adapter)))  # noqa: S301
+    with pytest.raises(NotFittedError):
+        copied.predict(TEXTS)
+    expected = fitted.predict_proba(TEXTS)
+    np.testing.assert_array_equal(copied.fit(SUPPORT, LABELS).predict_proba(TEXTS), expected)
+
+
+def test_pickle_holds_no_token(fitted: FewShotClassifier, tmp_path: Path) -> None:
+    fitted.save_pretrained(tmp_path)
+    loaded = FewShotClassifier.from_pretrained(tmp_path, token="hf_secret")
+    assert b"hf_secret" not in pickle.dumps(loaded)
+
+
+def test_a_process_that_is_spawned_predicts(fitted: FewShotClassifier) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.map(fitted.predict_proba, [TEXTS[:2], TEXTS[2:]])
+    np.testing.assert_allclose(np.concatenate(found), fitted.predict_proba(TEXTS), rtol=0, atol=1e-6)
 
 
 def test_threads_that_share_an_encoder_do_not_mix_their_tasks(shared: FewShotClassifier, corpus: Corpus) -> None:

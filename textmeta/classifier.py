@@ -293,6 +293,12 @@ class FewShotClassifier:
         )
         return TaskLearner(reader, self._adapter.to(reader.encoder.device))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy holds: not the encoder, which is loaded again, nor an access token."""
+        state = {**vars(self), "_access": replace(self._access, token=None)}
+        state.pop("_learner", None)
+        return state
+
     def _now(self) -> Fitted:
         """Return the fitted task, which one call holds from beginning to end, whatever other threads fit."""
         if self._fitted is None:
