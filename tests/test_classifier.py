@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -413,6 +414,19 @@ def test_long_work_has_a_progress_bar_and_short_work_has_none(
     assert "predict:   0%" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_fit_where_gradients_are_switched_off(fitted: FewShotClassifier, tmp_path: Path, mode: Any) -> None:
+    expected = fitted.predict_proba(TEXTS)
+    fitted.save_pretrained(tmp_path)
+    with mode():
+        named, loaded = FewShotClassifier(tmp_path), FewShotClassifier.from_pretrained(tmp_path)
+        named.save_pretrained(tmp_path / "again")  # loads the adapter
+        np.testing.assert_array_equal(loaded.predict_proba(TEXTS), expected)
+        np.testing.assert_array_equal(named.fit(SUPPORT, LABELS).predict_proba(TEXTS), expected)
+    for one in (named, loaded):
+        np.testing.assert_array_equal(one.fit(SUPPORT, LABELS).predict_proba(TEXTS), expected)
+
+
 @pytest.mark.parametrize(("name", "value"), [("log_penalty", -1000.0), ("temperature", 1e6)])
 def test_numbers_that_are_not_finite_are_an_error(shared: FewShotClassifier, name: str, value: float) -> None:
     assert isinstance(shared.adapter, Adapter)
@@ -643,6 +657,25 @@ def test_merged_encoder_has_the_lora_in_its_weights(tiny_model: str, tmp_path: P
     expected = fitted._learner.reader.read(TEXTS, factors).unpadded()
     for found, text in zip(TokenStateReader(merged).read(TEXTS).unpadded(), expected, strict=True):
         torch.testing.assert_close(found, text.detach(), rtol=0, atol=1e-5)
+
+
+def test_paths_may_begin_at_home(
+    tiny_model: str, fitted: FewShotClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(tiny_model, home / "encoder")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    expected = fitted.predict_proba(TEXTS)
+    fitted.save_pretrained("~/adapter")
+    FewShotClassifier(Path("~/adapter")).merge("~/merged")
+    for one in (
+        FewShotClassifier("~/adapter", encoder="~/encoder").fit(SUPPORT, LABELS),
+        FewShotClassifier.from_pretrained("~/adapter", encoder="~/encoder", cache_dir="~/cache"),
+    ):
+        np.testing.assert_array_equal(one.predict_proba(TEXTS), expected)
+    assert {path.name for path in home.iterdir()} == {"adapter", "encoder", "merged"}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"], "no folder of the name ~"
 
 
 # Copies, processes and threads

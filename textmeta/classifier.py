@@ -63,6 +63,7 @@ class FewShotClassifier:
         self._fitted: Fitted | None = None  # replaced as a whole: other threads may be predicting
 
     @classmethod
+    @torch.inference_mode(False)  # no gradient could be taken of what is loaded in it
     def from_pretrained(
         cls,
         name: str | Path,
@@ -104,6 +105,7 @@ class FewShotClassifier:
         classifier._fitted = fitted and replace(fitted, task=_on(queries.device, fitted.task))
         return classifier
 
+    @torch.inference_mode(False)  # the inner steps take gradients
     def fit(
         self,
         texts: Iterable[str] = (),
@@ -280,12 +282,14 @@ class FewShotClassifier:
         write_merged(Path(folder), learner.reader, own)
 
     @cached_property
+    @torch.inference_mode(False)
     def _adapter(self) -> Adapter:
         """The adapter; one that was named is loaded the first time."""
         given = self.adapter
         return given if isinstance(given, Adapter) else load_adapter(given, encoder=self.encoder)[0]
 
     @cached_property
+    @torch.inference_mode(False)
     def _learner(self) -> TaskLearner:
         """What learns tasks; the encoder is loaded the first time."""
         reader = self._adapter.load_reader(

@@ -19,7 +19,7 @@ from textmeta.encoder.attention import use_switched_attention
 from textmeta.encoder.lora import LoraSettings, inject, lora_config
 from textmeta.encoder.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
 from textmeta.errors import EncoderError, SettingsError
-from textmeta.files import is_folder
+from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 
 __all__ = ["Encoder", "EncoderSettings"]
@@ -93,8 +93,8 @@ class Encoder:
                 + (": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16"))
             )
         settings = settings or EncoderSettings()
-        if is_folder(settings.model):  # a relative path would look like an id on the Hub from elsewhere
-            settings = replace(settings, model=str(Path(settings.model).resolve()))
+        if is_folder(at_home(settings.model)):  # a relative path would look like an id on the Hub from elsewhere
+            settings = replace(settings, model=str(Path(at_home(settings.model)).resolve()))
         try:
             self.device = torch.device(device)
         except RuntimeError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
-from textmeta.files import is_folder
+from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess, fetch_snapshot, is_repo_id
 from textmeta.sharing.folder import MANIFEST, is_there
 from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
@@ -75,6 +75,7 @@ def _locate(
 ) -> Location:
     """Find the folder of a name, downloading it if it is a repository's, and again if that is forced."""
     prefix = subfolder_prefix(subfolder)
+    name = at_home(name)
     text = str(name)
     if revision is None and is_there(name):
         if not (Path(name) / prefix).resolve().is_relative_to(Path(name).resolve()):
