@@ -20,13 +20,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import expit, softmax
+from sklearn import exceptions
+from sklearn.base import clone, is_classifier
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import VotingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score, learning_curve
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import get_tags
+from sklearn.utils.validation import check_is_fitted
 
 from tests.hub.server import TOKEN, HubServer
 from textmeta import Adapter, Corpus, FewShotClassifier, similarity
+from textmeta.classifier import NotFittedError
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, DataError, HubError, NotFittedError
+from textmeta.errors import AdapterError, DataError, HubError, SettingsError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
@@ -166,10 +178,10 @@ def test_answer_does_not_depend_on_the_other_texts(fitted: FewShotClassifier, co
     np.testing.assert_allclose(fitted.scope_score(TEXTS), scores, rtol=0, atol=1e-6)
 
 
-def test_answers_beyond_one_chunk_are_in_order(fitted: FewShotClassifier, corpus: Corpus, monkeypatch: Any) -> None:
+def test_answers_beyond_one_chunk_are_in_order(fitted: FewShotClassifier, corpus: Corpus) -> None:
     texts = list(corpus.texts[:20])
     expected, scores = fitted.predict_proba(texts), fitted.scope_score(texts)
-    monkeypatch.setattr("textmeta.classifier.CHUNK", 7)
+    fitted.set_params(batch_size=7)
     np.testing.assert_allclose(fitted.predict_proba(texts), expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(fitted.scope_score(texts), scores, rtol=0, atol=1e-6)
 
@@ -409,9 +421,10 @@ def test_long_work_has_a_progress_bar_and_short_work_has_none(
     fitted.fit(SUPPORT, LABELS).predict(TEXTS)
     assert not capsys.readouterr().err
     monkeypatch.setattr("textmeta.classifier.BAR_AFTER", 0)
-    monkeypatch.setattr("textmeta.classifier.CHUNK", 3)
-    fitted.predict(TEXTS)
+    fitted.set_params(batch_size=3).predict(TEXTS)
     assert "predict:   0%" in capsys.readouterr().err
+    fitted.set_params(progress=False).predict(TEXTS)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -676,6 +689,109 @@ def test_paths_may_begin_at_home(
         np.testing.assert_array_equal(one.predict_proba(TEXTS), expected)
     assert {path.name for path in home.iterdir()} == {"adapter", "encoder", "merged"}
     assert [path.name for path in tmp_path.iterdir()] == ["home"], "no folder of the name ~"
+
+
+# An estimator of scikit-learn
+
+
+def test_arguments_are_stored_and_nothing_is_loaded(tmp_path: Path) -> None:
+    given = {"adapter": tmp_path / "nowhere", "adapt": "none", "steps": 0, "max_length": 9, "device": "none"}
+    classifier = clone(FewShotClassifier(**given))  # type: ignore[arg-type]
+    assert classifier.get_params().items() >= given.items()
+    assert vars(classifier).keys() == classifier.get_params().keys()
+    assert is_classifier(classifier)
+    assert get_tags(classifier).input_tags.string
+    assert FewShotClassifier.from_pretrained.__doc__
+
+
+def test_unusable_arguments_are_named(shared: FewShotClassifier) -> None:
+    for given, message in (
+        ({"adapt": "lora"}, r"adapt must be .*\['none', 'pooling'\], given 'lora'"),
+        ({"steps": 4}, "steps must be a whole number from 0 to 3, given 4"),
+        ({"steps": True}, "steps must be a whole number .* given True"),
+        ({"max_length": 2}, "max_length must be a whole number from 3, given 2"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1, given 0"),
+        ({"precision": "fp8"}, "precision must be 'no' or 'bf16'"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            FewShotClassifier(shared.adapter, **given).fit(SUPPORT, LABELS)  # type: ignore[arg-type]
+
+
+def test_not_fitted_is_scikit_learns(classifier: FewShotClassifier) -> None:
+    with pytest.raises(exceptions.NotFittedError):
+        classifier.predict(TEXTS)
+    with pytest.raises(exceptions.NotFittedError):
+        check_is_fitted(classifier)
+    check_is_fitted(classifier.fit(SUPPORT, LABELS))
+
+
+def test_a_changed_argument_is_used_by_the_next_fit(fitted: FewShotClassifier, tiny_model: str) -> None:
+    expected = fitted.predict_proba(TEXTS)
+    with pytest.raises(NotFittedError):
+        fitted.set_params(adapt="none").predict(TEXTS)
+    without = fitted.fit(SUPPORT, LABELS).predict_proba(TEXTS)
+    assert not np.allclose(without, expected, atol=1e-6)
+    np.testing.assert_array_equal(
+        fitted.set_params(adapt=None, steps=0).fit(SUPPORT, LABELS).predict_proba(TEXTS), without
+    )
+    np.testing.assert_array_equal(fitted.set_params(steps=3).fit(SUPPORT, LABELS).predict_proba(TEXTS), expected)
+    assert fitted.set_params(batch_size=4, steps=3).predict(TEXTS).shape == (len(TEXTS),), "no change, still fitted"
+
+
+def test_length_of_texts_can_be_chosen_and_is_saved(shared: FewShotClassifier, tmp_path: Path) -> None:
+    long, cut = "bal bel fim fon kut kon", "bal bel fim"
+    short = FewShotClassifier(shared.adapter, max_length=5).fit(SUPPORT, LABELS)  # with [CLS] and [SEP]
+    expected = short.predict_proba([cut])
+    np.testing.assert_array_equal(short.predict_proba([long]), expected)
+    assert not np.allclose(shared.predict_proba([long]), shared.predict_proba([cut]), atol=1e-3)
+    short.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(FewShotClassifier.from_pretrained(tmp_path).predict_proba([long]), expected)
+
+
+@pytest.mark.parametrize("count", [4, 6], ids=["two classes", "three"])
+def test_scores_agree_with_probabilities(classifier: FewShotClassifier, count: int) -> None:
+    classifier.fit(SUPPORT[:count], LABELS[:count])
+    probabilities, scores = classifier.predict_proba(TEXTS), classifier.decision_function(TEXTS)
+    np.testing.assert_allclose(np.exp(classifier.predict_log_proba(TEXTS)), probabilities, rtol=1e-12)
+    expected = expit(scores) if count == 4 else softmax(scores, 1)
+    np.testing.assert_allclose(expected, probabilities[:, 1] if count == 4 else probabilities, rtol=1e-9)
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    for row, top in enumerate(classifier.predict_top(TEXTS, 2)):
+        assert [label for label, _ in top] == classifier.classes_[order[row, :2]].tolist()
+        assert [p for _, p in top] == probabilities[row, order[row, :2]].tolist()
+    assert len(classifier.predict_top("bal", 9)[0]) == count // 2
+    with pytest.raises(DataError, match="k must be a whole number from 1, given 0"):
+        classifier.predict_top(TEXTS, 0)
+
+
+def test_features_tell_the_classes_and_have_names(classifier: FewShotClassifier, plain: Corpus) -> None:
+    texts, labels, queries, true = task(plain, list(plain.class_names), 8)
+    features = classifier.fit_transform(texts, labels)
+    assert features.shape == (40, len(classifier.get_feature_names_out()))
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+    assert LogisticRegression().fit(features, labels).score(classifier.transform(queries), true) > 0.6
+    assert classifier.transform([]).shape == (0, features.shape[1])
+    frame = classifier.set_output(transform="pandas").transform(queries)
+    assert frame.columns.tolist() == classifier.get_feature_names_out().tolist()
+
+
+def test_tools_of_scikit_learn_take_it(shared: FewShotClassifier, plain: Corpus) -> None:
+    texts, labels, queries, true = task(plain, ["b", "d", "f"], 12)
+    one = FewShotClassifier(shared.adapter)
+    lower = FunctionTransformer(lambda rows: [text.lower() for text in rows])
+    pipeline = make_pipeline(lower, one).fit([text.upper() for text in texts], labels)
+    assert pipeline.score(queries, true) > 0.7
+    assert cross_val_score(one, np.array(texts), labels, cv=3).mean() > 0.7
+    search = GridSearchCV(one, {"adapt": ["none", "pooling"], "steps": [0, 3]}, cv=2).fit(pd.Series(texts), labels)
+    assert search.score(queries, true) > 0.7
+    calibrated = CalibratedClassifierCV(one, cv=2, ensemble=False).fit(texts, labels)
+    assert calibrated.score(queries, true) > 0.7
+    other = FewShotClassifier(shared.adapter, adapt="none")
+    voting = VotingClassifier([("one", one), ("other", other)], voting="soft").fit(texts, labels)
+    assert voting.score(queries, true) > 0.7
+    _, train, valid = learning_curve(one, texts, labels, train_sizes=[9, 18], cv=2, shuffle=True, random_state=0)
+    assert train.shape == valid.shape == (2, 2)
+    assert np.isfinite(valid).all()
 
 
 # Copies, processes and threads

@@ -94,10 +94,12 @@ class Answers:
     Args:
         logits: (T, n, C), -inf for classes that a task does not have.
         scope_inputs: (T, n, 7) what the scope of each query is told by (:data:`~textmeta.heads.scope.SCOPE_INPUTS`).
+        views: (T, n, V, d) centred.
     """
 
     logits: Tensor
     scope_inputs: Tensor
+    views: Tensor
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class TaskLearner:
             task.shots,
             task.classes.sum(1),
         )
-        return Answers(logits, inputs)
+        return Answers(logits, inputs, z)
 
     def _read(self, batch: TaskBatch, factors: Mapping[str, Tensor]) -> tuple[TokenStates, TokenStates, TokenStates]:
         """Read support texts, names and unlabelled texts together; ``factors`` are LoRA's of each task, if adapted."""
