@@ -103,7 +103,8 @@ def of(adapter: Adapter, shared: FewShotClassifier) -> FewShotClassifier:
     """Return a classifier with an adapter and the encoder of another, to save the time of loading it."""
     made = FewShotClassifier(adapter)
     assert shared._learner is not None
-    made._learner = TaskLearner(shared._learner.reader, adapter)
+    made._reader = shared._reader
+    made._learner = TaskLearner(made._reader, adapter)
     return made
 
 
@@ -212,6 +213,7 @@ def test_fit_returns_the_classifier_and_does_not_change_the_adapter(classifier: 
     assert all(torch.equal(tensors[name], value) for name, value in before.items())
 
 
+@pytest.mark.filterwarnings("ignore:.* unknown to the encoder")
 @pytest.mark.parametrize(
     ("texts", "labels"),
     [
@@ -360,6 +362,25 @@ def test_unusable_examples_are_named_and_leave_the_last_fit(
 def test_unusable_texts_to_predict_are_named(fitted: FewShotClassifier, texts: Any) -> None:
     with pytest.raises(DataError, match="row 1"):
         fitted.predict(texts)
+
+
+def test_half_of_a_character_is_replaced_if_asked_for(shared: FewShotClassifier) -> None:
+    one = FewShotClassifier(shared.adapter, errors="replace")
+    with pytest.warns(UserWarning, match="most tokens of 1 of 7"):
+        one.fit([*SUPPORT[:5], "\ud83d"], LABELS, unlabelled=["bal \ud83d"])
+    assert one.predict(["bal \ud83d"]).shape == (1,)
+
+
+def test_texts_that_the_encoder_does_not_know_are_told(fitted: FewShotClassifier) -> None:
+    foreign = ["bal fim", "bal 我 丢 了", "卡", ""]
+    told = r"^{}: most tokens of 2 of {} texts are unknown to the encoder .*first of row {}, 'bal 我 丢 了'"
+    for method in (fitted.predict, fitted.predict_proba, fitted.scope_score):
+        with pytest.warns(UserWarning, match=told.format("predict", 4, 1)) as found:
+            method(foreign)  # type: ignore[operator]
+        assert [warning.filename for warning in found] == [__file__]
+    with pytest.warns(UserWarning, match=told.format("fit", 8, 6)) as found:
+        fitted.fit([*SUPPORT, foreign[1], "卡"], [*LABELS, "b", "f"])
+    assert [warning.filename for warning in found] == [__file__]
 
 
 def test_one_string_is_one_text(fitted: FewShotClassifier) -> None:
@@ -592,13 +613,13 @@ def test_saved_classifier_gives_the_same_answers_in_another_process(fitted: FewS
 
 
 def test_support_is_stored_only_if_asked_for(fitted: FewShotClassifier, tmp_path: Path) -> None:
-    fitted.fit([*SUPPORT, "kut secretword"], [*LABELS, "k"])
+    fitted.fit([*SUPPORT, "kon secretword"], [*LABELS, "k"])
     for include in (False, True):
         fitted.save_pretrained(tmp_path / "adapter", include_support=include)
         assert any(b"secretword" in path.read_bytes() for path in (tmp_path / "adapter").iterdir()) is include
         loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
         assert loaded.support_ == (fitted.support_ if include else None)
-    assert fitted.support_ == [*zip(SUPPORT, LABELS, strict=True), ("kut secretword", "k")]
+    assert fitted.support_ == [*zip(SUPPORT, LABELS, strict=True), ("kon secretword", "k")]
 
 
 def test_support_that_is_not_there_cannot_be_stored(
@@ -711,6 +732,7 @@ def test_unusable_arguments_are_named(shared: FewShotClassifier) -> None:
         ({"steps": True}, "steps must be a whole number .* given True"),
         ({"max_length": 2}, "max_length must be a whole number from 3, given 2"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1, given 0"),
+        ({"errors": "ignore"}, "errors must be 'raise' or 'replace', given 'ignore'"),
         ({"precision": "fp8"}, "precision must be 'no' or 'bf16'"),
     ):
         with pytest.raises(SettingsError, match=message):

@@ -1,12 +1,11 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from textmeta.heads.scope import scope_probability
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch
-from textmeta.meta.initialisation import Adapt
+from textmeta.meta.initialisation import Adapt, whole_number
 from textmeta.meta.learner import LearnedTask, TaskLearner
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
@@ -61,6 +60,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         batch_size: texts answered at once, which bounds the memory that their token states take.
         device: where the encoder runs.
         precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
+        errors: what half of a character in a text does: "raise" an error, or "replace" it.
         progress: whether a bar is shown where predicting takes long.
     """
 
@@ -78,6 +78,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         batch_size: int = 512,
         device: str | torch.device = "cpu",
         precision: str = "no",
+        errors: Literal["raise", "replace"] = "raise",
         progress: bool = True,
     ) -> None:
         self.adapter = adapter
@@ -88,6 +89,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
+        self.errors = errors
         self.progress = progress
 
     @classmethod
@@ -158,13 +160,15 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
                 or equal to one of another type, ``label_names`` is something else, or there are fewer than two classes.
             AdapterError: if the adapter cannot be loaded, or makes numbers of this task that are not finite.
         """
-        texts, rows, more = checked_texts(texts, "fit"), checked_labels(labels), checked_texts(unlabelled, "unlabelled")
+        texts, rows = checked_texts(texts, "fit", errors=self.errors), checked_labels(labels)
+        more = checked_texts(unlabelled, "unlabelled", errors=self.errors)
         if len(texts) != len(rows):
             raise DataError(f"fit: {len(texts)} texts but {len(rows)} labels")
         classes, names = task_classes(rows, label_names)
         number = {label: i for i, label in enumerate(classes)}
         numbers = [number[label] for label in rows]
         learner = self._learner
+        self._reader.encoder.warn_of_unknown([*texts, *more], "fit")
         device = learner.adapter.initialisation.queries.device
         batch = TaskBatch.of([texts], [numbers], [len(classes)], [names], [more], device)
         try:
@@ -336,10 +340,9 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         Args:
             folder: where to; must not exist, or be empty (AdapterError).
         """
-        learner, factors = self._learner, self._fitted.task.factors if self._fitted else {}
-        own = {name: value[0] for name, value in factors.items()} or learner.adapter.initialisation.lora
-        assert isinstance(learner.reader, TokenStateReader)
-        write_merged(Path(folder), learner.reader, own)
+        factors = self._fitted.task.factors if self._fitted else {}
+        own = {name: value[0] for name, value in factors.items()} or self._adapter.initialisation.lora
+        write_merged(Path(folder), self._reader, own)
 
     @cached_property
     @torch.inference_mode(False)
@@ -349,35 +352,32 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         found = given if isinstance(given, Adapter) else load_adapter(given, encoder=self.encoder)[0]
         if self.max_length is None:
             return found
-        return replace(found, encoder=replace(found.encoder, max_length=_whole("max_length", self.max_length, 3)))
+        return replace(found, encoder=replace(found.encoder, max_length=whole_number("max_length", self.max_length, 3)))
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _reader(self) -> TokenStateReader:
+        """What reads token states; the encoder is loaded the first time."""
+        return self._adapter.load_reader(
+            device=self.device, precision=self.precision, model=self.encoder, access=self._access
+        )
 
     @cached_property
     @torch.inference_mode(False)
     def _learner(self) -> TaskLearner:
-        """What learns tasks; the encoder is loaded the first time."""
-        adapter = self._adapter
-        learned = adapter.learner
-        adapts = ("none", learned.adapt, *learned.adapt.split("+"))
-        if self.adapt is not None and self.adapt not in adapts:
-            expected = f"None or one of {sorted(set(adapts))}"
-            raise SettingsError(f"adapt must be what this adapter has learned, {expected}, given {self.adapt!r:.60}")
-        learner = replace(
-            learned,
-            adapt=self.adapt or learned.adapt,
-            steps=learned.steps if self.steps is None else _whole("steps", self.steps, 0, learned.steps),
-        )
-        _whole("batch_size", self.batch_size, 1)
-        reader = adapter.load_reader(
-            device=self.device, precision=self.precision, model=self.encoder, access=self._access
-        )
-        return TaskLearner(reader, replace(adapter.to(reader.encoder.device), learner=learner))
+        """What learns tasks, as the arguments say."""
+        whole_number("batch_size", self.batch_size, 1)
+        if self.errors not in ("raise", "replace"):
+            raise SettingsError(f"errors must be 'raise' or 'replace', given {self.errors!r:.60}")
+        learner = self._adapter.learner.reduced(self.adapt, self.steps)
+        return TaskLearner(self._reader, replace(self._adapter.to(self._reader.encoder.device), learner=learner))
 
     def set_params(self, **params: Any) -> "FewShotClassifier":
         """Set arguments of the class; after a change of what is loaded, nothing is fitted any more."""
         before = self.get_params()
         super().set_params(**params)
-        if any(params[name] is not before[name] for name in params.keys() - {"batch_size", "progress"}):
-            for name in ("_adapter", "_learner", "_fitted"):
+        if any(params[name] is not before[name] for name in params.keys() - {"batch_size", "errors", "progress"}):
+            for name in ("_adapter", "_reader", "_learner", "_fitted"):
                 self.__dict__.pop(name, None)
         return self
 
@@ -393,8 +393,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: not the encoder, which is loaded again, nor an access token."""
         state = {**super().__getstate__(), "_access": replace(self._access, token=None)}
-        state.pop("_learner", None)
-        return state
+        return {name: value for name, value in state.items() if name not in ("_reader", "_learner")}
 
     def _now(self) -> Fitted:
         if self._fitted is None:
@@ -407,7 +406,9 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         if fitted is None:
             raise NotFittedError(NOT_FITTED)
         given = [texts] if isinstance(texts, str) else texts
-        texts, learner = checked_texts(given, "predict", allow_empty=True), self._learner
+        texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors)
+        learner = self._learner
+        self._reader.encoder.warn_of_unknown(texts, "predict")
         device = learner.adapter.initialisation.queries.device
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
@@ -430,13 +431,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         if include_support and (fitted is None or fitted.support is None):
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
         return fitted if fitted is None or include_support else replace(fitted, support=None)
-
-
-def _whole(name: str, value: Any, least: int, most: float = math.inf) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
-        to = f" to {most}" if most < math.inf else ""
-        raise SettingsError(f"{name} must be a whole number from {least}{to}, given {value!r:.60}")
-    return int(value)
 
 
 def _on(device: torch.device, task: LearnedTask) -> LearnedTask:

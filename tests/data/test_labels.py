@@ -98,6 +98,14 @@ def test_what_is_no_column_is_said(given: Any, message: str) -> None:
         checked_labels(given)
 
 
+def test_half_of_a_character_may_be_replaced() -> None:
+    given = ["a", "half \ud83d", "\ude00", "both \ud83d\ude00"]
+    expected = ["a", "half \ufffd", "\ufffd", "both \U0001f600"]
+    assert checked_texts(given, "fit", errors="replace") == expected
+    with pytest.raises(DataError, match="row 1: text is null"):
+        checked_texts(["\ud83d", None], "fit", errors="replace")
+
+
 def test_empty_text_may_be_allowed() -> None:
     assert checked_texts(["", "a"], "predict", allow_empty=True) == ["", "a"]
 

@@ -71,7 +71,7 @@ def column(given: Any, where: str, what: str) -> list[Any]:
 
 
 def checked_texts(
-    texts: Any, where: str, *, of: Sequence[object] | None = None, allow_empty: bool = False
+    texts: Any, where: str, *, of: Sequence[object] | None = None, allow_empty: bool = False, errors: str = "raise"
 ) -> list[str]:
     """Return texts as a list of strings that a tokenizer can read.
 
@@ -80,6 +80,7 @@ def checked_texts(
         where: what the message calls them.
         of: what each is of, to be named in the place of its row.
         allow_empty: whether a text may be empty or white space.
+        errors: "replace" puts the replacement character in the place of half of one.
 
     Raises:
         DataError: naming the row, if a text is missing, no string, empty, or has half of a character (a lone
@@ -92,6 +93,9 @@ def checked_texts(
             fault += ", expected a string"
         elif not allow_empty and not text.strip():
             fault = "is empty"
+        elif HALF.search(text) and errors == "replace":
+            checked[row] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # two halves make one
+            continue
         elif HALF.search(text):
             fault = f"{text!r:.60} is not valid Unicode: it has half of a character"
         else:

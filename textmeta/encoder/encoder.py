@@ -7,6 +7,8 @@ layers above run for any LoRA factors, of one task or of many at once. So the tr
 import copy
 import logging
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,23 @@ class Encoder:
         self._prefix, self._suffix = _split(model, layers_name, first)
         self.frozen_layers = None if self._prefix is None else first
         self.overhead = 128 if self.device.type == "cpu" else 4096
+
+    def warn_of_unknown(self, texts: Sequence[str], where: str) -> None:
+        """Warn where most tokens of a text are unknown to the tokenizer, as Chinese ones are to an English one."""
+        unknown = self.tokenizer.unk_token_id
+        if not texts or unknown in (None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            return
+        # cut as everywhere else: the tokenizer keeps the length from call to call, and threads share it
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.settings.max_length)["input_ids"]
+        special = self.tokenizer.num_special_tokens_to_add()
+        found = [number for number, row in enumerate(rows) if 2 * row.count(unknown) > len(row) - special]
+        if found:
+            warnings.warn(
+                f"{where}: most tokens of {len(found)} of {len(texts)} texts are unknown to the encoder "
+                f"{self.settings.model}, first of row {found[0]}, {texts[found[0]]!r:.60}; it hardly tells such texts "
+                "apart, and may be of another language",
+                stacklevel=4,
+            )
 
     def states(self, inputs: Tensor, mask: Tensor, *, adapted: bool) -> tuple[Tensor, ...]:
         """Return the states (rows, length, hidden) that enter the frozen or the adapted layers, and after each of them.

@@ -172,6 +172,8 @@ class TaskLearner:
             )
         if settings.adapt == "offset":
             weights = self._adapt_offset(support_z, weights, scale, examples, second_order)
+        # of the upper view the mean of each class, or its name where it has no example
+        sums = torch.einsum("tn,tnc,tnd->tcd", examples.weights, examples.member, first[:, :, -1])
         return LearnedTask(
             queries=adapted.queries,
             centre=middle,
@@ -181,7 +183,7 @@ class TaskLearner:
             name_centre=first_middle,
             name_scale=name_scale,
             class_means=prototypes(support_z, mixed, examples),
-            class_vectors=_class_vectors(first[:, :, -1], name_views[:, :, -1], examples),
+            class_vectors=to_length_one(torch.where(examples.present[..., None], sums, name_views[:, :, -1])).detach(),
             mixture=mixed,
             classes=examples.classes,
             present=examples.present,
@@ -408,9 +410,3 @@ class TaskLearner:
             return init.offset_log_step_sizes
         layers = sorted({layer_of(factor) for factor in init.lora}, key=lambda layer: int(layer.rsplit(".", 1)[1]))
         return init.lora_log_step_sizes[:, layers.index(layer_of(name.removeprefix(LORA)))]
-
-
-def _class_vectors(support: Tensor, names: Tensor, examples: Examples) -> Tensor:
-    """Return (T, C, d), of length 1: the mean of each class's views (T, n, d), or its name's (T, C, d) without any."""
-    sums = torch.einsum("tn,tnc,tnd->tcd", examples.weights, examples.member, support)
-    return to_length_one(torch.where(examples.present[..., None], sums, names)).detach()
