@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.special import expit, softmax
-from sklearn import exceptions
+from sklearn import config_context, exceptions
 from sklearn.base import clone, is_classifier
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import VotingClassifier
@@ -795,6 +795,50 @@ def test_features_tell_the_classes_and_have_names(classifier: FewShotClassifier,
     assert classifier.transform([]).shape == (0, features.shape[1])
     frame = classifier.set_output(transform="pandas").transform(queries)
     assert frame.columns.tolist() == classifier.get_feature_names_out().tolist()
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapt": "none", "head": "prototype"}], ids=["ridge", "prototype"])
+def test_examples_count_by_their_weights(tiny_model: str, settings: dict[str, Any]) -> None:
+    one = FewShotClassifier(adapter_of(tiny_model, **settings))
+    expected = one.fit(SUPPORT, LABELS).predict_proba(TEXTS)
+    np.testing.assert_array_equal(one.fit(SUPPORT, LABELS, sample_weight=np.ones(6)).predict_proba(TEXTS), expected)
+    texts, labels = [*SUPPORT, "fim fon"], [*LABELS, "b"]  # the last is wrong
+    without = one.fit(texts, labels, sample_weight=[1] * 6 + [0]).predict_proba(TEXTS)
+    np.testing.assert_array_equal(without, expected)
+    assert one.support_ == list(zip(SUPPORT, LABELS, strict=True))
+    wrong = [one.fit(texts, labels, sample_weight=[1] * 6 + [w]).predict_proba("fim fon")[0, 0] for w in (0.01, 1, 9)]
+    assert wrong == sorted(wrong)
+    assert wrong[0] < 0.9 * wrong[2]
+
+
+def test_weights_in_the_score(fitted: FewShotClassifier) -> None:
+    assert fitted.score(["fim fon", "fim fon"], ["f", "b"], sample_weight=[3, 1]) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1] * 5, "5 weights for 6 texts"),
+        ([1] * 5 + [-1], "row 5: expected a finite number from 0, given -1"),
+        ([1] * 5 + [float("nan")], "row 5: .* given nan"),
+        ([None] * 6, "row 0: .* given None"),
+        ([0] * 6, "all weights are 0"),
+        (3, "expected a list, or one column, of numbers, given int 3"),
+    ],
+)
+def test_unusable_weights_are_named(classifier: FewShotClassifier, weights: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"^sample_weight.*{message}"):
+        classifier.fit(SUPPORT, LABELS, sample_weight=weights)
+
+
+def test_weights_are_routed(shared: FewShotClassifier) -> None:
+    with config_context(enable_metadata_routing=True):
+        one = (
+            FewShotClassifier(shared.adapter).set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
+        )
+        weights = [1, 1, 1, 1, 1, 0]
+        pipeline = make_pipeline(FunctionTransformer(), one).fit(SUPPORT, LABELS, sample_weight=weights)
+    assert len(pipeline[-1].support_) == 5
 
 
 def test_tools_of_scikit_learn_take_it(shared: FewShotClassifier, plain: Corpus) -> None:

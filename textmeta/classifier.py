@@ -15,7 +15,15 @@ from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from torch import Tensor
 from tqdm import tqdm
 
-from textmeta.data.labels import Label, LabelNames, checked_labels, checked_texts, label_array, task_classes
+from textmeta.data.labels import (
+    Label,
+    LabelNames,
+    checked_labels,
+    checked_texts,
+    checked_weights,
+    label_array,
+    task_classes,
+)
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, DataError, SettingsError, TextMetaError
 from textmeta.heads.scope import scope_probability
@@ -23,7 +31,7 @@ from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import Adapt, whole_number
-from textmeta.meta.learner import LearnedTask, TaskLearner
+from textmeta.meta.learner import TaskLearner
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
 from textmeta.sharing.locate import DEFAULT_ADAPTER
@@ -103,7 +111,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
-        encoder: str | None = None,
         **settings: Any,
     ) -> "FewShotClassifier":
         """Load an adapter and its encoder at once; a classifier that was saved fitted comes back fitted.
@@ -117,20 +124,19 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
             token: an access token for the Hub; None takes the one that `hf auth login` stored, False none.
             cache_dir: of downloads; by default the Hub library's own.
             local_files_only: use what the cache holds, and ask nobody.
-            encoder: where it is loaded from.
-            settings: the other arguments of the class.
+            settings: the other arguments of the class, such as ``encoder``.
 
         Raises:
             AdapterError: if the adapter is missing or damaged, of another format, or does not belong to the encoder.
             HubError: if the Hub has no such repository or revision, does not let this user at it, or cannot be reached.
             EncoderError: if the encoder cannot be loaded.
         """
-        access = HubAccess(token, cache_dir, local_files_only)
+        access, encoder = HubAccess(token, cache_dir, local_files_only), settings.get("encoder")
         adapter, fitted = load_adapter(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
-        classifier = cls(adapter, encoder=encoder, **settings)
+        classifier = cls(adapter, **settings)
         classifier._access = access
         queries = classifier._learner.adapter.initialisation.queries
-        classifier._fitted = fitted and replace(fitted, task=_on(queries.device, fitted.task))
+        classifier._fitted = fitted and replace(fitted, task=fitted.task.to(queries.device))
         return classifier
 
     @torch.inference_mode(False)  # the inner steps take gradients
@@ -139,38 +145,45 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         texts: Iterable[str] = (),
         labels: Iterable[Label] = (),
         *,
+        sample_weight: Iterable[float] | None = None,
         label_names: LabelNames = "auto",
-        unlabelled: Iterable[str] = (),
+        unlabelled: Iterable[str] | None = None,
     ) -> "FewShotClassifier":
-        """Learn a task: at least two classes, each with an example or more, a name, or both.
+        """Learn a task: at least two classes, each with an example or more, a name, or both; return the classifier.
 
         Args:
             texts: the labelled examples: a list, an array, a series, or a table's only column; so are all others.
             labels: label of each: a string, a number or a truth value.
+            sample_weight: how much each example counts beside the others of its class, from 0; by default 1. One that
+                counts 0 is left out.
             label_names: what the classes are called. "auto" reads the labels themselves, if all are words; a mapping
                 from labels to names says it better, and may have classes without examples; a list has a name for each
                 of ``classes_``; None reads nothing. Names weigh as much as the examples say that they are worth.
             unlabelled: further texts of the same source, without labels. They help at few examples.
-
-        Returns:
-            The classifier itself.
 
         Raises:
             DataError: naming the place, if a text or a name is no string or empty, a label is missing, of another type
                 or equal to one of another type, ``label_names`` is something else, or there are fewer than two classes.
             AdapterError: if the adapter cannot be loaded, or makes numbers of this task that are not finite.
         """
-        texts, rows = checked_texts(texts, "fit", errors=self.errors), checked_labels(labels)
-        more = checked_texts(unlabelled, "unlabelled", errors=self.errors)
-        if len(texts) != len(rows):
-            raise DataError(f"fit: {len(texts)} texts but {len(rows)} labels")
+        given, rows = checked_texts(texts, "fit", errors=self.errors), checked_labels(labels)
+        more = [] if unlabelled is None else checked_texts(unlabelled, "unlabelled", errors=self.errors)
+        if len(given) != len(rows):
+            raise DataError(f"fit: {len(given)} texts but {len(rows)} labels")
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(given))
+        if weights is not None:
+            given = [text for text, weight in zip(given, weights, strict=True) if weight]
+            rows = [label for label, weight in zip(rows, weights, strict=True) if weight]
+            weights = [weight for weight in weights if weight]
         classes, names = task_classes(rows, label_names)
         number = {label: i for i, label in enumerate(classes)}
         numbers = [number[label] for label in rows]
         learner = self._learner
-        self._reader.encoder.warn_of_unknown([*texts, *more], "fit")
+        self._reader.encoder.warn_of_unknown([*given, *more], "fit")
         device = learner.adapter.initialisation.queries.device
-        batch = TaskBatch.of([texts], [numbers], [len(classes)], [names], [more], device)
+        batch = TaskBatch.of(
+            [given], [numbers], [len(classes)], [names], [more], device, [weights] if weights else None
+        )
         try:
             with torch.no_grad():
                 task = learner.learn(batch)
@@ -179,7 +192,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
             finite = False
         if not finite:
             raise AdapterError("the adapter makes numbers of this task that are not finite; it is not usable")
-        self._fitted = Fitted(task, classes, list(zip(texts, numbers, strict=True)))
+        self._fitted = Fitted(task, classes, list(zip(given, numbers, strict=True)))
         return self
 
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
@@ -256,12 +269,16 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         """
         return self._scope_score(self._answer(texts, "scope_inputs")[1])
 
-    def score(self, texts: Iterable[str], labels: Iterable[Label]) -> float:
-        """Return the share of texts whose label is predicted right."""
+    def score(
+        self, texts: Iterable[str], labels: Iterable[Label], sample_weight: Iterable[float] | None = None
+    ) -> float:
+        """Return the share of texts whose label is predicted right, each counting 1 or its weight."""
         rows, predicted = checked_labels(labels), self.predict(texts)
         if len(predicted) != len(rows) or not rows:
             raise DataError(f"score: {len(predicted)} texts but {len(rows)} labels, expected as many, and at least 1")
-        return float(np.mean([given == true for given, true in zip(predicted, rows, strict=True)]))
+        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
+        right = [given == true for given, true in zip(predicted, rows, strict=True)]
+        return float(np.average(right, weights=weights))
 
     def nearest_tasks(self, count: int = 3) -> list[KnownTask]:
         """Return which of the corpora that the adapter was trained on the fitted task is most like, the nearest first.
@@ -431,8 +448,3 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         if include_support and (fitted is None or fitted.support is None):
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
         return fitted if fitted is None or include_support else replace(fitted, support=None)
-
-
-def _on(device: torch.device, task: LearnedTask) -> LearnedTask:
-    own = {name: value.to(device) for name, value in vars(task).items() if isinstance(value, Tensor)}
-    return replace(task, factors={name: value.to(device) for name, value in task.factors.items()}, **own)

@@ -4,6 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence, Set
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ __all__ = [
     "LabelNames",
     "checked_labels",
     "checked_texts",
+    "checked_weights",
     "column",
     "few",
     "label_array",
@@ -126,6 +128,19 @@ def checked_labels(labels: Any, where: str = "row") -> list[Any]:
             )
         checked[row] = label
     return checked
+
+
+def checked_weights(weights: Any, count: int) -> list[float]:
+    """Return the weights of so many examples as floats; DataError, naming the row, if they cannot be."""
+    checked = column(weights, "sample_weight", "numbers")
+    if len(checked) != count:
+        raise DataError(f"sample_weight: {len(checked)} weights for {count} texts")
+    for row, weight in enumerate(checked):
+        if not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
+            raise DataError(f"sample_weight, row {row}: expected a finite number from 0, given {weight!r:.60}")
+    if count and not any(checked):
+        raise DataError("sample_weight: all weights are 0")
+    return [float(weight) for weight in checked]
 
 
 def _is_missing(value: object) -> bool:

@@ -86,6 +86,11 @@ class LearnedTask:
     shots: Tensor
     factors: Mapping[str, Tensor]
 
+    def to(self, device: torch.device) -> "LearnedTask":
+        """Return the same on a device."""
+        own = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, factors={name: value.to(device) for name, value in self.factors.items()}, **own)
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -134,6 +139,8 @@ class TaskLearner:
         support, names, unlabelled = self._read(batch, {})
         first = batch.support.pad(pool(support, init.queries))  # views (T, n, V, d) by the initial queries
         examples = Examples.of(batch.labels, batch.ways, first.dtype)
+        if batch.weights is not None:
+            examples = examples.weighted(batch.weights.to(first.dtype))
         view_nll, nll, mixed = self._evidence(first, examples)
         adapted = self._adapt_features(batch, support, examples, second_order)
         if adapted.factors:
@@ -314,6 +321,11 @@ class TaskLearner:
         shared |= {QUERIES: init.queries, "scale": init.loss_log_scale, "weights": init.loss_view_weights}
         parts = parts_in_turn(batch, examples, settings.steps)
         voting = [Examples.of(labels, batch.ways, init.queries.dtype) for _, labels, _ in parts]
+        if batch.weights is not None:
+            at = batch.support.row_task, batch.support.place
+            flat = batch.weights[at].to(init.queries.dtype)
+            own_weights = [rows.pad(flat if chosen is None else flat[chosen]) for rows, _, chosen in parts]
+            voting = [part.weighted(own) for part, own in zip(voting, own_weights, strict=True)]
         told = [with_company(part) for part in voting]
 
         def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
