@@ -1,7 +1,12 @@
 """The classifier, as users call it."""
 
+import copy
+import io
 import json
+import multiprocessing
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,17 +15,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import expit, softmax
+from sklearn import config_context, exceptions
+from sklearn.base import clone, is_classifier
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import VotingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score, learning_curve
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import get_tags
+from sklearn.utils.validation import check_is_fitted
 
 from tests.hub.server import TOKEN, HubServer
 from textmeta import Adapter, Corpus, FewShotClassifier, similarity
+from textmeta.classifier import NotFittedError
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, DataError, HubError, NotFittedError
+from textmeta.errors import AdapterError, DataError, HubError, SettingsError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
@@ -85,7 +103,8 @@ def of(adapter: Adapter, shared: FewShotClassifier) -> FewShotClassifier:
     """Return a classifier with an adapter and the encoder of another, to save the time of loading it."""
     made = FewShotClassifier(adapter)
     assert shared._learner is not None
-    made._learner = TaskLearner(shared._learner.reader, adapter)
+    made._reader = shared._reader
+    made._learner = TaskLearner(made._reader, adapter)
     return made
 
 
@@ -160,10 +179,10 @@ def test_answer_does_not_depend_on_the_other_texts(fitted: FewShotClassifier, co
     np.testing.assert_allclose(fitted.scope_score(TEXTS), scores, rtol=0, atol=1e-6)
 
 
-def test_answers_beyond_one_chunk_are_in_order(fitted: FewShotClassifier, corpus: Corpus, monkeypatch: Any) -> None:
+def test_answers_beyond_one_chunk_are_in_order(fitted: FewShotClassifier, corpus: Corpus) -> None:
     texts = list(corpus.texts[:20])
     expected, scores = fitted.predict_proba(texts), fitted.scope_score(texts)
-    monkeypatch.setattr("textmeta.classifier.CHUNK", 7)
+    fitted.set_params(batch_size=7)
     np.testing.assert_allclose(fitted.predict_proba(texts), expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(fitted.scope_score(texts), scores, rtol=0, atol=1e-6)
 
@@ -194,6 +213,7 @@ def test_fit_returns_the_classifier_and_does_not_change_the_adapter(classifier: 
     assert all(torch.equal(tensors[name], value) for name, value in before.items())
 
 
+@pytest.mark.filterwarnings("ignore:.* unknown to the encoder")
 @pytest.mark.parametrize(
     ("texts", "labels"),
     [
@@ -338,10 +358,52 @@ def test_unusable_examples_are_named_and_leave_the_last_fit(
     assert fitted.classes_.tolist() == ["b", "f", "k"]
 
 
-@pytest.mark.parametrize("texts", ["bal", ["bal", None], ["bal", 7], ["bal", "\ud83d"]])
+@pytest.mark.parametrize("texts", [["bal", None], ["bal", 7], ["bal", "\ud83d"]])
 def test_unusable_texts_to_predict_are_named(fitted: FewShotClassifier, texts: Any) -> None:
-    with pytest.raises(DataError, match="one string" if isinstance(texts, str) else "row 1"):
+    with pytest.raises(DataError, match="row 1"):
         fitted.predict(texts)
+
+
+def test_half_of_a_character_is_replaced_if_asked_for(shared: FewShotClassifier) -> None:
+    one = FewShotClassifier(shared.adapter, errors="replace")
+    with pytest.warns(UserWarning, match="most tokens of 1 of 7"):
+        one.fit([*SUPPORT[:5], "\ud83d"], LABELS, unlabelled=["bal \ud83d"])
+    assert one.predict(["bal \ud83d"]).shape == (1,)
+
+
+def test_texts_that_the_encoder_does_not_know_are_told(fitted: FewShotClassifier) -> None:
+    foreign = ["bal fim", "bal 我 丢 了", "卡", ""]
+    told = r"^{}: most tokens of 2 of {} texts are unknown to the encoder .*first of row {}, 'bal 我 丢 了'"
+    for method in (fitted.predict, fitted.predict_proba, fitted.scope_score):
+        with pytest.warns(UserWarning, match=told.format("predict", 4, 1)) as found:
+            method(foreign)  # type: ignore[operator]
+        assert [warning.filename for warning in found] == [__file__]
+    with pytest.warns(UserWarning, match=told.format("fit", 8, 6)) as found:
+        fitted.fit([*SUPPORT, foreign[1], "卡"], [*LABELS, "b", "f"])
+    assert [warning.filename for warning in found] == [__file__]
+
+
+def test_one_string_is_one_text(fitted: FewShotClassifier) -> None:
+    assert fitted.predict("fim fon").tolist() == ["f"]
+    np.testing.assert_array_equal(fitted.predict_proba("fim fon"), fitted.predict_proba(["fim fon"]))
+
+
+def test_table_of_texts_and_labels_is_not_taken_for_its_column_names(fitted: FewShotClassifier) -> None:
+    frame = pd.DataFrame({"text": SUPPORT, "label": LABELS})
+    expected = fitted.predict(SUPPORT).tolist()
+    assert fitted.predict(frame[["text"]]).tolist() == expected
+    assert fitted.score(frame[["text"]], frame[["label"]]) == fitted.score(SUPPORT, LABELS)
+    assert fitted.fit(frame[["text"]], frame["label"]).predict(SUPPORT).tolist() == expected
+    for call in (
+        lambda: fitted.predict(frame),
+        lambda: fitted.predict_proba({"text": SUPPORT}),
+        lambda: fitted.score(frame, LABELS),
+        lambda: fitted.score(SUPPORT, frame),
+        lambda: fitted.fit(frame, LABELS),
+        lambda: fitted.fit(SUPPORT, LABELS, unlabelled=frame),
+    ):
+        with pytest.raises(DataError, match="columns: 'text'"):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -380,9 +442,23 @@ def test_long_work_has_a_progress_bar_and_short_work_has_none(
     fitted.fit(SUPPORT, LABELS).predict(TEXTS)
     assert not capsys.readouterr().err
     monkeypatch.setattr("textmeta.classifier.BAR_AFTER", 0)
-    monkeypatch.setattr("textmeta.classifier.CHUNK", 3)
-    fitted.predict(TEXTS)
+    fitted.set_params(batch_size=3).predict(TEXTS)
     assert "predict:   0%" in capsys.readouterr().err
+    fitted.set_params(progress=False).predict(TEXTS)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_fit_where_gradients_are_switched_off(fitted: FewShotClassifier, tmp_path: Path, mode: Any) -> None:
+    expected = fitted.predict_proba(TEXTS)
+    fitted.save_pretrained(tmp_path)
+    with mode():
+        named, loaded = FewShotClassifier(tmp_path), FewShotClassifier.from_pretrained(tmp_path)
+        named.save_pretrained(tmp_path / "again")  # loads the adapter
+        np.testing.assert_array_equal(loaded.predict_proba(TEXTS), expected)
+        np.testing.assert_array_equal(named.fit(SUPPORT, LABELS).predict_proba(TEXTS), expected)
+    for one in (named, loaded):
+        np.testing.assert_array_equal(one.fit(SUPPORT, LABELS).predict_proba(TEXTS), expected)
 
 
 @pytest.mark.parametrize(("name", "value"), [("log_penalty", -1000.0), ("temperature", 1e6)])
@@ -537,13 +613,13 @@ def test_saved_classifier_gives_the_same_answers_in_another_process(fitted: FewS
 
 
 def test_support_is_stored_only_if_asked_for(fitted: FewShotClassifier, tmp_path: Path) -> None:
-    fitted.fit([*SUPPORT, "kut secretword"], [*LABELS, "k"])
+    fitted.fit([*SUPPORT, "kon secretword"], [*LABELS, "k"])
     for include in (False, True):
         fitted.save_pretrained(tmp_path / "adapter", include_support=include)
         assert any(b"secretword" in path.read_bytes() for path in (tmp_path / "adapter").iterdir()) is include
         loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
         assert loaded.support_ == (fitted.support_ if include else None)
-    assert fitted.support_ == [*zip(SUPPORT, LABELS, strict=True), ("kut secretword", "k")]
+    assert fitted.support_ == [*zip(SUPPORT, LABELS, strict=True), ("kon secretword", "k")]
 
 
 def test_support_that_is_not_there_cannot_be_stored(
@@ -617,7 +693,207 @@ def test_merged_encoder_has_the_lora_in_its_weights(tiny_model: str, tmp_path: P
         torch.testing.assert_close(found, text.detach(), rtol=0, atol=1e-5)
 
 
-# Threads
+def test_paths_may_begin_at_home(
+    tiny_model: str, fitted: FewShotClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(tiny_model, home / "encoder")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    expected = fitted.predict_proba(TEXTS)
+    fitted.save_pretrained("~/adapter")
+    FewShotClassifier(Path("~/adapter")).merge("~/merged")
+    for one in (
+        FewShotClassifier("~/adapter", encoder="~/encoder").fit(SUPPORT, LABELS),
+        FewShotClassifier.from_pretrained("~/adapter", encoder="~/encoder", cache_dir="~/cache"),
+    ):
+        np.testing.assert_array_equal(one.predict_proba(TEXTS), expected)
+    assert {path.name for path in home.iterdir()} == {"adapter", "encoder", "merged"}
+    assert [path.name for path in tmp_path.iterdir()] == ["home"], "no folder of the name ~"
+
+
+# An estimator of scikit-learn
+
+
+def test_arguments_are_stored_and_nothing_is_loaded(tmp_path: Path) -> None:
+    given = {"adapter": tmp_path / "nowhere", "adapt": "none", "steps": 0, "max_length": 9, "device": "none"}
+    classifier = clone(FewShotClassifier(**given))  # type: ignore[arg-type]
+    assert classifier.get_params().items() >= given.items()
+    assert vars(classifier).keys() == classifier.get_params().keys()
+    assert is_classifier(classifier)
+    assert get_tags(classifier).input_tags.string
+    assert FewShotClassifier.from_pretrained.__doc__
+
+
+def test_unusable_arguments_are_named(shared: FewShotClassifier) -> None:
+    for given, message in (
+        ({"adapt": "lora"}, r"adapt must be .*\['none', 'pooling'\], given 'lora'"),
+        ({"steps": 4}, "steps must be a whole number from 0 to 3, given 4"),
+        ({"steps": True}, "steps must be a whole number .* given True"),
+        ({"max_length": 2}, "max_length must be a whole number from 3, given 2"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1, given 0"),
+        ({"errors": "ignore"}, "errors must be 'raise' or 'replace', given 'ignore'"),
+        ({"precision": "fp8"}, "precision must be 'no' or 'bf16'"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            FewShotClassifier(shared.adapter, **given).fit(SUPPORT, LABELS)  # type: ignore[arg-type]
+
+
+def test_not_fitted_is_scikit_learns(classifier: FewShotClassifier) -> None:
+    with pytest.raises(exceptions.NotFittedError):
+        classifier.predict(TEXTS)
+    with pytest.raises(exceptions.NotFittedError):
+        check_is_fitted(classifier)
+    check_is_fitted(classifier.fit(SUPPORT, LABELS))
+
+
+def test_a_changed_argument_is_used_by_the_next_fit(fitted: FewShotClassifier, tiny_model: str) -> None:
+    expected = fitted.predict_proba(TEXTS)
+    with pytest.raises(NotFittedError):
+        fitted.set_params(adapt="none").predict(TEXTS)
+    without = fitted.fit(SUPPORT, LABELS).predict_proba(TEXTS)
+    assert not np.allclose(without, expected, atol=1e-6)
+    np.testing.assert_array_equal(
+        fitted.set_params(adapt=None, steps=0).fit(SUPPORT, LABELS).predict_proba(TEXTS), without
+    )
+    np.testing.assert_array_equal(fitted.set_params(steps=3).fit(SUPPORT, LABELS).predict_proba(TEXTS), expected)
+    assert fitted.set_params(batch_size=4, steps=3).predict(TEXTS).shape == (len(TEXTS),), "no change, still fitted"
+
+
+def test_length_of_texts_can_be_chosen_and_is_saved(shared: FewShotClassifier, tmp_path: Path) -> None:
+    long, cut = "bal bel fim fon kut kon", "bal bel fim"
+    short = FewShotClassifier(shared.adapter, max_length=5).fit(SUPPORT, LABELS)  # with [CLS] and [SEP]
+    expected = short.predict_proba([cut])
+    np.testing.assert_array_equal(short.predict_proba([long]), expected)
+    assert not np.allclose(shared.predict_proba([long]), shared.predict_proba([cut]), atol=1e-3)
+    short.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(FewShotClassifier.from_pretrained(tmp_path).predict_proba([long]), expected)
+
+
+@pytest.mark.parametrize("count", [4, 6], ids=["two classes", "three"])
+def test_scores_agree_with_probabilities(classifier: FewShotClassifier, count: int) -> None:
+    classifier.fit(SUPPORT[:count], LABELS[:count])
+    probabilities, scores = classifier.predict_proba(TEXTS), classifier.decision_function(TEXTS)
+    np.testing.assert_allclose(np.exp(classifier.predict_log_proba(TEXTS)), probabilities, rtol=1e-12)
+    expected = expit(scores) if count == 4 else softmax(scores, 1)
+    np.testing.assert_allclose(expected, probabilities[:, 1] if count == 4 else probabilities, rtol=1e-9)
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    for row, top in enumerate(classifier.predict_top(TEXTS, 2)):
+        assert [label for label, _ in top] == classifier.classes_[order[row, :2]].tolist()
+        assert [p for _, p in top] == probabilities[row, order[row, :2]].tolist()
+    assert len(classifier.predict_top("bal", 9)[0]) == count // 2
+    with pytest.raises(DataError, match="k must be a whole number from 1, given 0"):
+        classifier.predict_top(TEXTS, 0)
+
+
+def test_features_tell_the_classes_and_have_names(classifier: FewShotClassifier, plain: Corpus) -> None:
+    texts, labels, queries, true = task(plain, list(plain.class_names), 8)
+    features = classifier.fit_transform(texts, labels)
+    assert features.shape == (40, len(classifier.get_feature_names_out()))
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+    assert LogisticRegression().fit(features, labels).score(classifier.transform(queries), true) > 0.6
+    assert classifier.transform([]).shape == (0, features.shape[1])
+    frame = classifier.set_output(transform="pandas").transform(queries)
+    assert frame.columns.tolist() == classifier.get_feature_names_out().tolist()
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapt": "none", "head": "prototype"}], ids=["ridge", "prototype"])
+def test_examples_count_by_their_weights(tiny_model: str, settings: dict[str, Any]) -> None:
+    one = FewShotClassifier(adapter_of(tiny_model, **settings))
+    expected = one.fit(SUPPORT, LABELS).predict_proba(TEXTS)
+    np.testing.assert_array_equal(one.fit(SUPPORT, LABELS, sample_weight=np.ones(6)).predict_proba(TEXTS), expected)
+    texts, labels = [*SUPPORT, "fim fon"], [*LABELS, "b"]  # the last is wrong
+    without = one.fit(texts, labels, sample_weight=[1] * 6 + [0]).predict_proba(TEXTS)
+    np.testing.assert_array_equal(without, expected)
+    assert one.support_ == list(zip(SUPPORT, LABELS, strict=True))
+    wrong = [one.fit(texts, labels, sample_weight=[1] * 6 + [w]).predict_proba("fim fon")[0, 0] for w in (0.01, 1, 9)]
+    assert wrong == sorted(wrong)
+    assert wrong[0] < 0.9 * wrong[2]
+
+
+def test_weights_in_the_score(fitted: FewShotClassifier) -> None:
+    assert fitted.score(["fim fon", "fim fon"], ["f", "b"], sample_weight=[3, 1]) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1] * 5, "5 weights for 6 texts"),
+        ([1] * 5 + [-1], "row 5: expected a finite number from 0, given -1"),
+        ([1] * 5 + [float("nan")], "row 5: .* given nan"),
+        ([None] * 6, "row 0: .* given None"),
+        ([0] * 6, "all weights are 0"),
+        (3, "expected a list, or one column, of numbers, given int 3"),
+    ],
+)
+def test_unusable_weights_are_named(classifier: FewShotClassifier, weights: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"^sample_weight.*{message}"):
+        classifier.fit(SUPPORT, LABELS, sample_weight=weights)
+
+
+def test_weights_are_routed(shared: FewShotClassifier) -> None:
+    with config_context(enable_metadata_routing=True):
+        one = (
+            FewShotClassifier(shared.adapter).set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
+        )
+        weights = [1, 1, 1, 1, 1, 0]
+        pipeline = make_pipeline(FunctionTransformer(), one).fit(SUPPORT, LABELS, sample_weight=weights)
+    assert len(pipeline[-1].support_) == 5
+
+
+def test_tools_of_scikit_learn_take_it(shared: FewShotClassifier, plain: Corpus) -> None:
+    texts, labels, queries, true = task(plain, ["b", "d", "f"], 12)
+    one = FewShotClassifier(shared.adapter)
+    lower = FunctionTransformer(lambda rows: [text.lower() for text in rows])
+    pipeline = make_pipeline(lower, one).fit([text.upper() for text in texts], labels)
+    assert pipeline.score(queries, true) > 0.7
+    assert cross_val_score(one, np.array(texts), labels, cv=3).mean() > 0.7
+    search = GridSearchCV(one, {"adapt": ["none", "pooling"], "steps": [0, 3]}, cv=2).fit(pd.Series(texts), labels)
+    assert search.score(queries, true) > 0.7
+    calibrated = CalibratedClassifierCV(one, cv=2, ensemble=False).fit(texts, labels)
+    assert calibrated.score(queries, true) > 0.7
+    other = FewShotClassifier(shared.adapter, adapt="none")
+    voting = VotingClassifier([("one", one), ("other", other)], voting="soft").fit(texts, labels)
+    assert voting.score(queries, true) > 0.7
+    _, train, valid = learning_curve(one, texts, labels, train_sizes=[9, 18], cv=2, shuffle=True, random_state=0)
+    assert train.shape == valid.shape == (2, 2)
+    assert np.isfinite(valid).all()
+
+
+# Copies, processes and threads
+
+
+def test_copies_and_pickles_answer_the_same(fitted: FewShotClassifier) -> None:
+    for fit in (lambda: fitted, lambda: fitted.fit(SUPPORT[2:], LABELS[2:]), lambda: fitted.fit(label_names=NAMES)):
+        expected = fit().predict_proba(TEXTS)
+        file = io.BytesIO()
+        joblib.dump(fitted, file)
+        file.seek(0)
+        for copied in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted)), joblib.load(file)):  # noqa: S301
+            np.testing.assert_array_equal(copied.predict_proba(TEXTS), expected)
+            assert copied.support_ == fitted.support_
+    copied.fit(SUPPORT, LABELS)  # and it is a copy
+    np.testing.assert_array_equal(fitted.predict_proba(TEXTS), expected)
+
+
+def test_pickle_before_fit_and_before_loading(fitted: FewShotClassifier) -> None:
+    copied = pickle.loads(pickle.dumps(FewShotClassifier(fitted.adapter)))  # noqa: S301
+    with pytest.raises(NotFittedError):
+        copied.predict(TEXTS)
+    expected = fitted.predict_proba(TEXTS)
+    np.testing.assert_array_equal(copied.fit(SUPPORT, LABELS).predict_proba(TEXTS), expected)
+
+
+def test_pickle_holds_no_token(fitted: FewShotClassifier, tmp_path: Path) -> None:
+    fitted.save_pretrained(tmp_path)
+    loaded = FewShotClassifier.from_pretrained(tmp_path, token="hf_secret")
+    assert b"hf_secret" not in pickle.dumps(loaded)
+
+
+def test_a_process_that_is_spawned_predicts(fitted: FewShotClassifier) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.map(fitted.predict_proba, [TEXTS[:2], TEXTS[2:]])
+    np.testing.assert_allclose(np.concatenate(found), fitted.predict_proba(TEXTS), rtol=0, atol=1e-6)
 
 
 def test_threads_that_share_an_encoder_do_not_mix_their_tasks(shared: FewShotClassifier, corpus: Corpus) -> None:

@@ -11,7 +11,6 @@ __all__ = [
     "EncoderError",
     "HubError",
     "HubUnreachableError",
-    "NotFittedError",
     "SettingsError",
     "TextMetaError",
     "TrainingInterrupted",
@@ -48,10 +47,6 @@ class HubError(TextMetaError):
 
 class HubUnreachableError(HubError):
     """The Hub does not answer, and what is asked for is not in the cache."""
-
-
-class NotFittedError(TextMetaError, ValueError, AttributeError):
-    """A classifier was asked for predictions before ``fit``."""
 
 
 class DivergedError(TextMetaError):

@@ -2,14 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
 from textmeta.errors import TextMetaError
 
-__all__ = ["CHECKPOINT", "is_folder", "read_json", "sync_folder", "write_atomically", "write_synced"]
+__all__ = ["CHECKPOINT", "at_home", "is_folder", "read_json", "sync_folder", "write_atomically", "write_synced"]
 
+P = TypeVar("P", bound=str | Path)
 CHECKPOINT = "checkpoint.safetensors"  # of a run of training
 
 
@@ -44,6 +45,11 @@ def write_synced(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def at_home(path: P) -> P:
+    """Return a path with the user's home folder in place of a ``~`` that it begins with, as a shell reads it."""
+    return type(path)(os.path.expanduser(str(path)))
 
 
 def is_folder(name: str | Path) -> bool:

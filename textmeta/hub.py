@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from textmeta.errors import HubError, HubUnreachableError
+from textmeta.files import at_home
 
 __all__ = [
     "DEADLINE",
@@ -97,7 +98,7 @@ def fetch_snapshot(
                     repo_id,
                     revision=revision,
                     token=access.token,
-                    cache_dir=access.cache_dir,
+                    cache_dir=access.cache_dir and at_home(access.cache_dir),
                     local_files_only=access.local_files_only or silence is not None,
                     allow_patterns=list(patterns),
                     ignore_patterns=list(ignore),

@@ -18,6 +18,7 @@ from textmeta.data.splits import load_parts
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import SettingsError
+from textmeta.files import at_home
 from textmeta.heads import HEADS
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.evaluation import format_table, frozen_prototypes, paired_difference, score_episodes, summary
@@ -39,6 +40,7 @@ def train(arguments: Sequence[str]) -> None:
     settings = parsed(train_parser(), arguments)
     trainer = MetaTrainer(**{field.name: settings[field.name] for field in fields(MetaTrainer)})
     # what might fail goes first, for training takes long
+    settings.output = at_home(settings.output)
     check_destination(settings.output)
     if settings.test_episodes < 2:
         raise SettingsError(f"test_episodes must be at least 2, given {settings.test_episodes}")

@@ -1,10 +1,14 @@
 """Texts, labels and names as users give them."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
@@ -26,7 +30,9 @@ CARDS = ["lost", "arrived", "lost"]
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ("a text", "^fit: expected a list of texts, given one string"),
+        ("a text", "^fit: expected a list, or one column, of texts, given one string"),
+        (["a", float("nan")], "^fit, row 1: text is null, expected a string"),
+        (pd.Series(["a", pd.NA], dtype="string"), "^fit, row 1: text is null, expected a string"),
         (["a", None], "^fit, row 1: text is null, expected a string"),
         (["a", 3], "^fit, row 1: text is int 3"),
         (["a", " \n"], "^fit, row 1: text is empty"),
@@ -36,6 +42,68 @@ CARDS = ["lost", "arrived", "lost"]
 def test_text_that_cannot_be_read_is_named(texts: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         checked_texts(texts, "fit")
+
+
+WORDS = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        tuple(WORDS),
+        (word for word in WORDS),
+        dict(enumerate(WORDS)).values(),
+        np.array(WORDS),
+        np.array(WORDS, dtype=object)[:, None],
+        pd.Series(WORDS, index=[7, 8, 9]),
+        pd.Series(WORDS, dtype="category"),
+        pd.Index(WORDS),
+        pd.DataFrame({"words": WORDS}),
+        pd.DataFrame(WORDS),
+        pa.array(WORDS),
+        pa.chunked_array([WORDS[:1], WORDS[1:]]),
+        pa.table({"words": WORDS}),
+        datasets.Dataset.from_dict({"words": WORDS}),
+        datasets.Dataset.from_dict({"words": WORDS})["words"],
+    ],
+    ids=lambda given: f"{type(given).__module__}.{type(given).__name__}",
+)
+def test_one_column_is_taken_in_whatever_it_comes(given: Any) -> None:
+    given = list(given) if isinstance(given, Iterator) else given
+    assert checked_texts(iter(given) if isinstance(given, list) else given, "fit") == WORDS
+    assert repr(checked_labels(given)) == repr(WORDS)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": WORDS, "label": WORDS}, "a dict with 2 columns: 'text', 'label'; give one of them"),
+        ({"text": WORDS}, "a dict with 1 columns: 'text'"),
+        (pd.DataFrame({"text": WORDS, 7: WORDS}), "a DataFrame with 2 columns: 'text', 7"),
+        (pa.table({"text": WORDS, "label": WORDS}), "a Table with 2 columns: 'text', 'label'"),
+        (datasets.Dataset.from_dict({"a": WORDS, "b": WORDS}), "a Dataset with 2 columns: 'a', 'b'"),
+        (np.array([WORDS, WORDS]), r"a ndarray of shape \(2, 3\)"),
+        (np.array("a"), r"a ndarray of shape \(\)"),
+        (set(WORDS), "a set, which has no order"),
+        (b"a", "one string"),
+        (None, "NoneType None"),
+        (3, "int 3"),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_what_is_no_column_is_said(given: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"^fit: expected a list, or one column, of texts, given {message}"):
+        checked_texts(given, "fit")
+    with pytest.raises(DataError, match=f"^labels: expected a list, or one column, of labels, given {message}"):
+        checked_labels(given)
+
+
+def test_half_of_a_character_may_be_replaced() -> None:
+    given = ["a", "half \ud83d", "\ude00", "both \ud83d\ude00"]
+    expected = ["a", "half \ufffd", "\ufffd", "both \U0001f600"]
+    assert checked_texts(given, "fit", errors="replace") == expected
+    with pytest.raises(DataError, match="row 1: text is null"):
+        checked_texts(["\ud83d", None], "fit", errors="replace")
 
 
 def test_empty_text_may_be_allowed() -> None:
@@ -52,6 +120,8 @@ def test_labels_become_pythons_own() -> None:
     ("labels", "message"),
     [
         ("ab", "given one string"),
+        (pd.Series([1, pd.NA], dtype="Int64"), "^row 1: the label is missing"),
+        (["a", frozenset("b")], "^row 1: label .* is of type frozenset"),
         (["a", None], "^row 1: the label is missing"),
         ([float("nan")], "^row 0: the label is missing"),
         ([np.float64("nan")], "^row 0: the label is missing"),

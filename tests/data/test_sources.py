@@ -90,6 +90,37 @@ def test_columns_and_name_and_number_of_rows_can_be_chosen(tmp_path: Path) -> No
     assert (corpus.name, list(corpus.texts), corpus.class_names) == ("mine", ["a", "b"], ("x", "y"))
 
 
+@pytest.mark.parametrize("between", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "marked"])
+def test_separator_is_that_of_the_first_row(tmp_path: Path, suffix: str, between: str, mark: str) -> None:
+    rows = [("label", "text"), ("card", "lost, stolen; or | gone"), ("fee", "what, again?")]
+    path = tmp_path / f"c{suffix}"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(mark)
+        csv.writer(file, delimiter=between).writerows(rows)
+    assert list(load(path).texts) == [text for _, text in rows[1:]]
+    with pytest.raises(DataError, match=r"no column 'body'.*\['label', 'text'\]"):
+        load_corpus(CorpusSettings(str(path), text_column="body"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("name", ["texts.txt", "texts.xlsx", "texts.CSV.gz"])
+def test_file_of_another_kind_is_told_what_is_read(tmp_path: Path, name: str, there: bool) -> None:
+    if there:
+        (tmp_path / name).write_bytes(b"text")
+    with pytest.raises(DataError, match=rf"^cannot read .*{name}: expected a file that ends in .json, .*CSV"):
+        load(tmp_path / name)
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_csv(tmp_path / "c.csv")
+    corpus = load("~/c.csv")
+    assert corpus.texts == load(tmp_path / "c.csv").texts
+    assert corpus.source == {"dataset": "c.csv"}
+
+
 @pytest.mark.parametrize(("suffix", "between"), [(".csv", ","), (".tsv", "\t")])
 def test_cells_of_a_csv_stay_text(tmp_path: Path, suffix: str, between: str) -> None:
     # a CSV has no types: "01" there is the string that it is in JSON, and "NA" is no null

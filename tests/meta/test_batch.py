@@ -13,7 +13,6 @@ def test_rows_are_laid_out_by_task():
     assert rows.there.tolist() == [[True, True], [False, False], [True, False]]
     flat = torch.tensor([[1.0], [2.0], [3.0]])
     assert rows.pad(flat)[..., 0].tolist() == [[1, 2], [0, 0], [3, 0]]
-    assert rows.widened(3).pad(flat)[..., 0].tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
 
 
 def test_rows_without_texts():

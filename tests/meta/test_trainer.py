@@ -210,6 +210,14 @@ def test_an_adapter_says_how_it_was_trained(tiny_model: str, corpus: Corpus) -> 
     assert reader.layers == (2, 3, 4)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_training_where_gradients_are_switched_off(tiny_model: str, corpus: Corpus, mode) -> None:
+    expected = train(tiny_model, corpus).initialisation.tensors()
+    with mode():
+        found = train(tiny_model, corpus).initialisation.tensors()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
 def test_the_encoder_may_be_named_alone(tiny_model: str) -> None:
     assert MetaTrainer(encoder=tiny_model).encoder == EncoderSettings(tiny_model)
     assert MetaTrainer(tiny_model, episodes=7, tasks_per_step=2).steps == 4

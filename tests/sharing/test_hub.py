@@ -247,6 +247,16 @@ def test_no_network_and_nothing_cached(hub: HubServer, monkeypatch: pytest.Monke
         load_adapter(ADAPTER)
 
 
+@pytest.mark.parametrize("way", ["folder", "hub"])
+def test_a_setfit_model_is_told_as_one(hub: HubServer, tmp_path: Path, way: str) -> None:
+    files = {"config_setfit.json": b"{}", "model_head.pkl": b"", "config.json": b"{}", "model.safetensors": b""}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    hub.add_repo("lab/setfit", files)
+    with pytest.raises(AdapterError, match=r"is a SetFit model and no textmeta adapter.*give the examples"):
+        load_adapter(tmp_path if way == "folder" else "lab/setfit")
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "modules.json", "notes.txt"])
 def test_repository_that_is_no_adapter(hub: HubServer, name: str) -> None:
     hub.add_repo("lab/other", {name: b"{}"})

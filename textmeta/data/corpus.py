@@ -13,6 +13,7 @@ import numpy as np
 
 from textmeta.data.labels import checked_texts, few
 from textmeta.errors import DataError, SettingsError
+from textmeta.files import at_home
 
 if TYPE_CHECKING:  # loading it takes half a second, which a classifier should not wait for
     import datasets
@@ -31,6 +32,7 @@ class CorpusSettings:
 
     Args:
         dataset: id of a Hub dataset, or path of a local JSON, JSON Lines, CSV, TSV (quoted as CSV is) or Parquet file.
+            Cells may be separated by a semicolon, too.
         config: configuration (subset) of a Hub dataset, where it has several.
         split: split of a Hub dataset; ``train+test`` joins two.
         revision: branch, tag or commit of a Hub dataset.
@@ -236,7 +238,7 @@ def load_corpus(settings: CorpusSettings | str) -> Corpus:
     defaults = asdict(CorpusSettings(""))
     source = {key: value for key, value in asdict(settings).items() if value != defaults[key]}
     for key in ("dataset", "splits") if settings.is_file else ("splits",):
-        path = Path(source.get(key, ""))
+        path = Path(at_home(source.get(key, "")))
         if path.is_absolute() or ".." in path.parts:
             source[key] = path.name
     return replace(corpus, source={**found, **source})

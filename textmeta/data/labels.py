@@ -3,7 +3,8 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ __all__ = [
     "LabelNames",
     "checked_labels",
     "checked_texts",
+    "checked_weights",
+    "column",
     "few",
     "label_array",
     "label_to_json",
@@ -28,31 +31,73 @@ __all__ = [
 Label = str | int | float | bool
 LabelNames = Literal["auto"] | Mapping[Any, str] | Sequence[str] | None
 HALF = re.compile("[\ud800-\udfff]")  # of a pair of surrogates
+PANDAS_MISSING = ("NAType", "NaTType")
 INFINITE = ({"float": "inf"}, {"float": "-inf"})  # as JSON holds them
 
 
+def column(given: Any, where: str, what: str) -> list[Any]:
+    """Return the values of one column: of a list, an array, a series, a generator, or a table of one column.
+
+    Args:
+        given: by a user.
+        where: what the message calls it.
+        what: the values are.
+
+    Raises:
+        DataError: if it is anything else. Iterating over a table or a mapping would give the names of its columns.
+    """
+    columns, shape = getattr(given, "column_names", None), getattr(given, "shape", None)
+    columns = list(
+        given if isinstance(given, Mapping) else getattr(given, "columns", ()) if columns is None else columns
+    )
+    fault, kind = "", type(given).__name__
+    if isinstance(given, str | bytes):
+        fault = "one string; put it into a list"
+    elif isinstance(given, Mapping) or len(columns) > 1:
+        fault = f"a {kind} with {len(columns)} columns: {few(columns)}; give one of them"
+    elif isinstance(given, Set):
+        fault = f"a {kind}, which has no order; give a list"
+    elif columns:
+        given = given[columns[0]]
+    elif isinstance(shape, tuple) and len(shape) != 1:
+        if len(shape) == 2 and shape[1] == 1:
+            given = given[:, 0]
+        else:
+            fault = f"a {kind} of shape {shape}"
+    if not fault:
+        try:
+            return list(given.to_pylist() if hasattr(given, "to_pylist") else given)  # Arrow's scalars are no strings
+        except TypeError:
+            fault = f"{kind} {given!r:.60}"
+    raise DataError(f"{where}: expected a list, or one column, of {what}, given {fault}")
+
+
 def checked_texts(
-    texts: Iterable[object], where: str, *, of: Sequence[object] | None = None, allow_empty: bool = False
+    texts: Any, where: str, *, of: Sequence[object] | None = None, allow_empty: bool = False, errors: str = "raise"
 ) -> list[str]:
     """Return texts as a list of strings that a tokenizer can read.
 
     Args:
-        texts: to check.
+        texts: to check, whatever :func:`column` takes.
         where: what the message calls them.
         of: what each is of, to be named in the place of its row.
         allow_empty: whether a text may be empty or white space.
+        errors: "replace" puts the replacement character in the place of half of one.
 
     Raises:
-        DataError: naming the row, if a text is null, no string, empty, or has half of a character (a lone surrogate).
+        DataError: naming the row, if a text is missing, no string, empty, or has half of a character (a lone
+            surrogate).
     """
-    if isinstance(texts, str):
-        raise DataError(f"{where}: expected a list of texts, given one string; put it into a list")
-    checked: list[Any] = list(texts)
+    checked = column(texts, where, "texts")
     for row, text in enumerate(checked):
         if not isinstance(text, str):
-            fault = f"is {'null' if text is None else f'{type(text).__name__} {text!r:.60}'}, expected a string"
+            fault = "is null" if _is_missing(text) else f"is {type(text).__name__} {text!r:.60}"
+            fault += ", expected a string"
         elif not allow_empty and not text.strip():
             fault = "is empty"
+        elif HALF.search(text) and errors == "replace":
+            checked[row] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # two halves make one
+            continue
         elif HALF.search(text):
             fault = f"{text!r:.60} is not valid Unicode: it has half of a character"
         else:
@@ -61,30 +106,46 @@ def checked_texts(
     return checked
 
 
-def checked_labels(labels: Iterable[Label], where: str = "row") -> list[Any]:
+def checked_labels(labels: Any, where: str = "row") -> list[Any]:
     """Return labels as Python's own strings, whole numbers, floats and truth values.
 
     Args:
-        labels: to check; scalars of NumPy and PyTorch may stand for Python's.
+        labels: to check, whatever :func:`column` takes; scalars of NumPy and PyTorch may stand for Python's.
         where: what the message calls the place of one, before its number.
 
     Raises:
         DataError: naming the row, if one is missing or of another type.
     """
-    if isinstance(labels, str):
-        raise DataError("expected a list of labels, given one string; put it into a list")
-    checked: list[Any] = []
-    for row, given in enumerate(labels):
-        label: Any = given.item() if getattr(given, "ndim", None) == 0 else given  # type: ignore[union-attr]
-        if label is None or (type(label) is float and math.isnan(label)):
+    checked = column(labels, "labels", "labels")
+    for row, given in enumerate(checked):
+        label: Any = given.item() if getattr(given, "ndim", None) == 0 else given
+        if type(label) not in (str, int, bool) and _is_missing(label):
             raise DataError(f"{where} {row}: the label is missing ({label})")
         if type(label) not in (str, int, float, bool):
             raise DataError(
                 f"{where} {row}: label {given!r:.60} is of type {type(given).__name__}; labels are strings, whole "
                 "numbers, floats or truth values"
             )
-        checked.append(label)
+        checked[row] = label
     return checked
+
+
+def checked_weights(weights: Any, count: int) -> list[float]:
+    """Return the weights of so many examples as floats; DataError, naming the row, if they cannot be."""
+    checked = column(weights, "sample_weight", "numbers")
+    if len(checked) != count:
+        raise DataError(f"sample_weight: {len(checked)} weights for {count} texts")
+    for row, weight in enumerate(checked):
+        if not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
+            raise DataError(f"sample_weight, row {row}: expected a finite number from 0, given {weight!r:.60}")
+    if count and not any(checked):
+        raise DataError("sample_weight: all weights are 0")
+    return [float(weight) for weight in checked]
+
+
+def _is_missing(value: object) -> bool:
+    """Whether a value says that there is none: None, NaN, or what pandas has for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in PANDAS_MISSING
 
 
 def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[Any], list[str] | None]:
@@ -111,7 +172,7 @@ def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[A
             "fit: label_names must be 'auto', a mapping from labels to names, a list of names in the order of the "
             f"sorted labels, or None, given {type(label_names).__name__} {label_names!r:.60}"
         )
-    keys = checked_labels(label_names, "fit, label_names, key") if isinstance(label_names, Mapping) else []
+    keys = checked_labels(list(label_names), "fit, label_names, key") if isinstance(label_names, Mapping) else []
     if not len(labels) and not keys:
         raise DataError("fit without examples needs label_names: a mapping from at least 2 labels to their names")
     found: dict[Any, Any] = {}

@@ -1,5 +1,6 @@
 """Where corpora come from: local files and datasets of the Hugging Face Hub, with errors that say what to do."""
 
+import csv
 import itertools
 import logging
 import tempfile
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from textmeta.data.corpus import FILE_BUILDERS, CorpusSettings
 from textmeta.errors import DataError, HubError, HubUnreachableError
+from textmeta.files import at_home
 from textmeta.hub import DEADLINE, clear_hub_errors
 
 __all__ = ["read_file", "read_hub"]
@@ -21,6 +23,7 @@ __all__ = ["read_file", "read_hub"]
 logger = logging.getLogger(__name__)
 
 *OTHERS, LAST = FILE_BUILDERS
+OTHER_ENDINGS = (".txt", ".xlsx", ".xls", ".ods", ".xml", ".gz", ".zip")  # of what people keep texts in, too
 FOR_A_FILE = f". For a local file, give a path that ends in {', '.join(OTHERS)} or {LAST}"
 
 
@@ -30,7 +33,7 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
     Raises:
         DataError: if there is no such file, it is empty, or cannot be read.
     """
-    path = Path(settings.dataset)
+    path = Path(at_home(settings.dataset))
     if not path.is_file():
         raise DataError(f"no such file: {path}")
     if path.stat().st_size == 0:
@@ -41,8 +44,7 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
         # CSV has no types: a cell stays the string that it is, "null", "01" and "True" too
         options["keep_default_na"] = False
         options["converters"] = {settings.text_column: str, settings.label_column: str}
-        if path.suffix.lower() == ".tsv":
-            options["sep"] = "\t"
+        options["sep"] = _separator(path, {settings.text_column, settings.label_column})
     try:
         # not through the user's cache: it tells files apart by name, size and time, and would keep a copy
         with tempfile.TemporaryDirectory() as cache, _without_bars():
@@ -69,7 +71,13 @@ def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]
             dataset that needs a script of its own.
     """
     dataset, config, split = settings.dataset, settings.config, settings.split
-    if Path(dataset).exists():
+    path = Path(at_home(dataset))
+    if path.is_file() or path.suffix.lower() in OTHER_ENDINGS:
+        raise DataError(
+            f"cannot read {path}: expected a file that ends in {', '.join(OTHERS)} or {LAST}; a sheet can be saved as "
+            "CSV, with the texts in one column and their labels in another"
+        )
+    if path.exists():
         raise DataError(
             f"there is a file or folder {dataset!r} here, so the dataset of that id on the Hub cannot be told from it: "
             "start from another working folder, or give the path of a data file"
@@ -98,6 +106,15 @@ def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]
     except Exception as error:  # as above
         told = f"cannot load {where} from the Hub" if silence is None else silence
         raise DataError(f"{told}: {_root_cause(error)}{_advice(error, dataset)}") from error
+
+
+def _separator(path: Path, columns: set[str]) -> str:
+    """Return what stands between the cells of a file's first row: that which has the columns, or makes most cells."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline()
+    separators: tuple[str, ...] = (*("\t," if path.suffix.lower() == ".tsv" else ",\t"), ";", "|")
+    rows = {separator: next(csv.reader([first], delimiter=separator), []) for separator in separators}
+    return max(separators, key=lambda separator: (columns <= set(rows[separator]), len(rows[separator])))
 
 
 def _look_up(dataset: str, revision: str | None) -> dict[str, Any]:

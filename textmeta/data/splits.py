@@ -11,7 +11,7 @@ import numpy as np
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.data.labels import few
 from textmeta.errors import DataError
-from textmeta.files import read_json
+from textmeta.files import at_home, read_json
 
 __all__ = ["ClassSplit", "draw_class_split", "load_parts", "read_class_split"]
 
@@ -87,7 +87,7 @@ def read_class_split(path: str | Path, fold: str | None = None) -> ClassSplit:
     Raises:
         DataError: if the file cannot be read, has no such fold or part, or the parts overlap.
     """
-    path = Path(path)
+    path = at_home(Path(path))
     try:
         content = read_json(path.read_bytes(), path, DataError)
     except OSError as error:

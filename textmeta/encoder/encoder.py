@@ -7,6 +7,8 @@ layers above run for any LoRA factors, of one task or of many at once. So the tr
 import copy
 import logging
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from textmeta.encoder.attention import use_switched_attention
 from textmeta.encoder.lora import LoraSettings, inject, lora_config
 from textmeta.encoder.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
 from textmeta.errors import EncoderError, SettingsError
-from textmeta.files import is_folder
+from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 
 __all__ = ["Encoder", "EncoderSettings"]
@@ -93,8 +95,8 @@ class Encoder:
                 + (": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16"))
             )
         settings = settings or EncoderSettings()
-        if is_folder(settings.model):  # a relative path would look like an id on the Hub from elsewhere
-            settings = replace(settings, model=str(Path(settings.model).resolve()))
+        if is_folder(at_home(settings.model)):  # a relative path would look like an id on the Hub from elsewhere
+            settings = replace(settings, model=str(Path(at_home(settings.model)).resolve()))
         try:
             self.device = torch.device(device)
         except RuntimeError as error:
@@ -121,6 +123,23 @@ class Encoder:
         self._prefix, self._suffix = _split(model, layers_name, first)
         self.frozen_layers = None if self._prefix is None else first
         self.overhead = 128 if self.device.type == "cpu" else 4096
+
+    def warn_of_unknown(self, texts: Sequence[str], where: str) -> None:
+        """Warn where most tokens of a text are unknown to the tokenizer, as Chinese ones are to an English one."""
+        unknown = self.tokenizer.unk_token_id
+        if not texts or unknown in (None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            return
+        # cut as everywhere else: the tokenizer keeps the length from call to call, and threads share it
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.settings.max_length)["input_ids"]
+        special = self.tokenizer.num_special_tokens_to_add()
+        found = [number for number, row in enumerate(rows) if 2 * row.count(unknown) > len(row) - special]
+        if found:
+            warnings.warn(
+                f"{where}: most tokens of {len(found)} of {len(texts)} texts are unknown to the encoder "
+                f"{self.settings.model}, first of row {found[0]}, {texts[found[0]]!r:.60}; it hardly tells such texts "
+                "apart, and may be of another language",
+                stacklevel=4,
+            )
 
     def states(self, inputs: Tensor, mask: Tensor, *, adapted: bool) -> tuple[Tensor, ...]:
         """Return the states (rows, length, hidden) that enter the frozen or the adapted layers, and after each of them.

@@ -72,7 +72,8 @@ def with_unlabelled_centre(middle: Tensor, number: Tensor, unlabelled: Tensor, t
 
 def centred(views: Tensor, middle: Tensor) -> Tensor:
     """Return (T, n, V, d) z = (u - m) / √(|u - m|² + 1e-12), of views (T, n, V, d) and centres (T, V, d)."""
-    return to_length_one(views - middle[:, None])
+    z = views - middle[:, None]
+    return z * (z.square().sum(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
 
 
 def to_length_one(vectors: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ __all__ = ["Adapter", "ClassIndex"]
 logger = logging.getLogger(__name__)
 
 PROBES = ("I lost my card on 24 December.", "What's the weather like?", "Übersetzen Sie das, s'il vous plaît! 你好")
+PROBE_LENGTH = 64  # tokens, which is more than any of them has
 LIKENESS = 0.999  # cosine: other machines and bfloat16 come closer, a word that became another does not
 LIBRARIES = ("textmeta", "torch", "transformers", "peft")
 
@@ -177,6 +178,9 @@ def _probe(reader: TokenStateReader, initialisation: Initialisation) -> Tensor:
     """Return (3, V·d), of length 1: the mean-pooled views of some fixed texts, with the adapter's LoRA."""
     device = reader.encoder.device
     factors = {name: value.detach().to(device) for name, value in initialisation.lora.items()}
+    own = reader.encoder.settings
+    reader.encoder.settings = replace(own, max_length=max(own.max_length, PROBE_LENGTH))  # whole, however texts are cut
     views = pool(reader.read(PROBES, factors), torch.zeros_like(initialisation.queries, device=device))
+    reader.encoder.settings = own
     joined: Tensor = views.flatten(1) / len(reader.layers) ** 0.5
     return joined.float().cpu()

@@ -2,11 +2,10 @@
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
@@ -46,10 +45,6 @@ class Rows:
             (torch.arange(width) < sizes[:, None]).to(device),
         )
 
-    def widened(self, width: int) -> "Rows":
-        """Return the same texts in a wider layout."""
-        return replace(self, there=pad(self.there, (0, width - self.there.shape[1])))
-
     def pad(self, flat: Tensor) -> Tensor:
         """Lay flat rows (N, …) out as (T, n, …), zeros for padding."""
         tasks, width = self.there.shape
@@ -68,6 +63,7 @@ class TaskBatch:
         ways: (T,) int64.
         names: of the classes, in the order of the labels; none for a task that comes without.
         unlabelled: of each task.
+        weights: (T, n), how much each labelled text counts, 0 for padding; None where all count 1.
     """
 
     support: Rows
@@ -75,6 +71,7 @@ class TaskBatch:
     ways: Tensor
     names: Rows
     unlabelled: Rows
+    weights: Tensor | None = None
 
     @classmethod
     def of(
@@ -85,6 +82,7 @@ class TaskBatch:
         names: Sequence[Sequence[str] | None] | None = None,
         unlabelled: Sequence[Sequence[str]] | None = None,
         device: str | torch.device = "cpu",
+        weights: Sequence[Sequence[float]] | None = None,
     ) -> "TaskBatch":
         """Lay out T tasks.
 
@@ -95,23 +93,28 @@ class TaskBatch:
             names: of each task the names of all its classes, or None.
             unlabelled: texts of each task.
             device: of the tensors.
+            weights: how much each labelled text counts, above 0; by default 1.
         """
         device = torch.device(device)
         for number, (part, count) in enumerate(zip(names or [None] * len(ways), ways, strict=True)):
             if part is not None and len(part) != count:
                 raise DataError(f"task {number}: {len(part)} names for {count} classes; expected one each, or none")
         sorted_tasks = [
-            sorted(zip(part, numbers, strict=True), key=lambda pair: (zlib.crc32(pair[0].encode()), pair))
-            for part, numbers in zip(texts, labels, strict=True)
+            sorted(zip(part, numbers, count, strict=True), key=lambda row: (zlib.crc32(row[0].encode()), row))
+            for part, numbers, count in zip(
+                texts, labels, weights or [[1.0] * len(part) for part in texts], strict=True
+            )
         ]
-        support = Rows.of([[text for text, _ in task] for task in sorted_tasks], device)
-        flat = torch.tensor([label for task in sorted_tasks for _, label in task], dtype=torch.long, device=device)
+        support = Rows.of([[text for text, _, _ in task] for task in sorted_tasks], device)
+        flat = torch.tensor([label for task in sorted_tasks for _, label, _ in task], dtype=torch.long, device=device)
+        counts = [count for task in sorted_tasks for *_, count in task]
         return cls(
             support,
             support.pad(flat + 1) - 1,
             torch.tensor(list(ways), device=device),
             Rows.of([part or () for part in names or [()] * len(texts)], device),
             Rows.of(unlabelled or [()] * len(texts), device),
+            None if weights is None else support.pad(torch.tensor(counts, device=device)),
         )
 
     @classmethod

@@ -6,8 +6,9 @@ Numbers that must be positive are kept as logarithms. Shapes: V views, d dimensi
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +16,19 @@ from textmeta.encoder.lora import layer_of, zero_start
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.heads import HEADS
 
-__all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings"]
+__all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings", "whole_number"]
 
 Adapt = Literal["none", "pooling", "lora", "pooling+lora", "offset"]
 MAX_STEPS = 50
 LORA = "lora."  # before the names of LoRA's factors
+
+
+def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    """Return a setting as an int; SettingsError if it is no whole number in a range."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
+        to = f" to {most}" if most < math.inf else ""
+        raise SettingsError(f"{name} must be a whole number from {least}{to}, given {value!r:.60}")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,19 @@ class LearnerSettings:
             raise SettingsError(f"layers must be numbers, such as (2, 4, 6), given {layers!r:.60}")
         if not 0 <= self.steps <= MAX_STEPS:
             raise SettingsError(f"steps must be from 0 to {MAX_STEPS}, given {self.steps}")
+
+    def reduced(self, adapt: Adapt | None, steps: int | None) -> "LearnerSettings":
+        """Return the settings with a part of what these adapt, and so many of their first steps; None leaves them.
+
+        Raises:
+            SettingsError: if that is not what was learned with these.
+        """
+        learned = {"none", self.adapt, *self.adapt.split("+")}
+        if adapt is not None and adapt not in learned:
+            expected = f"None or one of {sorted(learned)}"
+            raise SettingsError(f"adapt must be what this adapter has learned, {expected}, given {adapt!r:.60}")
+        steps = self.steps if steps is None else whole_number("steps", steps, 0, self.steps)
+        return replace(self, adapt=adapt or self.adapt, steps=steps)
 
 
 @dataclass(frozen=True)

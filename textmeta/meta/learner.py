@@ -1,12 +1,12 @@
 """Learning a task: from its support set to all that its queries are classified by."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, pad
 
 from textmeta.encoder.lora import LORA_B, layer_of
 from textmeta.encoder.token_states import TokenStates
@@ -86,6 +86,11 @@ class LearnedTask:
     shots: Tensor
     factors: Mapping[str, Tensor]
 
+    def to(self, device: torch.device) -> "LearnedTask":
+        """Return the same on a device."""
+        own = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, factors={name: value.to(device) for name, value in self.factors.items()}, **own)
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -94,10 +99,12 @@ class Answers:
     Args:
         logits: (T, n, C), -inf for classes that a task does not have.
         scope_inputs: (T, n, 7) what the scope of each query is told by (:data:`~textmeta.heads.scope.SCOPE_INPUTS`).
+        views: (T, n, V, d) centred.
     """
 
     logits: Tensor
     scope_inputs: Tensor
+    views: Tensor
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ class TaskLearner:
         support, names, unlabelled = self._read(batch, {})
         first = batch.support.pad(pool(support, init.queries))  # views (T, n, V, d) by the initial queries
         examples = Examples.of(batch.labels, batch.ways, first.dtype)
+        if batch.weights is not None:
+            examples = examples.weighted(batch.weights.to(first.dtype))
         view_nll, nll, mixed = self._evidence(first, examples)
         adapted = self._adapt_features(batch, support, examples, second_order)
         if adapted.factors:
@@ -147,7 +156,8 @@ class TaskLearner:
         first_middle = self._centre(batch, examples, first, extra_first)
         support_z, extra_z = centred(views, middle), centred(extra, middle)
         first_z, extra_first_z = centred(first, first_middle), centred(extra_first, first_middle)
-        name_rows = batch.names.widened(examples.classes.shape[1])
+        more = examples.classes.shape[1] - batch.names.there.shape[1]
+        name_rows = replace(batch.names, there=pad(batch.names.there, (0, more)))
         name_views = name_rows.pad(pool(names, init.queries))
         name_z, name_scale, evidence = self._names(batch.ways, name_rows.there, name_views, examples, first_z)
         scale = temperature(init.temperature, log_shots(examples), batch.ways, adapted.stepped, nll)
@@ -169,6 +179,8 @@ class TaskLearner:
             )
         if settings.adapt == "offset":
             weights = self._adapt_offset(support_z, weights, scale, examples, second_order)
+        # of the upper view the mean of each class, or its name where it has no example
+        sums = torch.einsum("tn,tnc,tnd->tcd", examples.weights, examples.member, first[:, :, -1])
         return LearnedTask(
             queries=adapted.queries,
             centre=middle,
@@ -178,7 +190,7 @@ class TaskLearner:
             name_centre=first_middle,
             name_scale=name_scale,
             class_means=prototypes(support_z, mixed, examples),
-            class_vectors=_class_vectors(first[:, :, -1], name_views[:, :, -1], examples),
+            class_vectors=to_length_one(torch.where(examples.present[..., None], sums, name_views[:, :, -1])).detach(),
             mixture=mixed,
             classes=examples.classes,
             present=examples.present,
@@ -222,7 +234,7 @@ class TaskLearner:
             task.shots,
             task.classes.sum(1),
         )
-        return Answers(logits, inputs)
+        return Answers(logits, inputs, z)
 
     def _read(self, batch: TaskBatch, factors: Mapping[str, Tensor]) -> tuple[TokenStates, TokenStates, TokenStates]:
         """Read support texts, names and unlabelled texts together; ``factors`` are LoRA's of each task, if adapted."""
@@ -309,6 +321,11 @@ class TaskLearner:
         shared |= {QUERIES: init.queries, "scale": init.loss_log_scale, "weights": init.loss_view_weights}
         parts = parts_in_turn(batch, examples, settings.steps)
         voting = [Examples.of(labels, batch.ways, init.queries.dtype) for _, labels, _ in parts]
+        if batch.weights is not None:
+            at = batch.support.row_task, batch.support.place
+            flat = batch.weights[at].to(init.queries.dtype)
+            own_weights = [rows.pad(flat if chosen is None else flat[chosen]) for rows, _, chosen in parts]
+            voting = [part.weighted(own) for part, own in zip(voting, own_weights, strict=True)]
         told = [with_company(part) for part in voting]
 
         def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -405,9 +422,3 @@ class TaskLearner:
             return init.offset_log_step_sizes
         layers = sorted({layer_of(factor) for factor in init.lora}, key=lambda layer: int(layer.rsplit(".", 1)[1]))
         return init.lora_log_step_sizes[:, layers.index(layer_of(name.removeprefix(LORA)))]
-
-
-def _class_vectors(support: Tensor, names: Tensor, examples: Examples) -> Tensor:
-    """Return (T, C, d), of length 1: the mean of each class's views (T, n, d), or its name's (T, C, d) without any."""
-    sums = torch.einsum("tn,tnc,tnd->tcd", examples.weights, examples.member, support)
-    return to_length_one(torch.where(examples.present[..., None], sums, names)).detach()

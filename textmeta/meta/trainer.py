@@ -21,7 +21,7 @@ from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
-from textmeta.files import CHECKPOINT
+from textmeta.files import CHECKPOINT, at_home
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
@@ -122,6 +122,7 @@ class MetaTrainer:
         """Number of the step from which the run settles."""
         return self.steps - round(self.steps * self.settling)
 
+    @torch.inference_mode(False)  # in which, and under no_grad, there would be no gradient
     def train(
         self,
         corpora: Corpus | Sequence[Corpus],
@@ -175,11 +176,13 @@ class MetaTrainer:
         run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
         run.check_fixed()
         main = accelerator.is_main_process
-        reader.cache(*(corpus.texts for corpus in corpora), folder=cache, progress=main)
+        reader.cache(*(corpus.texts for corpus in corpora), folder=cache and at_home(cache), progress=main)
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
-        found = run.loop(tensors, judges.take(VALIDATION_EPISODES) if judges else [], Path(output), fingerprint)
+        found = run.loop(
+            tensors, judges.take(VALIDATION_EPISODES) if judges else [], at_home(Path(output)), fingerprint
+        )
         adapter = replace(
             Adapter.of(reader, learner, shape.with_tensors(found)),
             record={"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]},

@@ -13,11 +13,26 @@ from pathlib import Path
 from textmeta.errors import AdapterError, DamagedAdapterError
 from textmeta.files import CHECKPOINT, is_folder, sync_folder, write_synced
 
-__all__ = ["MANIFEST", "check_destination", "is_there", "manifest_of", "read_file", "read_folder", "write_folder"]
+__all__ = [
+    "IS_SETFIT",
+    "MANIFEST",
+    "SETFIT",
+    "check_destination",
+    "is_there",
+    "manifest_of",
+    "read_file",
+    "read_folder",
+    "write_folder",
+]
 
 MANIFEST = "SHA256SUMS"
 MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)\n")
 MAX_BYTES, MAX_TEXT_BYTES = 2**30, 2**26  # of a file of tensors, and of another; a larger one is not read
+SETFIT = "config_setfit.json"
+IS_SETFIT = (
+    "is a SetFit model and no textmeta adapter. Its head is a pickle, which is never loaded: give the examples that it "
+    "was trained on to FewShotClassifier().fit(texts, labels)"
+)
 TRIES = 20  # to read a folder while others write it
 # What can run code when it is loaded or imported, by somebody if not by textmeta.
 CODE_ENDINGS = (
@@ -77,6 +92,8 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _read_checked(folder: Path, known: Collection[str] | None) -> dict[str, bytes]:
     present = sorted(path.name for path in folder.iterdir())
+    if SETFIT in present and MANIFEST not in present:
+        raise AdapterError(f"{folder} {IS_SETFIT}")
     _check_no_code(folder, present)
     if MANIFEST not in present:
         run = CHECKPOINT in present  # no adapter, for it is the caller of train who has that

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
-from textmeta.files import is_folder
+from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess, fetch_snapshot, is_repo_id
-from textmeta.sharing.folder import MANIFEST, is_there
+from textmeta.sharing.folder import IS_SETFIT, MANIFEST, SETFIT, is_there
 from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
 
 __all__ = ["DEFAULT_ADAPTER", "Location", "read_located", "subfolder_prefix"]
@@ -56,6 +56,8 @@ def read_located(
     """
     where = _locate(name, revision, subfolder, access)
     if where.kind == "hub" and not (where.folder / MANIFEST).exists():
+        if (where.folder / SETFIT).exists():
+            raise AdapterError(f"{str(name)!r} on the Hub {IS_SETFIT}")
         raise AdapterError(
             f"{name!r} on the Hub is no textmeta adapter: it has no {MANIFEST} (adapters in its subfolders are loaded "
             "with subfolder=…)"
@@ -75,6 +77,7 @@ def _locate(
 ) -> Location:
     """Find the folder of a name, downloading it if it is a repository's, and again if that is forced."""
     prefix = subfolder_prefix(subfolder)
+    name = at_home(name)
     text = str(name)
     if revision is None and is_there(name):
         if not (Path(name) / prefix).resolve().is_relative_to(Path(name).resolve()):
@@ -91,7 +94,7 @@ def _locate(
             + (f", which alone has revisions (given {revision!r:.80})" if revision is not None else "")
         )
     try:
-        wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD)]
+        wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD, SETFIT)]
         snapshot = fetch_snapshot(text, wanted, revision=revision, access=access, force=force)
     except HubError as error:
         raise type(error)(f"{text!r} is no folder here, and {error}") from error

@@ -12,6 +12,7 @@ from textmeta.encoder.lora import LORA_B
 from textmeta.encoder.pretrained import load_pretrained, weights_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
+from textmeta.files import at_home
 
 __all__ = ["write_merged"]
 
@@ -31,7 +32,7 @@ def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, T
     Raises:
         AdapterError: if the folder holds anything or cannot be written, or the encoder's files have changed by now.
     """
-    folder, encoder = folder.resolve(), reader.encoder
+    folder, encoder = at_home(folder).resolve(), reader.encoder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(f"cannot write a merged encoder to {folder}: it is there already, and is not empty")
     model, tokenizer, _ = load_pretrained(*encoder.source, encoder.access)

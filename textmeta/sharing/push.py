@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
 from textmeta.errors import AdapterError, HubError
-from textmeta.files import is_folder
+from textmeta.files import at_home, is_folder
 from textmeta.hub import check_reachable, clear_hub_errors, is_repo_id
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing.card import PLACEHOLDER
@@ -70,7 +70,7 @@ def push_folder(folder: str | Path, to: Destination, *, base_model: str | None =
         AdapterError: if the folder is no whole adapter, or its encoder no id on the Hub.
         HubError: see :func:`push_adapter`.
     """
-    folder = Path(folder)
+    folder = at_home(Path(folder))
     adapter, fitted = load_adapter(folder)
     if base_model is not None:
         return push_adapter(adapter, fitted, to, base_model=base_model)
