@@ -98,7 +98,7 @@ def test_card_says_what_of_others_is_stored(trained: Adapter) -> None:
     assert "Classes (2): `a`, `b`." in stored
 
 
-@pytest.mark.filterwarnings("ignore:fit. most tokens:UserWarning", "ignore:predict. most tokens:UserWarning")  # to a tiny encoder
+@pytest.mark.filterwarnings("ignore:(fit|predict). most tokens:UserWarning")
 def test_python_of_the_card_runs(adapter: Adapter, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", adapter)
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
