@@ -33,14 +33,14 @@ from textmeta.heads.pooling import pool
 from textmeta.heads.unlabelled import soft_labelled_ridge
 from textmeta.meta import learner as learner_module
 from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.evaluation import in_parts
 from textmeta.meta.learner import LearnedTask, TaskLearner
 from textmeta.sharing.store import load_adapter
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES, CORE = RESULTS / "v0_1.jsonl", RESULTS / "choose.jsonl"
 SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-general"
-TASKS, CHUNK, EPISODES = 16, 50, 200  # learned together; of a line; of a cell
-MOST_CHARACTERS = 400_000  # of the texts of tasks that are learned together: their token states take some 600 MB
+CHUNK, EPISODES = 50, 200  # of a line; of a cell
 OTHER_DRAWS = 3  # third number of the seed that wrong names are drawn by
 
 
@@ -168,7 +168,7 @@ class Contestant:
             self.reader.cache([text for part in texts for text in part])
         learner = self.learner(self.states, self.adapter)
         start, answers = time.perf_counter(), []
-        for together in in_parts(episodes, [sum(map(len, part)) for part in texts]):
+        for together in in_parts(episodes):
             answers += probabilities(learner, together)
         return answers, (time.perf_counter() - start) / len(episodes)
 
@@ -180,19 +180,6 @@ def probabilities(learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.
     queries = Rows.of([e.query_texts for e in episodes], torch.device("cpu"))
     found = learner.answer(task, queries).logits.double().softmax(-1).numpy()
     return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
-
-
-def in_parts(episodes: Sequence[Episode], characters: Sequence[int]) -> Iterator[list[Episode]]:
-    """Yield episodes that are learned together: 16 tasks, fewer where texts are many and long."""
-    together: list[Episode] = []
-    number = 0
-    for episode, size in zip(episodes, characters, strict=True):
-        if together and (len(together) == TASKS or number + size > MOST_CHARACTERS):
-            yield together
-            together, number = [], 0
-        together.append(episode)
-        number += size
-    yield together
 
 
 def runs(

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from choose import SHIPPED
 
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.batch import TaskBatch
@@ -24,7 +25,6 @@ from textmeta.sharing.store import load_adapter
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from general import training_corpora
 
-SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-general"
 FAMILIES = ("argkp", "crossner", "hatecheck", "exercise", "uci_sentences", "edos", "sgd", "onet", "chitchat smalltalk")
 SHOTS, EPISODES, SEED = 5, 20, 0
 
@@ -50,10 +50,9 @@ def main() -> None:
     for corpus in corpora:
         if not (kin := relatives(corpus.name, list(vectors))):
             continue
-        known = np.concatenate([own for name, own in vectors.items() if name != corpus.name])
-        of_kin = np.concatenate(
-            [np.full(len(own), name in kin) for name, own in vectors.items() if name != corpus.name]
-        )
+        others = {name: own for name, own in vectors.items() if name != corpus.name}
+        known = np.concatenate(list(others.values()))
+        of_kin = np.repeat([name in kin for name in others], [len(own) for own in others.values()])
         enough = [name for label, name in enumerate(corpus.class_names) if len(corpus.rows_of(label)) > SHOTS]
         hits = []
         for episode in EpisodeSampler(corpus.restrict(enough), EpisodeSettings(5, SHOTS, 1), SEED).take(EPISODES):

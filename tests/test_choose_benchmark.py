@@ -18,6 +18,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
+from textmeta.meta import evaluation
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.evaluation import _calibration_error, score_episodes
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
@@ -99,11 +100,12 @@ def test_what_is_recorded_is_what_evaluation_says(
     """Texts are read once a corpus, and tasks are learned together: the answers are the same."""
     (cell,) = choose.ChooseCorpora(data_dir).cells([2])
     episodes: list[Episode] = [choose.VARIANTS["names"](cell.episode(number), cell, number) for number in range(4)]
-    monkeypatch.setattr(choose, "TASKS", 3)
+    monkeypatch.setattr(evaluation, "TASKS_AT_ONCE", 3)
     answers, _ = choose.Contestant(adapter, {"adapt": adapt}).answers(cell, episodes)
     result = choose.result_of(answers, episodes)
     loaded = load_adapter(adapter)[0]
     own = replace(loaded, learner=replace(loaded.learner, adapt=adapt))  # type: ignore[arg-type]
+    monkeypatch.setattr(evaluation, "TASKS_AT_ONCE", 1)
     expected = score_episodes(TaskLearner(loaded.load_reader(), own), episodes)
     assert np.divide(result["right"], result["queries"]) == pytest.approx(expected.accuracy)
     assert np.array(result["nll"]) == pytest.approx(1000 * expected.nll, abs=2)

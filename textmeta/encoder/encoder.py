@@ -95,8 +95,8 @@ class Encoder:
                 + (": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16"))
             )
         settings = settings or EncoderSettings()
-        if is_folder(at_home(settings.model)):  # a relative path would look like an id on the Hub from elsewhere
-            settings = replace(settings, model=str(Path(at_home(settings.model)).resolve()))
+        if is_folder(local := at_home(settings.model)):  # a relative path would look like an id on the Hub elsewhere
+            settings = replace(settings, model=str(Path(local).resolve()))
         try:
             self.device = torch.device(device)
         except RuntimeError as error:
