@@ -1,17 +1,13 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
 from collections.abc import Iterable
-from dataclasses import replace
-from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from huggingface_hub import CommitInfo
-from sklearn import exceptions
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.base import ClassifierMixin, TransformerMixin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,32 +20,23 @@ from textmeta.data.labels import (
     label_array,
     task_classes,
 )
-from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, DataError, SettingsError, TextMetaError
+from textmeta.errors import AdapterError, DataError
+from textmeta.estimator import AdapterEstimator, NotFittedError
 from textmeta.heads.scope import scope_probability
-from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch
-from textmeta.meta.initialisation import Adapt, whole_number
-from textmeta.meta.learner import TaskLearner
+from textmeta.meta.initialisation import Adapt
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
 from textmeta.sharing.locate import DEFAULT_ADAPTER
-from textmeta.sharing.merged import write_merged
-from textmeta.sharing.push import Destination, push_adapter
-from textmeta.sharing.store import Fitted, load_adapter, save_adapter
+from textmeta.sharing.store import Fitted
 
 __all__ = ["FewShotClassifier", "NotFittedError"]
 
 BAR_AFTER = 5.0  # seconds
-NOT_FITTED = "this classifier has not been fitted: call fit(texts, labels) first"
 
 
-class NotFittedError(TextMetaError, exceptions.NotFittedError):  # type: ignore[misc]
-    """A classifier was asked for predictions before ``fit``; scikit-learn's error of that name."""
-
-
-class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  # type: ignore[misc]
     """Classifies texts by a few labelled examples of each class, by names of the classes, or by both.
 
     ``FewShotClassifier()`` has the adapter that comes with textmeta. It is an estimator of scikit-learn: making one
@@ -71,9 +58,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         errors: what half of a character in a text does: "raise" an error, or "replace" it.
         progress: whether a bar is shown where predicting takes long.
     """
-
-    _access = HubAccess()
-    _fitted: Fitted | None = None  # replaced as a whole: other threads may be predicting
 
     def __init__(
         self,
@@ -99,45 +83,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         self.precision = precision
         self.errors = errors
         self.progress = progress
-
-    @classmethod
-    @torch.inference_mode(False)  # no gradient could be taken of what is loaded in it
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        **settings: Any,
-    ) -> "FewShotClassifier":
-        """Load an adapter and its encoder at once; a classifier that was saved fitted comes back fitted.
-
-        Nothing that is loaded is run or unpickled. The adapter is checked to be whole, and to belong to the encoder.
-
-        Args:
-            name: as ``adapter`` of the class.
-            revision: branch, tag or commit on the Hub.
-            subfolder: of the folder or repository.
-            token: an access token for the Hub; None takes the one that `hf auth login` stored, False none.
-            cache_dir: of downloads; by default the Hub library's own.
-            local_files_only: use what the cache holds, and ask nobody.
-            settings: the other arguments of the class, such as ``encoder``.
-
-        Raises:
-            AdapterError: if the adapter is missing or damaged, of another format, or does not belong to the encoder.
-            HubError: if the Hub has no such repository or revision, does not let this user at it, or cannot be reached.
-            EncoderError: if the encoder cannot be loaded.
-        """
-        access, encoder = HubAccess(token, cache_dir, local_files_only), settings.get("encoder")
-        adapter, fitted = load_adapter(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
-        classifier = cls(adapter, **settings)
-        classifier._access = access
-        queries = classifier._learner.adapter.initialisation.queries
-        classifier._fitted = fitted and replace(fitted, task=fitted.task.to(queries.device))
-        return classifier
 
     @torch.inference_mode(False)  # the inner steps take gradients
     def fit(
@@ -307,121 +252,9 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         """What :func:`textmeta.similarity` compares tasks by."""
         return task_embedding(self._now().task, tuple(self._now().classes))
 
-    def save_pretrained(self, folder: str | Path, *, include_support: bool = False) -> None:
-        """Write the adapter, and the fitted task if there is one, to a folder.
-
-        Args:
-            folder: where to; replaced as a whole, or not at all (AdapterError).
-            include_support: whether to store the texts of ``fit`` with their labels, for everybody who gets the folder
-                to read; the model card says so.
-        """
-        save_adapter(folder, self._adapter, self._to_store(include_support))
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        token: str | bool | None = None,
-        private: bool | None = None,
-        commit_message: str | None = None,
-        include_support: bool = False,
-        base_model: str | None = None,
-    ) -> CommitInfo:
-        """Push the adapter, and the fitted task if there is one, to the Hub, in one commit or not at all; return it.
-
-        Args:
-            repo_id: ``owner/name``; the repository is made if there is none.
-            revision: branch; made if there is none.
-            subfolder: of the repository.
-            token: an access token that may write; None takes the one that `hf auth login` stored.
-            private: whether a new repository is private; None leaves that to the owner's default. One that is there
-                already must be private, if this is True.
-            commit_message: of the commit.
-            include_support: see :meth:`save_pretrained`.
-            base_model: id on the Hub of the encoder, where it was loaded from a folder.
-
-        Raises:
-            AdapterError: if it cannot be saved, or its encoder is no id on the Hub.
-            HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
-        """
-        to = Destination(repo_id, revision, subfolder, token, private, commit_message)
-        return push_adapter(self._adapter, self._to_store(include_support), to, base_model=base_model)
-
-    def merge(self, folder: str | Path) -> None:
-        """Write the encoder with its LoRA merged, that of the fitted task if it has its own, as a sentence encoder.
-
-        ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` load it without textmeta or PEFT.
-
-        Args:
-            folder: where to; must not exist, or be empty (AdapterError).
-        """
-        factors = self._fitted.task.factors if self._fitted else {}
-        own = {name: value[0] for name, value in factors.items()} or self._adapter.initialisation.lora
-        write_merged(Path(folder), self._reader, own)
-
-    @cached_property
-    @torch.inference_mode(False)
-    def _adapter(self) -> Adapter:
-        """The adapter, with the length of texts that was asked for; one that was named is loaded the first time."""
-        given = self.adapter
-        found = given if isinstance(given, Adapter) else load_adapter(given, encoder=self.encoder)[0]
-        if self.max_length is None:
-            return found
-        return replace(found, encoder=replace(found.encoder, max_length=whole_number("max_length", self.max_length, 3)))
-
-    @cached_property
-    @torch.inference_mode(False)
-    def _reader(self) -> TokenStateReader:
-        """What reads token states; the encoder is loaded the first time."""
-        return self._adapter.load_reader(
-            device=self.device, precision=self.precision, model=self.encoder, access=self._access
-        )
-
-    @cached_property
-    @torch.inference_mode(False)
-    def _learner(self) -> TaskLearner:
-        """What learns tasks, as the arguments say."""
-        whole_number("batch_size", self.batch_size, 1)
-        if self.errors not in ("raise", "replace"):
-            raise SettingsError(f"errors must be 'raise' or 'replace', given {self.errors!r:.60}")
-        learner = self._adapter.learner.reduced(self.adapt, self.steps)
-        return TaskLearner(self._reader, replace(self._adapter.to(self._reader.encoder.device), learner=learner))
-
-    def set_params(self, **params: Any) -> "FewShotClassifier":
-        """Set arguments of the class; after a change of what is loaded, nothing is fitted any more."""
-        before = self.get_params()
-        super().set_params(**params)
-        if any(params[name] is not before[name] for name in params.keys() - {"batch_size", "errors", "progress"}):
-            for name in ("_adapter", "_reader", "_learner", "_fitted"):
-                self.__dict__.pop(name, None)
-        return self
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return self._fitted is not None
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.string = tags.input_tags.one_d_array = True
-        tags.input_tags.two_d_array = False
-        return tags
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle or a copy holds: not the encoder, which is loaded again, nor an access token."""
-        state = {**super().__getstate__(), "_access": replace(self._access, token=None)}
-        return {name: value for name, value in state.items() if name not in ("_reader", "_learner")}
-
-    def _now(self) -> Fitted:
-        if self._fitted is None:
-            raise NotFittedError(NOT_FITTED)
-        return self._fitted
-
     def _answer(self, texts: Iterable[str], *wanted: str) -> Any:
         """Return the fitted task, and what is wanted of its :class:`Answers` to n texts: (n, …) float64 on the CPU."""
-        fitted = self._fitted  # held from beginning to end, whatever other threads fit
-        if fitted is None:
-            raise NotFittedError(NOT_FITTED)
+        fitted = self._now()  # held from beginning to end, whatever other threads fit
         given = [texts] if isinstance(texts, str) else texts
         texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors)
         learner = self._learner
@@ -441,10 +274,3 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, BaseEstimator):  # ty
         if rule is None:
             raise AdapterError(f"this adapter has no rule for what is out of scope, as {DEFAULT_ADAPTER} has")
         return np.asarray(scope_probability(rule.cpu().double(), scope_inputs))
-
-    def _to_store(self, include_support: bool) -> Fitted | None:
-        """Return what is stored of the fitted task, if there is one."""
-        fitted = self._fitted
-        if include_support and (fitted is None or fitted.support is None):
-            raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
-        return fitted if fitted is None or include_support else replace(fitted, support=None)

@@ -1,0 +1,206 @@
+"""What lies under the classifier: its adapter and encoder, loaded when they are needed; saving, sharing, copying."""
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import CommitInfo
+from sklearn import exceptions
+from sklearn.base import BaseEstimator
+
+from textmeta.encoder.token_states import TokenStateReader
+from textmeta.errors import AdapterError, SettingsError, TextMetaError
+from textmeta.hub import HubAccess
+from textmeta.meta.adapter import Adapter
+from textmeta.meta.initialisation import Adapt, whole_number
+from textmeta.meta.learner import TaskLearner
+from textmeta.sharing.merged import write_merged
+from textmeta.sharing.push import Destination, push_adapter
+from textmeta.sharing.store import Fitted, load_adapter, save_adapter
+
+__all__ = ["AdapterEstimator", "NotFittedError"]
+
+NOT_FITTED = "this classifier has not been fitted: call fit(texts, labels) first"
+HARMLESS = {"batch_size", "errors", "progress"}  # arguments that nothing is loaded or fitted by
+
+
+class NotFittedError(TextMetaError, exceptions.NotFittedError):  # type: ignore[misc]
+    """A classifier was asked for predictions before ``fit``; scikit-learn's error of that name."""
+
+
+class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
+    """An estimator of scikit-learn that loads an adapter and its encoder when they are first needed, and keeps them.
+
+    What its arguments mean is said by :class:`~textmeta.classifier.FewShotClassifier`.
+    """
+
+    adapter: str | Path | Adapter
+    encoder: str | None
+    adapt: Adapt | None
+    steps: int | None
+    max_length: int | None
+    batch_size: int
+    device: str | torch.device
+    precision: str
+    errors: str
+
+    _access = HubAccess()
+    _fitted: Fitted | None = None  # replaced as a whole: other threads may be predicting
+
+    @classmethod
+    @torch.inference_mode(False)  # no gradient could be taken of what is loaded in it
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Load an adapter and its encoder at once; a classifier that was saved fitted comes back fitted.
+
+        Nothing that is loaded is run or unpickled. The adapter is checked to be whole, and to belong to the encoder.
+
+        Args:
+            name: as ``adapter`` of the class.
+            revision: branch, tag or commit on the Hub.
+            subfolder: of the folder or repository.
+            token: an access token for the Hub; None takes the one that `hf auth login` stored, False none.
+            cache_dir: of downloads; by default the Hub library's own.
+            local_files_only: use what the cache holds, and ask nobody.
+            settings: the other arguments of the class, such as ``encoder``.
+
+        Raises:
+            AdapterError: if the adapter is missing or damaged, of another format, or does not belong to the encoder.
+            HubError: if the Hub has no such repository or revision, does not let this user at it, or cannot be reached.
+            EncoderError: if the encoder cannot be loaded.
+        """
+        access, encoder = HubAccess(token, cache_dir, local_files_only), settings.get("encoder")
+        adapter, fitted = load_adapter(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
+        classifier = cls(adapter, **settings)
+        classifier._access = access
+        queries = classifier._learner.adapter.initialisation.queries
+        classifier._fitted = fitted and replace(fitted, task=fitted.task.to(queries.device))
+        return classifier
+
+    def save_pretrained(self, folder: str | Path, *, include_support: bool = False) -> None:
+        """Write the adapter, and the fitted task if there is one, to a folder.
+
+        Args:
+            folder: where to; replaced as a whole, or not at all (AdapterError).
+            include_support: whether to store the texts of ``fit`` with their labels, for everybody who gets the folder
+                to read; the model card says so.
+        """
+        save_adapter(folder, self._adapter, self._to_store(include_support))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        include_support: bool = False,
+        base_model: str | None = None,
+    ) -> CommitInfo:
+        """Push the adapter, and the fitted task if there is one, to the Hub, in one commit or not at all; return it.
+
+        Args:
+            repo_id: ``owner/name``; the repository is made if there is none.
+            revision: branch; made if there is none.
+            subfolder: of the repository.
+            token: an access token that may write; None takes the one that `hf auth login` stored.
+            private: whether a new repository is private; None leaves that to the owner's default. One that is there
+                already must be private, if this is True.
+            commit_message: of the commit.
+            include_support: see :meth:`save_pretrained`.
+            base_model: id on the Hub of the encoder, where it was loaded from a folder.
+
+        Raises:
+            AdapterError: if it cannot be saved, or its encoder is no id on the Hub.
+            HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
+        """
+        to = Destination(repo_id, revision, subfolder, token, private, commit_message)
+        return push_adapter(self._adapter, self._to_store(include_support), to, base_model=base_model)
+
+    def merge(self, folder: str | Path) -> None:
+        """Write the encoder with its LoRA merged, that of the fitted task if it has its own, as a sentence encoder.
+
+        ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` load it without textmeta or PEFT.
+
+        Args:
+            folder: where to; must not exist, or be empty (AdapterError).
+        """
+        factors = self._fitted.task.factors if self._fitted else {}
+        own = {name: value[0] for name, value in factors.items()} or self._adapter.initialisation.lora
+        write_merged(Path(folder), self._reader, own)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _adapter(self) -> Adapter:
+        """The adapter, with the length of texts that was asked for; one that was named is loaded the first time."""
+        given = self.adapter
+        found = given if isinstance(given, Adapter) else load_adapter(given, encoder=self.encoder)[0]
+        if self.max_length is None:
+            return found
+        return replace(found, encoder=replace(found.encoder, max_length=whole_number("max_length", self.max_length, 3)))
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _reader(self) -> TokenStateReader:
+        """What reads token states; the encoder is loaded the first time."""
+        return self._adapter.load_reader(
+            device=self.device, precision=self.precision, model=self.encoder, access=self._access
+        )
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _learner(self) -> TaskLearner:
+        """What learns tasks, as the arguments say."""
+        whole_number("batch_size", self.batch_size, 1)
+        if self.errors not in ("raise", "replace"):
+            raise SettingsError(f"errors must be 'raise' or 'replace', given {self.errors!r:.60}")
+        learner = self._adapter.learner.reduced(self.adapt, self.steps)
+        return TaskLearner(self._reader, replace(self._adapter.to(self._reader.encoder.device), learner=learner))
+
+    def set_params(self, **params: Any) -> Self:
+        """Set arguments of the class; after a change of what is loaded, nothing is fitted any more."""
+        before = self.get_params()
+        super().set_params(**params)
+        if any(params[name] is not before[name] for name in params.keys() - HARMLESS):
+            for name in ("_adapter", "_reader", "_learner", "_fitted"):
+                self.__dict__.pop(name, None)
+        return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._fitted is not None
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        return tags
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy holds: not the encoder, which is loaded again, nor an access token."""
+        state = {**super().__getstate__(), "_access": replace(self._access, token=None)}
+        return {name: value for name, value in state.items() if name not in ("_reader", "_learner")}
+
+    def _now(self) -> Fitted:
+        if self._fitted is None:
+            raise NotFittedError(NOT_FITTED)
+        return self._fitted
+
+    def _to_store(self, include_support: bool) -> Fitted | None:
+        """Return what is stored of the fitted task, if there is one."""
+        fitted = self._fitted
+        if include_support and (fitted is None or fitted.support is None):
+            raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
+        return fitted if fitted is None or include_support else replace(fitted, support=None)
