@@ -22,13 +22,14 @@ from textmeta.sharing.store import load_adapter, save_adapter
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # the corpora and settings of the shipped adapter
 from general import GENERAL, training_corpora
 
-BASE = replace(GENERAL, episodes=1000)
+VIEWS = LearnerSettings(layers=(3, 4, 5, 6))
+BASE = replace(GENERAL, learner=VIEWS, episodes=1000)
 # all tensors that have no part in names
 NOT_OF_NAMES = tuple(f.name for f in fields(Initialisation) if "name" not in f.name and f.name != "log_zero_shot_scale")
 
 
 def _learner(episodes: int = BASE.episodes, **changes: Any) -> MetaTrainer:
-    return replace(BASE, learner=LearnerSettings(**changes), episodes=episodes)
+    return replace(BASE, learner=replace(VIEWS, **changes), episodes=episodes)
 
 
 # All arms take as long as 1,000 episodes of the base arm: numbers of episodes are by time measured on equal episodes.
@@ -47,17 +48,13 @@ ARMS: dict[str, MetaTrainer] = {
     "meta-sgd": replace(BASE, algorithm="meta_sgd", episodes=910),
     "protonet": replace(BASE, algorithm="protonet", episodes=1290),
     "anil": replace(BASE, algorithm="anil"),
-    "no-settling": replace(BASE, settling=0.0),
     "no-centre": replace(BASE, fixed=("centre", "log_centre_strength")),
     "no-names": replace(BASE, names=0.0),
-    # the names' own numbers alone, learned once all else is; that has settled already
-    "names-after": replace(BASE, episodes=200, fixed=NOT_OF_NAMES, settling=0.0),
+    "names-after": replace(BASE, episodes=200, fixed=NOT_OF_NAMES),  # the names' own numbers, once all else is learned
 }
-# Runs in search of a better default: LoRA stays at full strength.
-FULL = replace(GENERAL, settling=0.0)
-TWO_VIEWS = replace(FULL, learner=LearnerSettings(layers=(3, 6)), episodes=3000)
-SEARCH = {
-    "full-2000": replace(FULL, episodes=2000),
+TWO_VIEWS = replace(GENERAL, episodes=3000)
+SEARCH = {  # runs in search of a better default
+    "full-2000": replace(BASE, episodes=2000),
     "two-views-3000": TWO_VIEWS,
     "two-views-6600": replace(TWO_VIEWS, episodes=6600),
     "slow-lora": replace(TWO_VIEWS, lora_rate=2e-4),

@@ -24,6 +24,7 @@ from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.calibration import episodes_with_outside, fit_calibration
+from textmeta.meta.initialisation import LearnerSettings
 from textmeta.meta.learner import TaskLearner
 from textmeta.nearest import index_corpora
 from textmeta.sharing.folder import check_destination
@@ -39,6 +40,7 @@ GENERAL = MetaTrainer(
         alpha=16,
         targets=("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
     ),
+    learner=LearnerSettings(layers=(3, 6)),
     episodes=6600,
     precision="bf16",
 )

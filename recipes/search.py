@@ -23,7 +23,6 @@ from textmeta.training import parsed, train_parser
 SPACE = {  # settings of MetaTrainer; nested ones have dotted names
     "lora_rate": FloatDistribution(1e-4, 3e-3, log=True),
     "number_rate": FloatDistribution(5e-3, 0.1, log=True),
-    "lora_share": FloatDistribution(0.2, 1.0),
     "lora.rank": CategoricalDistribution([4, 8, 16]),
     "learner.steps": IntDistribution(2, 8),
 }

@@ -139,7 +139,7 @@ def test_nothing_may_be_held_out_and_another_corpus_choose(
 
 def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adapter: Path, tmp_path: Path) -> None:
     """Its LoRA's settings are taken, and what is not learned stays as it was there."""
-    fixed = ["--fixed", '["lora."]', "--lora_share", "1", "--lora.rank", "2", "--learner.steps", "3"]
+    fixed = ["--fixed", '["lora."]', "--lora.rank", "2", "--learner.steps", "3"]
     made, start = (
         load_adapter(folder)[0]
         for folder in (run(tmp_path / "run", "--data", data, "--start", adapter, *fixed), adapter)

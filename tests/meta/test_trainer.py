@@ -1,4 +1,4 @@
-"""The outer loop: what a step takes, resuming, stopping, settling, validation, and what comes of it."""
+"""The outer loop: what a step takes, resuming, stopping, validation, and what comes of it."""
 
 import json
 import os
@@ -54,14 +54,13 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_of(tiny_model: str, **settings) -> MetaTrainer:
-    """Six steps of one episode; the last two settle."""
+    """Six steps of one episode."""
     given = {
         "encoder": EncoderSettings(tiny_model, max_length=32),
         "lora": LoraSettings(rank=4),
         "learner": LEARNER,
         "episodes": 6,
         "tasks_per_step": 1,
-        "settling": 1 / 3,
         **settings,
     }
     return MetaTrainer(**given)
@@ -146,7 +145,7 @@ def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
     assert row["gradient_norm"] == pytest.approx(norm, rel=1e-3)
     assert row["loss"] == pytest.approx(float(last[0].loss + last[1].loss) / 2, rel=1e-3)
     assert row["accuracy"] == pytest.approx(float(last[0].accuracy + last[1].accuracy) / 2, abs=1e-4)
-    assert mean.keys() == {name for name in leaves if not name.startswith(("lora.", "queries"))}  # the run settles
+    assert mean.keys() == leaves.keys()
     for name, value in mean.items():
         assert leaves[name].grad is not None
         torch.testing.assert_close(leaves[name].grad, value / norm, rtol=1e-3, atol=1e-5)
@@ -156,7 +155,7 @@ def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
 def test_every_algorithm_trains_and_ends_in_the_same_bits_wherever_it_is_stopped(
     algorithm: str, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once between checkpoints, and once by a signal in the step after which LoRA is halved."""
+    """Once between checkpoints, and once by a signal."""
     seen: list[dict[str, Tensor]] = []
     with monkeypatch.context() as patch:
         on_each_step(patch, algorithm, lambda _, t: seen.append({n: v.detach().clone() for n, v in t.items()}))
@@ -363,7 +362,7 @@ def test_episodes_that_what_is_learned_has_no_part_in_are_no_error(tiny_model: s
     """The share of unlabelled texts, where none comes with any."""
     tensors = Initialisation.start({}, 32, LearnerSettings((3, 4)), seed=0).tensors()
     fixed = ("lora.", *(name for name in tensors if name != "log_unlabelled_share"))
-    how = {"algorithm": "fomaml", "unlabelled": 0.0, "settling": 0.0}
+    how = {"algorithm": "fomaml", "unlabelled": 0.0}
     learned = train(tiny_model, corpus, episodes=2, fixed=fixed, **how).initialisation
     assert learned.log_unlabelled_share == tensors["log_unlabelled_share"]
 
@@ -387,9 +386,8 @@ ALL_BUT_LORA = tuple(each.name for each in fields(Initialisation) if each.name !
         ({"fixed": ("centres",)}, r"fixed names 'centres', but there are lora\., queries, .*, centre, .*"),
         ({"fixed": ("",)}, r"fixed \(''\) leaves nothing to learn$"),
         ({"fixed": ("lora.", *ALL_BUT_LORA)}, r"fixed \('lora\.', 'queries', .* leaves nothing to learn$"),
-        ({"fixed": ALL_BUT_LORA}, r"fixed \('queries', .* leaves nothing to learn while the run settles: .*settling=0"),
     ],
-    ids=["unknown", "beginning of all", "all", "all that settles"],
+    ids=["unknown", "beginning of all", "all"],
 )
 def test_fixed_names_tensors_and_leaves_some(
     settings: dict, named: str, tiny_model: str, corpus: Corpus, tmp_path: Path
@@ -399,8 +397,8 @@ def test_fixed_names_tensors_and_leaves_some(
     assert not (tmp_path / "run").exists()
 
 
-def test_lora_can_be_learned_alone_where_nothing_settles(tiny_model: str, corpus: Corpus) -> None:
-    alone = train(tiny_model, corpus, episodes=1, fixed=ALL_BUT_LORA, settling=0.0).initialisation.lora
+def test_lora_can_be_learned_alone(tiny_model: str, corpus: Corpus) -> None:
+    alone = train(tiny_model, corpus, episodes=1, fixed=ALL_BUT_LORA).initialisation.lora
     assert all(value.any() for value in alone.values())
 
 
@@ -433,35 +431,6 @@ def test_a_start_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(SettingsError, match=f"start does not fit: .*{named}"):
         train(tiny_model, corpus, start=given)
-
-
-def test_lora_is_taken_back_once_and_stays_there_with_the_queries_while_numbers_go_on(
-    tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    share = 0.3
-    paths: dict[float, list[dict[str, Tensor]]] = {}
-    for own in (1.0, share):
-        paths[own] = []
-        with monkeypatch.context() as patch:
-            on_each_step(
-                patch, "maml", lambda _, t, own=own: paths[own].append({n: v.detach().clone() for n, v in t.items()})
-            )
-            paths[own].append(train(tiny_model, corpus, lora_share=own).initialisation.tensors())
-    free, taken = paths[1.0], paths[share]
-    lora = [name for name in free[0] if name.startswith("lora.")]
-    assert trainer_of(tiny_model).settles_from == 4
-    for step in range(4):  # as each step begins
-        assert all(torch.equal(free[step][name], taken[step][name]) for name in free[0])
-    for name in lora:
-        factor = share if ".lora_B." in name else 1.0  # the product B A is taken back once
-        assert torch.equal(taken[4][name], factor * free[4][name])
-        assert free[4][name].any()
-    for step in (5, 6):
-        assert all(torch.equal(taken[step][name], taken[4][name]) for name in (*lora, "queries"))
-    assert not torch.equal(taken[3]["queries"], taken[4]["queries"])
-    for step in (4, 5):
-        assert not torch.equal(taken[step]["temperature"], taken[step + 1]["temperature"])
-        assert not torch.equal(taken[step]["centre"], taken[step + 1]["centre"])
 
 
 def test_the_best_validated_tensors_are_the_result(
@@ -552,8 +521,6 @@ def test_what_is_not_finite_stops_training(name: str, tiny_model: str, corpus: C
         {"tasks_per_step": 0},
         {"lora_rate": 0.0},
         {"number_rate": float("inf")},
-        {"settling": 1.5},
-        {"lora_share": -0.1},
         {"names": 2.0},
         {"unlabelled": -1.0},
         {"seed": -1},

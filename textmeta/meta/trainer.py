@@ -17,7 +17,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LORA_B, LoraSettings
+from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
@@ -29,13 +29,12 @@ from textmeta.meta.calibration import episodes_with_outside, fit_calibration
 from textmeta.meta.checkpoint import Record, TrainingState, restore_state, save_state, stop_requests
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
-from textmeta.meta.learner import QUERIES, TaskLearner
+from textmeta.meta.learner import TaskLearner
 
 __all__ = ["MetaTrainer"]
 
 RECORD = "record.jsonl"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
-SETTLED = (LORA, QUERIES)  # beginnings of what stays when a run settles
 CENTRE_RATE = 1e-3
 WARMUP = 20  # steps over which the learning rates rise; then they fall to 0, linearly
 MAX_GRADIENT_NORM = 1.0
@@ -48,11 +47,7 @@ CALIBRATION_EPISODES = 400  # at most; else a tenth of those of training, but 50
 class MetaTrainer:
     """Learns an adapter over episodes of labelled corpora.
 
-    Every tensor of the :class:`~textmeta.meta.initialisation.Initialisation` is learned together. In the last part of a
-    run, the settling, LoRA is taken back halfway towards the frozen encoder, as adapters do better so on corpora that
-    they have not seen; it and the pooling queries stay there, while the numbers get used to it.
-
-    Source: Wortsman et al. (2022), "Robust fine-tuning of zero-shot models", for the way back.
+    Every tensor of the :class:`~textmeta.meta.initialisation.Initialisation` is learned together.
 
     Args:
         encoder: which one, and how long texts may be; a string names the encoder alone.
@@ -63,8 +58,6 @@ class MetaTrainer:
         tasks_per_step: episodes whose gradients are averaged in one step of Adam, over all processes.
         lora_rate: learning rate of LoRA's factors.
         number_rate: of numbers and pooling queries.
-        settling: share of the episodes that settle.
-        lora_share: what LoRA is multiplied by when settling begins.
         names: share of the episodes that come with names of their classes.
         unlabelled: share of the episodes that come with unlabelled texts.
         fixed: names of tensors, or beginnings of them, that are not learned.
@@ -80,8 +73,6 @@ class MetaTrainer:
     tasks_per_step: int = 2
     lora_rate: float = 5e-4
     number_rate: float = 0.02
-    settling: float = 0.1
-    lora_share: float = 0.5
     names: float = 0.6
     unlabelled: float = 0.2
     fixed: tuple[str, ...] = ()
@@ -106,7 +97,7 @@ class MetaTrainer:
         for name in ("lora_rate", "number_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} must be positive, given {getattr(self, name)}")
-        for name in ("settling", "lora_share", "names", "unlabelled"):
+        for name in ("names", "unlabelled"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} must be from 0 to 1, given {getattr(self, name)}")
         if self.seed < 0:
@@ -116,11 +107,6 @@ class MetaTrainer:
     def steps(self) -> int:
         """Number of outer steps."""
         return -(-self.episodes // self.tasks_per_step)
-
-    @property
-    def settles_from(self) -> int:
-        """Number of the step from which the run settles."""
-        return self.steps - round(self.steps * self.settling)
 
     @torch.inference_mode(False)  # in which, and under no_grad, there would be no gradient
     def train(
@@ -238,11 +224,8 @@ class _Run:
             if not any(name.startswith(given) for name in names):
                 shown = dict.fromkeys(LORA if name.startswith(LORA) else name for name in names)
                 raise SettingsError(f"fixed names {given!r}, but there are {', '.join(shown)}")
-        told = f"fixed ({', '.join(map(repr, fixed)):.200}) leaves nothing to learn"
         if not self.learned:
-            raise SettingsError(told)
-        if self.trainer.settles_from < self.trainer.steps and all(name.startswith(SETTLED) for name in self.learned):
-            raise SettingsError(f"{told} while the run settles: with settling=0 it does not")
+            raise SettingsError(f"fixed ({', '.join(map(repr, fixed)):.200}) leaves nothing to learn")
 
     def loop(
         self, tensors: Mapping[str, Tensor], validation: Sequence[Episode], output: Path, fingerprint: Mapping[str, Any]
@@ -301,8 +284,7 @@ class _Run:
     def _step(self, state: TrainingState, stop: bool) -> tuple[dict[str, float], bool]:
         """Take one outer step, in place; return its row of the record, and whether any process was asked to stop."""
         trainer = self.trainer
-        settling = state.step >= trainer.settles_from
-        own = [name for name in self.learned if not (settling and name.startswith(SETTLED))]
+        own = self.learned
         first = state.step * trainer.tasks_per_step
         numbers = range(first, min(first + trainer.tasks_per_step, trainer.episodes))
         mine = [self.episodes[n] for n in numbers[self.accelerator.process_index :: self.accelerator.num_processes]]
@@ -329,11 +311,6 @@ class _Run:
             group["lr"] = group["base"] * scale
         state.optimiser.step()
         state.step += 1
-        if state.step == trainer.settles_from < trainer.steps:
-            with torch.no_grad():
-                for name, value in state.parameters.items():
-                    if LORA_B in name:
-                        value.mul_(trainer.lora_share)
         row = {
             "step": state.step,
             "loss": round(float(totals[0] / totals[2]), 4),
@@ -362,10 +339,8 @@ class _Run:
         return replace(self.adapter, initialisation=self.adapter.initialisation.with_tensors(parameters))
 
     def _schedule(self, step: int) -> float:
-        """Return the share of the learning rates in a step: up, then linearly down to 0; and again for the settling."""
-        border, steps = self.trainer.settles_from, self.trainer.steps
-        start, end = (0, border) if step < border else (border, steps)
-        return min(1.0, (step - start + 1) / WARMUP) * (1 - (step - start) / (end - start))
+        """Return the share of the learning rates in a step: up, then linearly down to 0."""
+        return min(1.0, (step + 1) / WARMUP) * (1 - step / self.trainer.steps)
 
     def _validate(self, state: TrainingState, episodes: Sequence[Episode]) -> float:
         """Return validation accuracy, each process scoring its share; keep the tensors if they are the best yet."""
