@@ -35,7 +35,7 @@ from textmeta.meta import learner as learner_module
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import in_parts
 from textmeta.meta.learner import LearnedTask, TaskLearner
-from textmeta.sharing.store import load_adapter
+from textmeta.sharing.store import load_adapter, save_adapter
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES, CORE = RESULTS / "v0_1.jsonl", RESULTS / "choose.jsonl"
@@ -303,6 +303,8 @@ def table(found: Mapping[str, Cells]) -> Iterator[str]:
             other = variant.partition("unlabelled")[0].rstrip("-") or "plain"
             other = "plain" if other == variant else other
             rivals = {other: f"{other} @ {adapter}"}
+        if variant == "names-alone":
+            rivals = {"cosine of text and name": "names-last-256"}
         yield method
         for title, rival in rivals.items():
             parts, pooled_one, pooled_other = [], {}, {}
@@ -338,6 +340,28 @@ def by_corpus(found: Mapping[str, Cells], method: str) -> Iterator[str]:
         yield f"{corpus:24}" + "".join(p.rjust(22) for p in parts)
 
 
+def results_of(found: Mapping[str, Cells], errors: Mapping[tuple[str, int], float], name: str) -> dict[str, Any]:
+    """Return, as a model card takes it, how an adapter does beside prototypes, with names and without."""
+    results = {}
+    for variant, told in (("plain", ""), ("names", ", names read")):
+        for k in SHOTS:
+            method = f"{variant} @ {name}"
+            own = {key: values for key, values in found.get(method, {}).items() if key[1] == k}
+            rival = {key: found["prototypes-last-256"][key][: len(values)] for key, values in own.items()}
+            rows = [difference(one, {key: 0 * v for key, v in own.items()}, list(own)) for one in (own, rival)]
+            paired = difference(own, rival, list(own))
+            if paired is None or None in rows:
+                continue
+            ours, frozen = ({"accuracy": row[0] / 100, "accuracy_ci95": row[1] / 100} for row in rows if row)
+            mean, half = (value / 100 for value in paired)
+            results[f"{len(own)} other corpora, 5-way {k}-shot{told}"] = {
+                "frozen": frozen,
+                "meta_trained": {**ours, "episodes": sum(map(len, own.values())), "ece": errors[method, k] / 100},
+                "paired": {"difference": mean, "low": mean - half, "high": mean + half},
+            }
+    return results
+
+
 def main() -> None:
     """Print the table, after recording what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -360,6 +384,7 @@ def main() -> None:
     parser.add_argument("--by-corpus", action="store_true")
     parser.add_argument("--measure", choices=("accuracy", "f1", "nll"), default="accuracy")
     parser.add_argument("--results", type=Path, default=CORE)
+    parser.add_argument("--card", type=Path, help="adapter folder whose card shall have its recorded figures")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -401,6 +426,10 @@ def main() -> None:
     for method in dict.fromkeys(method for method, _ in errors):
         parts = [f"{errors[method, k]:.1f}" if (method, k) in errors else "-" for k in SHOTS]
         print(f"{method:38}" + "".join(part.rjust(16) for part in parts))
+    if arguments.card:
+        adapter, _ = load_adapter(arguments.card)
+        results = results_of(found, errors, arguments.card.name)
+        save_adapter(arguments.card, replace(adapter, record={**adapter.record, "results": results}))
     if arguments.by_corpus:
         for method in sorted(name for name in found if name.startswith(("plain @", "names @"))):
             print("", *by_corpus(found, method), sep="\n")

@@ -4,8 +4,9 @@
     V01/.venv/bin/python benchmarks/record_v0_1.py --data-dir DATA --commit 55df756
 
 0.1's default adapter as users get it (twelve LoRA steps a task, 64 tokens), 20 episodes a cell; prototypes and logistic
-regression on frozen features (last layer; and layers 3 to 6 side by side) on 200, at 64 and at 256 tokens. Each chunk
-of episodes is a line of the results, and is not repeated.
+regression on frozen features (last layer; and layers 3 to 6 side by side) on 200, at 64 and at 256 tokens; so is the
+cosine of text and class name (last layer, names alone). Each chunk of episodes is a line of the results, and is not
+repeated.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from textmeta import FewShotClassifier
 from textmeta.data.episodes import Episode
+from textmeta.data.labels import readable_name
 
 RESULTS = Path(__file__).parent / "results" / "v0_1.jsonl"
 LENGTHS, VIEWS, BASELINE_EPISODES, OLD_EPISODES, CHUNK = (64, 256), (3, 4, 5, 6), 200, 20, 5
@@ -81,6 +83,18 @@ def baseline(
     return result_of(answers, episodes)
 
 
+def name_cosine(views: FrozenViews, cell: Cell) -> dict[str, list[int]]:
+    """Score the cosine of text and class name, without any example."""
+    episodes = [cell.episode(number) for number in range(BASELINE_EPISODES)]
+    names = [tuple(readable_name(name) for name in e.class_names) for e in episodes]
+    views.read([text for e, own in zip(episodes, names, strict=True) for text in (*e.query_texts, *own)])
+    answers = [
+        prototypes(views(own)[:, -1], np.arange(len(own)), views(e.query_texts)[:, -1])
+        for e, own in zip(episodes, names, strict=True)
+    ]
+    return result_of(answers, episodes)
+
+
 def old(classifier: Callable[[], FewShotClassifier], cell: Cell, first: int) -> dict[str, list[int]]:
     """Score textmeta 0.1."""
     episodes = [cell.episode(number) for number in range(first, first + CHUNK)]
@@ -100,6 +114,11 @@ def runs(corpora: ChooseCorpora, parts: list[str]) -> Iterator[Run]:
         for length in LENGTHS:
             views = FrozenViews(length)
             for cell in cells:
+                if cell.shots == 1:
+                    yield Run(
+                        cell.key(f"names-last-{length}", 0, BASELINE_EPISODES),
+                        lambda v=views, cell=cell: name_cosine(v, cell),
+                    )
                 for name, head in (("prototypes", prototypes), ("logistic", logistic)):
                     for layers, chosen in (("last", lambda v: v[:, -1]), ("views", lambda v: v.reshape(len(v), -1))):
                         yield Run(

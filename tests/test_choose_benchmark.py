@@ -255,3 +255,22 @@ def test_calibration_errors_are_those_of_all_queries_together(choose: ModuleType
         right += [rows.argmax(1) == part for rows, part in zip(probabilities, labels, strict=True)]
     expected = 100 * _calibration_error(np.concatenate(sure), np.concatenate(right))
     assert choose.calibration_errors(lines) == {("plain @ x", 5): pytest.approx(expected, abs=0.05)}
+
+
+def test_the_card_has_the_recorded_figures(choose: ModuleType, adapter: Path) -> None:
+    rng = np.random.default_rng(0)
+    cells = [(corpus, shots) for corpus in "ab" for shots in (1, 5)]
+    before = {cell: rng.uniform(0, 100, 50) for cell in cells}
+    after = {cell: values + rng.uniform(0, 10, 50) for cell, values in before.items()}
+    before["b", 5] = np.append(before["b", 5], 0.0)  # more episodes than are paired
+    found = {"prototypes-last-256": before, "plain @ tiny": after}
+    results = choose.results_of(found, {("plain @ tiny", k): 2.5 for k in (1, 5)}, "tiny")
+    assert list(results) == ["2 other corpora, 5-way 1-shot", "2 other corpora, 5-way 5-shot"]
+    row = results["2 other corpora, 5-way 5-shot"]
+    means = [np.mean([part[cell][:50].mean() for cell in cells if cell[1] == 5]) / 100 for part in (before, after)]
+    assert [row["frozen"]["accuracy"], row["meta_trained"]["accuracy"]] == pytest.approx(means)
+    assert row["paired"]["difference"] == pytest.approx(means[1] - means[0])
+    assert row["paired"]["low"] < row["paired"]["difference"] < row["paired"]["high"]
+    save_adapter(adapter, replace(load_adapter(adapter)[0], record={"results": results}))
+    told = f"| 2 other corpora, 5-way 5-shot | 100 | {100 * means[0]:.2f} ± "
+    assert told in (adapter / "README.md").read_text()
