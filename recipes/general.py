@@ -41,7 +41,8 @@ GENERAL = MetaTrainer(
         targets=("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
     ),
     learner=LearnerSettings(layers=(3, 6)),
-    episodes=6600,
+    episodes=3600,
+    names=0.7,
     precision="bf16",
 )
 # The rule for texts that belong to no class is set on these, by an adapter that has not seen them.
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="folder for the states of the frozen layers, 3 GB; else in memory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     try:
