@@ -1,9 +1,10 @@
-"""What learning a task costs beside reading its texts, 16 tasks beside one by one, second order beside first.
+"""What fit and learning cost beside reading the texts, 16 tasks beside one by one, second order beside first.
 
     python benchmarks/core_speed.py --data-dir DATA
 
 Sides alternate in one run; ratios are of medians. Texts are banking77's. Reading is what sentence-transformers' encode
-takes, on as many threads; learning starts from token states. Memory is what a side adds to the process at its peak.
+takes, on as many threads; fit is that of ``FewShotClassifier()``, labels read as names; learning starts from token
+states. Memory is what a side adds to the process at its peak.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -21,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from train_core import BASE
 
+from textmeta import FewShotClassifier
 from textmeta.data.corpus import CorpusSettings, load_corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.encoder.encoder import Encoder
@@ -117,6 +120,9 @@ def main() -> None:
     for ways, shots in ((5, 5), (77, 10)):
         (episode,) = bench.episodes(ways, shots, 1)
         texts = list(episode.support_texts)
+        labels = [episode.class_names[label] for label in episode.support_labels]
+        fit = partial(FewShotClassifier().fit, texts, labels)
+        add(f"fit {ways} x {shots}", fit, "encode", lambda texts=texts: model.encode(texts))
         add(f"learn {ways} x {shots}", bench.learning([episode]), "encode", lambda texts=texts: model.encode(texts))
     many = bench.episodes(5, 5, TASKS)
     single = [bench.learning([e]) for e in many]
