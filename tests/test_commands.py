@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -132,11 +133,7 @@ def test_predict_without_options(folder: Path, tmp_path: Path, capsys: Shown) ->
         ("a.txt", "bal bel bil\n", '{"text": "bal bel bil", "predicted": "b", "probability": N}\n'),
         ("a.csv", "text,n\n\nbal bel bil,1\n", "text,n,predicted,probability\nbal bel bil,1,b,N\n"),
         ("a.csv", "text,n\n", "text,n,predicted,probability\n"),
-        (
-            "a.jsonl",
-            r'{"text": "bal bel bil \ud800"}',
-            r'{"text": "bal bel bil \ud800", "predicted": "b", "probability": N}' + "\n",
-        ),
+        ("a.jsonl", r'{"text": "bal \ud800"}', r'{"text": "bal \ud800", "predicted": "b", "probability": N}' + "\n"),
         ("a.jsonl", "", ""),
     ):
         (tmp_path / name).write_text(content, encoding="utf-8")
@@ -167,14 +164,18 @@ def test_a_warning_is_one_line_and_not_repeated(
     assert line.startswith("textmeta: predict: most tokens of 2 of 2 texts are unknown")
 
 
-def test_predict_in_a_pipe_ends_quietly(folder: Path) -> None:
+def shell(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script that knows the command ``textmeta``."""
+    command = f'textmeta() {{ {shlex.quote(sys.executable)} -m textmeta "$@"; }}\n{script}'
+    run = ["bash", "-eo", "pipefail", "-c", command]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(run, capture_output=True, text=True, check=True, timeout=300, env=environment, **options)
+
+
+def test_a_pipe_that_ends_is_no_error(folder: Path) -> None:
     """Of texts without end, as many are read as somebody wants answers for."""
-    command = f"{shlex.quote(sys.executable)} -m textmeta predict {shlex.quote(str(folder))}"
-    script = f"yes bal bel bil | {command} | head -3\necho ${{PIPESTATUS[1]}}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=300)
-    *answers, code = done.stdout.splitlines()
-    assert [json.loads(line)["predicted"] for line in answers] == ["b"] * 3
-    assert code == "0"
+    done = shell(f"(yes bal bel bil || true) | textmeta predict {folder} | head -3\n textmeta info {folder} | true")
+    assert [json.loads(line)["predicted"] for line in done.stdout.splitlines()] == ["b"] * 3
     assert not re.search("Traceback|Exception|Broken", done.stderr)
 
 
@@ -183,8 +184,7 @@ def test_the_commands_of_the_guide_run(tmp_path: Path) -> None:
     pytest.importorskip(CARRIED_PACKAGE)
     section = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").partition("## On the command line")[2]
     shown = section.partition("```console\n")[2].partition("```")[0]
-    script = f'set -eo pipefail; textmeta() {{ {shlex.quote(sys.executable)} -m textmeta "$@"; }}\n{shown}'
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
+    done = shell(shown, cwd=tmp_path)
     assert "3 classes: the classifier is in cards" in done.stdout
     assert '"text": "someone took my wallet", "predicted": "lost card", "probability": 0.' in done.stdout
     assert "accuracy  100.00 % [" in done.stdout

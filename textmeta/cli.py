@@ -68,9 +68,9 @@ def _run(options: argparse.Namespace) -> None:
         if options.command in ("info", "push"):
             {"info": _info, "push": _push}[options.command](options)
         else:
-            from textmeta import commands  # noqa: PLC0415
+            from textmeta.commands import evaluate, fit, predict  # noqa: PLC0415
 
-            getattr(commands, options.command)(options)
+            {"fit": fit, "predict": predict, "evaluate": evaluate}[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has had enough; Python would complain when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
