@@ -33,6 +33,7 @@ ORDER = [
     "estimator",
     "classifier",
     "training",
+    "commands",
     "cli",
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).stem not in ("__init__", "__main__"))

@@ -1,45 +1,88 @@
-"""The command `textmeta`: meta-train an adapter, say what one is, push one to the Hub.
+"""The command `textmeta`: fit, predict and evaluate; meta-train an adapter, say what one is, push one to the Hub.
 
 Each command imports what it needs when it is run, so that `textmeta --help` is there at once.
 """
 
 import argparse
 import logging
+import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
-from textmeta.errors import AdapterError, TextMetaError
+from textmeta.errors import AdapterError, TextMetaError, TrainingInterrupted
 
 __all__ = ["main"]
 
 
+EXIT_CODES = (
+    "Exit codes: 0 done, also where the reader of a pipe has had enough; 1 a fault of textmeta's own; 2 wrong usage or "
+    "input, told in one line; 130 interrupted."
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command ``textmeta``; an error of our own ends it with one line and exit code 2.
+    """Run the command ``textmeta``; an error of our own ends it with one line and exit code 2, as ``--help`` says.
 
     Args:
         arguments: of the command line; by default those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("textmeta").setLevel(logging.INFO)
+    logging.getLogger("textmeta").setLevel(logging.INFO if given[:1] == ["train"] else logging.WARNING)
     try:
-        if given[:1] == ["train"]:
-            from textmeta.training import train  # noqa: PLC0415
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_once(set())
+            if given[:1] == ["train"]:
+                from textmeta.training import train  # noqa: PLC0415
 
-            train(given[1:])
-        else:
-            options = _parser().parse_args(given)
-            {"info": _info, "push": _push}[options.command](options)
-    except TextMetaError as error:
+                train(given[1:])
+            else:
+                _run(_parser().parse_args(given))
+    except (TextMetaError, OSError) as error:
         print(f"textmeta: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(130 if isinstance(error, TrainingInterrupted) else 2)
+    except KeyboardInterrupt:
+        print("textmeta: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _show_once(told: set[str]) -> Any:
+    """Return what shows a warning in one line, and others of its words not again, whatever their numbers."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        beginning = re.split(r"\d", str(message))[0]
+        if beginning not in told:
+            told.add(beginning)
+            print(f"textmeta: {' '.join(str(message).split())}", file=sys.stderr)
+
+    return show
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run any command but ``train``."""
+    try:
+        if options.command in ("info", "push"):
+            {"info": _info, "push": _push}[options.command](options)
+        else:
+            from textmeta.commands import evaluate, fit, predict  # noqa: PLC0415
+
+            {"fit": fit, "predict": predict, "evaluate": evaluate}[options.command](options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has had enough; Python would complain when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; ``train`` has one of its own, which takes time to make."""
-    parser = argparse.ArgumentParser("textmeta", description="Adapters for few-shot text classification.")
+    what = "Few-shot text classification: fit, predict, evaluate; meta-train adapters and share them."
+    parser = argparse.ArgumentParser("textmeta", description=what, epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"textmeta {version('textmeta')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_classifying(commands)
     commands.add_parser("train", help="meta-train an adapter on labelled texts", add_help=False)
     about = commands.add_parser("info", help="say what an adapter is and what it was trained on")
     about.add_argument("name", help="a folder, an adapter that comes with textmeta, or owner/name on the Hub")
@@ -54,6 +97,35 @@ def _parser() -> argparse.ArgumentParser:
     to.add_argument("--message", help="of the commit")
     to.add_argument("--base-model", help="id on the Hub of the encoder, where the adapter names a folder")
     return parser
+
+
+def _add_classifying(commands: Any) -> None:
+    """Add the commands of a classifier."""
+    fit = commands.add_parser("fit", help="fit a classifier to a file of examples", allow_abbrev=False)
+    predict = commands.add_parser("predict", help="predict the labels of any number of texts", allow_abbrev=False)
+    evaluate = commands.add_parser("evaluate", help="compare predictions with a file of examples", allow_abbrev=False)
+    examples = "CSV, TSV, JSON Lines or Parquet file, with a text and its label in each row"
+    fit.add_argument("examples", nargs="?", help=f"{examples}; none where --label-names alone tell the classes")
+    fit.add_argument("--output", required=True, metavar="FOLDER", help="for the classifier; no text is stored in it")
+    fit.add_argument("--adapter", help="folder or Hub id; by default the one that comes with textmeta")
+    names = "auto (the default) reads labels that are words, none nothing, a JSON file maps each label to its name"
+    fit.add_argument("--label-names", default="auto", metavar="auto|none|FILE", help=names)
+    fit.add_argument("--unlabelled", metavar="FILE", help="further texts: one a line, or CSV or JSON Lines")
+    predict.add_argument("folder", help="a fitted classifier: a folder, or owner/name on the Hub")
+    predict.add_argument("texts", nargs="?", default="-", help="one a line, or CSV or JSON Lines; by default stdin")
+    predict.add_argument("--output", metavar="FILE", help="by default stdout")
+    predict.add_argument("--from", dest="from_", choices=["lines", "csv", "jsonl"], help="by default by the ending")
+    predict.add_argument("--to", choices=["csv", "jsonl"], help="by default by the ending of --output, or as --from")
+    predict.add_argument("--probabilities", action="store_true", help="of all classes, not of the predicted one alone")
+    evaluate.add_argument("folder", help="a fitted classifier, as for predict")
+    evaluate.add_argument("examples", help=examples)
+    evaluate.add_argument("--json", action="store_true", help="all numbers, as one JSON object")
+    for command in (fit, predict, evaluate):
+        command.add_argument("--text-column", default="text", metavar="NAME", help="column of the texts")
+        if command is not predict:
+            command.add_argument("--label-column", default="label", metavar="NAME", help="column of the labels")
+        command.add_argument("--encoder", help="folder or Hub id, if not where the adapter says")
+        command.add_argument("--device", help="where the encoder runs, such as cuda")
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """Where corpora come from: local files and datasets of the Hugging Face Hub, with errors that say what to do."""
 
-import csv
 import itertools
 import logging
 import tempfile
@@ -14,6 +13,7 @@ from huggingface_hub import HfApi, constants
 from tqdm import tqdm
 
 from textmeta.data.corpus import FILE_BUILDERS, CorpusSettings
+from textmeta.data.texts import separator
 from textmeta.errors import DataError, HubError, HubUnreachableError
 from textmeta.files import at_home
 from textmeta.hub import DEADLINE, clear_hub_errors
@@ -44,7 +44,9 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
         # CSV has no types: a cell stays the string that it is, "null", "01" and "True" too
         options["keep_default_na"] = False
         options["converters"] = {settings.text_column: str, settings.label_column: str}
-        options["sep"] = _separator(path, {settings.text_column, settings.label_column})
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            first, tabs = file.readline(), path.suffix.lower() == ".tsv"
+        options["sep"] = separator(first, {settings.text_column, settings.label_column}, tabs=tabs)
     try:
         # not through the user's cache: it tells files apart by name, size and time, and would keep a copy
         with tempfile.TemporaryDirectory() as cache, _without_bars():
@@ -106,15 +108,6 @@ def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]
     except Exception as error:  # as above
         told = f"cannot load {where} from the Hub" if silence is None else silence
         raise DataError(f"{told}: {_root_cause(error)}{_advice(error, dataset)}") from error
-
-
-def _separator(path: Path, columns: set[str]) -> str:
-    """Return what stands between the cells of a file's first row: that which has the columns, or makes most cells."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        first = file.readline()
-    separators: tuple[str, ...] = (*("\t," if path.suffix.lower() == ".tsv" else ",\t"), ";", "|")
-    rows = {separator: next(csv.reader([first], delimiter=separator), []) for separator in separators}
-    return max(separators, key=lambda separator: (columns <= set(rows[separator]), len(rows[separator])))
 
 
 def _look_up(dataset: str, revision: str | None) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""Texts alone, without labels: lines, CSV or JSON Lines, read a row at a time, so that there may be any number."""
+
+import csv
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from textmeta.data.labels import HALF, few
+from textmeta.errors import DataError
+from textmeta.files import at_home
+
+__all__ = ["open_texts", "separator", "text_format"]
+
+ENDINGS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}
+
+Rows = Iterator[dict[str, Any]]
+
+
+def text_format(name: str) -> str:
+    """Return the format of texts that a file's ending stands for: "csv", "jsonl", or else "lines"."""
+    return ENDINGS.get(Path(name).suffix.lower(), "lines")
+
+
+@contextmanager
+def open_texts(name: str, form: str | None = None, column: str = "text") -> Iterator[tuple[list[str], Rows]]:
+    """Open a file of texts; give its columns, and an iterator of its rows, each a mapping from columns to values.
+
+    Args:
+        name: of the file; "-" is standard input.
+        form: "csv", "jsonl" (objects) or "lines"; by default as the file's ending says.
+        column: that holds the texts. Lines have no other, JSON Lines any others.
+
+    Raises:
+        DataError: naming the line, if it is not UTF-8 or has no text.
+        OSError: if the file cannot be opened.
+    """
+    form = form or text_format(name)
+    newline = "" if form == "csv" else "\n"
+    how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": newline}
+    if name == "-":
+        sys.stdin.reconfigure(**how)  # type: ignore[union-attr]
+    with nullcontext(sys.stdin) if name == "-" else open(at_home(name), **how) as file:
+        lines, columns = _Lines(file, name), [column]
+        rows: Iterable[Any] = ({column: line.rstrip("\r\n")} for line in lines)
+        if form == "jsonl":
+            rows = (json.loads(line) for line in lines if line.strip())
+        elif form == "csv":
+            first = next(iter(lines), "")
+            between = separator(first, {column}, tabs=name.lower().endswith(".tsv"))
+            rows = csv.DictReader(itertools.chain([first], lines), delimiter=between)
+            columns = list(rows.fieldnames or ())
+            if column not in columns or len(set(columns)) < len(columns):
+                raise DataError(f"{name}: expected a column {column!r}, and none twice; its columns are {few(columns)}")
+        yield columns, _checked(rows, lines, column)
+
+
+class _Lines:
+    """The lines of a file; knows the place of the last."""
+
+    def __init__(self, file: Iterable[str], name: str) -> None:
+        self.numbered, self.name, self.place = enumerate(file, 1), name, name
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in self.numbered:
+            self.place = f"{self.name}, line {number}"
+            if HALF.search(line):  # what stands for a byte that was no character
+                raise DataError(f"{self.place}: expected lines, CSV or JSON Lines in UTF-8, given {line!r:.60}")
+            yield line
+
+
+def _checked(rows: Iterable[Any], lines: _Lines, column: str) -> Rows:
+    try:
+        for row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get(column), str) or None in row:  # None: further cells
+                told = f"expected a string as {column!r}, and no more cells than columns, given {row!r:.80}"
+                raise DataError(f"{lines.place}: {told}")
+            yield row
+    except DataError:
+        raise
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise DataError(f"{lines.place}: {error}") from error
+
+
+def separator(first: str, columns: set[str], *, tabs: bool) -> str:
+    """Return what stands between the cells of a first row: that which has the columns, or makes most cells.
+
+    Args:
+        first: the row.
+        columns: that are wanted of it.
+        tabs: whether these are likelier than commas.
+    """
+    separators: tuple[str, ...] = (*("\t," if tabs else ",\t"), ";", "|")
+    rows = {separator: next(csv.reader([first], delimiter=separator), []) for separator in separators}
+    return max(separators, key=lambda separator: (columns <= set(rows[separator]), len(rows[separator])))
