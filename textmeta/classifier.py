@@ -20,6 +20,7 @@ from textmeta.data.labels import (
     label_array,
     task_classes,
 )
+from textmeta.encoder.encoder import LongTexts, warning_of
 from textmeta.errors import AdapterError, DataError
 from textmeta.estimator import AdapterEstimator, NotFittedError
 from textmeta.heads.scope import scope_probability
@@ -52,6 +53,8 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
             "none"; None is all of it.
         steps: number of inner steps, from 0 to what the adapter has learned; None is all.
         max_length: texts are cut after this many tokens; None is the adapter's own number.
+        long_texts: "cut" reads no more of a longer text, and warns; "window" reads it all, in overlapping windows of
+            this length, and averages what is made of them. It takes time and memory by the window.
         batch_size: texts answered at once, which bounds the memory that their token states take.
         device: where the encoder runs.
         precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
@@ -67,6 +70,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         adapt: Adapt | None = None,
         steps: int | None = None,
         max_length: int | None = None,
+        long_texts: LongTexts = "cut",
         batch_size: int = 512,
         device: str | torch.device = "cpu",
         precision: str = "no",
@@ -78,6 +82,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         self.adapt = adapt
         self.steps = steps
         self.max_length = max_length
+        self.long_texts = long_texts
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
@@ -116,6 +121,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         if len(given) != len(rows):
             raise DataError(f"fit: {len(given)} texts but {len(rows)} labels")
         weights = None if sample_weight is None else checked_weights(sample_weight, len(given))
+        in_order = [*given, *more]  # as a warning counts them
         if weights is not None:
             given = [text for text, weight in zip(given, weights, strict=True) if weight]
             rows = [label for label, weight in zip(rows, weights, strict=True) if weight]
@@ -124,13 +130,12 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         number = {label: i for i, label in enumerate(classes)}
         numbers = [number[label] for label in rows]
         learner = self._learner
-        self._reader.encoder.warn_of_unknown([*given, *more], "fit")
         device = learner.adapter.initialisation.queries.device
         batch = TaskBatch.of(
             [given], [numbers], [len(classes)], [names], [more], device, [weights] if weights else None
         )
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warning_of(in_order, "fit", learner.adapter.encoder):
                 task = learner.learn(batch)
             finite = all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -258,15 +263,14 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         given = [texts] if isinstance(texts, str) else texts
         texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors)
         learner = self._learner
-        self._reader.encoder.warn_of_unknown(texts, "predict")
         device = learner.adapter.initialisation.queries.device
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
         silent = not self.progress or len(starts) < 2
-        for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
-            with torch.inference_mode():
+        with torch.inference_mode(), warning_of(texts, "predict", learner.adapter.encoder):
+            for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
                 answers = learner.answer(fitted.task, Rows.of([texts[start : start + self.batch_size]], device))
-            parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
+                parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
         return fitted, *(torch.cat(part) for part in zip(*parts, strict=True))
 
     def _scope_score(self, scope_inputs: Tensor) -> np.ndarray:
