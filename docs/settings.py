@@ -45,6 +45,8 @@ def page() -> str:
         parts += [f"## {kind.__name__}\n", f"{says}\n", "| setting | default | what it is |", "|---|---|---|"]
         texts = described(kind)
         for field in fields(kind):
+            if field.name == "long_texts":  # is for classifiers
+                continue
             default = "as below" if field.default_factory is not MISSING else f"`{field.default!r}`"
             parts.append(
                 f"| `{field.name}` | {'' if field.default is MISSING == field.default_factory else default} "

@@ -213,7 +213,7 @@ def test_fit_returns_the_classifier_and_does_not_change_the_adapter(classifier: 
     assert all(torch.equal(tensors[name], value) for name, value in before.items())
 
 
-@pytest.mark.filterwarnings("ignore:.* unknown to the encoder")
+@pytest.mark.filterwarnings("ignore:.* unknown to the encoder", "ignore:.* are cut")
 @pytest.mark.parametrize(
     ("texts", "labels"),
     [
@@ -431,6 +431,7 @@ def test_score_is_the_share_that_is_right(fitted: FewShotClassifier) -> None:
             fitted.score(some, labels)
 
 
+@pytest.mark.filterwarnings("ignore:.* texts are cut")
 def test_text_is_cut_at_the_longest_length(fitted: FewShotClassifier) -> None:
     words = " ".join(["bal", "fim"] * 15)  # 32 tokens with [CLS] and [SEP]
     np.testing.assert_array_equal(fitted.predict_proba([words]), fitted.predict_proba([words + " kut kon"]))
@@ -760,6 +761,7 @@ def test_a_changed_argument_is_used_by_the_next_fit(fitted: FewShotClassifier, t
     assert fitted.set_params(batch_size=4, steps=3).predict(TEXTS).shape == (len(TEXTS),), "no change, still fitted"
 
 
+@pytest.mark.filterwarnings("ignore:.* texts are cut")
 def test_length_of_texts_can_be_chosen_and_is_saved(shared: FewShotClassifier, tmp_path: Path) -> None:
     long, cut = "bal bel fim fon kut kon", "bal bel fim"
     short = FewShotClassifier(shared.adapter, max_length=5).fit(SUPPORT, LABELS)  # with [CLS] and [SEP]

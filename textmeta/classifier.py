@@ -1,6 +1,6 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +14,21 @@ from tqdm import tqdm
 from textmeta.data.labels import (
     Label,
     LabelNames,
+    checked_class_weight,
     checked_labels,
     checked_texts,
     checked_weights,
     label_array,
     task_classes,
 )
+from textmeta.encoder.encoder import LongTexts, warning_of
 from textmeta.errors import AdapterError, DataError
 from textmeta.estimator import AdapterEstimator, NotFittedError
 from textmeta.heads.scope import scope_probability
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import Adapt
+from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
 from textmeta.sharing.locate import DEFAULT_ADAPTER
@@ -51,13 +54,20 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         adapt: what the inner steps change: a part of what the adapter has learned to change ("pooling", "lora"), or
             "none"; None is all of it.
         steps: number of inner steps, from 0 to what the adapter has learned; None is all.
+        class_weight: how much an example of each class counts in the head, as scikit-learn has it: "balanced", so that
+            classes count alike, however many examples each has; None, all examples alike; or a mapping from labels to
+            numbers, 1 where it says nothing. Where to look, and in which layers, is found with all classes alike.
         max_length: texts are cut after this many tokens; None is the adapter's own number.
+        long_texts: "cut" reads no more of a longer text, and warns; "window" reads it all, in overlapping windows of
+            this length, and averages what is made of them. It takes time and memory by the window.
         batch_size: texts answered at once, which bounds the memory that their token states take.
         device: where the encoder runs.
         precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
         errors: what half of a character in a text does: "raise" an error, or "replace" it.
         progress: whether a bar is shown where predicting takes long.
     """
+
+    _told: tuple[Fitted, LeftOut] | None = None  # what the examples of a fit say of one another
 
     def __init__(
         self,
@@ -66,7 +76,9 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         encoder: str | None = None,
         adapt: Adapt | None = None,
         steps: int | None = None,
+        class_weight: Literal["balanced"] | Mapping[Any, float] | None = "balanced",
         max_length: int | None = None,
+        long_texts: LongTexts = "cut",
         batch_size: int = 512,
         device: str | torch.device = "cpu",
         precision: str = "no",
@@ -77,7 +89,9 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         self.encoder = encoder
         self.adapt = adapt
         self.steps = steps
+        self.class_weight = class_weight
         self.max_length = max_length
+        self.long_texts = long_texts
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
@@ -116,6 +130,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         if len(given) != len(rows):
             raise DataError(f"fit: {len(given)} texts but {len(rows)} labels")
         weights = None if sample_weight is None else checked_weights(sample_weight, len(given))
+        in_order = [*given, *more]  # as a warning counts them
         if weights is not None:
             given = [text for text, weight in zip(given, weights, strict=True) if weight]
             rows = [label for label, weight in zip(rows, weights, strict=True) if weight]
@@ -123,14 +138,13 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         classes, names = task_classes(rows, label_names)
         number = {label: i for i, label in enumerate(classes)}
         numbers = [number[label] for label in rows]
+        by_class = checked_class_weight(self.class_weight, classes)
         learner = self._learner
-        self._reader.encoder.warn_of_unknown([*given, *more], "fit")
         device = learner.adapter.initialisation.queries.device
-        batch = TaskBatch.of(
-            [given], [numbers], [len(classes)], [names], [more], device, [weights] if weights else None
-        )
+        shares = [None if part is None else [part] for part in (weights, by_class)]
+        batch = TaskBatch.of([given], [numbers], [len(classes)], [names], [more], device, *shares)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warning_of(in_order, "fit", learner.adapter.encoder):
                 task = learner.learn(batch)
             finite = all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -252,21 +266,63 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         """What :func:`textmeta.similarity` compares tasks by."""
         return task_embedding(self._now().task, tuple(self._now().classes))
 
+    @property
+    def name_weight_(self) -> float:
+        """How much names of classes count in an answer: 0 where none are read, 1 where there is nothing else.
+
+        It is their share of the two factors that answers are made with, of likeness to the names and of the examples'
+        scores. Names that tell the examples well come to some 0.4, those of other classes to 0.
+        """
+        task = self._now().task
+        by_name, by_examples = float(task.name_scale[0]), float(task.scale[0] * task.weights.any())
+        return by_name / (by_name + by_examples)
+
+    @property
+    def cv_accuracy_(self) -> float | None:
+        """Share of the examples that are told right by others, in at most ten folds; None where there are no folds.
+
+        An estimate for further texts of the same source, made when it is first asked for, by reading the examples once
+        more. It is low where examples are few, for folds leave fewer of them to learn from, and names, unlabelled
+        texts, weights and inner steps are left out; high where examples are near-copies of one another, or easier than
+        the texts to come. Classes with one example take no part, and there must be two others.
+        """
+        return self._left_out().accuracy
+
+    def suspect_labels(self) -> list[SuspectLabel]:
+        """Return the examples that the others tell to be of another class than they were labelled, the surest first.
+
+        They are told as for :attr:`cv_accuracy_`; ``row`` is the place in :attr:`support_`. The first are worth a look,
+        the last are hard examples. DataError where there are no two classes with two examples.
+        """
+        found = self._left_out()
+        if found.accuracy is None:
+            raise DataError(
+                "suspect_labels: examples are told by others: expected two of each of two classes, at least"
+            )
+        return found.suspects
+
+    def _left_out(self) -> LeftOut:
+        fitted, kept = self._now(), self._told
+        if fitted.support is None:
+            raise NotFittedError("this classifier was saved without its examples, so they cannot be told: fit it again")
+        if kept is None or kept[0] is not fitted:
+            self._told = kept = (fitted, left_out(self._learner, fitted.support, fitted.classes))
+        return kept[1]
+
     def _answer(self, texts: Iterable[str], *wanted: str) -> Any:
         """Return the fitted task, and what is wanted of its :class:`Answers` to n texts: (n, …) float64 on the CPU."""
         fitted = self._now()  # held from beginning to end, whatever other threads fit
         given = [texts] if isinstance(texts, str) else texts
         texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors)
         learner = self._learner
-        self._reader.encoder.warn_of_unknown(texts, "predict")
         device = learner.adapter.initialisation.queries.device
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
         silent = not self.progress or len(starts) < 2
-        for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
-            with torch.inference_mode():
+        with torch.inference_mode(), warning_of(texts, "predict", learner.adapter.encoder):
+            for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
                 answers = learner.answer(fitted.task, Rows.of([texts[start : start + self.batch_size]], device))
-            parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
+                parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
         return fitted, *(torch.cat(part) for part in zip(*parts, strict=True))
 
     def _scope_score(self, scope_inputs: Tensor) -> np.ndarray:

@@ -164,7 +164,8 @@ def _described(
     yield "where", place
     yield "size", f"{size}, written with textmeta {adapter['versions']['textmeta']}"
     revision = adapter["encoder_commit"] or encoder["revision"] or "unknown"
-    yield "encoder", f"{encoder['model']}, revision {revision}; texts are cut at {encoder['max_length']} tokens"
+    read = "read in windows of" if encoder.get("long_texts") == "window" else "cut at"
+    yield "encoder", f"{encoder['model']}, revision {revision}; texts are {read} {encoder['max_length']} tokens"
     yield "learner", f"{learner['head']} on layers {learner['layers']}, {learner['steps']} steps on {learner['adapt']}"
     for corpus in adapter["index"] or ():
         yield "known", f"{corpus['name']}: {len(corpus['classes'])} classes by name, readable by anybody"

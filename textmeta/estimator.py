@@ -10,6 +10,7 @@ from huggingface_hub import CommitInfo
 from sklearn import exceptions
 from sklearn.base import BaseEstimator
 
+from textmeta.encoder.encoder import LongTexts
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, SettingsError, TextMetaError
 from textmeta.hub import HubAccess
@@ -41,6 +42,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     adapt: Adapt | None
     steps: int | None
     max_length: int | None
+    long_texts: LongTexts
     batch_size: int
     device: str | torch.device
     precision: str
@@ -82,7 +84,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """
         access, encoder = HubAccess(token, cache_dir, local_files_only), settings.get("encoder")
         adapter, fitted = load_adapter(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
-        classifier = cls(adapter, **settings)
+        classifier = cls(adapter, **{"long_texts": adapter.encoder.long_texts, **settings})
         classifier._access = access
         queries = classifier._learner.adapter.initialisation.queries
         classifier._fitted = fitted and replace(fitted, task=fitted.task.to(queries.device))
@@ -145,12 +147,11 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     @cached_property
     @torch.inference_mode(False)
     def _adapter(self) -> Adapter:
-        """The adapter, with the length of texts that was asked for; one that was named is loaded the first time."""
+        """The adapter, with what was asked for of long texts; one that was named is loaded the first time."""
         given = self.adapter
         found = given if isinstance(given, Adapter) else load_adapter(given, encoder=self.encoder)[0]
-        if self.max_length is None:
-            return found
-        return replace(found, encoder=replace(found.encoder, max_length=whole_number("max_length", self.max_length, 3)))
+        length = found.encoder.max_length if self.max_length is None else whole_number("max_length", self.max_length, 3)
+        return replace(found, encoder=replace(found.encoder, max_length=length, long_texts=self.long_texts))
 
     @cached_property
     @torch.inference_mode(False)

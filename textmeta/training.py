@@ -138,7 +138,7 @@ def train_parser() -> ArgumentParser:
     groups = {"encoder": EncoderSettings, "lora": LoraSettings, "learner": LearnerSettings}
     parser.add_class_arguments(MetaTrainer, as_group=True, skip=set(groups))
     for name, kind in groups.items():
-        parser.add_class_arguments(kind, name)
+        parser.add_class_arguments(kind, name, skip={"long_texts"})  # which is for classifiers
     return parser
 
 

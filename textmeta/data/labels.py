@@ -3,18 +3,19 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from textmeta.errors import AdapterError, DataError
+from textmeta.errors import AdapterError, DataError, SettingsError
 
 __all__ = [
     "Label",
     "LabelNames",
+    "checked_class_weight",
     "checked_labels",
     "checked_texts",
     "checked_weights",
@@ -143,6 +144,38 @@ def checked_weights(weights: Any, count: int) -> list[float]:
     return [float(weight) for weight in checked]
 
 
+def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | None:
+    """Return how much an example of each class counts, as scikit-learn has it; None where classes weigh alike.
+
+    Args:
+        given: "balanced", where classes weigh alike; None, where each example counts 1; or a mapping from labels to
+            what one of that class counts, 1 where nothing is said.
+        classes: of the task.
+
+    Raises:
+        SettingsError: if it is something else.
+        DataError: naming the label, if it is no class, or its weight no number above 0.
+    """
+    if isinstance(given, str) and given == "balanced":
+        return None
+    if given is not None and not isinstance(given, Mapping):
+        told = "'balanced', None or a mapping from labels to numbers"
+        raise SettingsError(f"class_weight must be {told}, given {given!r:.60}")
+    for label, weight in (given or {}).items():
+        if label not in classes:
+            near = f", the nearest is {_nearest(label, classes)!r:.60}"
+            raise DataError(f"class_weight: {label!r:.60} is no class of this task{near}")
+        if not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
+            raise DataError(f"class_weight of {label!r:.60}: expected a finite number above 0, given {weight!r:.60}")
+    return [float((given or {}).get(label, 1.0)) for label in classes]
+
+
+def _nearest(label: Any, others: Iterable[Any]) -> Any:
+    """Return that of other labels which reads most like one."""
+    shown = {str(other): other for other in others}
+    return shown[difflib.get_close_matches(str(label), shown, n=1, cutoff=0.0)[0]]
+
+
 def _is_missing(value: object) -> bool:
     """Whether a value says that there is none: None, NaN, or what pandas has for it."""
     return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in PANDAS_MISSING
@@ -211,11 +244,14 @@ def _check_all_named(labels: Sequence[Any], named: Mapping[Any, object]) -> None
     present = dict.fromkeys(labels)
     left_out = [label for label in present if label not in named]
     if left_out:
-        alone = {str(key): key for key in named if key not in present}
-        near = [alone[text] for text in difflib.get_close_matches(str(left_out[0]), alone, n=1, cutoff=0.0)]
+        alone = [key for key in named if key not in present]
         raise DataError(
             f"fit: label {left_out[0]!r:.60} has no name in label_names"
-            + (f", which names {len(alone)} without examples, the nearest {near[0]!r:.60}" if near else "")
+            + (
+                f", which names {len(alone)} without examples, the nearest {_nearest(left_out[0], alone)!r:.60}"
+                if alone
+                else ""
+            )
             + f"; expected a name for every class: {few(left_out)} left out"
         )
 

@@ -8,10 +8,12 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +26,11 @@ from textmeta.errors import EncoderError, SettingsError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 
-__all__ = ["Encoder", "EncoderSettings"]
+__all__ = ["Encoder", "EncoderSettings", "LongTexts", "warning_of"]
 
 logger = logging.getLogger(__name__)
 
+LongTexts = Literal["cut", "window"]
 # Children of a model, other than its layers, that only one of the halves runs.
 BEFORE_LAYERS = ("embeddings", "embeddings_project")  # the latter is ELECTRA's
 AFTER_LAYERS = ("final_norm",)  # ModernBERT's
@@ -41,16 +44,55 @@ class EncoderSettings:
         model: folder, or id on the Hub, of any transformers text encoder.
         revision: branch, tag or commit on the Hub.
         max_length: texts are cut after this many tokens.
+        long_texts: "cut" reads no more of a longer one, "window" overlapping parts of this length, whose views are
+            averaged.
     """
 
     model: str = DEFAULT_ENCODER
     revision: str | None = None
     max_length: int = 256
+    long_texts: LongTexts = "cut"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.long_texts not in get_args(LongTexts):
+            raise SettingsError(f"long_texts must be 'cut' or 'window', given {self.long_texts!r:.60}")
         if self.max_length < 3:  # a text's own token stands between two special ones
             raise SettingsError(f"max_length must be at least 3 tokens, given {self.max_length}")
+
+
+@dataclass
+class _Notes:
+    """Texts that were cut, and those of which most tokens were unknown, when they were tokenized."""
+
+    cut: set[str] = field(default_factory=set)
+    unknown: set[str] = field(default_factory=set)
+
+
+_notes: ContextVar[_Notes | None] = ContextVar("notes", default=None)
+
+
+@contextmanager
+def warning_of(texts: Sequence[str], where: str, settings: EncoderSettings) -> Iterator[None]:
+    """Warn of those texts that are found to be cut, or mostly unknown to the tokenizer, when they are read meanwhile.
+
+    One warning of each kind, at the line that called the caller's caller. Outside of it, as in training, there is none.
+    """
+    token = _notes.set(notes := _Notes())
+    try:
+        yield
+    finally:
+        _notes.reset(token)
+    more = "a larger max_length reads more of them, long_texts='window' all"
+    other = "it hardly tells such texts apart, and may be of another language"  # as Chinese ones to an English encoder
+    for kind, noted, what, advice in (
+        ("", notes.cut, f"cut at {settings.max_length} tokens", more),
+        ("most tokens of ", notes.unknown, f"unknown to the encoder {settings.model}", other),
+    ):
+        rows = [row for row, text in enumerate(texts) if text in noted]
+        if rows:
+            told = f"{kind}{len(rows)} of {len(texts)} texts are {what}, first of row {rows[0]}, "
+            warnings.warn(f"{where}: {told}{texts[rows[0]]!r:.60}; {advice}", stacklevel=5)
 
 
 class Encoder:
@@ -103,6 +145,10 @@ class Encoder:
             raise SettingsError(f"no such device: {device!r}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …") from error
         self.settings, self.lora, self.precision, self.access = settings, lora or LoraSettings(), precision, access
         model, self.tokenizer, self.commit = load_pretrained(settings.model, settings.revision, access)
+        if settings.long_texts == "window" and not self.tokenizer.is_fast:
+            raise SettingsError(
+                f"the tokenizer of {settings.model} cannot cut texts in windows: long_texts must be 'cut'"
+            )
         self.source = (settings.model, self.commit or settings.revision)
         positions = getattr(model.config, "max_position_embeddings", None) or math.inf
         if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
@@ -124,22 +170,28 @@ class Encoder:
         self.frozen_layers = None if self._prefix is None else first
         self.overhead = 128 if self.device.type == "cpu" else 4096
 
-    def warn_of_unknown(self, texts: Sequence[str], where: str) -> None:
-        """Warn where most tokens of a text are unknown to the tokenizer, as Chinese ones are to an English one."""
-        unknown = self.tokenizer.unk_token_id
-        if not texts or unknown in (None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
-            return
-        # cut as everywhere else: the tokenizer keeps the length from call to call, and threads share it
-        rows = self.tokenizer(list(texts), truncation=True, max_length=self.settings.max_length)["input_ids"]
-        special = self.tokenizer.num_special_tokens_to_add()
-        found = [number for number, row in enumerate(rows) if 2 * row.count(unknown) > len(row) - special]
-        if found:
-            warnings.warn(
-                f"{where}: most tokens of {len(found)} of {len(texts)} texts are unknown to the encoder "
-                f"{self.settings.model}, first of row {found[0]}, {texts[found[0]]!r:.60}; it hardly tells such texts "
-                "apart, and may be of another language",
-                stacklevel=4,
-            )
+    def tokenize(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """Return the token ids of each text, in its windows: one, or as many as a long text takes where these are read.
+
+        A window begins with the last quarter of the one before.
+        """
+        length, special = self.settings.max_length, self.tokenizer.num_special_tokens_to_add()
+        # cut in one way whatever is read: the tokenizer keeps it from call to call, and threads share it
+        found = self.tokenizer(list(texts), truncation=True, max_length=length, stride=max(0, length - special) // 4)
+        # a tokenizer that is Python alone does not tell what it cuts
+        parts = [[part, *part.overflowing] for part in found.encodings or ()]
+        whole = self.settings.long_texts == "window"
+        windows = [[part.ids for part in (own if whole else own[:1])] for own in parts]
+        windows = windows or [[ids] for ids in found["input_ids"]]
+        notes = _notes.get()
+        if notes is not None:
+            unknown = {self.tokenizer.unk_token_id} - {None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
+            notes.cut.update(text for text, own in zip(texts, parts, strict=False) if len(own) > 1 and not whole)
+            for text, own in zip(texts, windows, strict=True):
+                ids = [number for part in own for number in part]
+                if 2 * sum(map(ids.count, unknown)) > len(ids) - special * len(own):
+                    notes.unknown.add(text)
+        return windows
 
     def states(self, inputs: Tensor, mask: Tensor, *, adapted: bool) -> tuple[Tensor, ...]:
         """Return the states (rows, length, hidden) that enter the frozen or the adapted layers, and after each of them.

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -30,10 +31,10 @@ Batch = tuple[list[int], Tensor, Tensor]  # numbers of r rows, the rows (r, V, L
 
 @dataclass(frozen=True)
 class StateBatch:
-    """The token states of r texts of similar length.
+    """The token states of r texts, or windows of texts, of similar length.
 
     Attributes:
-        rows: (r,) int64, position of each text in the sequence of texts.
+        rows: (r,) int64, position of each text in the sequence of texts; several times that of one read in windows.
         states: (r, V, L, d), zeros at padding.
         mask: (r, L) bool, True for tokens.
         inverse_rms: (r, V, L) 1 / √(mean(h²) + 1e-6) of each token's state; made of the states where left out. Every
@@ -57,14 +58,17 @@ class TokenStates:
 
     Attributes:
         count: number of texts.
-        batches: every text is in exactly one.
+        batches: every text is in exactly one; of one read in windows, every window.
     """
 
     count: int
     batches: tuple[StateBatch, ...]
 
     def unpadded(self) -> list[Tensor]:
-        """Return the states (V, length, d) of each text, in the order of the texts; views that keep the graph."""
+        """Return the states (V, length, d) of each text, in the order of the texts; views that keep the graph.
+
+        The texts must not have been read in windows.
+        """
         found: dict[int, Tensor] = {}
         for batch in self.batches:
             for row, states, length in zip(batch.rows.tolist(), batch.states, batch.mask.sum(1).tolist(), strict=True):
@@ -171,20 +175,24 @@ class TokenStateReader:
 
     @torch.no_grad()
     def _make_frozen_states(self, texts: Sequence[str], bar: tqdm) -> list[Tensor]:
-        """Return the states (lower, length, d) of each text, in half precision but for an encoder in float64."""
-        found: dict[int, Tensor] = {}
+        """Return the states (lower, length, d) of each text, in half precision but for an encoder in float64.
+
+        Of one in windows all their states: whole windows first, so that every ``max_length`` a new one begins.
+        """
+        found: dict[int, list[Tensor]] = defaultdict(list)
         for numbers, states, mask in self._lower_batches(texts):
             # an outlier must not become infinite
             coarse = states if states.dtype == torch.float64 else states.clamp(-65504, 65504).half()
             for number, state, length in zip(numbers, coarse, mask.sum(1).tolist(), strict=True):
-                found[number] = state[:, :length].clone()  # a view would keep the whole batch
-            bar.update(len(numbers))
-        return [found[number] for number in range(len(texts))]
+                found[number].append(state[:, :length].clone())  # a view would keep the whole batch
+            bar.update(len(set(numbers)))
+        return [torch.cat(sorted(found.pop(n), key=lambda s: -s.shape[1]), 1) for n in range(len(texts))]
 
     def _digest(self, texts: Sequence[str]) -> str:
         """Return what the frozen states of texts are known by: all that they depend on."""
         encoder = self.encoder
         told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower]
+        told += ["window"] * (encoder.settings.long_texts == "window")
         return hashlib.sha256(json.dumps([*told, *texts]).encode()).hexdigest()[:32]
 
     def read(
@@ -200,11 +208,14 @@ class TokenStateReader:
             row_task: (n,) int64, task of each text, where a factor has a task dimension.
         """
         encoder, device, frozen = self.encoder, self.encoder.device, self.encoder.frozen_layers
-        kept = [number for number, text in enumerate(texts) if text in self._kept]
+        length = encoder.settings.max_length
+        known = [(number, self._kept[text]) for number, text in enumerate(texts) if text in self._kept]
+        windows = [(number, window) for number, state in known for window in torch.split(state, length, 1)]
+        kept = [number for number, _ in windows]
         fresh = [number for number, text in enumerate(texts) if text not in self._kept]
         stored = (
             (numbers, states.to(device, torch.promote_types(states.dtype, torch.float32)), mask.to(device))
-            for numbers, states, mask in _padded([self._kept[texts[number]] for number in kept], encoder.overhead)
+            for numbers, states, mask in _padded([window for _, window in windows], encoder.overhead)
         )
         parts = ((kept, stored), (fresh, self._lower_batches([texts[number] for number in fresh])))
         differentiated = factors is not None and any(factor.requires_grad for factor in factors.values())
@@ -229,13 +240,14 @@ class TokenStateReader:
         if not texts:
             return
         encoder = self.encoder
-        rows = encoder.tokenizer(list(texts), truncation=True, max_length=encoder.settings.max_length)["input_ids"]
-        for numbers, ids, there in _padded([torch.tensor(row).view(1, -1, 1) for row in rows], encoder.overhead):
+        windows = [(number, ids) for number, own in enumerate(encoder.tokenize(texts)) for ids in own]
+        rows = [torch.tensor(ids).view(1, -1, 1) for _, ids in windows]
+        for numbers, ids, there in _padded(rows, encoder.overhead):
             inputs, mask = ids[:, 0, :, 0].to(encoder.device), there.to(encoder.device)
             if encoder.frozen_layers is not None:
                 states = encoder.states(inputs, mask, adapted=False)
                 inputs = torch.stack([states[layer] for layer in self._lower], 1)
-            yield numbers, inputs, mask
+            yield [windows[number][0] for number in numbers], inputs, mask
 
 
 def _padded(rows: Sequence[Tensor], overhead: int, max_tokens: int = MAX_TOKENS) -> Iterator[Batch]:

@@ -22,6 +22,7 @@ class Examples:
         member: (T, n, C), 1 where an example is in a class; rows of 0 for padding.
         weights: (T, n), how much each example counts; 0 for padding.
         classes: (T, C) bool, whether a task has that class.
+        class_weights: (T, C), how much an example of each class counts in the head; None where classes weigh alike.
 
     Attributes:
         counts: (T, C), how much the examples of each class count together.
@@ -29,17 +30,20 @@ class Examples:
         present: (T, C) bool, the classes that have examples.
         number: (T,), C₁: number of classes that have examples; 1 at least, so that it can be divided by.
         balanced: (T, n), ω_i = n / (C₁ n_c): weights by which classes weigh alike, and which add up to n.
+        row_weights: (T, n), ω_i in the head: balanced, or by weights and class weights; they add up to n, too.
         targets: (T, n, C), one-hot - 1/C₁ over the classes that have examples; 0 for other classes and for padding.
     """
 
     member: Tensor
     weights: Tensor
     classes: Tensor
+    class_weights: Tensor | None = None
     counts: Tensor = field(init=False)
     total: Tensor = field(init=False)
     present: Tensor = field(init=False)
     number: Tensor = field(init=False)
     balanced: Tensor = field(init=False)
+    row_weights: Tensor = field(init=False)
     targets: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,10 +55,14 @@ class Examples:
         number = present.to(member.dtype).sum(1).clamp(min=1)
         share = torch.where(present, 1 / torch.where(present, counts, 1.0), 0.0)  # (T, C)
         balanced = weights * torch.einsum("tnc,tc->tn", member, share) * (total / number)[:, None]
+        rows = balanced
+        if self.class_weights is not None:
+            given = weights * torch.einsum("tnc,tc->tn", member, self.class_weights)
+            rows = given * (total / torch.where(total > 0, given.sum(1), 1.0))[:, None]
         there = (weights > 0).to(member.dtype)[..., None]
         targets = there * (member - present[:, None].to(there) / number[:, None, None])
         made = {"counts": counts, "present": present, "total": total, "number": number}
-        for name, value in {**made, "balanced": balanced, "targets": targets}.items():
+        for name, value in {**made, "balanced": balanced, "row_weights": rows, "targets": targets}.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -66,7 +74,7 @@ class Examples:
 
     def weighted(self, weights: Tensor) -> "Examples":
         """Return the same examples with their weights (T, n) times these."""
-        return Examples(self.member, self.weights * weights, self.classes)
+        return Examples(self.member, self.weights * weights, self.classes, self.class_weights)
 
 
 def log_shots(examples: Examples) -> Tensor:

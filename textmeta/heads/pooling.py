@@ -17,7 +17,7 @@ def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -
     """Pool the tokens of each text by a query a view, and scale the result to length 1.
 
     p_ℓ(x) = Σ_t softmax_t(q_ℓ · ĥ_ℓt / √d) h_ℓt with ĥ = h / √(mean(h²) + 1e-6), then u = p / √(|p|² + 1e-12). A query
-    of zeros is mean pooling.
+    of zeros is mean pooling. Of a text that is read in windows p is the mean of theirs.
 
     Args:
         states: token states of N texts.
@@ -36,8 +36,9 @@ def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -
         scores = (hidden @ own[..., None])[..., 0] * batch.inverse_rms / math.sqrt(hidden.shape[-1])  # (r, V, L)
         attention = scores.masked_fill(~batch.mask[:, None], -torch.inf).softmax(-1)
         parts.append((attention[..., None, :] @ hidden)[..., 0, :])
-    rows = torch.cat([batch.rows for batch in states.batches])
-    pooled = torch.cat(parts).index_select(0, torch.argsort(rows))
+    rows, pooled = torch.cat([batch.rows for batch in states.batches]), torch.cat(parts)
+    # of a text in windows the sum of theirs, which is their mean once its length is 1
+    pooled = pooled.new_zeros(states.count, *pooled.shape[1:]).index_add(0, rows, pooled)
     return pooled * (pooled.square().sum(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
 
 

@@ -1,4 +1,4 @@
-"""Class-balanced ridge regression on a mixture of views, in closed form, dual or primal, whichever is smaller."""
+"""Ridge regression on a mixture of views, in closed form, dual or primal, whichever is smaller."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ __all__ = ["dual_coefficients", "primal_weights", "ridge", "weighted_ridge"]
 def ridge(views: Tensor, mixture: Tensor, examples: Examples, penalty: Tensor) -> Tensor:
     """Return (T, V, d, C) weights W: a text's score for class c is Σ_v z_v · W_vc.
 
-    The regression of one-hot labels - 1/C₁ with the kernel Σ_v w_v Z_v Z_vᵀ, every class weighing alike; 0 for a class
-    without examples.
+    The regression of one-hot labels - 1/C₁ with the kernel Σ_v w_v Z_v Z_vᵀ, every class weighing alike, or as much as
+    is said of it; 0 for a class without examples.
 
     Args:
         views: (T, n, V, d) centred views z.
@@ -20,7 +20,7 @@ def ridge(views: Tensor, mixture: Tensor, examples: Examples, penalty: Tensor) -
         examples: of the T tasks.
         penalty: () λ > 0.
     """
-    return weighted_ridge(views, mixture, examples.targets, examples.balanced, penalty)
+    return weighted_ridge(views, mixture, examples.targets, examples.row_weights, penalty)
 
 
 def weighted_ridge(views: Tensor, mixture: Tensor, targets: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:

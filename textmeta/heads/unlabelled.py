@@ -53,7 +53,7 @@ def soft_labelled_ridge(
     for _ in range(rounds):
         probabilities, confidence = soft_labels(logits(weights), examples.classes)
         targets = torch.cat([labelled, there[..., None] * (probabilities - chance[:, None])], 1)
-        row_weights = torch.cat([several * examples.balanced, there * share[:, None] * confidence], 1)
+        row_weights = torch.cat([several * examples.row_weights, there * share[:, None] * confidence], 1)
         weights = torch.where(some, weighted_ridge(both, mixture, targets, row_weights, penalty), weights)
     return weights
 

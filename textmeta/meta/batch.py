@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
@@ -64,6 +65,7 @@ class TaskBatch:
         names: of the classes, in the order of the labels; none for a task that comes without.
         unlabelled: of each task.
         weights: (T, n), how much each labelled text counts, 0 for padding; None where all count 1.
+        class_weights: (T, C), how much a text of each class counts in the head; None where classes weigh alike.
     """
 
     support: Rows
@@ -72,6 +74,7 @@ class TaskBatch:
     names: Rows
     unlabelled: Rows
     weights: Tensor | None = None
+    class_weights: Tensor | None = None
 
     @classmethod
     def of(
@@ -83,6 +86,7 @@ class TaskBatch:
         unlabelled: Sequence[Sequence[str]] | None = None,
         device: str | torch.device = "cpu",
         weights: Sequence[Sequence[float]] | None = None,
+        class_weights: Sequence[Sequence[float]] | None = None,
     ) -> "TaskBatch":
         """Lay out T tasks.
 
@@ -94,6 +98,7 @@ class TaskBatch:
             unlabelled: texts of each task.
             device: of the tensors.
             weights: how much each labelled text counts, above 0; by default 1.
+            class_weights: how much a text of each class counts in the head; by default classes weigh alike.
         """
         device = torch.device(device)
         for number, (part, count) in enumerate(zip(names or [None] * len(ways), ways, strict=True)):
@@ -115,6 +120,9 @@ class TaskBatch:
             Rows.of([part or () for part in names or [()] * len(texts)], device),
             Rows.of(unlabelled or [()] * len(texts), device),
             None if weights is None else support.pad(torch.tensor(counts, device=device)),
+            None
+            if class_weights is None
+            else pad_sequence([torch.tensor(part) for part in class_weights], True).to(device),
         )
 
     @classmethod

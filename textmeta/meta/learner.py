@@ -141,6 +141,8 @@ class TaskLearner:
         examples = Examples.of(batch.labels, batch.ways, first.dtype)
         if batch.weights is not None:
             examples = examples.weighted(batch.weights.to(first.dtype))
+        if batch.class_weights is not None:
+            examples = replace(examples, class_weights=batch.class_weights.to(first.dtype))
         view_nll, nll, mixed = self._evidence(first, examples)
         adapted = self._adapt_features(batch, support, examples, second_order)
         if adapted.factors:

@@ -187,7 +187,11 @@ class MetaTrainer:
             **asdict(self),
             "learner": asdict(learner),
             "lora": asdict(encoder.lora),
-            "encoder": {"max_length": encoder.settings.max_length, "weights_sha256": encoder.weights_sha256},
+            "encoder": {
+                "max_length": encoder.settings.max_length,
+                "weights_sha256": encoder.weights_sha256,
+                **({"long_texts": "window"} if encoder.settings.long_texts == "window" else {}),
+            },
             "corpora": [corpus.summary for corpus in corpora],
             "valid": [corpus.summary for corpus in valid],
         }

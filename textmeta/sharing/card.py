@@ -61,6 +61,7 @@ def _filled(
     more = ", …" if len(labels) > MOST_SHOWN else ""
     values = {
         **asdict(encoder) | asdict(adapter.lora) | asdict(learner),
+        "long_texts": {"cut": "cut at", "window": "read in windows of"}[encoder.long_texts],
         "metadata": _metadata(adapter, record).to_yaml(),
         "name": PLACEHOLDER,
         "base": f'"{encoder.model}"' + (f', revision="{revision}"' if revision else ""),

@@ -1,0 +1,81 @@
+"""How much classes count: alike, by their examples, or as said; against scikit-learn's ridge and its own weights."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.utils.class_weight import compute_class_weight
+
+from tests.heads.given import examples_of, random
+from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
+from textmeta import FewShotClassifier
+from textmeta.errors import DataError, SettingsError
+from textmeta.heads.common import Examples
+from textmeta.heads.ridge import ridge
+
+LESS, FEWER = [*SUPPORT[:4], SUPPORT[4]], list("bbffk")
+UNLABELLED = ["bal fim", "kut bel"]
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model: str) -> FewShotClassifier:
+    return FewShotClassifier(adapter_of(tiny_model))
+
+
+def answers(classifier: FewShotClassifier, weight: Any, texts: list[str], labels: list[Any], **more: Any) -> np.ndarray:
+    return classifier.set_params(class_weight=weight).fit(texts, labels, **more).predict_proba(TEXTS)
+
+
+@pytest.mark.parametrize("n", [7, 23], ids=["dual", "primal"])
+def test_weights_of_classes_are_those_of_scikit_learns_ridge(n: int) -> None:
+    labels = ([0, 0, 1, 1, 1, 1, 2] * 4)[:n]
+    z, mixture, penalty = random(1, n, 2, 5), torch.tensor([[0.3, 0.7]]).double(), torch.tensor(0.7).double()
+    sample, own = random(n, seed=3).abs() + 0.1, np.array([2.0, 1.0, 0.5])
+    plain = examples_of([labels], [4]).weighted(sample[None])
+    given = Examples(plain.member, plain.weights, plain.classes, torch.tensor([[*own, 9.0]]).double())  # 3 has no text
+    found = ridge(z, mixture, given, penalty)
+    design = (z[0] * mixture[0].sqrt()[:, None]).flatten(1).numpy()
+    omega = sample.numpy() * own[labels]
+    omega *= float(sample.sum()) / omega.sum()  # as large in all as without, beside the penalty
+    fitted = Ridge(float(penalty), fit_intercept=False).fit(design, np.eye(3)[labels] - 1 / 3, sample_weight=omega)
+    scores = torch.einsum("nvd,vdc->nc", z[0], found[0]).numpy()
+    np.testing.assert_allclose(scores[:, :3], fitted.predict(design), atol=1e-10)
+    assert not scores[:, 3].any()
+
+
+@pytest.mark.parametrize("more", [{}, {"unlabelled": UNLABELLED}], ids=["labelled", "unlabelled"])
+def test_weights_say_what_scikit_learns_say(classifier: FewShotClassifier, more: dict[str, Any]) -> None:
+    balanced = answers(classifier, "balanced", LESS, FEWER, **more)
+    sums = dict(zip("bfk", compute_class_weight("balanced", classes=np.array(list("bfk")), y=FEWER), strict=True))
+    np.testing.assert_allclose(answers(classifier, sums, LESS, FEWER, **more), balanced, rtol=0, atol=1e-6)
+    given = answers(classifier, None, LESS, FEWER, **more)
+    for weight in ({"k": 1.0}, dict.fromkeys("bfk", 7)):  # 1 where nothing is said
+        np.testing.assert_allclose(answers(classifier, weight, LESS, FEWER, **more), given, rtol=0, atol=1e-6)
+    assert np.abs(given - balanced).max() > 1e-3
+    equal = [answers(classifier, weight, SUPPORT, LABELS, **more) for weight in ("balanced", None)]
+    np.testing.assert_allclose(*equal, rtol=0, atol=1e-6)
+
+
+def test_more_weight_makes_a_class_likelier(classifier: FewShotClassifier) -> None:
+    likely = [answers(classifier, {"b": weight}, SUPPORT, LABELS)[:, 0].mean() for weight in (0.1, 1, 10)]
+    assert likely == sorted(likely)
+    assert likely[2] > likely[0] + 0.02
+    assert np.isfinite(answers(classifier, {"b": 2}, [], [], label_names={"b": "bum", "f": "fon"})).all()
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        ({"bank card": 2.0}, DataError, "'bank card' is no class of this task, the nearest is 'bank'"),
+        ({"bank": 0}, DataError, "of 'bank': expected a finite number above 0, given 0"),
+        ({"bank": float("nan")}, DataError, "of 'bank': .* given nan"),
+        ({"bank": "2"}, DataError, "of 'bank': .* given '2'"),
+        ("as given", SettingsError, "must be 'balanced', None or a mapping from labels to numbers, given 'as given'"),
+        ([1.0, 2.0], SettingsError, "must be 'balanced', None or a mapping"),
+    ],
+)
+def test_unusable_weights_are_named(classifier: FewShotClassifier, weight: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=f"^class_weight.*{message}"):
+        answers(classifier, weight, ["bal", "fim"], ["bank", "fine"])
