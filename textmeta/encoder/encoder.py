@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from textmeta.encoder.attention import use_switched_attention
 from textmeta.encoder.lora import LoraSettings, inject, lora_config
-from textmeta.encoder.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
+from textmeta.encoder.pretrained import DEFAULT_ENCODER, Pretrained, load_pretrained
 from textmeta.errors import EncoderError, SettingsError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 
-__all__ = ["Encoder", "EncoderSettings"]
+__all__ = ["Encoder", "EncoderSettings", "device_of", "most_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,12 @@ class Encoder:
         precision: "bf16" runs the transformer's matrix products in bfloat16 (autocast); its weights, LoRA factors and
             their gradients stay float32. fp16 would need its gradients scaled in every inner step, and is refused.
         access: how the Hub is reached.
+        pretrained: the transformer, if it has been loaded; its linear maps become those of this encoder.
 
     Attributes:
         tokenizer: of the transformer.
+        prompt: what is put before each text.
+        first_token: whether a text's last view is the state of its first token alone.
         hidden_size: length of a token's state.
         total_layers: of the transformer.
         frozen_layers: how many lie below the lowest LoRA; None where the model cannot be split there.
@@ -88,6 +91,7 @@ class Encoder:
         device: str | torch.device = "cpu",
         precision: str = "no",
         access: HubAccess | None = None,
+        pretrained: Pretrained | None = None,
     ) -> None:
         if precision not in ("no", "bf16"):
             raise SettingsError(
@@ -97,19 +101,16 @@ class Encoder:
         settings = settings or EncoderSettings()
         if is_folder(local := at_home(settings.model)):  # a relative path would look like an id on the Hub elsewhere
             settings = replace(settings, model=str(Path(local).resolve()))
-        try:
-            self.device = torch.device(device)
-        except RuntimeError as error:
-            raise SettingsError(f"no such device: {device!r}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …") from error
+        self.device = device_of(device)
         self.settings, self.lora, self.precision, self.access = settings, lora or LoraSettings(), precision, access
-        model, self.tokenizer, self.commit = load_pretrained(settings.model, settings.revision, access)
+        loaded = pretrained or load_pretrained(settings.model, settings.revision, access)
+        model, self.tokenizer, self.commit, self.weights_sha256, _ = loaded
+        self.prompt, self.first_token = "", False
         self.source = (settings.model, self.commit or settings.revision)
-        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-        if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-            positions -= 2  # the first positions are the padding token's
+        positions = most_tokens(model)
         if settings.max_length > positions:
             raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")
-        self.weights_sha256 = weights_digest(model)
+        self.tokenize([""])  # sets the length, which is then the same in each call, of whatever thread
         self.hidden_size: int = model.config.hidden_size
         layers_name = _find_layers(model)
         self.total_layers = total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
@@ -124,13 +125,27 @@ class Encoder:
         self.frozen_layers = None if self._prefix is None else first
         self.overhead = 128 if self.device.type == "cpu" else 4096
 
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, cut."""
+        given = [self.prompt + text for text in texts]
+        rows: list[list[int]] = self.tokenizer(given, truncation=True, max_length=self.settings.max_length)["input_ids"]
+        return rows
+
+    def with_length(self, max_length: int) -> "Encoder":
+        """Return an encoder of the same weights that cuts texts after so many tokens, with a tokenizer of its own."""
+        if max_length == self.settings.max_length:
+            return self
+        made = copy.copy(self)
+        made.settings, made.tokenizer = replace(self.settings, max_length=max_length), copy.deepcopy(self.tokenizer)
+        return made
+
     def warn_of_unknown(self, texts: Sequence[str], where: str) -> None:
         """Warn where most tokens of a text are unknown to the tokenizer, as Chinese ones are to an English one."""
         unknown = self.tokenizer.unk_token_id
         if not texts or unknown in (None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             return
         # cut as everywhere else: the tokenizer keeps the length from call to call, and threads share it
-        rows = self.tokenizer(list(texts), truncation=True, max_length=self.settings.max_length)["input_ids"]
+        rows = self.tokenize(texts)
         special = self.tokenizer.num_special_tokens_to_add()
         found = [number for number, row in enumerate(rows) if 2 * row.count(unknown) > len(row) - special]
         if found:
@@ -164,6 +179,28 @@ class Encoder:
         # some families report nothing where there is no layer: then the last states are the embeddings
         found = tuple(output.hidden_states) or (output.last_hidden_state,)
         return tuple(states.to(torch.promote_types(states.dtype, torch.float32)) for states in found)
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """Return a device by its name; None is what there is: cuda, mps or cpu, in this order.
+
+    Raises:
+        SettingsError: if there is no such kind of device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        told = f"no such device: {device!r:.60}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …"
+        raise SettingsError(told) from error
+
+
+def most_tokens(model: PreTrainedModel) -> float:
+    """Return how many tokens of a text a transformer can read."""
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    # the first positions are the padding token's
+    return positions - 2 * (model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"))
 
 
 class _PassThrough(nn.Module):

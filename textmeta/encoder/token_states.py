@@ -184,7 +184,8 @@ class TokenStateReader:
     def _digest(self, texts: Sequence[str]) -> str:
         """Return what the frozen states of texts are known by: all that they depend on."""
         encoder = self.encoder
-        told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower]
+        prompt = [encoder.prompt] if encoder.prompt else []
+        told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower, *prompt]
         return hashlib.sha256(json.dumps([*told, *texts]).encode()).hexdigest()[:32]
 
     def read(
@@ -220,6 +221,9 @@ class TokenStateReader:
                     with nullcontext() if factors is None else using_factors(factors, task, folded):
                         upper = encoder.states(entering, mask, adapted=True)
                     found |= dict(zip(itertools.count(frozen or 0), upper, strict=False))
+                if encoder.first_token:
+                    last = self.layers[-1]
+                    found[last] = found[last][:, :1].expand_as(found[last])
                 states = torch.stack([found[layer] for layer in self.layers], 1)
                 batches.append(StateBatch(rows, states.masked_fill(~mask[:, None, :, None], 0), mask))
         return TokenStates(len(texts), tuple(batches))
@@ -229,7 +233,7 @@ class TokenStateReader:
         if not texts:
             return
         encoder = self.encoder
-        rows = encoder.tokenizer(list(texts), truncation=True, max_length=encoder.settings.max_length)["input_ids"]
+        rows = encoder.tokenize(texts)
         for numbers, ids, there in _padded([torch.tensor(row).view(1, -1, 1) for row in rows], encoder.overhead):
             inputs, mask = ids[:, 0, :, 0].to(encoder.device), there.to(encoder.device)
             if encoder.frozen_layers is not None:

@@ -1,8 +1,11 @@
 """An adapter: all that meta-training makes, with the identity of the encoder that it was made for."""
 
+import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -12,13 +15,15 @@ from torch import Tensor
 
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.pretrained import Pretrained, tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
 from textmeta.heads.pooling import pool
 from textmeta.hub import HubAccess
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
+from textmeta.meta.shared import shared
 
-__all__ = ["Adapter", "ClassIndex"]
+__all__ = ["Adapter", "ClassIndex", "as_encoder_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +49,7 @@ class ClassIndex:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What meta-training makes, and a classifier takes.
+    """What meta-training makes, and a classifier takes. It is never changed: a copy is the adapter itself.
 
     Args:
         encoder: which one, and how long texts may be.
@@ -58,6 +63,8 @@ class Adapter:
         index: of the classes that it was trained on, where it has one.
         record: how it was trained.
         versions: of the libraries that it was made with.
+        prompt: what is put before each text.
+        first_token: whether the last view is the state of the first token alone, not pooled.
     """
 
     encoder: EncoderSettings
@@ -71,6 +78,8 @@ class Adapter:
     index: ClassIndex | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
+    prompt: str = ""
+    first_token: bool = False
 
     @classmethod
     def of(cls, reader: TokenStateReader, learner: LearnerSettings, initialisation: Initialisation) -> "Adapter":
@@ -91,6 +100,8 @@ class Adapter:
             calibration=Calibration(),
             probe=_probe(reader, initialisation),
             commit=encoder.commit,
+            prompt=encoder.prompt,
+            first_token=encoder.first_token,
         )
 
     def load_reader(
@@ -100,6 +111,7 @@ class Adapter:
         precision: str = "no",
         model: str | None = None,
         access: HubAccess | None = None,
+        pretrained: Pretrained | None = None,
     ) -> TokenStateReader:
         """Load the encoder that this adapter belongs to, and return what reads its token states.
 
@@ -108,19 +120,16 @@ class Adapter:
             precision: "no" for float32, or "bf16".
             model: where to load it from, if not from the id or folder that the adapter names.
             access: how the Hub is reached.
+            pretrained: the model of that name, if it has been loaded.
 
         Raises:
             AdapterError: if its weights are not those that the adapter was trained on.
             EncoderError: if it cannot be loaded.
         """
-        try:
-            encoder = self._any_encoder(device, precision, model, access)
+        with as_encoder_errors(model or self.encoder.model):
+            encoder = self._any_encoder(device, precision, model, access, pretrained)
+            encoder.prompt, encoder.first_token = self.prompt, self.first_token
             reader = self._checked(encoder)
-        except TextMetaError:
-            raise
-        except Exception as error:  # an encoder may be anybody's, and its configuration say anything
-            told = f"the encoder {model or self.encoder.model!r} cannot be used: {type(error).__name__}: {error}"
-            raise EncoderError(told) from error
         # it is the encoder that the adapter names, wherever this copy of it came from
         encoder.settings, encoder.commit = self.encoder, self.commit
         return reader
@@ -134,6 +143,25 @@ class Adapter:
             initialisation=init.with_tensors({name: value.to(device) for name, value in init.tensors().items()}),
             calibration=Calibration(None if scope is None else scope.to(device)),
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """Sha256 over all of it; two of the same are one."""
+        vectors = {} if self.index is None else self.index.vectors
+        more = {"probe": self.probe, **{f"index.{name}": torch.from_numpy(value) for name, value in vectors.items()}}
+        if self.calibration.scope is not None:
+            more["scope"] = self.calibration.scope
+        told = [self.encoder, self.weights_sha256, self.lora, self.learner, self.commit, self.prompt, self.first_token]
+        told += [self.index and self.index.classes, self.record, self.versions]
+        tensors = tensors_digest({**more, **self.initialisation.tensors()})
+        return hashlib.sha256(f"{tensors} {told}".encode("utf-8", "replace")).hexdigest()
+
+    def __deepcopy__(self, memo: object) -> "Adapter":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., "Adapter"], tuple[dict[str, Any]]]:
+        own = self.to(torch.device("cpu"))
+        return _unpickled, ({field.name: getattr(own, field.name) for field in fields(own)},)
 
     def _checked(self, encoder: Encoder) -> TokenStateReader:
         """Check that this is the adapter's encoder, and that the adapter fits it."""
@@ -156,12 +184,17 @@ class Adapter:
         return reader
 
     def _any_encoder(
-        self, device: str | torch.device, precision: str, model: str | None, access: HubAccess | None
+        self,
+        device: str | torch.device,
+        precision: str,
+        model: str | None,
+        access: HubAccess | None,
+        pretrained: Pretrained | None,
     ) -> Encoder:
         """Load the encoder; of one on the Hub the commit that the adapter was trained on, if it can be had."""
         if model:
             named = replace(self.encoder, model=model, revision=None)
-            return Encoder(named, self.lora, device, precision, access=access)
+            return Encoder(named, self.lora, device, precision, access, pretrained)
         pinned = replace(self.encoder, revision=self.commit or self.encoder.revision)
         try:
             return Encoder(pinned, self.lora, device, precision, access=access)
@@ -173,14 +206,29 @@ class Adapter:
             return Encoder(self.encoder, self.lora, device, precision, access=access)
 
 
+@contextmanager
+def as_encoder_errors(model: str) -> Iterator[None]:
+    """Turn every error into one of ours: an encoder may be anybody's, and its configuration say anything."""
+    try:
+        yield
+    except TextMetaError:
+        raise
+    except Exception as error:
+        raise EncoderError(f"the encoder {model!r} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _unpickled(given: dict[str, Any]) -> Adapter:
+    made = Adapter(**given)
+    return shared(made.digest, lambda: made)
+
+
 @torch.no_grad()
 def _probe(reader: TokenStateReader, initialisation: Initialisation) -> Tensor:
     """Return (3, V·d), of length 1: the mean-pooled views of some fixed texts, with the adapter's LoRA."""
     device = reader.encoder.device
     factors = {name: value.detach().to(device) for name, value in initialisation.lora.items()}
-    own = reader.encoder.settings
-    reader.encoder.settings = replace(own, max_length=max(own.max_length, PROBE_LENGTH))  # whole, however texts are cut
-    views = pool(reader.read(PROBES, factors), torch.zeros_like(initialisation.queries, device=device))
-    reader.encoder.settings = own
+    length = max(reader.encoder.settings.max_length, PROBE_LENGTH)  # whole, however texts are cut
+    whole = TokenStateReader(reader.encoder.with_length(length), reader.layers)
+    views = pool(whole.read(PROBES, factors), torch.zeros_like(initialisation.queries, device=device))
     joined: Tensor = views.flatten(1) / len(reader.layers) ** 0.5
     return joined.float().cpu()

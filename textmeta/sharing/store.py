@@ -88,6 +88,8 @@ class _Meta(_Strict):
     lora: LoraSettings
     learner: LearnerSettings
     record: dict[str, Any]
+    prompt: str = ""  # an adapter without a prompt may be older than these two
+    first_token: bool = False
     index: Annotated[list[_Corpus], Field(min_length=1)] | None
 
 
@@ -146,6 +148,8 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         "lora": asdict(adapter.lora),
         "learner": asdict(adapter.learner),
         "record": dict(adapter.record),
+        "prompt": adapter.prompt,
+        "first_token": adapter.first_token,
         "index": index and [{"name": name, "classes": list(classes)} for name, classes in index.classes.items()],
     }
     files = {
@@ -259,6 +263,8 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
         index=_index(meta.index, vectors, hidden, folder / TENSORS),
         record=meta.record,
         versions=meta.versions,
+        prompt=meta.prompt,
+        first_token=meta.first_token,
     )
     if files[CONFIG] != _config_file(adapter):  # so it can hold nothing else that PEFT would act on
         raise AdapterError(f"{folder / CONFIG} does not say what follows from {META} and {WEIGHTS}")
