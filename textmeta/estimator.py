@@ -55,6 +55,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
 
     _access = HubAccess()
     _quiet = False
+    _weights = ""  # sha256 of an encoder that has no adapter of its own, which would know it
     _fitted: Fitted | None = None  # replaced as a whole: other threads may be predicting
 
     @classmethod
@@ -199,7 +200,14 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
 
         place = _state_of(self.encoder or adapter.encoder.model)
         told = (self._any_encoder, untrained, self.max_length, str(device), self.precision, access)
-        return shared((adapter.digest, place, *told), load)
+        found = shared((adapter.digest, place, *told), load)
+        if self._any_encoder:
+            weights, self._weights = self._weights, found.adapter.weights_sha256
+            if self._fitted is not None and self._weights != weights:
+                raise AdapterError(
+                    f"this classifier was fitted on other weights than those of {place[0]}: fit it again"
+                )
+        return found
 
     @cached_property
     def _reader(self) -> TokenStateReader:
@@ -222,7 +230,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         before = self.get_params()
         super().set_params(**params)
         if any(params[name] is not before[name] for name in params.keys() - HARMLESS):
-            for name in ("_given", *LOADED, "_fitted"):
+            for name in ("_given", *LOADED, "_weights", "_fitted"):
                 self.__dict__.pop(name, None)
         return self
 

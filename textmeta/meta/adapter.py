@@ -1,10 +1,11 @@
 """An adapter: all that meta-training makes, with the identity of the encoder that it was made for."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -151,10 +152,10 @@ class Adapter:
         more = {"probe": self.probe, **{f"index.{name}": torch.from_numpy(value) for name, value in vectors.items()}}
         if self.calibration.scope is not None:
             more["scope"] = self.calibration.scope
-        told = [self.encoder, self.weights_sha256, self.lora, self.learner, self.commit, self.prompt, self.first_token]
-        told += [self.index and self.index.classes, self.record, self.versions]
-        tensors = tensors_digest({**more, **self.initialisation.tensors()})
-        return hashlib.sha256(f"{tensors} {told}".encode("utf-8", "replace")).hexdigest()
+        told: list[Any] = [asdict(part) for part in (self.encoder, self.lora, self.learner)]
+        told += [self.weights_sha256, self.commit, self.prompt, self.first_token, self.record, self.versions]
+        told += [self.index and self.index.classes, tensors_digest({**more, **self.initialisation.tensors()})]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=repr).encode()).hexdigest()
 
     def __deepcopy__(self, memo: object) -> "Adapter":
         return self

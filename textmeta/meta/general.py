@@ -66,8 +66,8 @@ def load_any_encoder(
         encoder.prompt, encoder.first_token = sentence_settings(loaded.folder)
         adapter = general_adapter(TokenStateReader(encoder), numbers)
     _say_once(
-        f"the encoder {name} is used without an adapter: nothing was trained on it, and what is general comes from the "
-        f"adapter of {numbers.encoder.model}. `textmeta train` makes one of its own, which is better"
+        f"the encoder {name} is used without an adapter, with numbers that were learned on {numbers.encoder.model}; "
+        "`textmeta train` makes an adapter, which is better"
     )
     return TaskLearner(TokenStateReader(encoder), adapter.to(encoder.device))
 
@@ -76,7 +76,8 @@ def general_adapter(reader: TokenStateReader, numbers: Adapter) -> Adapter:
     """Return an adapter of an encoder that nothing was trained on, with the general numbers of another one.
 
     LoRA does nothing, the pooling queries are 0, which is the mean, and centres are those of the task alone. Numbers by
-    layer are those of the same relative depth, the last layer of the other adapter taken for its encoder's last.
+    layer are those of the same relative depth, the last layer of the other adapter taken for its encoder's last. The
+    rule for what is out of scope is left out: here it would reject nearly all.
 
     Args:
         reader: of the encoder's token states.
@@ -100,8 +101,7 @@ def general_adapter(reader: TokenStateReader, numbers: Adapter) -> Adapter:
         return learned  # type: ignore[no-any-return]
 
     tensors = {name: general(name, value) for name, value in start.tensors().items()}
-    made = Adapter.of(reader, learner, start.with_tensors(tensors))
-    return replace(made, calibration=numbers.calibration)
+    return Adapter.of(reader, learner, start.with_tensors(tensors))
 
 
 def _least_lora(loaded: Pretrained) -> LoraSettings:
