@@ -178,10 +178,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     @property
     def _adapter(self) -> Adapter:
         """The adapter, on the CPU; of an encoder without one the general numbers."""
-        if not self._any_encoder:
-            return self._given
-        made = self._loaded.adapter.to(torch.device("cpu"))
-        return shared(made.digest, lambda: made)
+        return self._loaded.adapter.to(torch.device("cpu")) if self._any_encoder else self._given
 
     @cached_property
     @torch.inference_mode(False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
-from textmeta.encoder.pretrained import Pretrained, tensors_digest
+from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
 from textmeta.heads.pooling import pool
@@ -112,7 +112,6 @@ class Adapter:
         precision: str = "no",
         model: str | None = None,
         access: HubAccess | None = None,
-        pretrained: Pretrained | None = None,
     ) -> TokenStateReader:
         """Load the encoder that this adapter belongs to, and return what reads its token states.
 
@@ -121,19 +120,13 @@ class Adapter:
             precision: "no" for float32, or "bf16".
             model: where to load it from, if not from the id or folder that the adapter names.
             access: how the Hub is reached.
-            pretrained: the model of that name, if it has been loaded.
 
         Raises:
             AdapterError: if its weights are not those that the adapter was trained on.
             EncoderError: if it cannot be loaded.
         """
         with as_encoder_errors(model or self.encoder.model):
-            encoder = self._any_encoder(device, precision, model, access, pretrained)
-            encoder.prompt, encoder.first_token = self.prompt, self.first_token
-            reader = self._checked(encoder)
-        # it is the encoder that the adapter names, wherever this copy of it came from
-        encoder.settings, encoder.commit = self.encoder, self.commit
-        return reader
+            return self.reader_of(self._any_encoder(device, precision, model, access))
 
     def to(self, device: torch.device) -> "Adapter":
         """Return the same adapter with its tensors on a device."""
@@ -164,8 +157,13 @@ class Adapter:
         own = self.to(torch.device("cpu"))
         return _unpickled, ({field.name: getattr(own, field.name) for field in fields(own)},)
 
-    def _checked(self, encoder: Encoder) -> TokenStateReader:
-        """Check that this is the adapter's encoder, and that the adapter fits it."""
+    def reader_of(self, encoder: Encoder) -> TokenStateReader:
+        """Return what reads the token states of an encoder, which becomes the one that the adapter names.
+
+        Raises:
+            AdapterError: if it is another one, or the adapter does not fit it.
+        """
+        encoder.prompt, encoder.first_token = self.prompt, self.first_token
         if encoder.weights_sha256 != self.weights_sha256:
             raise AdapterError(
                 f"the adapter belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…, but the "
@@ -182,20 +180,17 @@ class Adapter:
                 f"{encoder.settings.model} has the adapter's weights, but makes other features of the same texts "
                 f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
             )
+        # wherever this copy of it came from
+        encoder.settings, encoder.commit = self.encoder, self.commit
         return reader
 
     def _any_encoder(
-        self,
-        device: str | torch.device,
-        precision: str,
-        model: str | None,
-        access: HubAccess | None,
-        pretrained: Pretrained | None,
+        self, device: str | torch.device, precision: str, model: str | None, access: HubAccess | None
     ) -> Encoder:
         """Load the encoder; of one on the Hub the commit that the adapter was trained on, if it can be had."""
         if model:
             named = replace(self.encoder, model=model, revision=None)
-            return Encoder(named, self.lora, device, precision, access, pretrained)
+            return Encoder(named, self.lora, device, precision, access=access)
         pinned = replace(self.encoder, revision=self.commit or self.encoder.revision)
         try:
             return Encoder(pinned, self.lora, device, precision, access=access)

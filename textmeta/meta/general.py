@@ -57,9 +57,9 @@ def load_any_encoder(
     with as_encoder_errors(name):
         loaded = load_pretrained(name, None if model else numbers.commit or numbers.encoder.revision, access)
         if loaded.weights_sha256 == numbers.weights_sha256 and not untrained:
-            how = {"device": device, "precision": precision, "access": access, "pretrained": loaded}
-            reader = numbers.load_reader(model=name, **how)  # type: ignore[arg-type]
-            return TaskLearner(reader, numbers.to(reader.encoder.device))
+            own = replace(numbers.encoder, model=name, revision=None)
+            encoder = Encoder(own, numbers.lora, device, precision, access, loaded)
+            return TaskLearner(numbers.reader_of(encoder), numbers.to(device))
         length = max_length or int(min(numbers.encoder.max_length, most_tokens(loaded.model)))
         settings = EncoderSettings(name, max_length=length)
         encoder = Encoder(settings, _least_lora(loaded), device, precision, access, loaded)
@@ -69,7 +69,7 @@ def load_any_encoder(
         f"the encoder {name} is used without an adapter, with numbers that were learned on {numbers.encoder.model}; "
         "`textmeta train` makes an adapter, which is better"
     )
-    return TaskLearner(TokenStateReader(encoder), adapter.to(encoder.device))
+    return TaskLearner(TokenStateReader(encoder), adapter.to(device))
 
 
 def general_adapter(reader: TokenStateReader, numbers: Adapter) -> Adapter:
