@@ -1,11 +1,14 @@
 """What is learned on a GPU is what is learned on the CPU."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
 from textmeta import FewShotClassifier, MetaTrainer
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler
@@ -59,3 +62,19 @@ def test_an_adapter_that_was_trained_on_a_gpu_is_used_on_the_cpu(
         for device in ("cpu", "cuda")
     ]
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("adapt", ["pooling", "lora"])
+def test_a_fitted_classifier_moves_and_its_pickle_holds_no_tensor_of_the_gpu(adapt: str, tiny_model: str) -> None:
+    adapter = adapter_of(tiny_model, adapt=adapt).to(torch.device("cuda"))
+    fitted = FewShotClassifier(adapter).fit(SUPPORT, LABELS)
+    assert fitted._reader.encoder.device.type == "cuda", "what there is"
+    expected = fitted.predict_proba(TEXTS)
+    np.testing.assert_allclose(fitted.to("cpu").predict_proba(TEXTS), expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(fitted.to("cuda").predict_proba(TEXTS), expected, rtol=1e-5, atol=1e-5)
+    general = FewShotClassifier(adapter=None, encoder=tiny_model).fit(SUPPORT, LABELS)
+    pickled = [pickle.dumps(one) for one in (fitted, general)]
+    for content in pickled:
+        assert b"cuda:" not in content
+        copied = pickle.loads(content)  # noqa: S301
+        assert copied.to("cpu").predict_proba(TEXTS).shape == (6, 3)

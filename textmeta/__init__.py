@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
     from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
     from textmeta.errors import TextMetaError
+    from textmeta.many import predict_many
     from textmeta.meta.adapter import Adapter
     from textmeta.meta.trainer import MetaTrainer
     from textmeta.nearest import similarity
@@ -29,6 +30,7 @@ __all__ = [
     "TextMetaError",
     "__version__",
     "load_corpus",
+    "predict_many",
     "similarity",
 ]
 
@@ -37,6 +39,7 @@ _PUBLIC = {
     "data.corpus": ("Corpus", "CorpusSettings", "load_corpus"),
     "data.episodes": ("Episode", "EpisodeSampler", "EpisodeSettings"),
     "errors": ("TextMetaError",),
+    "many": ("predict_many",),
     "meta.adapter": ("Adapter",),
     "meta.trainer": ("MetaTrainer",),
     "nearest": ("similarity",),

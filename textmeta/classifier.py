@@ -37,6 +37,7 @@ from textmeta.sharing.store import Fitted
 __all__ = ["FewShotClassifier", "NotFittedError"]
 
 BAR_AFTER = 5.0  # seconds
+CPU = torch.device("cpu")  # where what was fitted is kept: it is small, and any device can take it from there
 
 
 class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  # type: ignore[misc]
@@ -49,8 +50,10 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
     Args:
         adapter: one in hand, such as :meth:`textmeta.MetaTrainer.train` returns; or the name of one: a folder, an
             adapter shipped in the package (``textmeta/minilm-general``), or a repository on the Hub, looked for in this
-            order. A task that was saved with it is left out (:meth:`from_pretrained` loads it, too).
-        encoder: folder or Hub id to load the encoder from, if not from where the adapter says.
+            order. A task that was saved with it is left out (:meth:`from_pretrained` loads it, too). None uses the
+            encoder as it is, with general numbers of the default adapter.
+        encoder: folder or Hub id to load the encoder from, if not from where the adapter says. Beside the default
+            adapter it may be any encoder: one that is not the adapter's is used as with None.
         adapt: what the inner steps change: a part of what the adapter has learned to change ("pooling", "lora"), or
             "none"; None is all of it.
         steps: number of inner steps, from 0 to what the adapter has learned; None is all.
@@ -61,7 +64,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         long_texts: "cut" reads no more of a longer text, and warns; "window" reads it all, in overlapping windows of
             this length, and averages what is made of them. It takes time and memory by the window.
         batch_size: texts answered at once, which bounds the memory that their token states take.
-        device: where the encoder runs.
+        device: where the encoder runs; None is what there is: cuda, mps or cpu.
         precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
         errors: what half of a character in a text does: "raise" an error, or "replace" it.
         progress: whether a bar is shown where predicting takes long.
@@ -71,7 +74,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
 
     def __init__(
         self,
-        adapter: str | Path | Adapter = DEFAULT_ADAPTER,
+        adapter: str | Path | Adapter | None = DEFAULT_ADAPTER,
         *,
         encoder: str | None = None,
         adapt: Adapt | None = None,
@@ -80,7 +83,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         max_length: int | None = None,
         long_texts: LongTexts = "cut",
         batch_size: int = 512,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         precision: str = "no",
         errors: Literal["raise", "replace"] = "raise",
         progress: bool = True,
@@ -151,7 +154,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
             finite = False
         if not finite:
             raise AdapterError("the adapter makes numbers of this task that are not finite; it is not usable")
-        self._fitted = Fitted(task, classes, list(zip(given, numbers, strict=True)))
+        self._fitted = Fitted(task.to(CPU), classes, list(zip(given, numbers, strict=True)))
         return self
 
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
@@ -316,12 +319,13 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors)
         learner = self._learner
         device = learner.adapter.initialisation.queries.device
+        task = fitted.task.to(device)
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
         silent = not self.progress or len(starts) < 2
         with torch.inference_mode(), warning_of(texts, "predict", learner.adapter.encoder):
             for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
-                answers = learner.answer(fitted.task, Rows.of([texts[start : start + self.batch_size]], device))
+                answers = learner.answer(task, Rows.of([texts[start : start + self.batch_size]], device))
                 parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
         return fitted, *(torch.cat(part) for part in zip(*parts, strict=True))
 

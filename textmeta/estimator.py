@@ -1,5 +1,6 @@
 """What lies under the classifier: its adapter and encoder, loaded when they are needed; saving, sharing, copying."""
 
+import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +11,17 @@ from huggingface_hub import CommitInfo
 from sklearn import exceptions
 from sklearn.base import BaseEstimator
 
-from textmeta.encoder.encoder import LongTexts
+from textmeta.encoder.encoder import LongTexts, device_of
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, SettingsError, TextMetaError
+from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
+from textmeta.meta.general import load_any_encoder
 from textmeta.meta.initialisation import Adapt, whole_number
 from textmeta.meta.learner import TaskLearner
+from textmeta.meta.shared import shared
+from textmeta.sharing.locate import DEFAULT_ADAPTER
 from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import Destination, push_adapter
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
@@ -25,6 +30,7 @@ __all__ = ["AdapterEstimator", "NotFittedError"]
 
 NOT_FITTED = "this classifier has not been fitted: call fit(texts, labels) first"
 HARMLESS = {"batch_size", "errors", "progress"}  # arguments that nothing is loaded or fitted by
+LOADED = ("_loaded", "_reader", "_learner")  # all that is on the device
 
 
 class NotFittedError(TextMetaError, exceptions.NotFittedError):  # type: ignore[misc]
@@ -37,18 +43,19 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     What its arguments mean is said by :class:`~textmeta.classifier.FewShotClassifier`.
     """
 
-    adapter: str | Path | Adapter
+    adapter: str | Path | Adapter | None
     encoder: str | None
     adapt: Adapt | None
     steps: int | None
     max_length: int | None
     long_texts: LongTexts
     batch_size: int
-    device: str | torch.device
+    device: str | torch.device | None
     precision: str
     errors: str
 
     _access = HubAccess()
+    _weights = ""  # sha256 of an encoder that has no adapter of its own, which would know it
     _fitted: Fitted | None = None  # replaced as a whole: other threads may be predicting
 
     @classmethod
@@ -86,9 +93,17 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         adapter, fitted = load_adapter(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
         classifier = cls(adapter, **{"long_texts": adapter.encoder.long_texts, **settings})
         classifier._access = access
-        queries = classifier._learner.adapter.initialisation.queries
-        classifier._fitted = fitted and replace(fitted, task=fitted.task.to(queries.device))
+        _ = classifier._learner  # which loads the encoder
+        classifier._fitted = fitted
         return classifier
+
+    def to(self, device: str | torch.device | None) -> Self:
+        """Move it to a device ("cuda", "cpu"; None is what there is), fitted or not; return the classifier itself."""
+        device_of(device)
+        self.device = device
+        for name in LOADED:
+            self.__dict__.pop(name, None)
+        return self
 
     def save_pretrained(self, folder: str | Path, *, include_support: bool = False) -> None:
         """Write the adapter, and the fitted task if there is one, to a folder.
@@ -146,20 +161,54 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
 
     @cached_property
     @torch.inference_mode(False)
-    def _adapter(self) -> Adapter:
-        """The adapter, with what was asked for of long texts; one that was named is loaded the first time."""
-        given = self.adapter
+    def _given(self) -> Adapter:
+        """The adapter that was named or given, with what was asked for of long texts."""
+        given = DEFAULT_ADAPTER if self.adapter is None else self.adapter
         found = given if isinstance(given, Adapter) else load_adapter(given, encoder=self.encoder)[0]
         length = found.encoder.max_length if self.max_length is None else whole_number("max_length", self.max_length, 3)
-        return replace(found, encoder=replace(found.encoder, max_length=length, long_texts=self.long_texts))
+        found = replace(found, encoder=replace(found.encoder, max_length=length, long_texts=self.long_texts))
+        return shared(found.digest, lambda: found)
+
+    @property
+    def _any_encoder(self) -> bool:
+        """Whether the encoder may be another one than the adapter's."""
+        return self.adapter is None or (self.encoder is not None and self.adapter == DEFAULT_ADAPTER)
+
+    @property
+    def _adapter(self) -> Adapter:
+        """The adapter, on the CPU; of an encoder without one the general numbers."""
+        return self._loaded.adapter.to(torch.device("cpu")) if self._any_encoder else self._given
 
     @cached_property
     @torch.inference_mode(False)
+    def _loaded(self) -> TaskLearner:
+        """What learns tasks as the adapter says; all classifiers with the same encoder and settings share it."""
+        adapter, access, device = self._given, self._access, device_of(self.device)
+        untrained = self.adapter is None
+
+        def load() -> TaskLearner:
+            how: dict[str, Any] = {"device": device, "precision": self.precision, "access": access}
+            if self._any_encoder:
+                length = adapter.encoder.max_length if self.max_length else None
+                return load_any_encoder(adapter, self.encoder, untrained=untrained, max_length=length, **how)
+            reader = adapter.load_reader(model=self.encoder, **how)
+            return TaskLearner(reader, adapter.to(reader.encoder.device))
+
+        place = _state_of(self.encoder or adapter.encoder.model)
+        told = (self._any_encoder, untrained, self.max_length, str(device), self.precision, access)
+        found = shared((adapter.digest, place, *told), load)
+        if self._any_encoder:
+            weights, self._weights = self._weights, found.adapter.weights_sha256
+            if self._fitted is not None and self._weights != weights:
+                raise AdapterError(
+                    f"this classifier was fitted on other weights than those of {place[0]}: fit it again"
+                )
+        return found
+
+    @cached_property
     def _reader(self) -> TokenStateReader:
         """What reads token states; the encoder is loaded the first time."""
-        return self._adapter.load_reader(
-            device=self.device, precision=self.precision, model=self.encoder, access=self._access
-        )
+        return self._loaded.reader  # type: ignore[return-value] # not a cache
 
     @cached_property
     @torch.inference_mode(False)
@@ -168,15 +217,16 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         whole_number("batch_size", self.batch_size, 1)
         if self.errors not in ("raise", "replace"):
             raise SettingsError(f"errors must be 'raise' or 'replace', given {self.errors!r:.60}")
-        learner = self._adapter.learner.reduced(self.adapt, self.steps)
-        return TaskLearner(self._reader, replace(self._adapter.to(self._reader.encoder.device), learner=learner))
+        learner = self._given.learner.reduced(self.adapt, self.steps)
+        adapter = self._loaded.adapter
+        return TaskLearner(self._reader, replace(adapter, learner=replace(learner, layers=adapter.learner.layers)))
 
     def set_params(self, **params: Any) -> Self:
         """Set arguments of the class; after a change of what is loaded, nothing is fitted any more."""
         before = self.get_params()
         super().set_params(**params)
         if any(params[name] is not before[name] for name in params.keys() - HARMLESS):
-            for name in ("_adapter", "_reader", "_learner", "_fitted"):
+            for name in ("_given", *LOADED, "_weights", "_fitted"):
                 self.__dict__.pop(name, None)
         return self
 
@@ -192,7 +242,14 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: not the encoder, which is loaded again, nor an access token."""
         state = {**super().__getstate__(), "_access": replace(self._access, token=None)}
-        return {name: value for name, value in state.items() if name not in ("_reader", "_learner")}
+        return {name: value for name, value in state.items() if name not in LOADED}
+
+    def _held(self) -> Self:
+        """Return a copy as it is fitted now, which nobody else fits; it shares what is loaded."""
+        self._now()
+        made = copy.copy(self)
+        made.__dict__ |= {name: getattr(self, name) for name in LOADED}
+        return made
 
     def _now(self) -> Fitted:
         if self._fitted is None:
@@ -205,3 +262,12 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         if include_support and (fitted is None or fitted.support is None):
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
         return fitted if fitted is None or include_support else replace(fitted, support=None)
+
+
+def _state_of(model: str) -> tuple[Any, ...]:
+    """Return what an encoder is known by as long as it is in memory: its id on the Hub, or its folder and files."""
+    folder = Path(at_home(model))
+    if not is_folder(folder):
+        return (model,)
+    files = ((path.name, path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.iterdir())
+    return (str(folder.resolve()), *sorted(files))

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from textmeta.encoder.attention import use_switched_attention
 from textmeta.encoder.lora import LoraSettings, inject, lora_config
-from textmeta.encoder.pretrained import DEFAULT_ENCODER, load_pretrained, weights_digest
+from textmeta.encoder.pretrained import DEFAULT_ENCODER, Pretrained, load_pretrained
 from textmeta.errors import EncoderError, SettingsError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 
-__all__ = ["Encoder", "EncoderSettings", "LongTexts", "warning_of"]
+__all__ = ["Encoder", "EncoderSettings", "LongTexts", "device_of", "most_tokens", "warning_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,12 @@ _notes: ContextVar[_Notes | None] = ContextVar("notes", default=None)
 def warning_of(texts: Sequence[str], where: str, settings: EncoderSettings) -> Iterator[None]:
     """Warn of those texts that are found to be cut, or mostly unknown to the tokenizer, when they are read meanwhile.
 
-    One warning of each kind, at the line that called the caller's caller. Outside of it, as in training, there is none.
+    One warning of each kind, at the line that called the caller's caller. Outside of it, as in training, there is none;
+    within another one, that one warns.
     """
+    if _notes.get() is not None:
+        yield
+        return
     token = _notes.set(notes := _Notes())
     try:
         yield
@@ -105,9 +109,12 @@ class Encoder:
         precision: "bf16" runs the transformer's matrix products in bfloat16 (autocast); its weights, LoRA factors and
             their gradients stay float32. fp16 would need its gradients scaled in every inner step, and is refused.
         access: how the Hub is reached.
+        pretrained: the transformer, if it has been loaded; its linear maps become those of this encoder.
 
     Attributes:
         tokenizer: of the transformer.
+        prompt: what is put before each text.
+        first_token: whether a text's last view is the state of its first token alone.
         hidden_size: length of a token's state.
         total_layers: of the transformer.
         frozen_layers: how many lie below the lowest LoRA; None where the model cannot be split there.
@@ -130,6 +137,7 @@ class Encoder:
         device: str | torch.device = "cpu",
         precision: str = "no",
         access: HubAccess | None = None,
+        pretrained: Pretrained | None = None,
     ) -> None:
         if precision not in ("no", "bf16"):
             raise SettingsError(
@@ -139,23 +147,20 @@ class Encoder:
         settings = settings or EncoderSettings()
         if is_folder(local := at_home(settings.model)):  # a relative path would look like an id on the Hub elsewhere
             settings = replace(settings, model=str(Path(local).resolve()))
-        try:
-            self.device = torch.device(device)
-        except RuntimeError as error:
-            raise SettingsError(f"no such device: {device!r}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …") from error
+        self.device = device_of(device)
         self.settings, self.lora, self.precision, self.access = settings, lora or LoraSettings(), precision, access
-        model, self.tokenizer, self.commit = load_pretrained(settings.model, settings.revision, access)
+        loaded = pretrained or load_pretrained(settings.model, settings.revision, access)
+        model, self.tokenizer, self.commit, self.weights_sha256, _ = loaded
         if settings.long_texts == "window" and not self.tokenizer.is_fast:
             raise SettingsError(
                 f"the tokenizer of {settings.model} cannot cut texts in windows: long_texts must be 'cut'"
             )
+        self.prompt, self.first_token = "", False
         self.source = (settings.model, self.commit or settings.revision)
-        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-        if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-            positions -= 2  # the first positions are the padding token's
+        positions = most_tokens(model)
         if settings.max_length > positions:
             raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")
-        self.weights_sha256 = weights_digest(model)
+        self.tokenize([""])  # sets the length, which is then the same in each call, of whatever thread
         self.hidden_size: int = model.config.hidden_size
         layers_name = _find_layers(model)
         self.total_layers = total = len(model.get_submodule(layers_name))  # type: ignore[arg-type]
@@ -177,7 +182,8 @@ class Encoder:
         """
         length, special = self.settings.max_length, self.tokenizer.num_special_tokens_to_add()
         # cut in one way whatever is read: the tokenizer keeps it from call to call, and threads share it
-        found = self.tokenizer(list(texts), truncation=True, max_length=length, stride=max(0, length - special) // 4)
+        given, stride = [self.prompt + text for text in texts], max(0, length - special) // 4
+        found = self.tokenizer(given, truncation=True, max_length=length, stride=stride)
         # a tokenizer that is Python alone does not tell what it cuts
         parts = [[part, *part.overflowing] for part in found.encodings or ()]
         whole = self.settings.long_texts == "window"
@@ -192,6 +198,14 @@ class Encoder:
                 if 2 * sum(map(ids.count, unknown)) > len(ids) - special * len(own):
                     notes.unknown.add(text)
         return windows
+
+    def with_length(self, max_length: int) -> "Encoder":
+        """Return an encoder of the same weights that cuts texts after so many tokens, with a tokenizer of its own."""
+        if max_length == self.settings.max_length:
+            return self
+        made = copy.copy(self)
+        made.settings, made.tokenizer = replace(self.settings, max_length=max_length), copy.deepcopy(self.tokenizer)
+        return made
 
     def states(self, inputs: Tensor, mask: Tensor, *, adapted: bool) -> tuple[Tensor, ...]:
         """Return the states (rows, length, hidden) that enter the frozen or the adapted layers, and after each of them.
@@ -216,6 +230,28 @@ class Encoder:
         # some families report nothing where there is no layer: then the last states are the embeddings
         found = tuple(output.hidden_states) or (output.last_hidden_state,)
         return tuple(states.to(torch.promote_types(states.dtype, torch.float32)) for states in found)
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """Return a device by its name; None is what there is: cuda, mps or cpu, in this order.
+
+    Raises:
+        SettingsError: if there is no such kind of device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        told = f"no such device: {device!r:.60}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …"
+        raise SettingsError(told) from error
+
+
+def most_tokens(model: PreTrainedModel) -> float:
+    """Return how many tokens of a text a transformer can read."""
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    # the first positions are the padding token's
+    return positions - 2 * (model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"))
 
 
 class _PassThrough(nn.Module):

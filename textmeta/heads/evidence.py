@@ -84,7 +84,7 @@ def left_out_scores(
     scores = views.new_zeros(tasks, v if mixed is None else 1, n, examples.member.shape[-1])
     for fold in range(folds.number):
         left_out = of == fold
-        rest = examples.weighted((~left_out).double())
+        rest = examples.weighted((~left_out).to(views.dtype))
         scores = torch.where(left_out[:, None, :, None], solve(rest), scores)
     return scores
 

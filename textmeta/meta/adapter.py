@@ -1,8 +1,12 @@
 """An adapter: all that meta-training makes, with the identity of the encoder that it was made for."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -12,13 +16,15 @@ from torch import Tensor
 
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
 from textmeta.heads.pooling import pool
 from textmeta.hub import HubAccess
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
+from textmeta.meta.shared import shared
 
-__all__ = ["Adapter", "ClassIndex"]
+__all__ = ["Adapter", "ClassIndex", "as_encoder_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +50,7 @@ class ClassIndex:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What meta-training makes, and a classifier takes.
+    """What meta-training makes, and a classifier takes. It is never changed: a copy is the adapter itself.
 
     Args:
         encoder: which one, and how long texts may be.
@@ -58,6 +64,8 @@ class Adapter:
         index: of the classes that it was trained on, where it has one.
         record: how it was trained.
         versions: of the libraries that it was made with.
+        prompt: what is put before each text.
+        first_token: whether the last view is the state of the first token alone, not pooled.
     """
 
     encoder: EncoderSettings
@@ -71,6 +79,8 @@ class Adapter:
     index: ClassIndex | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
+    prompt: str = ""
+    first_token: bool = False
 
     @classmethod
     def of(cls, reader: TokenStateReader, learner: LearnerSettings, initialisation: Initialisation) -> "Adapter":
@@ -91,6 +101,8 @@ class Adapter:
             calibration=Calibration(),
             probe=_probe(reader, initialisation),
             commit=encoder.commit,
+            prompt=encoder.prompt,
+            first_token=encoder.first_token,
         )
 
     def load_reader(
@@ -113,17 +125,8 @@ class Adapter:
             AdapterError: if its weights are not those that the adapter was trained on.
             EncoderError: if it cannot be loaded.
         """
-        try:
-            encoder = self._any_encoder(device, precision, model, access)
-            reader = self._checked(encoder)
-        except TextMetaError:
-            raise
-        except Exception as error:  # an encoder may be anybody's, and its configuration say anything
-            told = f"the encoder {model or self.encoder.model!r} cannot be used: {type(error).__name__}: {error}"
-            raise EncoderError(told) from error
-        # it is the encoder that the adapter names, wherever this copy of it came from
-        encoder.settings, encoder.commit = self.encoder, self.commit
-        return reader
+        with as_encoder_errors(model or self.encoder.model):
+            return self.reader_of(self._any_encoder(device, precision, model, access))
 
     def to(self, device: torch.device) -> "Adapter":
         """Return the same adapter with its tensors on a device."""
@@ -135,8 +138,32 @@ class Adapter:
             calibration=Calibration(None if scope is None else scope.to(device)),
         )
 
-    def _checked(self, encoder: Encoder) -> TokenStateReader:
-        """Check that this is the adapter's encoder, and that the adapter fits it."""
+    @cached_property
+    def digest(self) -> str:
+        """Sha256 over all of it; two of the same are one."""
+        vectors = {} if self.index is None else self.index.vectors
+        more = {"probe": self.probe, **{f"index.{name}": torch.from_numpy(value) for name, value in vectors.items()}}
+        if self.calibration.scope is not None:
+            more["scope"] = self.calibration.scope
+        told: list[Any] = [asdict(part) for part in (self.encoder, self.lora, self.learner)]
+        told += [self.weights_sha256, self.commit, self.prompt, self.first_token, self.record, self.versions]
+        told += [self.index and self.index.classes, tensors_digest({**more, **self.initialisation.tensors()})]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=repr).encode()).hexdigest()
+
+    def __deepcopy__(self, memo: object) -> "Adapter":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., "Adapter"], tuple[dict[str, Any]]]:
+        own = self.to(torch.device("cpu"))
+        return _unpickled, ({field.name: getattr(own, field.name) for field in fields(own)},)
+
+    def reader_of(self, encoder: Encoder) -> TokenStateReader:
+        """Return what reads the token states of an encoder, which becomes the one that the adapter names.
+
+        Raises:
+            AdapterError: if it is another one, or the adapter does not fit it.
+        """
+        encoder.prompt, encoder.first_token = self.prompt, self.first_token
         if encoder.weights_sha256 != self.weights_sha256:
             raise AdapterError(
                 f"the adapter belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…, but the "
@@ -153,6 +180,8 @@ class Adapter:
                 f"{encoder.settings.model} has the adapter's weights, but makes other features of the same texts "
                 f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
             )
+        # wherever this copy of it came from
+        encoder.settings, encoder.commit = self.encoder, self.commit
         return reader
 
     def _any_encoder(
@@ -173,14 +202,29 @@ class Adapter:
             return Encoder(self.encoder, self.lora, device, precision, access=access)
 
 
+@contextmanager
+def as_encoder_errors(model: str) -> Iterator[None]:
+    """Turn every error into one of ours: an encoder may be anybody's, and its configuration say anything."""
+    try:
+        yield
+    except TextMetaError:
+        raise
+    except Exception as error:
+        raise EncoderError(f"the encoder {model!r} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _unpickled(given: dict[str, Any]) -> Adapter:
+    made = Adapter(**given)
+    return shared(made.digest, lambda: made)
+
+
 @torch.no_grad()
 def _probe(reader: TokenStateReader, initialisation: Initialisation) -> Tensor:
     """Return (3, V·d), of length 1: the mean-pooled views of some fixed texts, with the adapter's LoRA."""
     device = reader.encoder.device
     factors = {name: value.detach().to(device) for name, value in initialisation.lora.items()}
-    own = reader.encoder.settings
-    reader.encoder.settings = replace(own, max_length=max(own.max_length, PROBE_LENGTH))  # whole, however texts are cut
-    views = pool(reader.read(PROBES, factors), torch.zeros_like(initialisation.queries, device=device))
-    reader.encoder.settings = own
+    length = max(reader.encoder.settings.max_length, PROBE_LENGTH)  # whole, however texts are cut
+    whole = TokenStateReader(reader.encoder.with_length(length), reader.layers)
+    views = pool(whole.read(PROBES, factors), torch.zeros_like(initialisation.queries, device=device))
     joined: Tensor = views.flatten(1) / len(reader.layers) ** 0.5
     return joined.float().cpu()

@@ -46,7 +46,7 @@ def fit_calibration(learner: TaskLearner, episodes: Sequence[Episode], progress:
     with tqdm(total=len(episodes), desc=progress, unit="episode", disable=progress is None) as bar:
         for part in in_parts(episodes):
             task = learner.learn(TaskBatch.of_episodes(part, device))
-            found = learner.answer(task, Rows.of([e.query_texts for e in part], device)).scope_inputs.double().cpu()
+            found = learner.answer(task, Rows.of([e.query_texts for e in part], device)).scope_inputs.cpu().double()
             inputs += [own[: len(e.query_texts)] for own, e in zip(found, part, strict=True)]
             inside += [e.query_labels != OUTSIDE for e in part]
             bar.update(len(part))

@@ -171,7 +171,7 @@ def _scores_of(episode: Episode, logits: Tensor) -> tuple[Any, ...]:
     if not own.size:
         raise DataError(f"corpus {episode.corpus!r}: an episode has no query of its classes, so nothing can be scored")
     labels = episode.query_labels[own]
-    logs = logits[own, : episode.ways].double().log_softmax(-1).cpu().numpy()  # without padding
+    logs = logits[own, : episode.ways].cpu().double().log_softmax(-1).numpy()  # without padding
     predicted, nll = logs.argmax(1), -logs[np.arange(len(own)), labels].mean()
     f1 = f1_score(labels, predicted, average="macro", zero_division=0.0)
     return (predicted == labels).mean(), f1, nll, np.exp(logs.max(1)), predicted == labels

@@ -14,6 +14,8 @@ from textmeta.errors import AdapterError, DamagedAdapterError
 from textmeta.files import CHECKPOINT, is_folder, sync_folder, write_synced
 
 __all__ = [
+    "ENCODER",
+    "IS_ENCODER",
     "IS_SETFIT",
     "MANIFEST",
     "SETFIT",
@@ -33,6 +35,8 @@ IS_SETFIT = (
     "is a SetFit model and no textmeta adapter. Its head is a pickle, which is never loaded: give the examples that it "
     "was trained on to FewShotClassifier().fit(texts, labels)"
 )
+ENCODER = "config.json"  # which no adapter has
+IS_ENCODER = "{} is an encoder and no textmeta adapter: write FewShotClassifier(encoder={!r})"
 TRIES = 20  # to read a folder while others write it
 # What can run code when it is loaded or imported, by somebody if not by textmeta.
 CODE_ENDINGS = (
@@ -94,6 +98,8 @@ def _read_checked(folder: Path, known: Collection[str] | None) -> dict[str, byte
     present = sorted(path.name for path in folder.iterdir())
     if SETFIT in present and MANIFEST not in present:
         raise AdapterError(f"{folder} {IS_SETFIT}")
+    if ENCODER in present and MANIFEST not in present:
+        raise AdapterError(IS_ENCODER.format(folder, str(folder)))
     _check_no_code(folder, present)
     if MANIFEST not in present:
         run = CHECKPOINT in present  # no adapter, for it is the caller of train who has that

@@ -9,7 +9,7 @@ from typing import Literal
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess, fetch_snapshot, is_repo_id
-from textmeta.sharing.folder import IS_SETFIT, MANIFEST, SETFIT, is_there
+from textmeta.sharing.folder import ENCODER, IS_ENCODER, IS_SETFIT, MANIFEST, SETFIT, is_there
 from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
 
 __all__ = ["DEFAULT_ADAPTER", "Location", "read_located", "subfolder_prefix"]
@@ -58,6 +58,8 @@ def read_located(
     if where.kind == "hub" and not (where.folder / MANIFEST).exists():
         if (where.folder / SETFIT).exists():
             raise AdapterError(f"{str(name)!r} on the Hub {IS_SETFIT}")
+        if (where.folder / ENCODER).exists():
+            raise AdapterError(IS_ENCODER.format(f"{str(name)!r} on the Hub", str(name)))
         raise AdapterError(
             f"{name!r} on the Hub is no textmeta adapter: it has no {MANIFEST} (adapters in its subfolders are loaded "
             "with subfolder=…)"
@@ -94,7 +96,7 @@ def _locate(
             + (f", which alone has revisions (given {revision!r:.80})" if revision is not None else "")
         )
     try:
-        wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD, SETFIT)]
+        wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD, SETFIT, ENCODER)]
         snapshot = fetch_snapshot(text, wanted, revision=revision, access=access, force=force)
     except HubError as error:
         raise type(error)(f"{text!r} is no folder here, and {error}") from error

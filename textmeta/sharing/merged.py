@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from textmeta.encoder.lora import LORA_B
-from textmeta.encoder.pretrained import load_pretrained, weights_digest
+from textmeta.encoder.pretrained import load_pretrained
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.files import at_home
@@ -20,7 +20,8 @@ __all__ = ["write_merged"]
 def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, Tensor]) -> None:
     """Write the encoder with LoRA merged into it, W + (alpha / rank) · B A in place of W, as a sentence encoder.
 
-    ``SentenceTransformer(folder)`` makes of a text the mean over the tokens of its last layer, of length 1.
+    ``SentenceTransformer(folder)`` makes of a text the mean over the tokens of its last layer, of length 1, or that of
+    the first token, where the encoder was made so.
 
     Source: Hu et al. (2021), "LoRA", section 4.1.
 
@@ -35,8 +36,8 @@ def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, T
     folder, encoder = at_home(folder).resolve(), reader.encoder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(f"cannot write a merged encoder to {folder}: it is there already, and is not empty")
-    model, tokenizer, _ = load_pretrained(*encoder.source, encoder.access)
-    if weights_digest(model) != encoder.weights_sha256:
+    model, tokenizer, _, weights_sha256, _ = load_pretrained(*encoder.source, encoder.access)
+    if weights_sha256 != encoder.weights_sha256:
         raise AdapterError(f"the weights of {encoder.source[0]} are no longer those that were loaded before")
     scale = encoder.lora.alpha / encoder.lora.rank
     for name, lora_a in factors.items():
@@ -53,8 +54,8 @@ def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, T
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": encoder.hidden_size,
-            "pooling_mode_cls_token": False,
-            "pooling_mode_mean_tokens": True,
+            "pooling_mode_cls_token": encoder.first_token,
+            "pooling_mode_mean_tokens": not encoder.first_token,
         },
         "2_Normalize/config.json": {},
         "sentence_bert_config.json": {"max_seq_length": encoder.settings.max_length, "do_lower_case": False},

@@ -29,6 +29,7 @@ from textmeta.hub import HubAccess, check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
 from textmeta.meta.initialisation import LORA, Calibration, Initialisation, LearnerSettings
 from textmeta.meta.learner import LearnedTask
+from textmeta.meta.shared import shared
 from textmeta.sharing.card import is_edited, model_card
 from textmeta.sharing.folder import write_folder
 from textmeta.sharing.format import CARD, CLASSIFIER, CONFIG, FORMAT, HEAD, META, TENSORS, WEIGHTS, write_json
@@ -88,6 +89,8 @@ class _Meta(_Strict):
     lora: LoraSettings
     learner: LearnerSettings
     record: dict[str, Any]
+    prompt: str = ""  # an adapter without a prompt may be older than these two
+    first_token: bool = False
     index: Annotated[list[_Corpus], Field(min_length=1)] | None
 
 
@@ -146,6 +149,8 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         "lora": asdict(adapter.lora),
         "learner": asdict(adapter.learner),
         "record": dict(adapter.record),
+        "prompt": adapter.prompt,
+        "first_token": adapter.first_token,
         "index": index and [{"name": name, "classes": list(classes)} for name, classes in index.classes.items()],
     }
     files = {
@@ -209,6 +214,8 @@ def load_adapter(
 ) -> tuple[Adapter, Fitted | None]:
     """Load an adapter by its name, checking hashes, settings, and names, shapes and numbers of all tensors.
 
+    The same adapter is one object, however often it is loaded.
+
     Nothing in it is run or imported, and nothing outside its folder is read but the contents of the Hub's cache. The
     arguments are those of :func:`~textmeta.sharing.locate.read_located`, and ``encoder``, what the caller will load in
     place of the encoder that the adapter names, if anything.
@@ -226,7 +233,7 @@ def load_adapter(
             f"the adapter in {where.folder} names {model!r:.80} as its encoder. It came from the Hub, and no folder of "
             "this machine is opened because somebody else's adapter says so: name the encoder yourself"
         )
-    return adapter, fitted
+    return shared(adapter.digest, lambda: adapter), fitted
 
 
 def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | None]:
@@ -259,6 +266,8 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
         index=_index(meta.index, vectors, hidden, folder / TENSORS),
         record=meta.record,
         versions=meta.versions,
+        prompt=meta.prompt,
+        first_token=meta.first_token,
     )
     if files[CONFIG] != _config_file(adapter):  # so it can hold nothing else that PEFT would act on
         raise AdapterError(f"{folder / CONFIG} does not say what follows from {META} and {WEIGHTS}")

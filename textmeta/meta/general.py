@@ -1,0 +1,112 @@
+"""Any encoder, without an adapter of its own: what was learned on another one, as far as it is general."""
+
+import functools
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from textmeta.encoder.encoder import Encoder, EncoderSettings, most_tokens
+from textmeta.encoder.lora import TARGETS, LoraSettings
+from textmeta.encoder.pretrained import Pretrained, load_pretrained, sentence_settings
+from textmeta.encoder.token_states import TokenStateReader
+from textmeta.files import at_home
+from textmeta.hub import HubAccess
+from textmeta.meta.adapter import Adapter, as_encoder_errors
+from textmeta.meta.initialisation import LORA, Initialisation
+from textmeta.meta.learner import TaskLearner
+
+__all__ = ["general_adapter", "load_any_encoder"]
+
+_say_once = functools.cache(logging.getLogger(__name__).warning)
+
+OF_ENCODER = ("queries", "centre", "name_centre")  # beside LoRA
+STRENGTHS = ("log_centre_strength", "log_name_centre_strength")  # of centres that are not known here
+NO_STRENGTH = -30.0
+BY_LAYER = ("view_prior", "log_step_sizes", "loss_view_weights", "name_view_weights")
+
+
+def load_any_encoder(
+    numbers: Adapter,
+    model: str | None,
+    *,
+    untrained: bool,
+    max_length: int | None,
+    device: torch.device,
+    precision: str,
+    access: HubAccess,
+) -> TaskLearner:
+    """Load an encoder, and return what learns tasks with it: an adapter if it is its own, else the general numbers.
+
+    Args:
+        numbers: the adapter.
+        model: folder or id on the Hub; by default the adapter's own encoder.
+        untrained: whether its own encoder has the general numbers alone, too.
+        max_length: texts are cut after this many tokens; by default the adapter's number, or what the encoder can read.
+        device: where it runs.
+        precision: as of an :class:`~textmeta.encoder.encoder.Encoder`.
+        access: how the Hub is reached.
+
+    Raises:
+        EncoderError: if it cannot be loaded.
+        SettingsError: if it cannot read texts so long.
+    """
+    name = at_home(model or numbers.encoder.model)
+    with as_encoder_errors(name):
+        loaded = load_pretrained(name, None if model else numbers.commit or numbers.encoder.revision, access)
+        if loaded.weights_sha256 == numbers.weights_sha256 and not untrained:
+            own = replace(numbers.encoder, model=name, revision=None)
+            encoder = Encoder(own, numbers.lora, device, precision, access, loaded)
+            return TaskLearner(numbers.reader_of(encoder), numbers.to(device))
+        length = max_length or int(min(numbers.encoder.max_length, most_tokens(loaded.model)))
+        settings = EncoderSettings(name, max_length=length, long_texts=numbers.encoder.long_texts)
+        encoder = Encoder(settings, _least_lora(loaded), device, precision, access, loaded)
+        encoder.prompt, encoder.first_token = sentence_settings(loaded.folder)
+        adapter = general_adapter(TokenStateReader(encoder), numbers)
+    _say_once(
+        f"the encoder {name} is used without an adapter, with numbers that were learned on {numbers.encoder.model}; "
+        "`textmeta train` makes an adapter, which is better"
+    )
+    return TaskLearner(TokenStateReader(encoder), adapter.to(device))
+
+
+def general_adapter(reader: TokenStateReader, numbers: Adapter) -> Adapter:
+    """Return an adapter of an encoder that nothing was trained on, with the general numbers of another one.
+
+    LoRA does nothing, the pooling queries are 0, which is the mean, and centres are those of the task alone. Numbers by
+    layer are those of the same relative depth, the last layer of the other adapter taken for its encoder's last. The
+    rule for what is out of scope is left out: here it would reject nearly all.
+
+    Args:
+        reader: of the encoder's token states.
+        numbers: the other one.
+    """
+    encoder = reader.encoder
+    learner = replace(numbers.learner, layers=reader.layers)
+    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, learner, seed=0)
+    theirs = np.array(numbers.learner.layers) / max(numbers.learner.layers or ())
+    own = np.array(reader.layers) / encoder.total_layers
+
+    def general(name: str, value: Tensor) -> Tensor:
+        if name.startswith(LORA) or name in (*OF_ENCODER, "lora_log_step_sizes"):
+            return value
+        if name in STRENGTHS:
+            return torch.full_like(value, NO_STRENGTH)
+        learned = getattr(numbers.initialisation, name).detach().cpu()
+        if name in BY_LAYER:
+            rows = np.apply_along_axis(lambda row: np.interp(own, theirs, row), -1, learned.numpy())
+            return torch.from_numpy(rows).to(value)
+        return learned  # type: ignore[no-any-return]
+
+    tensors = {name: general(name, value) for name, value in start.tensors().items()}
+    return Adapter.of(reader, learner, start.with_tensors(tensors))
+
+
+def _least_lora(loaded: Pretrained) -> LoraSettings:
+    """Return settings of a LoRA that does nothing: of the last layer alone, at any maps of a family not known."""
+    model = loaded.model
+    ends = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = None if model.config.model_type in TARGETS else tuple(sorted(ends))
+    return LoraSettings(layers=1, rank=1, alpha=1, targets=targets)
