@@ -95,7 +95,8 @@ def test_texts_are_cut_where_the_encoder_ends(default: Adapter, tmp_path: Path) 
     folder = save_tiny_model(tmp_path / "short", BertModel(config, add_pooling_layer=False))
     short = FewShotClassifier(encoder=folder)
     assert short._adapter.encoder.max_length == 16
-    assert short.fit(SUPPORT, LABELS).predict(["bal " * 30]).shape == (1,)
+    with pytest.warns(UserWarning, match="cut at 16 tokens"):
+        assert short.fit(SUPPORT, LABELS).predict(["bal " * 30]).shape == (1,)
     assert FewShotClassifier(encoder=folder, max_length=9)._adapter.encoder.max_length == 9
     with pytest.raises(SettingsError, match=r"max_length is 20, but .* has 16 positions"):
         FewShotClassifier(encoder=folder, max_length=20).fit(SUPPORT, LABELS)
