@@ -270,13 +270,14 @@ def test_a_class_may_have_a_name_alone(classifier: FewShotClassifier) -> None:
     assert classifier.predict_proba(["kel"])[0, 2] < by_its_name
 
 
-def test_unlabelled_texts_are_used_and_not_kept(classifier: FewShotClassifier, tmp_path: Path) -> None:
+def test_unlabelled_texts_are_used_and_are_no_examples(classifier: FewShotClassifier, tmp_path: Path) -> None:
     expected = classifier.fit(SUPPORT, LABELS).predict_proba(TEXTS)
     classifier.fit(SUPPORT, LABELS, unlabelled=["bal bul bol", "fam fom fum", "kam kom secretword"])
     assert not np.allclose(classifier.predict_proba(TEXTS), expected, atol=1e-5)
     assert classifier.support_ == list(zip(SUPPORT, LABELS, strict=True))
-    classifier.save_pretrained(tmp_path, include_support=True)
-    assert not any(b"secretword" in path.read_bytes() for path in tmp_path.iterdir())
+    for include in (False, "texts"):  # without which it could not grow as it was fitted
+        classifier.save_pretrained(tmp_path / "adapter", include_support=include)
+        assert any(b"secretword" in path.read_bytes() for path in (tmp_path / "adapter").iterdir()) is bool(include)
 
 
 # Labels and texts, in and out
@@ -614,9 +615,9 @@ def test_saved_classifier_gives_the_same_answers_in_another_process(fitted: FewS
 
 def test_support_is_stored_only_if_asked_for(fitted: FewShotClassifier, tmp_path: Path) -> None:
     fitted.fit([*SUPPORT, "kon secretword"], [*LABELS, "k"])
-    for include in (False, True):
+    for include in (False, "texts"):
         fitted.save_pretrained(tmp_path / "adapter", include_support=include)
-        assert any(b"secretword" in path.read_bytes() for path in (tmp_path / "adapter").iterdir()) is include
+        assert any(b"secretword" in path.read_bytes() for path in (tmp_path / "adapter").iterdir()) is bool(include)
         loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
         assert loaded.support_ == (fitted.support_ if include else None)
     assert fitted.support_ == [*zip(SUPPORT, LABELS, strict=True), ("kon secretword", "k")]
@@ -628,7 +629,7 @@ def test_support_that_is_not_there_cannot_be_stored(
     fitted.save_pretrained(tmp_path / "one")
     for one in (FewShotClassifier.from_pretrained(tmp_path / "one"), FewShotClassifier(classifier.adapter)):
         with pytest.raises(AdapterError, match="no support texts to include"):
-            one.save_pretrained(tmp_path / "two", include_support=True)
+            one.save_pretrained(tmp_path / "two", include_support="texts")
 
 
 @pytest.mark.parametrize("names", [NAMES, None], ids=["zero shots", "some without"])

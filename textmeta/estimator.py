@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from huggingface_hub import CommitInfo
@@ -88,13 +88,21 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         classifier._fitted = fitted and replace(fitted, task=fitted.task.to(queries.device))
         return classifier
 
-    def save_pretrained(self, folder: str | Path, *, include_support: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, include_support: Literal[False, "states", "texts"] = False
+    ) -> None:
         """Write the adapter, and the fitted task if there is one, to a folder.
 
         Args:
             folder: where to; replaced as a whole, or not at all (AdapterError).
-            include_support: whether to store the texts of ``fit`` with their labels, for everybody who gets the folder
-                to read; the model card says so.
+            include_support: what to store of that which ``fit`` was given, which classes can be added and removed by
+                after loading; the model card says so. False is nothing; "states" the token states of all texts, from
+                which these can be guessed; "texts" the texts themselves, for everybody who gets the folder to read.
+                Labels, weights and names of classes are stored with either.
+
+        Raises:
+            AdapterError: if the folder cannot be written, or there is nothing of that to store.
+            EncoderError: if it is to be states, and the encoder cannot be split into frozen and adapted layers.
         """
         save_adapter(folder, self._adapter, self._to_store(include_support))
 
@@ -107,7 +115,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         token: str | bool | None = None,
         private: bool | None = None,
         commit_message: str | None = None,
-        include_support: bool = False,
+        include_support: Literal[False, "states", "texts"] = False,
         base_model: str | None = None,
     ) -> CommitInfo:
         """Push the adapter, and the fitted task if there is one, to the Hub, in one commit or not at all; return it.
@@ -198,9 +206,13 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             raise NotFittedError(NOT_FITTED)
         return self._fitted
 
-    def _to_store(self, include_support: bool) -> Fitted | None:
+    def _to_store(self, include_support: Literal[False, "states", "texts"]) -> Fitted | None:
         """Return what is stored of the fitted task, if there is one."""
+        if include_support is not False and include_support not in ("states", "texts"):
+            raise SettingsError(f"include_support must be False, 'states' or 'texts', given {include_support!r:.60}")
         fitted = self._fitted
-        if include_support and (fitted is None or fitted.support is None):
+        if not include_support:
+            return fitted and replace(fitted, inputs=None)
+        if fitted is None or fitted.inputs is None or (include_support == "texts" and fitted.inputs.states):
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
-        return fitted if fitted is None or include_support else replace(fitted, support=None)
+        return fitted if include_support == "texts" else replace(fitted, inputs=fitted.inputs.as_states(self._reader))

@@ -20,6 +20,7 @@ __all__ = [
     "checked_weights",
     "column",
     "few",
+    "is_word",
     "label_array",
     "label_to_json",
     "plain",
@@ -192,8 +193,7 @@ def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[A
         _check_all_named(labels, named)
         names: list[Any] | None = [named[label] for label in classes]
     elif automatic:
-        words = all(isinstance(label, str) and any(map(str.isalpha, label)) for label in classes)
-        names = [readable_name(label) for label in classes] if words else None
+        names = [readable_name(label) for label in classes] if all(map(is_word, classes)) else None
     else:
         names = None if label_names is None else list(label_names)
     if len(classes) < 2:
@@ -223,6 +223,11 @@ def _check_all_named(labels: Sequence[Any], named: Mapping[Any, object]) -> None
 def few(labels: Sequence[Any], limit: int = 8) -> str:
     """Return the first labels as a message lists them."""
     return ", ".join(f"{label!r:.60}" for label in labels[:limit]) + (", …" if len(labels) > limit else "")
+
+
+def is_word(label: object) -> bool:
+    """Whether a label can be read as the name of its class: a string with a letter in it."""
+    return isinstance(label, str) and any(map(str.isalpha, label))
 
 
 def readable_name(label: str) -> str:
