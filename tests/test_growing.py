@@ -224,7 +224,7 @@ def test_without_what_was_stored_the_error_says_how(make: Make, tmp_path: Path) 
             act()
     found.fit(SUPPORT, LABELS).add_class("g", ["gal"])
     for odd in (True, "text", 1, None):
-        with pytest.raises(SettingsError, match="include_support must be False, 'states' or 'texts'"):
+        with pytest.raises(SettingsError, match="include_support must be one of False, 'states', 'texts'"):
             found.save_pretrained(tmp_path / "b", include_support=odd)  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="no support texts to include"):
         loaded(found, tmp_path / "c", "states").save_pretrained(tmp_path / "d", include_support="texts")

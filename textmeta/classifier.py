@@ -18,6 +18,7 @@ from textmeta.data.labels import (
     checked_texts,
     checked_weights,
     label_array,
+    one_of,
     task_classes,
 )
 from textmeta.errors import AdapterError, DataError
@@ -26,7 +27,7 @@ from textmeta.growing import GrowingEstimator
 from textmeta.heads.scope import scope_probability
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows
-from textmeta.meta.initialisation import Adapt
+from textmeta.meta.initialisation import Adapt, whole_number
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
 from textmeta.sharing.locate import DEFAULT_ADAPTER
@@ -213,7 +214,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         index = self._adapter.index
         if index is None:
             raise AdapterError("this adapter has no index of the classes that it was trained on")
-        return nearest_tasks(index, self.task_embedding_, count)
+        return nearest_tasks(index, self.task_embedding_, whole_number("count", count, 1))
 
     @property
     def classes_(self) -> np.ndarray:
@@ -240,11 +241,12 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         self._reader.encoder.warn_of_unknown(texts, "predict")
         device = learner.adapter.initialisation.queries.device
         parts = []
-        starts = range(0, max(1, len(texts)), self.batch_size)
-        silent = not self.progress or len(starts) < 2
+        size = whole_number("batch_size", self.batch_size, 1)
+        starts = range(0, max(1, len(texts)), size)
+        silent = not one_of("progress", self.progress, (True, False)) or len(starts) < 2
         for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
             with torch.inference_mode():
-                answers = learner.answer(fitted.task, Rows.of([texts[start : start + self.batch_size]], device))
+                answers = learner.answer(fitted.task, Rows.of([texts[start : start + size]], device))
             parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
         return fitted, *(torch.cat(part) for part in zip(*parts, strict=True))
 

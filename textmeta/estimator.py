@@ -10,8 +10,9 @@ from huggingface_hub import CommitInfo
 from sklearn import exceptions
 from sklearn.base import BaseEstimator
 
+from textmeta.data.labels import one_of
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, SettingsError, TextMetaError
+from textmeta.errors import AdapterError, TextMetaError
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.initialisation import Adapt, whole_number
@@ -148,7 +149,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """
         factors = self._fitted.task.factors if self._fitted else {}
         own = {name: value[0] for name, value in factors.items()} or self._adapter.initialisation.lora
-        write_merged(Path(folder), self._reader, own)
+        write_merged(folder, self._reader, own)
 
     @cached_property
     @torch.inference_mode(False)
@@ -173,8 +174,6 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     def _learner(self) -> TaskLearner:
         """What learns tasks, as the arguments say."""
         whole_number("batch_size", self.batch_size, 1)
-        if self.errors not in ("raise", "replace"):
-            raise SettingsError(f"errors must be 'raise' or 'replace', given {self.errors!r:.60}")
         learner = self._adapter.learner.reduced(self.adapt, self.steps)
         return TaskLearner(self._reader, replace(self._adapter.to(self._reader.encoder.device), learner=learner))
 
@@ -208,8 +207,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
 
     def _to_store(self, include_support: Literal[False, "states", "texts"]) -> Fitted | None:
         """Return what is stored of the fitted task, if there is one."""
-        if include_support is not False and include_support not in ("states", "texts"):
-            raise SettingsError(f"include_support must be False, 'states' or 'texts', given {include_support!r:.60}")
+        one_of("include_support", include_support, (False, "states", "texts"))
         fitted = self._fitted
         if not include_support:
             return fitted and replace(fitted, inputs=None)

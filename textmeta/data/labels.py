@@ -3,14 +3,14 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from textmeta.errors import AdapterError, DataError
+from textmeta.errors import AdapterError, DataError, SettingsError
 
 __all__ = [
     "Label",
@@ -23,6 +23,7 @@ __all__ = [
     "is_word",
     "label_array",
     "label_to_json",
+    "one_of",
     "plain",
     "read_labels",
     "readable_name",
@@ -48,9 +49,8 @@ def column(given: Any, where: str, what: str) -> list[Any]:
         DataError: if it is anything else. Iterating over a table or a mapping would give the names of its columns.
     """
     columns, shape = getattr(given, "column_names", None), getattr(given, "shape", None)
-    columns = list(
-        given if isinstance(given, Mapping) else getattr(given, "columns", ()) if columns is None else columns
-    )
+    columns = given if isinstance(given, Mapping) else getattr(given, "columns", ()) if columns is None else columns
+    columns = list(columns) if isinstance(columns, Iterable) else []
     fault, kind = "", type(given).__name__
     if isinstance(given, str | bytes):
         fault = "one string; put it into a list"
@@ -67,9 +67,11 @@ def column(given: Any, where: str, what: str) -> list[Any]:
             fault = f"a {kind} of shape {shape}"
     if not fault:
         try:
-            return list(given.to_pylist() if hasattr(given, "to_pylist") else given)  # Arrow's scalars are no strings
+            values = iter(given.to_pylist() if hasattr(given, "to_pylist") else given)  # Arrow's scalars are no strings
         except TypeError:
             fault = f"{kind} {given!r:.60}"
+        else:
+            return list(values)  # what a generator of the user's raises is the user's
     raise DataError(f"{where}: expected a list, or one column, of {what}, given {fault}")
 
 
@@ -89,14 +91,14 @@ def checked_texts(
         DataError: naming the row, if a text is missing, no string, empty, or has half of a character (a lone
             surrogate).
     """
-    checked = column(texts, where, "texts")
+    checked, replace = column(texts, where, "texts"), one_of("errors", errors, ("raise", "replace")) == "replace"
     for row, text in enumerate(checked):
         if not isinstance(text, str):
             fault = "is null" if _is_missing(text) else f"is {type(text).__name__} {text!r:.60}"
             fault += ", expected a string"
         elif not allow_empty and not text.strip():
             fault = "is empty"
-        elif HALF.search(text) and errors == "replace":
+        elif HALF.search(text) and replace:
             checked[row] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # two halves make one
             continue
         elif HALF.search(text):
@@ -218,6 +220,13 @@ def _check_all_named(labels: Sequence[Any], named: Mapping[Any, object]) -> None
             + (f", which names {len(alone)} without examples, the nearest {near[0]!r:.60}" if near else "")
             + f"; expected a name for every class: {few(left_out)} left out"
         )
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Return a setting; SettingsError if it is none of its choices, whatever it is instead."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise SettingsError(f"{name} must be one of {few(choices)}, given {value!r:.60}")
+    return value
 
 
 def few(labels: Sequence[Any], limit: int = 8) -> str:

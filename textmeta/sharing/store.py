@@ -24,7 +24,7 @@ from textmeta.data.labels import label_to_json, read_labels
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.errors import AdapterError, HubError
-from textmeta.files import at_home, is_folder, read_json
+from textmeta.files import destination, is_folder, read_json
 from textmeta.hub import HubAccess, check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
 from textmeta.meta.initialisation import LORA, Calibration, Initialisation, LearnerSettings
@@ -116,7 +116,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = N
         AdapterError: if a value is not finite or cannot be stored, or the folder cannot be replaced
             (:func:`~textmeta.sharing.folder.write_folder`).
     """
-    folder = at_home(Path(folder))
+    folder = destination(folder)
     files = adapter_files(adapter, fitted)
     if (folder / CARD).is_file():
         old = (folder / CARD).read_bytes()
