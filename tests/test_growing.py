@@ -248,12 +248,11 @@ def test_without_what_was_stored_the_error_says_how(make: Make, tmp_path: Path) 
 )
 def test_stored_states_are_checked(make: Make, tmp_path: Path, act: Callable[[Any, Any], Any], message: str) -> None:
     loaded(make(["bal", "fim"], ["b", "f"]), tmp_path, "states")
-    content: dict[str, Any] = {}
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        rewrite_json(tmp_path, "classifier.json", lambda found: (act(found, tensors), content.update(found)))
-
-    rewrite_tensors(tmp_path, "support.safetensors", change)
+    rewrite_tensors(
+        tmp_path,
+        "support.safetensors",
+        lambda tensors: rewrite_json(tmp_path, "classifier.json", lambda content: act(content, tensors)),
+    )
     with pytest.raises(AdapterError, match=message):
         FewShotClassifier.from_pretrained(tmp_path)
 

@@ -18,7 +18,6 @@ from textmeta.data.labels import (
     checked_texts,
     checked_weights,
     label_array,
-    one_of,
     task_classes,
 )
 from textmeta.errors import AdapterError, DataError
@@ -241,12 +240,11 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         self._reader.encoder.warn_of_unknown(texts, "predict")
         device = learner.adapter.initialisation.queries.device
         parts = []
-        size = whole_number("batch_size", self.batch_size, 1)
-        starts = range(0, max(1, len(texts)), size)
-        silent = not one_of("progress", self.progress, (True, False)) or len(starts) < 2
+        starts = range(0, max(1, len(texts)), self.batch_size)
+        silent = not self.progress or len(starts) < 2
         for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
             with torch.inference_mode():
-                answers = learner.answer(fitted.task, Rows.of([texts[start : start + size]], device))
+                answers = learner.answer(fitted.task, Rows.of([texts[start : start + self.batch_size]], device))
             parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
         return fitted, *(torch.cat(part) for part in zip(*parts, strict=True))
 

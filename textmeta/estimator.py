@@ -46,6 +46,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     device: str | torch.device
     precision: str
     errors: str
+    progress: bool
 
     _access = HubAccess()
     _fitted: Fitted | None = None  # replaced as a whole: other threads may be predicting
@@ -174,6 +175,8 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     def _learner(self) -> TaskLearner:
         """What learns tasks, as the arguments say."""
         whole_number("batch_size", self.batch_size, 1)
+        one_of("errors", self.errors, ("raise", "replace"))
+        one_of("progress", self.progress, (True, False))
         learner = self._adapter.learner.reduced(self.adapt, self.steps)
         return TaskLearner(self._reader, replace(self._adapter.to(self._reader.encoder.device), learner=learner))
 
@@ -181,9 +184,9 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """Set arguments of the class; after a change of what is loaded, nothing is fitted any more."""
         before = self.get_params()
         super().set_params(**params)
-        if any(params[name] is not before[name] for name in params.keys() - HARMLESS):
-            for name in ("_adapter", "_reader", "_learner", "_fitted"):
-                self.__dict__.pop(name, None)
+        changed = {name for name in params if params[name] is not before[name]}
+        for name in ("_adapter", "_reader", "_learner", "_fitted") if changed - HARMLESS else ("_learner",):
+            self.__dict__.pop(name, None)  # the learner checks them
         return self
 
     def __sklearn_is_fitted__(self) -> bool:

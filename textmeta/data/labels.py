@@ -91,14 +91,14 @@ def checked_texts(
         DataError: naming the row, if a text is missing, no string, empty, or has half of a character (a lone
             surrogate).
     """
-    checked, replace = column(texts, where, "texts"), one_of("errors", errors, ("raise", "replace")) == "replace"
+    checked = column(texts, where, "texts")
     for row, text in enumerate(checked):
         if not isinstance(text, str):
             fault = "is null" if _is_missing(text) else f"is {type(text).__name__} {text!r:.60}"
             fault += ", expected a string"
         elif not allow_empty and not text.strip():
             fault = "is empty"
-        elif HALF.search(text) and replace:
+        elif HALF.search(text) and isinstance(errors, str) and errors == "replace":
             checked[row] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # two halves make one
             continue
         elif HALF.search(text):
