@@ -60,15 +60,15 @@ class FitInputs:
     def as_states(self, reader: TokenStateReader) -> "FitInputs":
         """Return the same with token states in the place of texts."""
         new = list(dict.fromkeys(text for text in self.texts if text not in self.states))
-        made = dict(zip(new, (state.cpu().half() for state in reader.frozen_states(new)), strict=True))
-        stand_in = {text: text for text in self.states} | {
-            text: f"{text_order(text):08x}{hashlib.sha256(state.numpy().tobytes()).hexdigest()}"
-            for text, state in made.items()
-        }
+        stand_in, states = {text: text for text in self.states}, dict(self.states)
+        for text, state in zip(new, reader.frozen_states(new), strict=True):
+            own = state.cpu().half()
+            stand_in[text] = f"{text_order(text):08x}{hashlib.sha256(own.numpy().tobytes()).hexdigest()}"
+            states[stand_in[text]] = own
         examples = tuple((stand_in[text], label, weight) for text, label, weight in self.examples)
         unlabelled = tuple(stand_in[text] for text in self.unlabelled)
-        states = {stand_in[text]: ({**self.states, **made})[text] for text in self.texts}
-        return replace(self, examples=examples, unlabelled=unlabelled, states=states)
+        kept = {stand_in[text]: states[stand_in[text]] for text in self.texts}  # a class may have been removed
+        return replace(self, examples=examples, unlabelled=unlabelled, states=kept)
 
 
 class StoredSupport(BaseModel):
