@@ -270,13 +270,14 @@ def test_a_class_may_have_a_name_alone(classifier: FewShotClassifier) -> None:
     assert classifier.predict_proba(["kel"])[0, 2] < by_its_name
 
 
-def test_unlabelled_texts_are_used_and_not_kept(classifier: FewShotClassifier, tmp_path: Path) -> None:
+def test_unlabelled_texts_are_used_and_are_no_examples(classifier: FewShotClassifier, tmp_path: Path) -> None:
     expected = classifier.fit(SUPPORT, LABELS).predict_proba(TEXTS)
     classifier.fit(SUPPORT, LABELS, unlabelled=["bal bul bol", "fam fom fum", "kam kom secretword"])
     assert not np.allclose(classifier.predict_proba(TEXTS), expected, atol=1e-5)
     assert classifier.support_ == list(zip(SUPPORT, LABELS, strict=True))
-    classifier.save_pretrained(tmp_path, include_support=True)
-    assert not any(b"secretword" in path.read_bytes() for path in tmp_path.iterdir())
+    for include in (False, "texts"):  # without which it could not grow as it was fitted
+        classifier.save_pretrained(tmp_path / "adapter", include_support=include)
+        assert any(b"secretword" in path.read_bytes() for path in (tmp_path / "adapter").iterdir()) is bool(include)
 
 
 # Labels and texts, in and out
@@ -615,9 +616,9 @@ def test_saved_classifier_gives_the_same_answers_in_another_process(fitted: FewS
 
 def test_support_is_stored_only_if_asked_for(fitted: FewShotClassifier, tmp_path: Path) -> None:
     fitted.fit([*SUPPORT, "kon secretword"], [*LABELS, "k"])
-    for include in (False, True):
+    for include in (False, "texts"):
         fitted.save_pretrained(tmp_path / "adapter", include_support=include)
-        assert any(b"secretword" in path.read_bytes() for path in (tmp_path / "adapter").iterdir()) is include
+        assert any(b"secretword" in path.read_bytes() for path in (tmp_path / "adapter").iterdir()) is bool(include)
         loaded = FewShotClassifier.from_pretrained(tmp_path / "adapter")
         assert loaded.support_ == (fitted.support_ if include else None)
     assert fitted.support_ == [*zip(SUPPORT, LABELS, strict=True), ("kon secretword", "k")]
@@ -629,7 +630,7 @@ def test_support_that_is_not_there_cannot_be_stored(
     fitted.save_pretrained(tmp_path / "one")
     for one in (FewShotClassifier.from_pretrained(tmp_path / "one"), FewShotClassifier(classifier.adapter)):
         with pytest.raises(AdapterError, match="no support texts to include"):
-            one.save_pretrained(tmp_path / "two", include_support=True)
+            one.save_pretrained(tmp_path / "two", include_support="texts")
 
 
 @pytest.mark.parametrize("names", [NAMES, None], ids=["zero shots", "some without"])
@@ -728,12 +729,12 @@ def test_arguments_are_stored_and_nothing_is_loaded(tmp_path: Path) -> None:
 
 def test_unusable_arguments_are_named(shared: FewShotClassifier) -> None:
     for given, message in (
-        ({"adapt": "lora"}, r"adapt must be .*\['none', 'pooling'\], given 'lora'"),
+        ({"adapt": "lora"}, r"adapt, .* must be one of None, 'none', 'pooling', given 'lora'"),
         ({"steps": 4}, "steps must be a whole number from 0 to 3, given 4"),
         ({"steps": True}, "steps must be a whole number .* given True"),
         ({"max_length": 2}, "max_length must be a whole number from 3, given 2"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1, given 0"),
-        ({"errors": "ignore"}, "errors must be 'raise' or 'replace', given 'ignore'"),
+        ({"errors": "ignore"}, "errors must be one of 'raise', 'replace', given 'ignore'"),
         ({"precision": "fp8"}, "precision must be 'no' or 'bf16'"),
     ):
         with pytest.raises(SettingsError, match=message):

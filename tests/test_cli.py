@@ -35,7 +35,7 @@ Shown = pytest.CaptureFixture[str]
 @pytest.fixture
 def adapter(tiny_model: str, tmp_path: Path) -> Path:
     fitted = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
-    fitted.save_pretrained(tmp_path / "adapter", include_support=True)
+    fitted.save_pretrained(tmp_path / "adapter", include_support="texts")
     return tmp_path / "adapter"
 
 

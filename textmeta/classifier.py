@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from tqdm import tqdm
 from textmeta.data.labels import (
     Label,
     LabelNames,
-    checked_class_weight,
     checked_labels,
     checked_texts,
     checked_weights,
@@ -23,24 +22,25 @@ from textmeta.data.labels import (
 )
 from textmeta.encoder.encoder import LongTexts, warning_of
 from textmeta.errors import AdapterError, DataError
-from textmeta.estimator import AdapterEstimator, NotFittedError
+from textmeta.estimator import NotFittedError
+from textmeta.growing import GrowingEstimator
 from textmeta.heads.scope import scope_probability
 from textmeta.meta.adapter import Adapter
-from textmeta.meta.batch import Rows, TaskBatch
-from textmeta.meta.initialisation import Adapt
+from textmeta.meta.batch import Rows
+from textmeta.meta.initialisation import Adapt, whole_number
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
 from textmeta.sharing.locate import DEFAULT_ADAPTER
 from textmeta.sharing.store import Fitted
+from textmeta.sharing.support import FitInputs
 
 __all__ = ["FewShotClassifier", "NotFittedError"]
 
 BAR_AFTER = 5.0  # seconds
-CPU = torch.device("cpu")  # where what was fitted is kept: it is small, and any device can take it from there
 
 
-class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  # type: ignore[misc]
+class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  # type: ignore[misc]
     """Classifies texts by a few labelled examples of each class, by names of the classes, or by both.
 
     ``FewShotClassifier()`` has the adapter that comes with textmeta. It is an estimator of scikit-learn: making one
@@ -101,7 +101,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         self.errors = errors
         self.progress = progress
 
-    @torch.inference_mode(False)  # the inner steps take gradients
     def fit(
         self,
         texts: Iterable[str] = (),
@@ -110,7 +109,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         sample_weight: Iterable[float] | None = None,
         label_names: LabelNames = "auto",
         unlabelled: Iterable[str] | None = None,
-    ) -> "FewShotClassifier":
+    ) -> Self:
         """Learn a task: at least two classes, each with an example or more, a name, or both; return the classifier.
 
         Args:
@@ -128,34 +127,14 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
                 or equal to one of another type, ``label_names`` is something else, or there are fewer than two classes.
             AdapterError: if the adapter cannot be loaded, or makes numbers of this task that are not finite.
         """
-        given, rows = checked_texts(texts, "fit", errors=self.errors), checked_labels(labels)
-        more = [] if unlabelled is None else checked_texts(unlabelled, "unlabelled", errors=self.errors)
-        if len(given) != len(rows):
-            raise DataError(f"fit: {len(given)} texts but {len(rows)} labels")
-        weights = None if sample_weight is None else checked_weights(sample_weight, len(given))
-        in_order = [*given, *more]  # as a warning counts them
-        if weights is not None:
-            given = [text for text, weight in zip(given, weights, strict=True) if weight]
-            rows = [label for label, weight in zip(rows, weights, strict=True) if weight]
-            weights = [weight for weight in weights if weight]
-        classes, names = task_classes(rows, label_names)
-        number = {label: i for i, label in enumerate(classes)}
-        numbers = [number[label] for label in rows]
-        by_class = checked_class_weight(self.class_weight, classes)
-        learner = self._learner
-        device = learner.adapter.initialisation.queries.device
-        shares = [None if part is None else [part] for part in (weights, by_class)]
-        batch = TaskBatch.of([given], [numbers], [len(classes)], [names], [more], device, *shares)
-        try:
-            with torch.no_grad(), warning_of(in_order, "fit", learner.adapter.encoder):
-                task = learner.learn(batch)
-            finite = all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            finite = False
-        if not finite:
-            raise AdapterError("the adapter makes numbers of this task that are not finite; it is not usable")
-        self._fitted = Fitted(task.to(CPU), classes, list(zip(given, numbers, strict=True)))
-        return self
+        given = checked_texts(texts, "fit", errors=self.errors)
+        examples = self._examples("fit", given, labels, sample_weight)
+        more = () if unlabelled is None else checked_texts(unlabelled, "unlabelled", errors=self.errors)
+        classes, found = task_classes([label for _, label, _ in examples], label_names)
+        reads_labels = isinstance(label_names, str)
+        names = {} if reads_labels else None if found is None else dict(zip(classes, found, strict=True))
+        inputs = FitInputs(examples, tuple(more), names, reads_labels)
+        return self._learn("fit", inputs, [*given, *more])
 
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
         """Return (n, classes) float64, the probability of each class, columns in the order of ``classes_``.
@@ -251,7 +230,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
         index = self._adapter.index
         if index is None:
             raise AdapterError("this adapter has no index of the classes that it was trained on")
-        return nearest_tasks(index, self.task_embedding_, count)
+        return nearest_tasks(index, self.task_embedding_, whole_number("count", count, 1))
 
     @property
     def classes_(self) -> np.ndarray:
@@ -260,9 +239,9 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
 
     @property
     def support_(self) -> list[tuple[str, Any]] | None:
-        """The examples of ``fit``, (text, label) each; None where a classifier was saved without them."""
-        fitted = self._now()
-        return None if fitted.support is None else [(text, fitted.classes[number]) for text, number in fitted.support]
+        """The examples, (text, label) each; None where a classifier was saved without their texts."""
+        inputs = self._now().inputs
+        return None if inputs is None or inputs.states else [(text, label) for text, label, _ in inputs.examples]
 
     @property
     def task_embedding_(self) -> TaskEmbedding:
@@ -306,10 +285,12 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, AdapterEstimator):  #
 
     def _left_out(self) -> LeftOut:
         fitted, kept = self._now(), self._told
-        if fitted.support is None:
+        if fitted.inputs is None:
             raise NotFittedError("this classifier was saved without its examples, so they cannot be told: fit it again")
         if kept is None or kept[0] is not fitted:
-            self._told = kept = (fitted, left_out(self._learner, fitted.support, fitted.classes))
+            numbers = {label: number for number, label in enumerate(fitted.classes)}
+            support = [(text, numbers[label]) for text, label, _ in fitted.inputs.examples]
+            self._told = kept = (fitted, left_out(self._learner_with(fitted.inputs), support, fitted.classes))
         return kept[1]
 
     def _answer(self, texts: Iterable[str], *wanted: str) -> Any:

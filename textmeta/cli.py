@@ -172,7 +172,9 @@ def _described(
     if classifier:
         labels, support = classifier["classes"], classifier["support"]
         yield "classes", f"{len(labels)}: {', '.join(map(str, labels[:20]))}"
-        yield "support", "not stored" if support is None else f"{len(support)} texts stored, readable by anybody"
+        how = {"texts": "texts stored, readable by anybody", "states": "texts as token states, which tell much of them"}
+        count = support and len(support["examples"]) + len(support["unlabelled"])
+        yield "support", "not stored" if support is None else f"{count} {how[support['kind']]}"
 
 
 def _trained(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -4,16 +4,17 @@ import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from huggingface_hub import CommitInfo
 from sklearn import exceptions
 from sklearn.base import BaseEstimator
 
+from textmeta.data.labels import one_of
 from textmeta.encoder.encoder import LongTexts, device_of
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, SettingsError, TextMetaError
+from textmeta.errors import AdapterError, TextMetaError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
@@ -53,6 +54,8 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     device: str | torch.device | None
     precision: str
     errors: str
+    class_weight: Any
+    progress: bool
 
     _access = HubAccess()
     _weights = ""  # sha256 of an encoder that has no adapter of its own, which would know it
@@ -105,13 +108,21 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             self.__dict__.pop(name, None)
         return self
 
-    def save_pretrained(self, folder: str | Path, *, include_support: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, include_support: Literal[False, "states", "texts"] = False
+    ) -> None:
         """Write the adapter, and the fitted task if there is one, to a folder.
 
         Args:
             folder: where to; replaced as a whole, or not at all (AdapterError).
-            include_support: whether to store the texts of ``fit`` with their labels, for everybody who gets the folder
-                to read; the model card says so.
+            include_support: what to store of that which ``fit`` was given, which classes can be added and removed by
+                after loading; the model card says so. False is nothing; "states" the token states of all texts, from
+                which these can be guessed; "texts" the texts themselves, for everybody who gets the folder to read.
+                Labels, weights and names of classes are stored with either.
+
+        Raises:
+            AdapterError: if the folder cannot be written, or there is nothing of that to store.
+            EncoderError: if it is to be states, and the encoder cannot be split into frozen and adapted layers.
         """
         save_adapter(folder, self._adapter, self._to_store(include_support))
 
@@ -124,7 +135,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         token: str | bool | None = None,
         private: bool | None = None,
         commit_message: str | None = None,
-        include_support: bool = False,
+        include_support: Literal[False, "states", "texts"] = False,
         base_model: str | None = None,
     ) -> CommitInfo:
         """Push the adapter, and the fitted task if there is one, to the Hub, in one commit or not at all; return it.
@@ -157,7 +168,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """
         factors = self._fitted.task.factors if self._fitted else {}
         own = {name: value[0] for name, value in factors.items()} or self._adapter.initialisation.lora
-        write_merged(Path(folder), self._reader, own)
+        write_merged(folder, self._reader, own)
 
     @cached_property
     @torch.inference_mode(False)
@@ -215,8 +226,8 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     def _learner(self) -> TaskLearner:
         """What learns tasks, as the arguments say."""
         whole_number("batch_size", self.batch_size, 1)
-        if self.errors not in ("raise", "replace"):
-            raise SettingsError(f"errors must be 'raise' or 'replace', given {self.errors!r:.60}")
+        one_of("errors", self.errors, ("raise", "replace"))
+        one_of("progress", self.progress, (True, False))
         learner = self._given.learner.reduced(self.adapt, self.steps)
         adapter = self._loaded.adapter
         return TaskLearner(self._reader, replace(adapter, learner=replace(learner, layers=adapter.learner.layers)))
@@ -225,9 +236,9 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """Set arguments of the class; after a change of what is loaded, nothing is fitted any more."""
         before = self.get_params()
         super().set_params(**params)
-        if any(params[name] is not before[name] for name in params.keys() - HARMLESS):
-            for name in ("_given", *LOADED, "_weights", "_fitted"):
-                self.__dict__.pop(name, None)
+        changed = {name for name in params if params[name] is not before[name]}
+        for name in ("_given", *LOADED, "_weights", "_fitted") if changed - HARMLESS else ("_learner",):
+            self.__dict__.pop(name, None)  # the learner checks them
         return self
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -256,12 +267,15 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             raise NotFittedError(NOT_FITTED)
         return self._fitted
 
-    def _to_store(self, include_support: bool) -> Fitted | None:
+    def _to_store(self, include_support: Literal[False, "states", "texts"]) -> Fitted | None:
         """Return what is stored of the fitted task, if there is one."""
+        one_of("include_support", include_support, (False, "states", "texts"))
         fitted = self._fitted
-        if include_support and (fitted is None or fitted.support is None):
+        if not include_support:
+            return fitted and replace(fitted, inputs=None)
+        if fitted is None or fitted.inputs is None or (include_support == "texts" and fitted.inputs.states):
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
-        return fitted if fitted is None or include_support else replace(fitted, support=None)
+        return fitted if include_support == "texts" else replace(fitted, inputs=fitted.inputs.as_states(self._reader))
 
 
 def _state_of(model: str) -> tuple[Any, ...]:

@@ -6,9 +6,18 @@ from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
-from textmeta.errors import TextMetaError
+from textmeta.errors import SettingsError, TextMetaError
 
-__all__ = ["CHECKPOINT", "at_home", "is_folder", "read_json", "sync_folder", "write_atomically", "write_synced"]
+__all__ = [
+    "CHECKPOINT",
+    "at_home",
+    "destination",
+    "is_folder",
+    "read_json",
+    "sync_folder",
+    "write_atomically",
+    "write_synced",
+]
 
 P = TypeVar("P", bound=str | Path)
 CHECKPOINT = "checkpoint.safetensors"  # of a run of training
@@ -48,8 +57,24 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def at_home(path: P) -> P:
-    """Return a path with the user's home folder in place of a ``~`` that it begins with, as a shell reads it."""
+    """Return a path with the user's home folder in place of a ``~`` that it begins with, as a shell reads it.
+
+    Raises:
+        SettingsError: if it is no path.
+    """
+    if not isinstance(path, str | Path):
+        raise SettingsError(f"expected a path, given {type(path).__name__} {path!r:.60}")
     return type(path)(os.path.expanduser(str(path)))
+
+
+def destination(path: str | Path) -> Path:
+    """Return :func:`at_home` of what is to be written; SettingsError if no file system takes the name."""
+    found = Path(at_home(path))
+    try:
+        found.exists()
+        return found.resolve()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"nothing can be written to {str(path)!r:.60}: {error!s:.60}") from error
 
 
 def is_folder(name: str | Path) -> bool:

@@ -147,7 +147,10 @@ def check_revision(revision: str | None) -> None:
     Raises:
         HubError: if it cannot.
     """
-    if revision is not None and (not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}", revision) or ".." in revision):
+    if revision is None:
+        return
+    known = isinstance(revision, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}", revision)
+    if not known or ".." in revision:
         raise HubError(f"{revision!r:.80} is no revision (branch, tag or commit) of a repository on the Hub")
 
 

@@ -22,6 +22,7 @@ from textmeta.meta.initialisation import Adapt, Calibration, Initialisation, Lea
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.folder import MANIFEST
 from textmeta.sharing.store import Fitted, save_adapter
+from textmeta.sharing.support import FitInputs
 
 LISTED = ("adapter_config.json", "adapter_model.safetensors", "textmeta.json", "textmeta.safetensors")
 FITTED = ("classifier.json", "classifier.safetensors")
@@ -61,7 +62,8 @@ def fit(reader: TokenStateReader, adapter: Adapter, *, keep: bool = False) -> Fi
     batch = TaskBatch.of([TEXTS], [NUMBERS], [2], [["bal", "dal"]])
     with torch.no_grad():
         task = TaskLearner(reader, adapter).learn(batch)
-    return Fitted(task, list(LABELS), list(zip(TEXTS, NUMBERS, strict=True)) if keep else None)
+    examples = tuple((text, LABELS[number], 1.0) for text, number in zip(TEXTS, NUMBERS, strict=True))
+    return Fitted(task, list(LABELS), FitInputs(examples) if keep else None)
 
 
 def logits(reader: TokenStateReader, adapter: Adapter, fitted: Fitted | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from textmeta.encoder.encoder import EncoderSettings
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing.card import model_card
 from textmeta.sharing.store import load_adapter, save_adapter
+from textmeta.sharing.support import FitInputs
 
 COMMIT = "c0ffee" * 6 + "cafe"
 
@@ -93,7 +94,7 @@ def test_card_says_what_of_others_is_stored(trained: Adapter) -> None:
     assert "**The names of the 3 classes that it was trained on are stored in `textmeta.json`**" in model_card(trained)
     assert "classes that it was trained on" not in model_card(replace(trained, index=None))
     assert "texts that it was fitted on are not stored" in model_card(trained, ["a", "b"])
-    stored = model_card(trained, ["a", "b"], [("x", 0)] * 7)
+    stored = model_card(trained, ["a", "b"], FitInputs((("x", "a", 1.0),) * 7))
     assert "**The 7 texts that it was fitted on, with their labels, are stored in `classifier.json`.**" in stored
     assert "Classes (2): `a`, `b`." in stored
 

@@ -86,7 +86,7 @@ def test_fitted_classifier_comes_back_to_the_bit(reader: TokenStateReader, tmp_p
     save_adapter(tmp_path / "adapter", adapter, fitted)
     loaded, found = load_adapter(tmp_path / "adapter")
     assert found is not None
-    assert (found.classes, found.support) == (LABELS, fitted.support)
+    assert (found.classes, vars(found.inputs)) == (LABELS, vars(fitted.inputs))
     for field in fields(LearnedTask):
         ours, theirs = getattr(found.task, field.name), getattr(fitted.task, field.name)
         if field.name == "factors":

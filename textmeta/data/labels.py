@@ -21,8 +21,10 @@ __all__ = [
     "checked_weights",
     "column",
     "few",
+    "is_word",
     "label_array",
     "label_to_json",
+    "one_of",
     "plain",
     "read_labels",
     "readable_name",
@@ -48,9 +50,8 @@ def column(given: Any, where: str, what: str) -> list[Any]:
         DataError: if it is anything else. Iterating over a table or a mapping would give the names of its columns.
     """
     columns, shape = getattr(given, "column_names", None), getattr(given, "shape", None)
-    columns = list(
-        given if isinstance(given, Mapping) else getattr(given, "columns", ()) if columns is None else columns
-    )
+    columns = given if isinstance(given, Mapping) else getattr(given, "columns", ()) if columns is None else columns
+    columns = list(columns) if isinstance(columns, Iterable) else []
     fault, kind = "", type(given).__name__
     if isinstance(given, str | bytes):
         fault = "one string; put it into a list"
@@ -67,9 +68,11 @@ def column(given: Any, where: str, what: str) -> list[Any]:
             fault = f"a {kind} of shape {shape}"
     if not fault:
         try:
-            return list(given.to_pylist() if hasattr(given, "to_pylist") else given)  # Arrow's scalars are no strings
+            values = iter(given.to_pylist() if hasattr(given, "to_pylist") else given)  # Arrow's scalars are no strings
         except TypeError:
             fault = f"{kind} {given!r:.60}"
+        else:
+            return list(values)  # what a generator of the user's raises is the user's
     raise DataError(f"{where}: expected a list, or one column, of {what}, given {fault}")
 
 
@@ -96,7 +99,7 @@ def checked_texts(
             fault += ", expected a string"
         elif not allow_empty and not text.strip():
             fault = "is empty"
-        elif HALF.search(text) and errors == "replace":
+        elif HALF.search(text) and isinstance(errors, str) and errors == "replace":
             checked[row] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # two halves make one
             continue
         elif HALF.search(text):
@@ -225,8 +228,7 @@ def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[A
         _check_all_named(labels, named)
         names: list[Any] | None = [named[label] for label in classes]
     elif automatic:
-        words = all(isinstance(label, str) and any(map(str.isalpha, label)) for label in classes)
-        names = [readable_name(label) for label in classes] if words else None
+        names = [readable_name(label) for label in classes] if all(map(is_word, classes)) else None
     else:
         names = None if label_names is None else list(label_names)
     if len(classes) < 2:
@@ -256,9 +258,21 @@ def _check_all_named(labels: Sequence[Any], named: Mapping[Any, object]) -> None
         )
 
 
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Return a setting; SettingsError if it is none of its choices, whatever it is instead."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise SettingsError(f"{name} must be one of {few(choices)}, given {value!r:.60}")
+    return value
+
+
 def few(labels: Sequence[Any], limit: int = 8) -> str:
     """Return the first labels as a message lists them."""
     return ", ".join(f"{label!r:.60}" for label in labels[:limit]) + (", …" if len(labels) > limit else "")
+
+
+def is_word(label: object) -> bool:
+    """Whether a label can be read as the name of its class: a string with a letter in it."""
+    return isinstance(label, str) and any(map(str.isalpha, label))
 
 
 def readable_name(label: str) -> str:

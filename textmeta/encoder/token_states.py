@@ -1,5 +1,6 @@
 """Token states: what chosen layers of the encoder make of each token of a batch of texts, from one forward."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.lora import using_factors
-from textmeta.errors import SettingsError
+from textmeta.errors import EncoderError, SettingsError
 
 __all__ = ["StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
 
@@ -155,6 +156,24 @@ class TokenStateReader:
         ) as bar:
             for texts in distinct:
                 self._kept.update(zip(texts, self._frozen_states(texts, folder, bar), strict=True))
+
+    def frozen_states(self, texts: Sequence[str]) -> list[Tensor]:
+        """Return what frozen layers make of each text, (lower, length, d) halves; EncoderError if there are none."""
+        if self.encoder.frozen_layers is None:
+            raise EncoderError(f"{self.encoder.settings.model} cannot be split, so that its states cannot be kept")
+        return self._make_frozen_states(texts, tqdm(disable=True))
+
+    def having(self, states: Mapping[str, Tensor]) -> "TokenStateReader":
+        """Return a reader that has these :meth:`frozen_states` of texts; EncoderError if they are of another shape."""
+        expected = (len(self._lower), self.encoder.hidden_size)
+        for state in states.values():
+            if not self._lower or (state.shape[0], state.shape[2]) != expected:
+                raise EncoderError(
+                    f"token states are {tuple(state.shape)}, expected {expected[0], 'length', expected[1]}"
+                )
+        reader = copy.copy(self)
+        reader._kept = {**self._kept, **states}
+        return reader
 
     def _frozen_states(self, texts: Sequence[str], folder: Path | None, bar: tqdm) -> list[Tensor]:
         """Return the states (lower, length, d) of each text, by way of a file if there is a folder for it."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textmeta.data.labels import one_of
 from textmeta.encoder.lora import layer_of, zero_start
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.heads import HEADS
@@ -70,9 +71,7 @@ class LearnerSettings:
             SettingsError: if that is not what was learned with these.
         """
         learned = {"none", self.adapt, *self.adapt.split("+")}
-        if adapt is not None and adapt not in learned:
-            expected = f"None or one of {sorted(learned)}"
-            raise SettingsError(f"adapt must be what this adapter has learned, {expected}, given {adapt!r:.60}")
+        one_of("adapt, of what this adapter has learned,", adapt, [None, *sorted(learned)])
         steps = self.steps if steps is None else whole_number("steps", steps, 0, self.steps)
         return replace(self, adapt=adapt or self.adapt, steps=steps)
 

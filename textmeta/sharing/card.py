@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 from textmeta.data.labels import plain
 from textmeta.hub import is_repo_id
 from textmeta.meta.adapter import Adapter
+from textmeta.sharing.support import FitInputs
 
 __all__ = ["PLACEHOLDER", "is_edited", "model_card"]
 
@@ -26,20 +27,20 @@ PART = r"<!-- if (not )?(\w+) -->\n(.*?)<!-- end -->\n"  # of the template, kept
 MOST_SHOWN = 50
 
 
-def model_card(adapter: Adapter, classes: Sequence[Any] | None = None, support: Sequence[Any] | None = None) -> str:
+def model_card(adapter: Adapter, classes: Sequence[Any] | None = None, inputs: FitInputs | None = None) -> str:
     """Return the model card, Markdown with the Hub's metadata block.
 
     Args:
         adapter: that the folder holds.
         classes: of a fitted classifier, its labels.
-        support: of a fitted classifier, the support texts that the folder holds.
+        inputs: of a fitted classifier, what the folder holds of that which it was fitted on.
     """
     try:
-        text = _filled(adapter, adapter.record, classes, support)
+        text = _filled(adapter, adapter.record, classes, inputs)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         # a record may be anybody's, and hold anything
         logger.warning("the training record is not what training writes (%r): the card leaves it out", error)
-        text = _filled(adapter, {}, classes, support)
+        text = _filled(adapter, {}, classes, inputs)
     return text + SIGNATURE + _digest(text)
 
 
@@ -54,9 +55,10 @@ def _digest(text: str) -> str:
 
 
 def _filled(
-    adapter: Adapter, record: Mapping[str, Any], classes: Sequence[Any] | None, support: Sequence[Any] | None
+    adapter: Adapter, record: Mapping[str, Any], classes: Sequence[Any] | None, inputs: FitInputs | None
 ) -> str:
     encoder, learner, index, settings = adapter.encoder, adapter.learner, adapter.index, record.get("settings", {})
+    stored, states = (len(inputs.texts), bool(inputs.states)) if inputs else (0, False)
     labels, revision = list(classes or ()), adapter.commit or encoder.revision
     more = ", …" if len(labels) > MOST_SHOWN else ""
     values = {
@@ -71,8 +73,9 @@ def _filled(
         "index": sum(map(len, index.classes.values())) if index else 0,
         "ways": len(labels),
         "classes": ", ".join(f"`{plain(label)}`" for label in labels[:MOST_SHOWN]) + more,
-        "support": len(support or ()),
-        "no_support": labels and support is None,
+        "support": 0 if states else stored,
+        "states": stored if states else 0,
+        "no_support": labels and inputs is None,
         "algorithm": plain(settings.get("algorithm", "")),
         "episodes": f"{settings.get('episodes', 0):d}",
         "corpora": "\n".join(map(_corpus, settings.get("corpora", ()), record.get("sources", ()))),

@@ -14,8 +14,9 @@ FORMAT = 8  # of what is written, and all that is read
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # LoRA, as PEFT has it
 META, TENSORS = "textmeta.json", "textmeta.safetensors"  # everything else that was learned
 CLASSIFIER, HEAD = "classifier.json", "classifier.safetensors"  # of a fitted classifier
+SUPPORT = "support.safetensors"  # token states of what it was fitted on, if they are stored
 REQUIRED = frozenset({CONFIG, WEIGHTS, META, TENSORS})
-ADAPTER_FILES = REQUIRED | {CLASSIFIER, HEAD}  # all that a manifest may list
+ADAPTER_FILES = REQUIRED | {CLASSIFIER, HEAD, SUPPORT}  # all that a manifest may list
 CARD = "README.md"  # not in the manifest, because people edit it
 
 
@@ -37,7 +38,7 @@ def read_adapter_files(folder: Path) -> dict[str, bytes]:
             f"made by {'a newer textmeta' if newer else 'textmeta 0.1: train it again'}"
         )
     files = read_folder(folder, ADAPTER_FILES)
-    required = ADAPTER_FILES if files.keys() & {CLASSIFIER, HEAD} else REQUIRED
+    required = ADAPTER_FILES - {SUPPORT} if files.keys() - REQUIRED else REQUIRED
     for name in sorted(required - files.keys()):
         raise AdapterError(f"{folder} is no whole textmeta adapter: it has no {name}")
     return files

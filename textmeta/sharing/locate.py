@@ -112,6 +112,6 @@ def subfolder_prefix(subfolder: str | None) -> str:
     """
     if subfolder is None:
         return ""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):
+    if not isinstance(subfolder, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):
         raise AdapterError(f"subfolder must be a path below, such as 'adapters/first', given {subfolder!r:.80}")
     return f"{subfolder}/"

@@ -12,12 +12,12 @@ from textmeta.encoder.lora import LORA_B
 from textmeta.encoder.pretrained import load_pretrained
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
-from textmeta.files import at_home
+from textmeta.files import destination
 
 __all__ = ["write_merged"]
 
 
-def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, Tensor]) -> None:
+def write_merged(folder: str | Path, reader: TokenStateReader, factors: Mapping[str, Tensor]) -> None:
     """Write the encoder with LoRA merged into it, W + (alpha / rank) · B A in place of W, as a sentence encoder.
 
     ``SentenceTransformer(folder)`` makes of a text the mean over the tokens of its last layer, of length 1, or that of
@@ -33,7 +33,7 @@ def write_merged(folder: Path, reader: TokenStateReader, factors: Mapping[str, T
     Raises:
         AdapterError: if the folder holds anything or cannot be written, or the encoder's files have changed by now.
     """
-    folder, encoder = at_home(folder).resolve(), reader.encoder
+    folder, encoder = destination(folder), reader.encoder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AdapterError(f"cannot write a merged encoder to {folder}: it is there already, and is not empty")
     model, tokenizer, _, weights_sha256, _ = load_pretrained(*encoder.source, encoder.access)

@@ -4,7 +4,7 @@
 loads it. The former follows from everything else in the folder, so loading compares it with what it must be: it can
 hold nothing that PEFT would act on, such as a module to import. ``textmeta.safetensors`` holds all other tensors by
 name, ``textmeta.json`` settings and record, and ``SHA256SUMS`` the hashes. A fitted classifier adds
-``classifier.safetensors`` and ``classifier.json``.
+``classifier.safetensors`` and ``classifier.json``, and ``support.safetensors`` where token states are stored with it.
 """
 
 import re
@@ -24,7 +24,7 @@ from textmeta.data.labels import label_to_json, read_labels
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.errors import AdapterError, HubError
-from textmeta.files import at_home, is_folder, read_json
+from textmeta.files import destination, is_folder, read_json
 from textmeta.hub import HubAccess, check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
 from textmeta.meta.initialisation import LORA, Calibration, Initialisation, LearnerSettings
@@ -32,8 +32,9 @@ from textmeta.meta.learner import LearnedTask
 from textmeta.meta.shared import shared
 from textmeta.sharing.card import is_edited, model_card
 from textmeta.sharing.folder import write_folder
-from textmeta.sharing.format import CARD, CLASSIFIER, CONFIG, FORMAT, HEAD, META, TENSORS, WEIGHTS, write_json
+from textmeta.sharing.format import CARD, CLASSIFIER, CONFIG, FORMAT, HEAD, META, SUPPORT, TENSORS, WEIGHTS, write_json
 from textmeta.sharing.locate import read_located
+from textmeta.sharing.support import FitInputs, StoredSupport, read_support, stored_support
 
 __all__ = ["Fitted", "adapter_files", "load_adapter", "save_adapter"]
 
@@ -59,12 +60,12 @@ class Fitted:
     Args:
         task: as it was learned, T = 1.
         classes: the labels, in the order of the task's classes.
-        support: text and class (its number) of each example; None where they are not kept.
+        inputs: what it was learned from; None where that is not kept.
     """
 
     task: LearnedTask
     classes: list[Any]
-    support: list[tuple[str, int]] | None = None
+    inputs: FitInputs | None = None
 
 
 class _Strict(BaseModel):
@@ -98,7 +99,7 @@ class _Classifier(_Strict):
     """The content of ``classifier.json``."""
 
     classes: Annotated[list[Any], Field(min_length=2)]
-    support: list[tuple[str, Annotated[int, Field(ge=0)]]] | None
+    support: StoredSupport | None
 
 
 # Saving
@@ -112,13 +113,13 @@ def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = N
     Args:
         folder: where to.
         adapter: to save. The names of the classes in its index are there for everybody who gets the folder to read.
-        fitted: a fitted classifier; its labels, and support texts if it has any, can be read, too.
+        fitted: a fitted classifier; its labels, and what it was learned from if it has that, can be read, too.
 
     Raises:
         AdapterError: if a value is not finite or cannot be stored, or the folder cannot be replaced
             (:func:`~textmeta.sharing.folder.write_folder`).
     """
-    folder = at_home(Path(folder))
+    folder = destination(folder)
     files = adapter_files(adapter, fitted)
     if (folder / CARD).is_file():
         old = (folder / CARD).read_bytes()
@@ -164,13 +165,17 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         task |= {LORA + name: value for name, value in task.pop("factors").items()}
         labels = [label_to_json(label) for label in fitted.classes]
         files[HEAD] = _write_tensors(task)
-        files[CLASSIFIER] = write_json({"classes": labels, "support": fitted.support})
+        inputs = fitted.inputs
+        support = None if inputs is None else stored_support(inputs, fitted.classes)
+        files[CLASSIFIER] = write_json({"classes": labels, "support": support})
+        if inputs and inputs.states:
+            files[SUPPORT] = _write_tensors(inputs.states, torch.float16)
     try:
         _parse(files, Path())
     except AdapterError as error:
         raise AdapterError(f"not saved: {error}") from error
-    classes, support = (None, None) if fitted is None else (fitted.classes, fitted.support)
-    return {**files, CARD: model_card(adapter, classes, support).encode("utf-8", "replace")}
+    classes, inputs = (None, None) if fitted is None else (fitted.classes, fitted.inputs)
+    return {**files, CARD: model_card(adapter, classes, inputs).encode("utf-8", "replace")}
 
 
 def _config_file(adapter: Adapter) -> bytes:
@@ -191,11 +196,11 @@ def _config_file(adapter: Adapter) -> bytes:
     return write_json(config)
 
 
-def _write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> bytes:
     """Return the content of a safetensors file."""
     stored = {
         # copies, because safetensors refuses tensors that share memory
-        name: value.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        name: value.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
         for name, value in tensors.items()
     }
     return save(stored, metadata={"format": "pt"})  # which PEFT and transformers ask for
@@ -285,19 +290,19 @@ def _read_model(kind: type[M], content: bytes, path: Path) -> M:
         raise AdapterError(f"{path}: {where:.200}: {first['msg']}, found {first['input']!r:.60}") from error
 
 
-def _read_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+def _read_tensors(content: bytes, path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; errors name its path.
 
     Raises:
-        AdapterError: if it is damaged, or a tensor is not float32, or has values that are not finite.
+        AdapterError: if it is damaged, or a tensor is of another type, or has values that are not finite.
     """
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
     for name, value in tensors.items():
-        if value.dtype != torch.float32:
-            raise AdapterError(f"{path}: tensor {name!r:.300} is {value.dtype}, expected torch.float32")
+        if value.dtype != dtype:
+            raise AdapterError(f"{path}: tensor {name!r:.300} is {value.dtype}, expected {dtype}")
         if not value.isfinite().all():
             raise AdapterError(f"{path}: tensor {name!r:.300} has values that are not finite")
     return tensors
@@ -366,11 +371,14 @@ def _fitted(files: Mapping[str, bytes], folder: Path, init: Initialisation) -> F
         return None
     content = _read_model(_Classifier, files[CLASSIFIER], folder / CLASSIFIER)
     classes = read_labels(content.classes, folder / CLASSIFIER)
-    for row, (_, number) in enumerate(content.support or ()):
-        if number >= len(classes):
-            raise AdapterError(f"{folder / CLASSIFIER}: support.{row}: class {number} of {len(classes)}")
     task = _learned_task(_read_tensors(files[HEAD], folder / HEAD), len(classes), init, folder / HEAD)
-    return Fitted(task, classes, content.support)
+    inputs, hidden = None, init.queries.shape[1]
+    states = _read_tensors(files[SUPPORT], folder / SUPPORT, torch.float16) if SUPPORT in files else {}
+    if content.support is not None:
+        inputs = read_support(content.support, states, classes, hidden, folder / CLASSIFIER)
+    elif states:
+        raise AdapterError(f"{folder / SUPPORT} holds token states, but {CLASSIFIER} no support")
+    return Fitted(task, classes, inputs)
 
 
 def _learned_task(tensors: Mapping[str, Tensor], ways: int, init: Initialisation, path: Path) -> LearnedTask:

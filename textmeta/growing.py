@@ -1,0 +1,151 @@
+"""An estimator that learns its task anew when examples or classes come or go."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from textmeta.data.labels import (
+    Label,
+    checked_class_weight,
+    checked_labels,
+    checked_texts,
+    checked_weights,
+    column,
+    few,
+    is_word,
+    readable_name,
+)
+from textmeta.encoder.encoder import warning_of
+from textmeta.errors import AdapterError, DataError
+from textmeta.estimator import AdapterEstimator
+from textmeta.meta.batch import TaskBatch
+from textmeta.meta.learner import TaskLearner
+from textmeta.sharing.store import Fitted
+from textmeta.sharing.support import Example, FitInputs
+
+__all__ = ["GrowingEstimator"]
+
+
+class GrowingEstimator(AdapterEstimator):
+    """Learns tasks, and each anew from all that it was given when that changes."""
+
+    def partial_fit(
+        self,
+        texts: Iterable[str],
+        labels: Iterable[Label],
+        classes: Iterable[Label] | None = None,
+        *,
+        sample_weight: Iterable[float] | None = None,
+    ) -> Self:
+        """Learn anew from these examples and all earlier ones, as one ``fit`` of all would; the first call fits.
+
+        Args:
+            texts: further examples, of classes that are there or of new ones.
+            labels: of each.
+            classes: all labels that may come, as scikit-learn has it. If they are words, all are classes from the first
+                call on, by their names; else each is when it has an example.
+            sample_weight: as in ``fit``.
+
+        Raises:
+            DataError: as in ``fit``, or if a label is none of ``classes``.
+            AdapterError: if the classifier was saved without its examples; see :meth:`save_pretrained`.
+        """
+        given = self._examples("partial_fit", texts, labels, sample_weight)
+        known = [] if classes is None else checked_labels(classes, "partial_fit, classes, row")
+        other = [] if classes is None else [label for _, label, _ in given if label not in known]
+        if other:
+            raise DataError(f"partial_fit: {few(other)} is none of classes, {few(known)}")
+        names = {label: readable_name(label) for label in known} if all(map(is_word, known)) else {}
+        before = FitInputs(names=names) if self._fitted is None else self._inputs()
+        return self._learn("partial_fit", before.joined(given), [text for text, *_ in given])
+
+    def add_class(self, label: Label, examples: Iterable[str] = (), *, name: str | None = None) -> Self:
+        """Learn anew with one more class, from examples, a name, or both.
+
+        Args:
+            label: of the class.
+            examples: of it.
+            name: what it is called; by default the label, where labels are read.
+
+        Raises:
+            DataError: if it is a class already, has neither examples nor a name, or lacks a name that the others have.
+            AdapterError: as in :meth:`partial_fit`.
+        """
+        before, [label] = self._inputs(), checked_labels([label], "add_class, label")
+        texts = column(examples, "add_class", "texts")
+        given = self._examples("add_class", texts, [label] * len(texts))
+        if label in self._now().classes:
+            raise DataError(f"add_class: {label!r:.60} is a class already; partial_fit takes further examples")
+        if name is None and not texts:
+            if not before.reads_labels or not is_word(label):
+                raise DataError(f"add_class: the class {label!r:.60} needs examples or a name")
+            name = readable_name(str(label))
+        if name is not None:
+            before = replace(before, names={**(before.names or {}), label: name})
+        return self._learn("add_class", before.joined(given), texts)
+
+    def remove_class(self, label: Label) -> Self:
+        """Learn anew without a class and its examples.
+
+        Raises:
+            DataError: if there is no such class, or fewer than two would be left.
+            AdapterError: as in :meth:`partial_fit`.
+        """
+        before, [label] = self._inputs(), checked_labels([label], "remove_class, label")
+        if label not in self._now().classes:
+            raise DataError(f"remove_class: expected one of {few(self._now().classes)}, given {label!r:.60}")
+        kept = tuple(example for example in before.examples if example[1] != label)
+        names = before.names and {own: name for own, name in before.names.items() if own != label}
+        return self._learn("remove_class", replace(before, examples=kept, names=names), [])
+
+    def _examples(self, where: str, texts: Any, labels: Any, sample_weight: Any = None) -> tuple[Example, ...]:
+        """Return examples, checked, without those that count 0."""
+        given, rows = checked_texts(texts, where, errors=self.errors), checked_labels(labels)
+        if len(given) != len(rows):
+            raise DataError(f"{where}: {len(given)} texts but {len(rows)} labels")
+        weights = [1.0] * len(given) if sample_weight is None else checked_weights(sample_weight, len(given))
+        return tuple(example for example in zip(given, rows, weights, strict=True) if example[2])
+
+    def _inputs(self) -> FitInputs:
+        """Return what the classifier was fitted on."""
+        inputs = self._now().inputs
+        if inputs is None:
+            told = (
+                "this classifier was saved without its examples, so that it can be fitted, but not grow: save it with "
+            )
+            raise AdapterError(told + 'include_support="texts", or "states", which are token states instead of texts')
+        return inputs
+
+    def _learn(self, where: str, inputs: FitInputs, new: Sequence[str]) -> Self:
+        """Learn the task, of whose texts some are new; return the classifier."""
+        classes, names = inputs.classes
+        number = {label: i for i, label in enumerate(classes)}
+        by_class = checked_class_weight(self.class_weight, classes)
+        learner = self._learner_with(inputs)
+        device = learner.adapter.initialisation.queries.device
+        numbers = [number[label] for _, label, _ in inputs.examples]
+        weights = [weight for *_, weight in inputs.examples]
+        shares = (None if set(weights) <= {1.0} else [weights], None if by_class is None else [by_class])
+        texts = inputs.texts[: len(numbers)]
+        try:
+            # the inner steps take gradients
+            with torch.inference_mode(False), torch.no_grad(), warning_of(new, where, learner.adapter.encoder):
+                batch = TaskBatch.of([texts], [numbers], [len(classes)], [names], [inputs.unlabelled], device, *shares)
+                task = learner.learn(batch)
+            finite = all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            finite = False
+        if not finite:
+            raise AdapterError("the adapter makes numbers of this task that are not finite; it is not usable")
+        self._fitted = Fitted(
+            task.to(torch.device("cpu")), classes, inputs
+        )  # small, and any device takes it from there
+        return self
+
+    def _learner_with(self, inputs: FitInputs) -> TaskLearner:
+        """Return what learns tasks of these texts, or of what is stored in their place."""
+        learner = self._learner
+        return TaskLearner(self._reader.having(inputs.states), learner.adapter) if inputs.states else learner
