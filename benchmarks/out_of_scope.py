@@ -1,0 +1,71 @@
+"""How well texts of a task's classes are told from texts of other classes of the same corpus.
+
+    python benchmarks/out_of_scope.py --data-dir DATA
+
+AUROC in percent, mean over episodes, on every choose corpus of three classes or more: 5 shots, at most five of the
+classes and at least one left out, 5 queries a class and as many texts of the classes that are left out. Beside the
+scope score it is that of the largest class probability.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from choose import SHIPPED
+from choose_episodes import EPISODE_SEED, ChooseCorpora
+from sklearn.metrics import roc_auc_score
+
+from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta.heads.scope import scope_probability
+from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.learner import TaskLearner
+from textmeta.sharing.store import load_adapter
+
+WAYS, SHOTS, QUERIES = 5, 5, 5
+OTHER_DRAWS = 4  # third number of the seed that texts of other classes are drawn by
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, default=SHIPPED)
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    adapter, _ = load_adapter(arguments.adapter)
+    learner, rule = TaskLearner(adapter.load_reader(), adapter), adapter.calibration.scope
+    if rule is None:
+        parser.error(f"{arguments.adapter} has no rule for what is out of scope")
+    print("| corpus | classes | scope score | largest probability |\n|---|---|---|---|")
+    found = []
+    for cell in ChooseCorpora(arguments.data_dir).cells((SHOTS,)):
+        corpus = cell.corpus
+        count = len(corpus.class_names)
+        if count < 3:
+            continue
+        sampler = EpisodeSampler(corpus, EpisodeSettings(min(WAYS, count - 1), SHOTS, QUERIES), EPISODE_SEED)
+        own = []
+        for number, episode in enumerate(sampler.take(arguments.episodes)):
+            left = [label for label, name in enumerate(corpus.class_names) if name not in episode.class_names]
+            rng = np.random.default_rng((EPISODE_SEED, number, OTHER_DRAWS))
+            others = rng.permutation(np.concatenate([corpus.rows_of(label) for label in left]))
+            others = others[: len(episode.query_texts)]
+            queries = [*episode.query_texts, *(corpus.texts[row] for row in others)]
+            inside = np.arange(len(queries)) < len(episode.query_texts)
+            with torch.no_grad():
+                task = learner.learn(TaskBatch.of_episodes([episode]))
+                answers = learner.answer(task, Rows.of([queries], torch.device("cpu")))
+            scores = scope_probability(rule.double(), answers.scope_inputs[0].double())
+            sure = answers.logits[0].softmax(-1).amax(-1)
+            own.append([roc_auc_score(inside, score.numpy()) for score in (scores, sure)])
+        found.append(100 * np.mean(own, 0))
+        print(f"| {corpus.name} | {count} | {found[-1][0]:.1f} | {found[-1][1]:.1f} |", flush=True)
+    scope, largest = np.mean(found, 0)
+    print(f"| mean of {len(found)} | | {scope:.1f} | {largest:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
