@@ -10,12 +10,13 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.test_classifier import adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta import trainer as trainer_module
-from textmeta.meta.initialisation import LearnerSettings
-from textmeta.sharing.store import load_adapter
+from textmeta.meta.initialisation import Calibration, LearnerSettings
+from textmeta.sharing.store import load_adapter, save_adapter
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -85,3 +86,20 @@ def test_an_arm_is_trained_and_another_goes_on_from_it(
     assert not without["centre"].any()
     with pytest.raises(SystemExit):
         train(core, monkeypatch, tmp_path, "names-after", tmp_path / "fourth")
+
+
+def test_scope_scores_tell_other_classes(
+    benchmark, toy: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "choose").mkdir()
+    toy.rename(tmp_path / "choose" / "toy.jsonl")
+    adapter = adapter_of(tiny_model, scope=torch.eye(8)[0])  # the largest probability alone tells
+    save_adapter(tmp_path / "adapter", adapter)
+    arguments = ["--data-dir", str(tmp_path), "--episodes", "2", "--adapter", str(tmp_path / "adapter")]
+    run(benchmark("out_of_scope"), monkeypatch, *arguments)
+    _, name, _, scope, largest, _ = capsys.readouterr().out.splitlines()[2].split("|")
+    assert name.strip() == "toy"
+    assert scope == largest != " 50.0 "
+    save_adapter(tmp_path / "adapter", replace(adapter, calibration=Calibration()))
+    with pytest.raises(SystemExit):
+        run(benchmark("out_of_scope"), monkeypatch, *arguments)

@@ -176,7 +176,7 @@ def test_a_pipe_that_ends_is_no_error(folder: Path) -> None:
     """Of texts without end, as many are read as somebody wants answers for."""
     done = shell(f"(yes bal bel bil || true) | textmeta predict {folder} | head -3\n textmeta info {folder} | true")
     assert [json.loads(line)["predicted"] for line in done.stdout.splitlines()] == ["b"] * 3
-    assert not re.search("Traceback|Exception|Broken", done.stderr)
+    assert not done.stderr
 
 
 @pytest.mark.slow  # for it takes the encoder of the demo extra

@@ -85,8 +85,10 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
     if "adapter_config.json" in names:
         raise EncoderError(f"{name!r} is an adapter, not an encoder: name the encoder that it was trained on")
     _check_files(folder)
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # of a moment's work on a folder
+    # a moment's work on a folder needs no bar, and what is missing is told below
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, report = AutoModel.from_pretrained(
@@ -102,6 +104,7 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
             + (f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else "")
         ) from error
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
