@@ -40,6 +40,7 @@ from textmeta.sharing.store import load_adapter, save_adapter
 RESULTS = Path(__file__).parent / "results"
 BASELINES, CORE = RESULTS / "v0_1.jsonl", RESULTS / "choose.jsonl"
 SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-general"
+FIRST = "first-settled"  # the adapter that came with textmeta before
 CHUNK, EPISODES = 50, 200  # of a line; of a cell
 OTHER_DRAWS = 3  # third number of the seed that wrong names are drawn by
 
@@ -305,6 +306,8 @@ def table(found: Mapping[str, Cells]) -> Iterator[str]:
             rivals = {other: f"{other} @ {adapter}"}
         if variant == "names-alone":
             rivals = {"cosine of text and name": "names-last-256"}
+        if not adapter.startswith("first"):
+            rivals["the first meta-training"] = f"{variant} @ {FIRST}"
         yield method
         for title, rival in rivals.items():
             parts, pooled_one, pooled_other = [], {}, {}
