@@ -371,7 +371,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--run", action="store_true", help="record what is missing of the adapters and variants named")
     parser.add_argument(
-        "--adapters", type=Path, nargs="+", help="folders; by default all that are recorded, to run the shipped"
+        "--adapters", type=Path, nargs="+", help="folders, or names of recorded ones; by default the shipped one"
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
@@ -416,14 +416,14 @@ def main() -> None:
             lines,
             arguments.results,
         )
-    names = [folder.name for folder in arguments.adapters or ()]
+    names = [FIRST, *(folder.name for folder in arguments.adapters or [SHIPPED])]
     found = {
         method: cells
         for method, cells in accuracies(read_lines(BASELINES, mend=False) + lines, arguments.measure).items()
-        if not names or "@" not in method or method.partition(" @ ")[2] in names
+        if "@" not in method or method.partition(" @ ")[2] in names
     }
     print("\n".join(table(found)))
-    errors = calibration_errors([line for line in lines if not names or line["key"]["adapter"] in names])
+    errors = calibration_errors([line for line in lines if line["key"]["adapter"] in names])
     if errors:
         print("\nExpected calibration error, percent")
     for method in dict.fromkeys(method for method, _ in errors):
