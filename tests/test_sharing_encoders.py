@@ -23,11 +23,11 @@ from tests.encoder.given import save_family
 from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import Adapter, FewShotClassifier, predict_many
 from textmeta.classifier import NotFittedError
-from textmeta.encoder import encoder as encoder_module
 from textmeta.encoder import pretrained as pretrained_module
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import DataError
+from textmeta.meta import adapter as adapter_module
 
 Same = Callable[[FewShotClassifier, Path], FewShotClassifier]
 
@@ -47,7 +47,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(name)
         return load(name, *more)
 
-    monkeypatch.setattr(encoder_module, "load_pretrained", counted)
+    monkeypatch.setattr(adapter_module, "load_pretrained", counted)
     return found
 
 

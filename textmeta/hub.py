@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 RepoKind = Literal["model", "dataset"]
 WAITS = (1, 3, 9)  # seconds before further tries, where the Hub answers that it has trouble
-DEADLINE = 10.0  # seconds to wait for an answer
+DEADLINE = 5.0  # seconds to wait for an answer
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def fetch_snapshot(
 def check_reachable(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> None:
     """Check that the Hub answers when it is asked for a repository, whatever it says.
 
-    Its library waits without a limit in most places, behind a firewall that swallows packets for ever. This waits ten
-    seconds.
+    Its library waits without a limit in most places, behind a firewall that swallows packets for ever. This waits
+    :data:`DEADLINE` seconds.
 
     Raises:
         HubUnreachableError: if it does not.

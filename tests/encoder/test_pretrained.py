@@ -6,6 +6,7 @@ import logging
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import AutoModel
 
 import textmeta.encoder.pretrained as pretrained
 from tests.conftest import tiny_tokenizer
+from tests.hub.server import Fault, HubServer
 from textmeta.errors import EncoderError
 
 
@@ -45,6 +47,25 @@ def test_the_carried_copy_is_used_where_the_hub_is_out_of_reach(
     assert caplog.text.count("using the copy carried by the package carrying_package") == 1
     assert model.config.hidden_size == 32
     assert model.dtype == torch.float32
+
+
+def test_a_hub_that_never_answers_is_not_asked_where_the_copy_is_carried(hub: HubServer, carried: Path) -> None:
+    hub.faults.append(Fault("silence", path=".", times=10**6))
+    began = time.monotonic()
+    assert pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)[0].config.hidden_size == 32
+    assert time.monotonic() - began < 3
+    assert not hub.requests
+
+
+def test_the_default_encoder_is_taken_from_the_cache_before_anything_else(
+    hub: HubServer, carried: Path, tiny_model: str
+) -> None:
+    files = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
+    commit = hub.add_repo(pretrained.DEFAULT_ENCODER, files)
+    assert pretrained.load_pretrained(pretrained.DEFAULT_ENCODER, "main").commit == commit
+    hub.requests.clear()
+    assert pretrained.load_pretrained(pretrained.DEFAULT_ENCODER).commit == commit
+    assert not hub.requests
 
 
 def test_a_carried_copy_that_is_not_the_published_file_is_refused(carried: Path) -> None:

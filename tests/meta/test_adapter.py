@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from tests.conftest import WORDS, save_tiny_model, tiny_tokenizer
-from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.encoder import Encoder
+from textmeta.encoder.pretrained import Pretrained, load_pretrained
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, EncoderError, HubUnreachableError
+from textmeta.errors import AdapterError, EncoderError, HubError
+from textmeta.hub import HubAccess
 from textmeta.meta import adapter as adapter_module
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
@@ -127,17 +129,19 @@ def test_the_commit_it_was_trained_on_is_asked_for_first(
     adapter: Adapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Any other copy will do where that cannot be had, if it is the same."""
-    asked: list[str | None] = []
+    asked: list[tuple[str | None, bool]] = []
+    moved = replace(adapter, encoder=replace(adapter.encoder, model="lab/tiny"), commit="abc")
 
-    def loading(settings: EncoderSettings, *given: object, **more: object) -> Encoder:
-        asked.append(settings.revision)
-        if settings.revision == "abc":
-            raise EncoderError("no abc") from HubUnreachableError("no answer")
-        return Encoder(settings, *given, **more)  # type: ignore[arg-type]
+    def loading(name: str, revision: str | None, access: HubAccess | None) -> Pretrained:
+        assert name == "lab/tiny"
+        asked.append((revision, access is not None and access.local_files_only))
+        if asked[-1] != (None, False):
+            raise EncoderError("no abc") from HubError("no such revision")
+        return load_pretrained(adapter.encoder.model)
 
-    monkeypatch.setattr(adapter_module, "Encoder", loading)
-    reader = replace(adapter, commit="abc").load_reader()
-    assert asked == ["abc", None]
+    monkeypatch.setattr(adapter_module, "load_pretrained", loading)
+    reader = moved.load_reader()
+    assert asked == [("abc", True), (None, True), ("abc", False), (None, False)]
     assert reader.encoder.commit == "abc"
     assert "no abc" in caplog.text
 

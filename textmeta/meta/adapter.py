@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
-from textmeta.encoder.pretrained import tensors_digest
+from textmeta.encoder.pretrained import Pretrained, load_pretrained, tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
+from textmeta.errors import AdapterError, EncoderError, HubError, HubUnreachableError, TextMetaError
+from textmeta.files import at_home, is_folder
 from textmeta.heads.pooling import pool
 from textmeta.hub import HubAccess
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
@@ -112,6 +113,7 @@ class Adapter:
         precision: str = "no",
         model: str | None = None,
         access: HubAccess | None = None,
+        pretrained: Pretrained | None = None,
     ) -> TokenStateReader:
         """Load the encoder that this adapter belongs to, and return what reads its token states.
 
@@ -120,13 +122,65 @@ class Adapter:
             precision: "no" for float32, or "bf16".
             model: where to load it from, if not from the id or folder that the adapter names.
             access: how the Hub is reached.
+            pretrained: what :meth:`load_encoder` has returned, if it was called.
 
         Raises:
-            AdapterError: if its weights are not those that the adapter was trained on.
+            AdapterError: if its weights are not those that the adapter was trained on, or it makes other features.
             EncoderError: if it cannot be loaded.
         """
-        with as_encoder_errors(model or self.encoder.model):
-            return self.reader_of(self._any_encoder(device, precision, model, access))
+        name = at_home(model or self.encoder.model)
+        with as_encoder_errors(name):
+            loaded = pretrained or self.load_encoder(model, access)
+            if loaded.weights_sha256 != self.weights_sha256:
+                raise AdapterError(
+                    f"the adapter belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…, but the "
+                    f"weights of {name} are {loaded.weights_sha256[:12]}…"
+                )
+            own = replace(self.encoder, model=name, revision=None)
+            encoder = Encoder(own, self.lora, device, precision, access, loaded)
+            encoder.prompt, encoder.first_token = self.prompt, self.first_token
+            reader = TokenStateReader(encoder, self.learner.layers)
+            shape = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, self.learner, seed=0)
+            shape.with_tensors(self.initialisation.tensors())  # says which tensor does not fit
+            # weights are not all that matters: a tokenizer or a configuration that was changed would go unnoticed
+            found = _probe(reader, self.initialisation)
+            likeness = (found * self.probe).sum(1).min() if found.shape == self.probe.shape else torch.tensor(0.0)
+            if not likeness >= LIKENESS:  # which NaN is not, either
+                raise AdapterError(
+                    f"{name} has the adapter's weights, but makes other features of the same texts "
+                    f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
+                )
+            # wherever this copy of it came from
+            encoder.settings, encoder.commit = self.encoder, self.commit
+            return reader
+
+    def load_encoder(self, model: str | None = None, access: HubAccess | None = None) -> Pretrained:
+        """Load the encoder: one with the right weights if it is on this machine, else what the Hub has.
+
+        Args:
+            model: where to load it from, if not from the id or folder that the adapter names; whatever is there.
+            access: how the Hub is reached.
+
+        Raises:
+            EncoderError: if it cannot be loaded.
+        """
+        name, branch = at_home(model or self.encoder.model), self.encoder.revision
+        if model or is_folder(name):
+            return load_pretrained(name, None, access)
+        for revision in dict.fromkeys((self.commit or branch, branch)):
+            with suppress(EncoderError):
+                loaded = load_pretrained(name, revision, replace(access or HubAccess(), local_files_only=True))
+                if loaded.weights_sha256 == self.weights_sha256:
+                    return loaded
+        try:
+            return load_pretrained(name, self.commit or branch, access)
+        except EncoderError as error:
+            cause = error.__cause__
+            if self.commit is None or not isinstance(cause, HubError) or isinstance(cause, HubUnreachableError):
+                raise
+            # any other copy will do if it is the same, and the caller compares
+            logger.warning("%s; looking for the encoder at revision %s", error, branch or "main")
+            return load_pretrained(name, branch, access)
 
     def to(self, device: torch.device) -> "Adapter":
         """Return the same adapter with its tensors on a device."""
@@ -156,50 +210,6 @@ class Adapter:
     def __reduce__(self) -> tuple[Callable[..., "Adapter"], tuple[dict[str, Any]]]:
         own = self.to(torch.device("cpu"))
         return _unpickled, ({field.name: getattr(own, field.name) for field in fields(own)},)
-
-    def reader_of(self, encoder: Encoder) -> TokenStateReader:
-        """Return what reads the token states of an encoder, which becomes the one that the adapter names.
-
-        Raises:
-            AdapterError: if it is another one, or the adapter does not fit it.
-        """
-        encoder.prompt, encoder.first_token = self.prompt, self.first_token
-        if encoder.weights_sha256 != self.weights_sha256:
-            raise AdapterError(
-                f"the adapter belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…, but the "
-                f"weights of {encoder.settings.model} are {encoder.weights_sha256[:12]}…"
-            )
-        reader = TokenStateReader(encoder, self.learner.layers)
-        shape = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, self.learner, seed=0)
-        shape.with_tensors(self.initialisation.tensors())  # says which tensor does not fit
-        # weights are not all that matters: a tokenizer or a configuration that was changed would go unnoticed
-        found = _probe(reader, self.initialisation)
-        likeness = (found * self.probe).sum(1).min() if found.shape == self.probe.shape else torch.tensor(0.0)
-        if not likeness >= LIKENESS:  # which NaN is not, either
-            raise AdapterError(
-                f"{encoder.settings.model} has the adapter's weights, but makes other features of the same texts "
-                f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
-            )
-        # wherever this copy of it came from
-        encoder.settings, encoder.commit = self.encoder, self.commit
-        return reader
-
-    def _any_encoder(
-        self, device: str | torch.device, precision: str, model: str | None, access: HubAccess | None
-    ) -> Encoder:
-        """Load the encoder; of one on the Hub the commit that the adapter was trained on, if it can be had."""
-        if model:
-            named = replace(self.encoder, model=model, revision=None)
-            return Encoder(named, self.lora, device, precision, access=access)
-        pinned = replace(self.encoder, revision=self.commit or self.encoder.revision)
-        try:
-            return Encoder(pinned, self.lora, device, precision, access=access)
-        except EncoderError as error:
-            if self.commit is None or not isinstance(error.__cause__, HubError):
-                raise
-            # any other copy will do if it is the same, and the caller compares
-            logger.warning("%s; looking for the encoder at revision %s", error, self.encoder.revision or "main")
-            return Encoder(self.encoder, self.lora, device, precision, access=access)
 
 
 @contextmanager

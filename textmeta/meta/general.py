@@ -3,6 +3,7 @@
 import functools
 import logging
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from textmeta.encoder.encoder import Encoder, EncoderSettings, most_tokens
 from textmeta.encoder.lora import TARGETS, LoraSettings
-from textmeta.encoder.pretrained import Pretrained, load_pretrained, sentence_settings
+from textmeta.encoder.pretrained import Pretrained, sentence_settings
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.files import at_home
 from textmeta.hub import HubAccess
@@ -55,11 +56,10 @@ def load_any_encoder(
     """
     name = at_home(model or numbers.encoder.model)
     with as_encoder_errors(name):
-        loaded = load_pretrained(name, None if model else numbers.commit or numbers.encoder.revision, access)
+        loaded = numbers.load_encoder(model, access)
         if loaded.weights_sha256 == numbers.weights_sha256 and not untrained:
-            own = replace(numbers.encoder, model=name, revision=None)
-            encoder = Encoder(own, numbers.lora, device, precision, access, loaded)
-            return TaskLearner(numbers.reader_of(encoder), numbers.to(device))
+            how: dict[str, Any] = {"device": device, "precision": precision, "access": access}
+            return TaskLearner(numbers.load_reader(model=name, pretrained=loaded, **how), numbers.to(device))
         length = max_length or int(min(numbers.encoder.max_length, most_tokens(loaded.model)))
         settings = EncoderSettings(name, max_length=length, long_texts=numbers.encoder.long_texts)
         encoder = Encoder(settings, _least_lora(loaded), device, precision, access, loaded)

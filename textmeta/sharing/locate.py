@@ -2,7 +2,8 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +98,12 @@ def _locate(
         )
     try:
         wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD, SETFIT, ENCODER)]
-        snapshot = fetch_snapshot(text, wanted, revision=revision, access=access, force=force)
+        snapshot = None
+        if not force and re.fullmatch("[0-9a-f]{40}", str(revision)):  # what a commit holds never changes
+            with suppress(HubError):
+                here = replace(access or HubAccess(), local_files_only=True)
+                snapshot = fetch_snapshot(text, wanted, revision=revision, access=here)
+        snapshot = snapshot or fetch_snapshot(text, wanted, revision=revision, access=access, force=force)
     except HubError as error:
         raise type(error)(f"{text!r} is no folder here, and {error}") from error
     logger.info("%s is on the Hub, at commit %s: %s", text, snapshot.name, snapshot)
