@@ -143,6 +143,15 @@ def test_predict_without_options(folder: Path, tmp_path: Path, capsys: Shown) ->
         assert shown == (form.replace("N", number) if "N" in form else form)
 
 
+def test_predict_writes_into_a_pipe_that_is_named_as_output(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDWR)
+    (tmp_path / "a.txt").write_text("bal bel bil\n", encoding="utf-8")
+    run("predict", folder, tmp_path / "a.txt", "--output", tmp_path / "pipe")
+    assert b'"predicted": "b"' in os.read(reader, 1000)
+    os.close(reader)
+
+
 def test_labels_keep_their_type_in_json(tiny_model: str, tmp_path: Path, capsys: Shown) -> None:
     numbers = [ord(label) for label in LABELS]
     FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, numbers).save_pretrained(tmp_path / "m")
@@ -243,6 +252,10 @@ def test_evaluate(folder: Path, tmp_path: Path, capsys: Shown) -> None:
         (["predict", "M", "file.jsonl"], '["text"]\n', "file.jsonl, line 1: expected"),
         (["predict", "M", "file.jsonl"], '{"text": "a"}\n{"text"\n', "file.jsonl, line 2: "),
         (["predict", "M", "file.jsonl"], "[" * 100_000, "file.jsonl, line 1: "),
+        (["predict", "M", "file.jsonl"], '{"text": "a", "n": NaN}\n', "file.jsonl, line 1: NaN is no number of JSON"),
+        (["predict", "M", "file.jsonl"], '{"text": "a", "n": -1e999}\n', "file.jsonl, line 1: -1e999 is no number"),
+        (["predict", "M", "file.csv", "--output", "file.jsonl"], "text\na\nb,2\n", "file.csv, line 3: expected"),
+        (["predict", "M", "file.csv", "--output", "o.xlsx"], "", "o.xlsx: expected .csv, .tsv, .jsonl, .json or .txt"),
         (["predict", "M", "file.txt"], "good\ncaf\udce9\n", "file.txt, line 2: expected lines, CSV or JSON"),
         (["predict", "M", "file.txt", "--output", "file.txt"], "a\n", "is the file of the texts itself"),
         (["predict", "M", "file.txt", "--output", "no/such"], "a\n", "no/such"),
@@ -259,8 +272,8 @@ def test_what_cannot_be_used_ends_in_a_line(
     for file in files:
         file.write_bytes(written)
     assert message in failure([folder if argument == "M" else argument for argument in arguments], capsys)
+    assert set(Path().iterdir()) == files, "nothing is made, not even a part"
     assert [file.read_bytes() for file in files] == [written] * len(files)
-    assert not Path("m").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TrainingInterrupted("stopped")])

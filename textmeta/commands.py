@@ -16,9 +16,9 @@ from sklearn.metrics import classification_report, precision_recall_fscore_suppo
 from textmeta.classifier import FewShotClassifier
 from textmeta.data.corpus import CorpusSettings, load_corpus
 from textmeta.data.labels import few, label_to_json, plain
-from textmeta.data.texts import open_texts, text_format
+from textmeta.data.texts import ENDINGS, open_texts, text_format
 from textmeta.errors import AdapterError, DataError, SettingsError
-from textmeta.files import at_home, read_json
+from textmeta.files import at_home, open_to_replace, read_json
 from textmeta.sharing.folder import check_destination
 
 __all__ = ["evaluate", "fit", "predict"]
@@ -52,6 +52,8 @@ def predict(options: Namespace) -> None:
     source, column, output = options.texts, options.text_column, options.output and at_home(Path(options.output))
     if output and source != "-" and output.exists() and output.samefile(at_home(source)):
         raise SettingsError(f"--output {output} is the file of the texts itself")
+    if output and not options.to and output.suffix.lower() not in ("", ".txt", *ENDINGS):
+        raise SettingsError(f"--output {output}: expected {', '.join(ENDINGS)} or .txt, or --to csv or jsonl")
     form = options.to or (text_format(options.output) if output else options.from_ or text_format(source))
     with open_texts(source, options.from_, column) as (columns, rows):
         _check_free(columns, source)
@@ -59,7 +61,7 @@ def predict(options: Namespace) -> None:
         how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
         if not output:
             sys.stdout.reconfigure(**how)  # type: ignore[union-attr]
-        with output.open("w", **how) if output else nullcontext(sys.stdout) as file:
+        with open_to_replace(output, **how) if output else nullcontext(sys.stdout) as file:
             if form == "csv":
                 every = [OF + str(label) for label in classifier.classes_.tolist()] if options.probabilities else []
                 kind = "excel-tab" if output and output.suffix.lower() == ".tsv" else "excel"

@@ -1,8 +1,10 @@
 """Files: written so that what is said to be written is on the disk, and JSON that may be anybody's."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic_core import from_json
 
@@ -13,6 +15,7 @@ __all__ = [
     "at_home",
     "destination",
     "is_folder",
+    "open_to_replace",
     "read_json",
     "sync_folder",
     "write_atomically",
@@ -100,3 +103,29 @@ def write_atomically(path: Path, content: bytes) -> None:
     write_synced(temporary, content)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def open_to_replace(path: Path, **how: Any) -> Iterator[IO[str]]:
+    """Open a file to write text; it takes the place of the old one when all is written, and is gone after an error.
+
+    Args:
+        path: of the file; a pipe or a device is written as it is.
+        how: encoding and others, as for :func:`open`.
+
+    Raises:
+        SettingsError: if there is no such folder.
+    """
+    path = destination(path)
+    if not path.parent.is_dir():
+        raise SettingsError(f"there is no folder to write {path} to")
+    whole = path.is_file() or not path.exists()
+    written = path.with_name(f".{path.name}.tmp") if whole else path
+    try:
+        with written.open("w", **how) as file:
+            yield file
+        if whole:
+            os.replace(written, path)
+    finally:
+        if whole:
+            written.unlink(missing_ok=True)

@@ -204,3 +204,25 @@ def test_pickles_and_code_beside_what_is_needed_do_no_harm(folder: Path) -> None
     own_code(folder)
     changed("config.json", model_type="bert")(folder)
     assert pretrained.load_pretrained(str(folder))[0].config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("pooling", "told"),
+    [
+        ({"pooling_mode": "lasttoken"}, "lasttoken"),
+        ({"pooling_mode": ["cls", "mean"]}, "cls, mean"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "max, mean"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True, "pooling_mode_cls_token": False}, ""),
+        ({"pooling_mode": "mean"}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_pooling_that_is_not_followed_is_told(
+    pooling: dict[str, object], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    for _ in range(2):
+        assert pretrained.sentence_settings(tmp_path) == ("", False)
+    expected = [f"{tmp_path} pools its tokens by {told}, which textmeta does not: their mean is taken"]
+    assert caplog.messages == expected * bool(told), "once"

