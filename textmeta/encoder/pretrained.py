@@ -129,7 +129,7 @@ def sentence_settings(folder: Path) -> tuple[str, bool]:
     pooling, told = _read(folder / "1_Pooling" / "config.json"), _read(folder / "config_sentence_transformers.json")
     prompts, name = told.get("prompts"), told.get("default_prompt_name")
     prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
-    mode, start = pooling.get("pooling_mode", []), "pooling_mode_"
+    mode, start = pooling.get("pooling_mode") or [], "pooling_mode_"
     named = {str(one) for one in (mode if isinstance(mode, list) else [mode])}
     named |= {key.removeprefix(start) for key, on in pooling.items() if key.startswith(start) and on is True}
     modes = {re.sub("_tokens?$", "", name) for name in named}
