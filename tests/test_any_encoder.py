@@ -19,7 +19,7 @@ from tests.hub.server import HubServer
 from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import Adapter, FewShotClassifier
 from textmeta.encoder.encoder import device_of
-from textmeta.errors import AdapterError, EncoderError, SettingsError, TextMetaError
+from textmeta.errors import AdapterError, EncoderError, SettingsError
 from textmeta.meta import general
 from textmeta.sharing import locate
 from textmeta.sharing.store import save_adapter
@@ -184,6 +184,11 @@ def test_an_encoder_that_is_given_as_an_adapter_is_told_as_one(tiny_model: str, 
             FewShotClassifier(name).fit(SUPPORT, LABELS)
 
 
+def test_the_adapter_of_from_pretrained_is_its_name(tiny_model: str) -> None:
+    with pytest.raises(SettingsError, match=r"given adapter=None: write FewShotClassifier\(adapter=None"):
+        FewShotClassifier.from_pretrained(tiny_model, adapter=None)
+
+
 # Devices
 
 
@@ -197,17 +202,19 @@ def test_the_device_is_what_there_is(default: Adapter, monkeypatch: pytest.Monke
 
 
 def test_it_moves_fitted_or_not(default: Adapter) -> None:
-    one = FewShotClassifier(default, device="cpu")
-    assert one.to("cuda:77") is one
-    with pytest.raises(TextMetaError):
-        one.fit(SUPPORT, LABELS)
-    expected = one.to("cpu").fit(SUPPORT, LABELS).predict_proba(TEXTS)
-    with pytest.raises(SettingsError, match="no such device: 'gpu'"):
-        one.to("gpu")
+    one = FewShotClassifier(default, device="cpu").fit(SUPPORT, LABELS)
+    expected = one.predict_proba(TEXTS)
+    for device, message in (
+        ("gpu", "no such device: 'gpu'"),
+        ("cuda:77", "'cuda:77' cannot be used"),
+        ("meta", "'meta'"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            one.to(device)
+        with pytest.raises(SettingsError, match=message):
+            FewShotClassifier(default, device=device).fit(SUPPORT, LABELS)
+    assert one.to(torch.device("cpu")) is one
     np.testing.assert_array_equal(one.predict_proba(TEXTS), expected)
-    with pytest.raises(TextMetaError, match="cannot be used"):
-        one.to("cuda:77").predict(TEXTS)
-    np.testing.assert_array_equal(one.to(torch.device("cpu")).predict_proba(TEXTS), expected)
 
 
 def test_float64_is_asked_for_in_one_place_or_on_the_cpu() -> None:

@@ -71,6 +71,7 @@ def test_more_weight_makes_a_class_likelier(classifier: FewShotClassifier) -> No
         ({"bank card": 2.0}, DataError, "'bank card' is no class of this task, the nearest is 'bank'"),
         ({"bank": 0}, DataError, "of 'bank': expected a finite number above 0, given 0"),
         ({"bank": float("nan")}, DataError, "of 'bank': .* given nan"),
+        ({"bank": 10**400}, DataError, "of 'bank': .* given 1000"),
         ({"bank": "2"}, DataError, "of 'bank': .* given '2'"),
         ("as given", SettingsError, "must be 'balanced', None or a mapping from labels to numbers, given 'as given'"),
         ([1.0, 2.0], SettingsError, "must be 'balanced', None or a mapping"),

@@ -67,7 +67,7 @@ def test_texts_labels_and_weights_of_every_kind(adapter: Adapter, kind: Any) -> 
     one, other = FewShotClassifier(adapter), FewShotClassifier(adapter)
     expected = one.fit(SUPPORT, LABELS, sample_weight=weights).transform(TEXTS)
     other.fit(kind(SUPPORT), kind(LABELS), sample_weight=kind(weights))
-    np.testing.assert_array_equal(other.transform(kind(TEXTS)), expected)
+    np.testing.assert_array_equal(other.transform(texts=kind(TEXTS)), expected)
     assert other.score(kind(SUPPORT), kind(LABELS)) == accuracy_score(LABELS, one.predict(SUPPORT))
 
 

@@ -235,7 +235,7 @@ def test_those_that_cannot_share_read_by_themselves(adapter: Adapter, tiny_model
     with pytest.warns(UserWarning, match="^predict: 1 of 6 texts are cut at 9 tokens"):
         expected = [one.predict(TEXTS) for one in tasks]
     reads.clear()
-    with pytest.warns(UserWarning, match="^predict_many: 1 of 6 texts are cut") as told:
+    with pytest.warns(UserWarning, match="^predict_many: 1 of 6 texts are cut at 9 tokens") as told:
         found = predict_many(tasks, TEXTS)
     assert len(told) == 1
     for one, other in zip(found, expected, strict=True):
@@ -247,6 +247,11 @@ def test_what_many_cannot_take_is_named(adapter: Adapter) -> None:
     fitted = FewShotClassifier(adapter).fit(SUPPORT, LABELS)
     with pytest.raises(NotFittedError):
         predict_many([fitted, FewShotClassifier(adapter)], TEXTS)
+    for one in (fitted, None, 3):
+        with pytest.raises(
+            DataError, match=f"^predict_many: expected a list of classifiers, given {type(one).__name__}"
+        ):
+            predict_many(one, TEXTS)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="predict_many: classifier 1 is dict, expected a FewShotClassifier"):
         predict_many([fitted, {}], TEXTS)  # type: ignore[list-item]
     with pytest.raises(DataError, match="predict_many, row 6: text is int 3"):

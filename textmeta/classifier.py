@@ -1,6 +1,7 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
 from collections.abc import Iterable, Mapping
+from functools import wraps
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -304,7 +305,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
         silent = not self.progress or len(starts) < 2
-        with torch.inference_mode(), warning_of(texts, "predict", learner.adapter.encoder):
+        with torch.inference_mode(), warning_of(texts, "predict"):
             for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
                 answers = learner.answer(task, Rows.of([texts[start : start + self.batch_size]], device))
                 parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
@@ -315,3 +316,15 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         if rule is None:
             raise AdapterError(f"this adapter has no rule for what is out of scope, as {DEFAULT_ADAPTER} has")
         return np.asarray(scope_probability(rule.cpu().double(), scope_inputs))
+
+
+# scikit-learn wraps it, calls its texts X, and takes them by no other name
+_transform = FewShotClassifier.transform
+
+
+@wraps(_transform)
+def _transform_texts(self: FewShotClassifier, texts: Iterable[str]) -> Any:
+    return _transform(self, texts)
+
+
+FewShotClassifier.transform = _transform_texts  # type: ignore[method-assign]

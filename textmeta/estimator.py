@@ -14,7 +14,7 @@ from sklearn.base import BaseEstimator
 from textmeta.data.labels import one_of
 from textmeta.encoder.encoder import LongTexts, device_of
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, TextMetaError
+from textmeta.errors import AdapterError, SettingsError, TextMetaError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
@@ -92,6 +92,9 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             HubError: if the Hub has no such repository or revision, does not let this user at it, or cannot be reached.
             EncoderError: if the encoder cannot be loaded.
         """
+        if "adapter" in settings:
+            told = f"given adapter={settings['adapter']!r:.60}: write FewShotClassifier(adapter=None, …) for none"
+            raise SettingsError(f"from_pretrained loads the adapter {str(name)!r:.80}, {told}")
         access, encoder = HubAccess(token, cache_dir, local_files_only), settings.get("encoder")
         adapter, fitted = load_adapter(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
         classifier = cls(adapter, **{"long_texts": adapter.encoder.long_texts, **settings})

@@ -132,7 +132,7 @@ class GrowingEstimator(AdapterEstimator):
         texts = inputs.texts[: len(numbers)]
         try:
             # the inner steps take gradients
-            with torch.inference_mode(False), torch.no_grad(), warning_of(new, where, learner.adapter.encoder):
+            with torch.inference_mode(False), torch.no_grad(), warning_of(new, where):
                 batch = TaskBatch.of([texts], [numbers], [len(classes)], [names], [inputs.unlabelled], device, *shares)
                 task = learner.learn(batch)
             finite = all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor))

@@ -1,7 +1,6 @@
 """Many classifiers on the same texts: what they share is read once."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +29,8 @@ def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str])
         NotFittedError: if a classifier has not been fitted.
         DataError: if one is no FewShotClassifier, or a text is no string.
     """
+    if not isinstance(classifiers, Iterable):
+        raise DataError(f"predict_many: expected a list of classifiers, given {type(classifiers).__name__}")
     given = list(classifiers)
     for number, one in enumerate(given):
         if not isinstance(one, FewShotClassifier):
@@ -47,9 +48,7 @@ def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str])
         held.append(own)
     size = min((one.batch_size for one in held), default=1)
     found: list[list[np.ndarray]] = [[] for _ in held]
-    with ExitStack() as stack:
-        for own in held[:1]:
-            stack.enter_context(warning_of(rows, "predict_many", own._adapter.encoder))
+    with warning_of(rows, "predict_many"):
         for start in range(0, max(1, len(rows)), size):
             for parts, one in zip(found, held, strict=True):
                 parts.append(one.predict(rows[start : start + size]))

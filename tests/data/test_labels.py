@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from textmeta.data.labels import (
     checked_labels,
     checked_texts,
+    checked_weights,
     label_array,
     label_to_json,
     plain,
@@ -58,6 +60,7 @@ WORDS = ["a", "b", "c"]
         pd.Series(WORDS, index=[7, 8, 9]),
         pd.Series(WORDS, dtype="category"),
         pd.Index(WORDS),
+        pd.Series(WORDS, index=["columns", "column_names", "to_pylist"]),
         pd.DataFrame({"words": WORDS}),
         pd.DataFrame(WORDS),
         pa.array(WORDS),
@@ -108,6 +111,13 @@ def test_half_of_a_character_may_be_replaced() -> None:
 
 def test_empty_text_may_be_allowed() -> None:
     assert checked_texts(["", "a"], "predict", allow_empty=True) == ["", "a"]
+
+
+def test_a_weight_that_is_no_float_is_named() -> None:
+    assert checked_weights([1, np.float32(0.5), Fraction(1, 4), True], 4) == [1.0, 0.5, 0.25, 1.0]
+    for weight in (10**400, float("nan"), -1, "2"):
+        with pytest.raises(DataError, match=r"^sample_weight, row 1: expected a finite number from 0, given"):
+            checked_weights([1, weight], 2)
 
 
 def test_labels_become_pythons_own() -> None:

@@ -49,8 +49,9 @@ def column(given: Any, where: str, what: str) -> list[Any]:
     Raises:
         DataError: if it is anything else. Iterating over a table or a mapping would give the names of its columns.
     """
-    columns, shape = getattr(given, "column_names", None), getattr(given, "shape", None)
-    columns = given if isinstance(given, Mapping) else getattr(given, "columns", ()) if columns is None else columns
+    own, shape = type(given), getattr(given, "shape", None)  # of the type: a series has its rows as attributes, too
+    named = [name for name in ("column_names", "columns") if hasattr(own, name)]
+    columns = given if isinstance(given, Mapping) else getattr(given, named[0]) if named else ()
     columns = list(columns) if isinstance(columns, Iterable) else []
     fault, kind = "", type(given).__name__
     if isinstance(given, str | bytes):
@@ -68,7 +69,7 @@ def column(given: Any, where: str, what: str) -> list[Any]:
             fault = f"a {kind} of shape {shape}"
     if not fault:
         try:
-            values = iter(given.to_pylist() if hasattr(given, "to_pylist") else given)  # Arrow's scalars are no strings
+            values = iter(given.to_pylist() if hasattr(own, "to_pylist") else given)  # Arrow's scalars are no strings
         except TypeError:
             fault = f"{kind} {given!r:.60}"
         else:
@@ -140,7 +141,7 @@ def checked_weights(weights: Any, count: int) -> list[float]:
     if len(checked) != count:
         raise DataError(f"sample_weight: {len(checked)} weights for {count} texts")
     for row, weight in enumerate(checked):
-        if not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
+        if not _is_finite(weight) or weight < 0:
             raise DataError(f"sample_weight, row {row}: expected a finite number from 0, given {weight!r:.60}")
     if count and not any(checked):
         raise DataError("sample_weight: all weights are 0")
@@ -168,7 +169,7 @@ def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | No
         if label not in classes:
             near = f", the nearest is {_nearest(label, classes)!r:.60}"
             raise DataError(f"class_weight: {label!r:.60} is no class of this task{near}")
-        if not isinstance(weight, Real) or not 0 < float(weight) < math.inf:
+        if not _is_finite(weight) or weight <= 0:
             raise DataError(f"class_weight of {label!r:.60}: expected a finite number above 0, given {weight!r:.60}")
     return [float((given or {}).get(label, 1.0)) for label in classes]
 
@@ -177,6 +178,14 @@ def _nearest(label: Any, others: Iterable[Any]) -> Any:
     """Return that of other labels which reads most like one."""
     shown = {str(other): other for other in others}
     return shown[difflib.get_close_matches(str(label), shown, n=1, cutoff=0.0)[0]]
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a value is a number that a float can be."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _is_missing(value: object) -> bool:

@@ -8,6 +8,7 @@ import copy
 import logging
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -65,15 +66,15 @@ class EncoderSettings:
 class _Notes:
     """Texts that were cut, and those of which most tokens were unknown, when they were tokenized."""
 
-    cut: set[str] = field(default_factory=set)
-    unknown: set[str] = field(default_factory=set)
+    cut: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))  # after how many tokens
+    unknown: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # to which encoder
 
 
 _notes: ContextVar[_Notes | None] = ContextVar("notes", default=None)
 
 
 @contextmanager
-def warning_of(texts: Sequence[str], where: str, settings: EncoderSettings) -> Iterator[None]:
+def warning_of(texts: Sequence[str], where: str) -> Iterator[None]:
     """Warn of those texts that are found to be cut, or mostly unknown to the tokenizer, when they are read meanwhile.
 
     One warning of each kind, at the line that called the caller's caller. Outside of it, as in training, there is none;
@@ -90,12 +91,13 @@ def warning_of(texts: Sequence[str], where: str, settings: EncoderSettings) -> I
     more = "a larger max_length reads more of them, long_texts='window' all"
     other = "it hardly tells such texts apart, and may be of another language"  # as Chinese ones to an English encoder
     for kind, noted, what, advice in (
-        ("", notes.cut, f"cut at {settings.max_length} tokens", more),
-        ("most tokens of ", notes.unknown, f"unknown to the encoder {settings.model}", other),
+        ("", notes.cut, "cut at {} tokens", more),
+        ("most tokens of ", notes.unknown, "unknown to the encoder {}", other),
     ):
         rows = [row for row, text in enumerate(texts) if text in noted]
         if rows:
-            told = f"{kind}{len(rows)} of {len(texts)} texts are {what}, first of row {rows[0]}, "
+            by = " or ".join(map(str, sorted(set[Any]().union(*(noted[texts[row]] for row in rows)))))
+            told = f"{kind}{len(rows)} of {len(texts)} texts are {what.format(by)}, first of row {rows[0]}, "
             warnings.warn(f"{where}: {told}{texts[rows[0]]!r:.60}; {advice}", stacklevel=5)
 
 
@@ -192,11 +194,13 @@ class Encoder:
         notes = _notes.get()
         if notes is not None:
             unknown = {self.tokenizer.unk_token_id} - {None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
-            notes.cut.update(text for text, own in zip(texts, parts, strict=False) if len(own) > 1 and not whole)
+            for text, part in zip(texts, parts, strict=False):
+                if len(part) > 1 and not whole:
+                    notes.cut[text].add(length)
             for text, own in zip(texts, windows, strict=True):
                 ids = [number for part in own for number in part]
                 if 2 * sum(map(ids.count, unknown)) > len(ids) - special * len(own):
-                    notes.unknown.add(text)
+                    notes.unknown[text].add(self.settings.model)
         return windows
 
     def with_length(self, max_length: int) -> "Encoder":
@@ -236,15 +240,22 @@ def device_of(device: str | torch.device | None) -> torch.device:
     """Return a device by its name; None is what there is: cuda, mps or cpu, in this order.
 
     Raises:
-        SettingsError: if there is no such kind of device.
+        SettingsError: if there is no such kind of device, or none of it on this machine.
     """
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         told = f"no such device: {device!r:.60}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …"
         raise SettingsError(told) from error
+    try:
+        torch.zeros(1, device=found).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch says that it has no CUDA
+        raise SettingsError(f"the device {str(found)!r} cannot be used on this machine: {error!s:.200}") from error
+    return found
 
 
 def most_tokens(model: PreTrainedModel) -> float:
