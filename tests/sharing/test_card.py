@@ -57,6 +57,14 @@ def check(card: str) -> ModelCard:
     return loaded
 
 
+def test_it_says_what_becomes_of_long_texts(trained: Adapter) -> None:
+    windows = replace(trained, encoder=replace(trained.encoder, long_texts="window"))
+    for adapter, whole in ((trained, False), (windows, True)):
+        card = model_card(adapter)
+        assert ("are cut at 256 tokens" in card) is ("Only the first 256 tokens of a text count" in card) is not whole
+        assert ("are read in windows of 256 tokens" in card) is whole
+
+
 def test_metadata_is_what_the_hub_accepts_and_says_what_it_is(hub: HubServer, trained: Adapter) -> None:
     data = check(model_card(trained)).data
     assert (data.library_name, data.pipeline_tag) == ("textmeta", "text-classification")
