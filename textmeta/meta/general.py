@@ -35,9 +35,8 @@ def load_any_encoder(
     *,
     untrained: bool,
     max_length: int | None,
-    device: torch.device,
-    precision: str,
     access: HubAccess,
+    **how: Any,
 ) -> TaskLearner:
     """Load an encoder, and return what learns tasks with it: an adapter if it is its own, else the general numbers.
 
@@ -46,9 +45,8 @@ def load_any_encoder(
         model: folder or id on the Hub; by default the adapter's own encoder.
         untrained: whether its own encoder has the general numbers alone, too.
         max_length: texts are cut after this many tokens; by default the adapter's number, or what the encoder can read.
-        device: where it runs.
-        precision: as of an :class:`~textmeta.encoder.encoder.Encoder`.
         access: how the Hub is reached.
+        how: device and precision, as for :meth:`~textmeta.meta.adapter.Adapter.load_reader`.
 
     Raises:
         EncoderError: if it cannot be loaded.
@@ -58,18 +56,18 @@ def load_any_encoder(
     with as_encoder_errors(name):
         loaded = numbers.load_encoder(model, access)
         if loaded.weights_sha256 == numbers.weights_sha256 and not untrained:
-            how: dict[str, Any] = {"device": device, "precision": precision, "access": access}
-            return TaskLearner(numbers.load_reader(model=name, pretrained=loaded, **how), numbers.to(device))
+            reader = numbers.load_reader(model=name, pretrained=loaded, access=access, **how)
+            return TaskLearner(reader, numbers.to(reader.encoder.device))
         length = max_length or int(min(numbers.encoder.max_length, most_tokens(loaded.model)))
         settings = EncoderSettings(name, max_length=length, long_texts=numbers.encoder.long_texts)
-        encoder = Encoder(settings, _least_lora(loaded), device, precision, access, loaded)
+        encoder = Encoder(settings, _least_lora(loaded), access=access, pretrained=loaded, **how)
         encoder.prompt, encoder.first_token = sentence_settings(loaded.folder)
         adapter = general_adapter(TokenStateReader(encoder), numbers)
     _say_once(
         f"the encoder {name} is used without an adapter, with numbers that were learned on {numbers.encoder.model}; "
         "`textmeta train` makes an adapter, which is better"
     )
-    return TaskLearner(TokenStateReader(encoder), adapter.to(device))
+    return TaskLearner(TokenStateReader(encoder), adapter.to(encoder.device))
 
 
 def general_adapter(reader: TokenStateReader, numbers: Adapter) -> Adapter:

@@ -64,7 +64,6 @@ def _filled(
     values = {
         **asdict(encoder) | asdict(adapter.lora) | asdict(learner),
         "long_texts": {"cut": "cut at", "window": "read in windows of"}[encoder.long_texts],
-        "cut": encoder.long_texts == "cut",
         "metadata": _metadata(adapter, record).to_yaml(),
         "name": PLACEHOLDER,
         "base": f'"{encoder.model}"' + (f', revision="{revision}"' if revision else ""),
