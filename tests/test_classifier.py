@@ -42,7 +42,6 @@ from textmeta.errors import AdapterError, DataError, HubError, SettingsError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
-from textmeta.meta.learner import TaskLearner
 from textmeta.nearest import index_corpora
 from textmeta.sharing import locate
 from textmeta.sharing.store import load_adapter, save_adapter
@@ -100,12 +99,8 @@ def fitted(classifier: FewShotClassifier) -> FewShotClassifier:
 
 
 def of(adapter: Adapter, shared: FewShotClassifier) -> FewShotClassifier:
-    """Return a classifier with an adapter and the encoder of another, to save the time of loading it."""
-    made = FewShotClassifier(adapter)
-    assert shared._learner is not None
-    made._reader = shared._reader
-    made._learner = TaskLearner(made._reader, adapter)
-    return made
+    """Return a classifier with an adapter; where it is that of another, they share the encoder."""
+    return FewShotClassifier(adapter)
 
 
 def task(corpus: Corpus, names: list[str], shots: int) -> tuple[list[str], list[str], list[str], list[str]]:
@@ -516,6 +511,7 @@ def test_ends_of_the_threshold(fitted: FewShotClassifier) -> None:
         (np.float32(1), nothing),
         (True, half),
         (np.bool_(True), half),
+        (torch.tensor(True), half),
     ):
         assert fitted.predict(TEXTS, reject=reject).tolist() == expected  # type: ignore[arg-type]
 
@@ -785,7 +781,9 @@ def test_scores_agree_with_probabilities(classifier: FewShotClassifier, count: i
         assert [label for label, _ in top] == classifier.classes_[order[row, :2]].tolist()
         assert [p for _, p in top] == probabilities[row, order[row, :2]].tolist()
     assert len(classifier.predict_top("bal", 9)[0]) == count // 2
-    with pytest.raises(DataError, match="k must be a whole number from 1, given 0"):
+    for k in (np.int64(1), torch.tensor(1)):
+        assert classifier.predict_top(TEXTS, k) == classifier.predict_top(TEXTS, 1)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="k must be a whole number from 1, given 0"):
         classifier.predict_top(TEXTS, 0)
 
 

@@ -123,7 +123,7 @@ def test_what_stands_late_in_a_text_decides(tiny_model: str, tmp_path: Path, set
     one.set_params(long_texts="window").fit(texts, labels, label_names=names, unlabelled=[queries[0]])
     one.save_pretrained(tmp_path)
     loaded = FewShotClassifier.from_pretrained(tmp_path)
-    assert loaded.long_texts == "window"
+    assert loaded._adapter.encoder.long_texts == "window"
     np.testing.assert_array_equal(loaded.predict_proba(queries), probabilities)
 
 

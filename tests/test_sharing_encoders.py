@@ -94,7 +94,7 @@ def test_all_that_two_of_a_kind_have_of_their_own_is_what_was_fitted(
     second = WAYS[way](first, tmp_path / "saved")
     second.predict(TEXTS)
     assert not loads
-    assert sum(tensors(first).values()) > sum(tensors(first._loaded).values()) > 200_000
+    assert sum(tensors(first).values()) > sum(tensors(first._learner).values()) > 200_000
     own = tensors(second).items() - tensors(first).items()
     assert own <= tensors(second._fitted).items()
     assert sum(size for _, size in own) < 10_000
