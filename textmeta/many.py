@@ -41,7 +41,7 @@ def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str])
     for one in given:
         fitted, learner = one._task()
         key = id(learner.reader), id(learner.adapter.initialisation)
-        reader = readers.setdefault(key, _ReadOnce(one._reader))
+        reader = readers.setdefault(key, _ReadOnce(learner.reader))  # type: ignore[arg-type] # no cache
         held.append((fitted, TaskLearner(reader, learner.adapter)))
     size = min((one.batch_size for one in given), default=1)
     found: list[list[np.ndarray]] = [[] for _ in held]
