@@ -85,8 +85,10 @@ def test_a_pickle_is_of_the_encoder_that_it_was_fitted_on(default: Adapter, tmp_
     np.testing.assert_array_equal(pickle.loads(pickled).predict_proba(TEXTS), expected)  # noqa: S301
     save_family(tmp_path / "other", "roberta")
     copied = pickle.loads(pickled)  # noqa: S301
-    with pytest.raises(AdapterError, match=r"fitted on other weights than those of .*/other: fit it again"):
-        copied.predict(TEXTS)
+    for act in (copied.predict, copied.predict, copied.partial_fit, copied.save_pretrained):  # each time
+        given = (SUPPORT, LABELS) if act == copied.partial_fit else (tmp_path / "saved",)
+        with pytest.raises(AdapterError, match=r"fitted on other weights than those of .*/other: fit it again"):
+            act(*(given if act != copied.predict else (TEXTS,)))  # type: ignore[operator]
     assert copied.fit(SUPPORT, LABELS).predict(TEXTS).shape == (6,)
 
 

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.linear_model import Ridge
+from sklearn.model_selection import LeavePGroupsOut, cross_val_score
 from sklearn.utils.class_weight import compute_class_weight
 
 from tests.heads.given import examples_of, random
@@ -65,13 +67,28 @@ def test_more_weight_makes_a_class_likelier(classifier: FewShotClassifier) -> No
     assert np.isfinite(answers(classifier, {"b": 2}, [], [], label_names={"b": "bum", "f": "fon"})).all()
 
 
+def test_weights_of_classes_that_are_not_there(classifier: FewShotClassifier) -> None:
+    """As scikit-learn has it: nothing is wrong where each class has one; else a key may be misspelt."""
+    whole, three = {"b": 2.0, "f": 1.0, "k": 5.0}, (SUPPORT, LABELS)
+    two = answers(classifier, {"b": 2.0, "f": 1.0}, SUPPORT[:4], LABELS[:4])
+    np.testing.assert_array_equal(answers(classifier, whole, SUPPORT[:4], LABELS[:4]), two)
+    one = clone(classifier).set_params(class_weight=whole).fit(*three).remove_class("k")
+    np.testing.assert_array_equal(one.predict_proba(TEXTS), two)
+    folds = cross_val_score(one, *three, cv=LeavePGroupsOut(1), groups=[0, 0, 1, 1, 2, 2], error_score="raise")
+    assert folds.shape == (3,)
+    with pytest.warns(UserWarning, match="class_weight: 'K' is no class of this task, the nearest is 'k'") as told:
+        classifier.set_params(class_weight={"b": 2.0, "K": 5.0}).fit(*three)
+    assert [warning.filename for warning in told] == [__file__]
+
+
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
         ({"bank card": 2.0}, DataError, "'bank card' is no class of this task, the nearest is 'bank'"),
-        ({"bank": 0}, DataError, "of 'bank': expected a finite number above 0, given 0"),
+        ({"bank": 0}, DataError, "of 'bank': expected a number from 1e-09 to 1e\\+09, given 0"),
         ({"bank": float("nan")}, DataError, "of 'bank': .* given nan"),
         ({"bank": 10**400}, DataError, "of 'bank': .* given 1000"),
+        ({"bank": 1e300}, DataError, "of 'bank': .* given 1e\\+300"),
         ({"bank": "2"}, DataError, "of 'bank': .* given '2'"),
         ("as given", SettingsError, "must be 'balanced', None or a mapping from labels to numbers, given 'as given'"),
         ([1.0, 2.0], SettingsError, "must be 'balanced', None or a mapping"),

@@ -42,7 +42,6 @@ from textmeta.errors import AdapterError, DataError, HubError, SettingsError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
-from textmeta.meta.learner import TaskLearner
 from textmeta.nearest import index_corpora
 from textmeta.sharing import locate
 from textmeta.sharing.store import load_adapter, save_adapter
@@ -100,12 +99,8 @@ def fitted(classifier: FewShotClassifier) -> FewShotClassifier:
 
 
 def of(adapter: Adapter, shared: FewShotClassifier) -> FewShotClassifier:
-    """Return a classifier with an adapter and the encoder of another, to save the time of loading it."""
-    made = FewShotClassifier(adapter)
-    assert shared._learner is not None
-    made._reader = shared._reader
-    made._learner = TaskLearner(made._reader, adapter)
-    return made
+    """Return a classifier with an adapter; where it is that of another, they share the encoder."""
+    return FewShotClassifier(adapter)
 
 
 def task(corpus: Corpus, names: list[str], shots: int) -> tuple[list[str], list[str], list[str], list[str]]:
@@ -516,6 +511,7 @@ def test_ends_of_the_threshold(fitted: FewShotClassifier) -> None:
         (np.float32(1), nothing),
         (True, half),
         (np.bool_(True), half),
+        (torch.tensor(True), half),
     ):
         assert fitted.predict(TEXTS, reject=reject).tolist() == expected  # type: ignore[arg-type]
 
@@ -763,6 +759,37 @@ def test_a_changed_argument_is_used_by_the_next_fit(fitted: FewShotClassifier, t
 
 
 @pytest.mark.filterwarnings("ignore:.* texts are cut")
+@pytest.mark.parametrize("way", ["assigned", "set_params"])
+def test_what_is_fitted_and_loaded_is_of_the_arguments_as_they_are(fitted: FewShotClassifier, way: str) -> None:
+    def change(**given: Any) -> None:
+        fitted.set_params(**given) if way == "set_params" else vars(fitted).update(given)
+
+    expected = fitted.predict_proba(TEXTS)
+    for name, value in (("adapt", "none"), ("max_length", 9), ("class_weight", {"b": 2.0}), ("long_texts", "window")):
+        change(**{name: value})
+        for call in (fitted.predict, fitted.scope_score):
+            with pytest.raises(NotFittedError):
+                call(TEXTS)
+        again = clone(fitted).fit(SUPPORT, LABELS).predict_proba(TEXTS)
+        np.testing.assert_array_equal(fitted.fit(SUPPORT, LABELS).predict_proba(TEXTS), again)
+        change(**{name: fitted.__class__().get_params()[name]})
+        np.testing.assert_array_equal(fitted.fit(SUPPORT, LABELS).predict_proba(TEXTS), expected)
+    change(class_weight={"b": 2.0}, max_length=int("300"))
+    fitted.fit(SUPPORT, LABELS)
+    change(class_weight={"b": 2.0}, max_length=int("300"), device="cpu", progress=False)
+    fitted.predict(TEXTS)
+    assert fitted.class_weight is not None
+    fitted.class_weight["b"] = 3.0  # type: ignore[index, call-overload]
+    with pytest.raises(NotFittedError):
+        fitted.predict(TEXTS)
+    for name, value in (("batch_size", 0), ("errors", "none"), ("progress", 3)):
+        change(**{name: value})
+        with pytest.raises((SettingsError, NotFittedError)):
+            fitted.fit(SUPPORT, LABELS)
+        change(**{name: fitted.__class__().get_params()[name]})
+
+
+@pytest.mark.filterwarnings("ignore:.* texts are cut")
 def test_length_of_texts_can_be_chosen_and_is_saved(shared: FewShotClassifier, tmp_path: Path) -> None:
     long, cut = "bal bel fim fon kut kon", "bal bel fim"
     short = FewShotClassifier(shared.adapter, max_length=5).fit(SUPPORT, LABELS)  # with [CLS] and [SEP]
@@ -785,7 +812,9 @@ def test_scores_agree_with_probabilities(classifier: FewShotClassifier, count: i
         assert [label for label, _ in top] == classifier.classes_[order[row, :2]].tolist()
         assert [p for _, p in top] == probabilities[row, order[row, :2]].tolist()
     assert len(classifier.predict_top("bal", 9)[0]) == count // 2
-    with pytest.raises(DataError, match="k must be a whole number from 1, given 0"):
+    for k in (np.int64(1), torch.tensor(1)):
+        assert classifier.predict_top(TEXTS, k) == classifier.predict_top(TEXTS, 1)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="k must be a whole number from 1, given 0"):
         classifier.predict_top(TEXTS, 0)
 
 
@@ -812,6 +841,17 @@ def test_examples_count_by_their_weights(tiny_model: str, settings: dict[str, An
     wrong = [one.fit(texts, labels, sample_weight=[1] * 6 + [w]).predict_proba("fim fon")[0, 0] for w in (0.01, 1, 9)]
     assert wrong == sorted(wrong)
     assert wrong[0] < 0.9 * wrong[2]
+
+
+def test_weights_count_beside_one_another(classifier: FewShotClassifier) -> None:
+    for weights in ([1.0] * 6, [1.0, 2, 1, 3, 1, 1]):
+        expected = classifier.fit(SUPPORT, LABELS, sample_weight=weights).predict_proba(TEXTS)
+        for scale in (1e-320, 1e-3, 7, 1e300):
+            scaled = classifier.fit(SUPPORT, LABELS, sample_weight=[scale * weight for weight in weights])
+            np.testing.assert_allclose(scaled.predict_proba(TEXTS), expected, rtol=0, atol=2e-4)  # 1e-320 is rounded
+    assert np.isfinite(classifier.fit(SUPPORT, LABELS, sample_weight=[1e8, *[1] * 5]).predict_proba(TEXTS)).all()
+    with pytest.raises(DataError, match=r"fit, sample_weight: expected the largest to be at most 1e\+09 times"):
+        classifier.fit(SUPPORT, LABELS, sample_weight=[1e300, *[1] * 5])
 
 
 def test_weights_in_the_score(fitted: FewShotClassifier) -> None:

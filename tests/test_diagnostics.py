@@ -1,10 +1,14 @@
 """What a support set says of itself: an estimate of the accuracy, suspect labels, the weight of names."""
 
+import gc
+import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.base import clone
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from tests.test_classifier import NAMES, SUPPORT, adapter_of, plain, task  # noqa: F401 - plain is a fixture
@@ -77,6 +81,26 @@ def test_each_fit_speaks_of_its_own_examples(classifier: FewShotClassifier, thre
             call()
     assert not hasattr(loaded, "cv_accuracy_")
     assert classifier.fit(texts, ["b", "d", "f"] * 8).cv_accuracy_ < found
+
+
+def test_token_states_are_not_shown_as_texts(classifier: FewShotClassifier, three: Task, tmp_path: Path) -> None:
+    texts, labels = [*three[0], *three[0][:2]], [*three[1][:-1], "b", "b", "d"]  # one text twice, of two classes
+    classifier.fit(texts, labels).save_pretrained(tmp_path, include_support="states")
+    found = FewShotClassifier.from_pretrained(tmp_path).suspect_labels()
+    assert found[0].text is None
+    assert found[0].row == classifier.suspect_labels()[0].row
+    assert {text for _, text, *_ in found} == {None}
+
+
+def test_what_was_told_goes_with_the_task(classifier: FewShotClassifier, three: Task) -> None:
+    texts, labels, *_ = three
+    one = clone(classifier).fit([*texts, "bal secretword"], [*labels, "b"])
+    assert one.cv_accuracy_ is not None
+    task = weakref.ref(one._fitted)
+    one.fit(texts, labels)
+    gc.collect()
+    assert task() is None
+    assert b"secretword" not in pickle.dumps(one)
 
 
 def test_names_weigh_by_what_they_tell(classifier: FewShotClassifier, three: Task) -> None:

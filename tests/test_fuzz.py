@@ -166,7 +166,6 @@ def test_odd_inputs_get_an_answer_or_an_error_of_ours(
             by_place = [given.pop("texts")] if method == "transform" else []  # as scikit-learn's own names it X
             getattr(classifier, method)(*by_place, **given)
             if method == "set_params":  # which is checked when it is used
-                classifier._reader = shared._reader
                 classifier.fit(SUPPORT, LABELS).predict(TEXTS)
             ends["answered"] += 1
         except (TextMetaError, UsersOwnError):

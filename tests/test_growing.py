@@ -1,7 +1,10 @@
 """Growing and shrinking: always what one fit of all examples gives; and what that needs after loading."""
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +146,13 @@ def test_the_first_call_fits_and_may_name_all_classes(make: Make, shared: FewSho
         (lambda c: c.add_class("g", ["gal", ""]), "add_class, row 1: text is empty"),
         (lambda c: c.add_class("g", ["gal"], name=" "), "of 'g': text is empty"),
         (lambda c: c.add_class(None, ["gal"]), "add_class, label 0: the label is missing"),
-        (lambda c: c.fit(SUPPORT, LABELS, label_names=NAMES).add_class("g", ["gal"]), "label 'g' has no name"),
+        (
+            lambda c: c.fit(SUPPORT, LABELS, label_names=NAMES).add_class("g", ["gal"]),
+            "add_class: label 'g' has no name",
+        ),
         (lambda c: c.remove_class("x"), r"remove_class: expected one of 'b', 'f', 'k', given 'x'"),
-        (lambda c: c.remove_class("b").remove_class("f"), "at least 2 classes, found 1"),
+        (lambda c: c.remove_class("b").remove_class("f"), "remove_class needs at least 2 classes, found 1"),
+        (lambda c: clone(c).partial_fit(["bal"], ["b"]), "partial_fit needs at least 2 classes, found 1"),
         (lambda c: c.partial_fit(["gal"], ["g", "g"]), "partial_fit: 1 texts but 2 labels"),
     ],
 )
@@ -156,6 +163,50 @@ def test_what_cannot_be_is_refused_and_changes_nothing(make: Make, act: Callable
         act(classifier)
     if "found 1" not in message and "no name" not in message:
         np.testing.assert_array_equal(classifier.predict_proba(TEXTS), before)
+
+
+def test_codes_among_words_switch_names_off_and_it_is_told(make: Make) -> None:
+    for act in (
+        lambda one: one.add_class("17", MORE[:2]),
+        lambda one: one.partial_fit(MORE[:2], ["17", "17"]),
+    ):
+        one = make(SUPPORT, LABELS)
+        with pytest.warns(UserWarning, match="_.*: '17' is no word, so that no label is read") as told:
+            act(one)
+        assert [warning.filename for warning in told] == [__file__]
+        same(one, make([*SUPPORT, *MORE[:2]], [*LABELS, "17", "17"]))
+    named = make(SUPPORT, LABELS).add_class("17", MORE[:2], name="gur")
+    assert named.name_weight_ > 0
+
+
+def test_no_example_is_lost_where_threads_grow_it_at_once(make: Make) -> None:
+    one, texts = make(SUPPORT, LABELS), [f"bal {'bel ' * number}" for number in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda text: one.partial_fit([text], ["b"]), texts))
+    assert sorted(one.support_ or ()) == sorted([*zip(SUPPORT, LABELS, strict=True), *((text, "b") for text in texts)])
+    assert pickle.loads(pickle.dumps(one)).support_ == copy.deepcopy(one).support_ == one.support_  # noqa: S301
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"class_weight": None},
+    {"class_weight": {"b": 3.0, "g": 0.2}},
+    {"adapt": "none"},
+    {"steps": np.int64(1)},
+]
+
+
+@pytest.mark.filterwarnings("ignore:class_weight. 'g' is no class")
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_was_loaded_grows_by_the_settings_of_its_fit(
+    shared: FewShotClassifier, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    one = FewShotClassifier(shared.adapter, **settings).fit(SUPPORT, LABELS)
+    found = loaded(one, tmp_path, "texts")
+    assert found.get_params().items() >= settings.items()
+    same(found.partial_fit(MORE, MORE_LABELS), one.partial_fit(MORE, MORE_LABELS))
+    other = FewShotClassifier.from_pretrained(tmp_path, adapt=None, steps=3, class_weight="balanced")
+    expected = FewShotClassifier(shared.adapter).fit([*SUPPORT, *MORE], [*LABELS, *MORE_LABELS])
+    same(other.partial_fit(MORE, MORE_LABELS), expected)
 
 
 def test_only_what_is_fitted_grows(make: Make) -> None:

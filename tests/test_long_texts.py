@@ -123,7 +123,7 @@ def test_what_stands_late_in_a_text_decides(tiny_model: str, tmp_path: Path, set
     one.set_params(long_texts="window").fit(texts, labels, label_names=names, unlabelled=[queries[0]])
     one.save_pretrained(tmp_path)
     loaded = FewShotClassifier.from_pretrained(tmp_path)
-    assert loaded.long_texts == "window"
+    assert loaded._adapter.encoder.long_texts == "window"
     np.testing.assert_array_equal(loaded.predict_proba(queries), probabilities)
 
 
@@ -133,6 +133,16 @@ def test_texts_that_fit_are_read_as_ever_and_order_does_not_matter(adapter: Adap
     alone = np.concatenate([one.predict_proba([text]) for text in (LONG, SHORT, LONG + " bal")])
     found = one.set_params(batch_size=2).predict_proba([LONG, SHORT, LONG + " bal"])
     np.testing.assert_allclose(found, alone, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_has_its_own_way_with_long_texts(adapter: Adapter, tmp_path: Path) -> None:
+    windows = replace(adapter, encoder=replace(adapter.encoder, max_length=LENGTH, long_texts="window"))
+    expected = of(adapter, long_texts="window").fit(SUPPORT, LABELS).predict_proba([LONG])
+    FewShotClassifier(windows).save_pretrained(tmp_path)
+    for one in (FewShotClassifier(windows), FewShotClassifier(tmp_path), FewShotClassifier.from_pretrained(tmp_path)):
+        np.testing.assert_array_equal(one.fit(SUPPORT, LABELS).predict_proba([LONG]), expected)
+    with pytest.warns(UserWarning, match="are cut"):
+        FewShotClassifier(windows, long_texts="cut").fit(SUPPORT, LABELS).predict([LONG])
 
 
 def test_unknown_texts_are_told_by_all_their_windows(adapter: Adapter) -> None:

@@ -75,6 +75,11 @@ def saved(fitted: FewShotClassifier, folder: Path) -> FewShotClassifier:
     return FewShotClassifier.from_pretrained(folder)
 
 
+def with_token(fitted: FewShotClassifier, folder: Path) -> FewShotClassifier:
+    fitted.save_pretrained(folder)
+    return FewShotClassifier.from_pretrained(folder, token="hf_mine", cache_dir=folder)
+
+
 WAYS: dict[str, Same] = {
     "adapter": lambda fitted, _: FewShotClassifier(fitted.adapter).fit(SUPPORT, LABELS),
     "other steps": lambda fitted, _: FewShotClassifier(fitted.adapter, adapt="none").fit(SUPPORT, LABELS),
@@ -82,6 +87,7 @@ WAYS: dict[str, Same] = {
     "copy": lambda fitted, _: copy.deepcopy(fitted),
     "pickle": lambda fitted, _: pickle.loads(pickle.dumps(fitted)),  # noqa: S301
     "folder": saved,
+    "token": with_token,
 }
 
 
@@ -94,7 +100,7 @@ def test_all_that_two_of_a_kind_have_of_their_own_is_what_was_fitted(
     second = WAYS[way](first, tmp_path / "saved")
     second.predict(TEXTS)
     assert not loads
-    assert sum(tensors(first).values()) > sum(tensors(first._loaded).values()) > 200_000
+    assert sum(tensors(first).values()) > sum(tensors(first._learner).values()) > 200_000
     own = tensors(second).items() - tensors(first).items()
     assert own <= tensors(second._fitted).items()
     assert sum(size for _, size in own) < 10_000
@@ -150,6 +156,22 @@ def test_memory_is_freed_with_the_last_classifier(adapter: Adapter) -> None:
     del second
     gc.collect()
     assert encoder() is None
+
+
+def test_a_copy_reaches_the_hub_as_it_does(adapter: Adapter, tiny_model: str, tmp_path: Path) -> None:
+    commit = tmp_path / "cache" / "models--lab--tiny" / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_model, commit)
+    (commit.parent.parent / "refs").mkdir()
+    (commit.parent.parent / "refs" / "main").write_text(commit.name)
+    named = replace(adapter, encoder=replace(adapter.encoder, model="lab/tiny"), commit=commit.name)
+    FewShotClassifier(named).save_pretrained(tmp_path / "saved")
+    how = {"cache_dir": tmp_path / "cache", "local_files_only": True, "token": "hf_secret"}
+    one = FewShotClassifier.from_pretrained(tmp_path / "saved", **how)  # type: ignore[arg-type]
+    copied = clone(clone(one))
+    del one
+    gc.collect()
+    assert copied.fit(SUPPORT, LABELS).predict(TEXTS).shape == (6,)
+    assert b"hf_secret" not in pickle.dumps(copied)
 
 
 def test_threads_load_an_encoder_once(adapter: Adapter, loads: list[str]) -> None:

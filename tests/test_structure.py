@@ -220,13 +220,13 @@ def classifier(tiny_model: str) -> FewShotClassifier:
 def test_fit_is_short_to_follow(classifier: FewShotClassifier, unlabelled: list[str]) -> None:
     found = entered(lambda: classifier.fit(SUPPORT, LABELS, unlabelled=unlabelled))
     assert "classifier.FewShotClassifier.fit" in found.names
-    assert len(found.functions) <= 78, found.names
-    assert len(found.files) <= 19, found.files
+    assert len(found.functions) <= 81, found.names
+    assert len(found.files) <= 20, found.files
     assert found.deepest <= 9
 
 
 def test_predict_is_short_to_follow(classifier: FewShotClassifier) -> None:
     found = entered(lambda: classifier.predict(TEXTS))
     assert "classifier.FewShotClassifier.predict" in found.names
-    assert len(found.functions) <= 26, found.names
+    assert len(found.functions) <= 29, found.names
     assert found.deepest <= 7

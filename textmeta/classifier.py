@@ -1,10 +1,11 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import wraps
 from numbers import Real
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,14 +22,14 @@ from textmeta.data.labels import (
     label_array,
     task_classes,
 )
-from textmeta.encoder.encoder import LongTexts, warning_of
+from textmeta.encoder.encoder import warning_of
 from textmeta.errors import AdapterError, DataError
 from textmeta.estimator import NotFittedError
 from textmeta.growing import GrowingEstimator
 from textmeta.heads.scope import scope_probability
-from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows
-from textmeta.meta.initialisation import Adapt, whole_number
+from textmeta.meta.initialisation import whole_number
+from textmeta.meta.learner import TaskLearner
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
@@ -39,6 +40,7 @@ from textmeta.sharing.support import FitInputs
 __all__ = ["FewShotClassifier", "NotFittedError"]
 
 BAR_AFTER = 5.0  # seconds
+_LEFT_OUT: WeakKeyDictionary[Fitted, LeftOut] = WeakKeyDictionary()  # goes with the task, and into no pickle
 
 
 class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  # type: ignore[misc]
@@ -63,44 +65,14 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
             numbers, 1 where it says nothing. Where to look, and in which layers, is found with all classes alike.
         max_length: texts are cut after this many tokens; None is the adapter's own number.
         long_texts: "cut" reads no more of a longer text, and warns; "window" reads it all, in overlapping windows of
-            this length, and averages what is made of them. It takes time and memory by the window.
+            this length, and averages what is made of them. It takes time and memory by the window. None is the
+            adapter's own way, mostly "cut".
         batch_size: texts answered at once, which bounds the memory that their token states take.
         device: where the encoder runs; None is what there is: cuda, mps or cpu.
         precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
         errors: what half of a character in a text does: "raise" an error, or "replace" it.
         progress: whether a bar is shown where predicting takes long.
     """
-
-    _told: tuple[Fitted, LeftOut] | None = None  # what the examples of a fit say of one another
-
-    def __init__(
-        self,
-        adapter: str | Path | Adapter | None = DEFAULT_ADAPTER,
-        *,
-        encoder: str | None = None,
-        adapt: Adapt | None = None,
-        steps: int | None = None,
-        class_weight: Literal["balanced"] | Mapping[Any, float] | None = "balanced",
-        max_length: int | None = None,
-        long_texts: LongTexts = "cut",
-        batch_size: int = 512,
-        device: str | torch.device | None = None,
-        precision: str = "no",
-        errors: Literal["raise", "replace"] = "raise",
-        progress: bool = True,
-    ) -> None:
-        self.adapter = adapter
-        self.encoder = encoder
-        self.adapt = adapt
-        self.steps = steps
-        self.class_weight = class_weight
-        self.max_length = max_length
-        self.long_texts = long_texts
-        self.batch_size = batch_size
-        self.device = device
-        self.precision = precision
-        self.errors = errors
-        self.progress = progress
 
     def fit(
         self,
@@ -134,8 +106,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         classes, found = task_classes([label for _, label, _ in examples], label_names)
         reads_labels = isinstance(label_names, str)
         names = {} if reads_labels else None if found is None else dict(zip(classes, found, strict=True))
-        inputs = FitInputs(examples, tuple(more), names, reads_labels)
-        return self._learn("fit", inputs, [*given, *more])
+        return self._learn("fit", FitInputs(examples, tuple(more), names, reads_labels), [*given, *more])
 
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
         """Return (n, classes) float64, the probability of each class, columns in the order of ``classes_``.
@@ -158,8 +129,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
 
     def predict_top(self, texts: Iterable[str], k: int = 3) -> list[list[tuple[Any, float]]]:
         """Return of each text its k most probable labels with their probabilities, the most probable first."""
-        if not isinstance(k, int) or k < 1:
-            raise DataError(f"predict_top: k must be a whole number from 1, given {k!r:.60}")
+        k = whole_number("predict_top: k", k, 1)
         fitted, logits = self._answer(texts, "logits")
         top = logits.softmax(-1).sort(descending=True, stable=True)
         rows = zip(top.indices[:, :k].tolist(), top.values[:, :k].tolist(), strict=True)
@@ -192,14 +162,14 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
             AdapterError: if the adapter has learned no rule to reject by.
             DataError: if a text is no string, or ``reject`` no number from 0 to 1.
         """
-        reject = bool(reject) if isinstance(reject, np.bool_) else reject
-        if not isinstance(reject, Real) or not 0 <= reject <= 1:
+        least: Any = reject.item() if getattr(reject, "ndim", None) == 0 else reject  # type: ignore[union-attr]
+        if not isinstance(least, Real) or not 0 <= least <= 1:  # type: ignore[operator]
             raise DataError(f"predict: reject must be True, False or a number from 0 to 1, given {reject!r:.60}")
         fitted, logits, scope_inputs = self._answer(texts, "logits", "scope_inputs")
         predicted: np.ndarray = label_array(fitted.classes)[logits.argmax(-1).numpy()]
-        if reject is False:
+        if least is False:
             return predicted
-        rejected = self._scope_score(scope_inputs) < (0.5 if reject is True else reject)
+        rejected = self._scope_score(scope_inputs) < (0.5 if least is True else least)
         pairs = zip(predicted.tolist(), rejected.tolist(), strict=True)
         return label_array([outside if is_out else label for label, is_out in pairs])
 
@@ -274,8 +244,9 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
     def suspect_labels(self) -> list[SuspectLabel]:
         """Return the examples that the others tell to be of another class than they were labelled, the surest first.
 
-        They are told as for :attr:`cv_accuracy_`; ``row`` is the place in :attr:`support_`. The first are worth a look,
-        the last are hard examples. DataError where there are no two classes with two examples.
+        They are told as for :attr:`cv_accuracy_`; ``row`` counts the examples as they were given, without those that
+        count 0; ``text`` is None where token states were saved in its place. The first are worth a look, the last are
+        hard examples. DataError where there are no two classes with two examples.
         """
         found = self._left_out()
         if found.accuracy is None:
@@ -285,21 +256,22 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         return found.suspects
 
     def _left_out(self) -> LeftOut:
-        fitted, kept = self._now(), self._told
+        fitted, learner = self._task()
         if fitted.inputs is None:
             raise NotFittedError("this classifier was saved without its examples, so they cannot be told: fit it again")
-        if kept is None or kept[0] is not fitted:
+        if fitted not in _LEFT_OUT:
             numbers = {label: number for number, label in enumerate(fitted.classes)}
             support = [(text, numbers[label]) for text, label, _ in fitted.inputs.examples]
-            self._told = kept = (fitted, left_out(self._learner_with(fitted.inputs), support, fitted.classes))
-        return kept[1]
+            found = left_out(fitted.inputs.read_by(learner), support, fitted.classes)
+            shown = [(None if text in fitted.inputs.states else text, number) for text, number in support]
+            _LEFT_OUT[fitted] = replace(found, support=shown)
+        return _LEFT_OUT[fitted]
 
-    def _answer(self, texts: Iterable[str], *wanted: str) -> Any:
+    def _answer(self, texts: Iterable[str], *wanted: str, by: tuple[Fitted, TaskLearner] | None = None) -> Any:
         """Return the fitted task, and what is wanted of its :class:`Answers` to n texts: (n, …) float64 on the CPU."""
-        fitted = self._now()  # held from beginning to end, whatever other threads fit
+        fitted, learner = by or self._task()  # held from beginning to end, whatever other threads fit
         given = [texts] if isinstance(texts, str) else texts
         texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors)
-        learner = self._learner
         device = learner.adapter.initialisation.queries.device
         task = fitted.task.to(device)
         parts = []

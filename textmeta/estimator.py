@@ -1,10 +1,9 @@
 """What lies under the classifier: its adapter and encoder, loaded when they are needed; saving, sharing, copying."""
 
-import copy
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from huggingface_hub import CommitInfo
@@ -27,15 +26,26 @@ from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import Destination, push_adapter
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
-__all__ = ["AdapterEstimator", "NotFittedError"]
+__all__ = ["LOCK", "AdapterEstimator", "NotFittedError"]
 
-NOT_FITTED = "this classifier has not been fitted: call fit(texts, labels) first"
-HARMLESS = {"batch_size", "errors", "progress"}  # arguments that nothing is loaded or fitted by
-LOADED = ("_loaded", "_reader", "_learner")  # all that is on the device
+NOT_FITTED = "this classifier has not been fitted since its arguments were set: call fit(texts, labels) first"
+LOCK = "_lock"  # name of what one thread at a time holds to change what is fitted; no part of a copy
+OF_ADAPTER = ("adapter", "encoder", "max_length", "long_texts")
+OF_TASK = (*OF_ADAPTER, "adapt", "steps", "class_weight")
+ARGUMENTS = (*OF_TASK, "device", "precision", "batch_size", "errors", "progress")
 
 
 class NotFittedError(TextMetaError, exceptions.NotFittedError):  # type: ignore[misc]
     """A classifier was asked for predictions before ``fit``; scikit-learn's error of that name."""
+
+
+class _Loaded(NamedTuple):
+    """What was loaded, by the arguments as they read then; ``whole`` is what others share, and None until needed."""
+
+    arguments: tuple[str, ...]
+    adapter: Adapter
+    whole: TaskLearner | None = None
+    learner: TaskLearner | None = None
 
 
 class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
@@ -44,22 +54,38 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     What its arguments mean is said by :class:`~textmeta.classifier.FewShotClassifier`.
     """
 
-    adapter: str | Path | Adapter | None
-    encoder: str | None
-    adapt: Adapt | None
-    steps: int | None
-    max_length: int | None
-    long_texts: LongTexts
-    batch_size: int
-    device: str | torch.device | None
-    precision: str
-    errors: str
-    class_weight: Any
-    progress: bool
-
     _access = HubAccess()
-    _weights = ""  # sha256 of an encoder that has no adapter of its own, which would know it
-    _fitted: Fitted | None = None  # replaced as a whole: other threads may be predicting
+    _kept: _Loaded | None = None  # replaced as a whole, as what is fitted: other threads may be predicting
+    _fitted: Fitted | None = None
+
+    def __init__(
+        self,
+        adapter: str | Path | Adapter | None = DEFAULT_ADAPTER,
+        *,
+        encoder: str | None = None,
+        adapt: Adapt | None = None,
+        steps: int | None = None,
+        class_weight: Literal["balanced"] | Mapping[Any, float] | None = "balanced",
+        max_length: int | None = None,
+        long_texts: LongTexts | None = None,
+        batch_size: int = 512,
+        device: str | torch.device | None = None,
+        precision: str = "no",
+        errors: Literal["raise", "replace"] = "raise",
+        progress: bool = True,
+    ) -> None:
+        self.adapter = adapter
+        self.encoder = encoder
+        self.adapt = adapt
+        self.steps = steps
+        self.class_weight = class_weight
+        self.max_length = max_length
+        self.long_texts = long_texts
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.errors = errors
+        self.progress = progress
 
     @classmethod
     @torch.inference_mode(False)  # no gradient could be taken of what is loaded in it
@@ -85,7 +111,8 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             token: an access token for the Hub; None takes the one that `hf auth login` stored, False none.
             cache_dir: of downloads; by default the Hub library's own.
             local_files_only: use what the cache holds, and ask nobody.
-            settings: the other arguments of the class, such as ``encoder``.
+            settings: the other arguments of the class, such as ``encoder``; by default ``adapt``, ``steps`` and
+                ``class_weight`` are those that a saved task was fitted with.
 
         Raises:
             AdapterError: if the adapter is missing or damaged, of another format, or does not belong to the encoder.
@@ -97,18 +124,18 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             raise SettingsError(f"from_pretrained loads the adapter {str(name)!r:.80}, {told}")
         access, encoder = HubAccess(token, cache_dir, local_files_only), settings.get("encoder")
         adapter, fitted = load_adapter(name, revision=revision, subfolder=subfolder, access=access, encoder=encoder)
-        classifier = cls(adapter, **{"long_texts": adapter.encoder.long_texts, **settings})
+        classifier = cls(adapter, **{**(fitted.settings if fitted else {}), **settings})
         classifier._access = access
         _ = classifier._learner  # which loads the encoder
-        classifier._fitted = fitted
+        if fitted:
+            own = classifier._arguments
+            classifier._fitted = replace(fitted, weights_sha256=adapter.weights_sha256, arguments=own)
         return classifier
 
     def to(self, device: str | torch.device | None) -> Self:
         """Move it to a device ("cuda", "cpu"; None is what there is), fitted or not; return the classifier itself."""
         device_of(device)
         self.device = device
-        for name in LOADED:
-            self.__dict__.pop(name, None)
         return self
 
     def save_pretrained(
@@ -169,19 +196,44 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         Args:
             folder: where to; must not exist, or be empty (AdapterError).
         """
-        factors = self._fitted.task.factors if self._fitted else {}
+        factors = self._task()[0].task.factors if self.__sklearn_is_fitted__() else {}
         own = {name: value[0] for name, value in factors.items()} or self._adapter.initialisation.lora
         write_merged(folder, self._reader, own)
 
-    @cached_property
-    @torch.inference_mode(False)
+    @property
+    def _arguments(self) -> tuple[str, ...]:
+        """The arguments as they are compared: an adapter by its content, all others by how they read."""
+        given = (getattr(self, name) for name in ARGUMENTS)
+        return tuple(value.digest if isinstance(value, Adapter) else repr(value) for value in given)
+
+    @property
+    @torch.inference_mode(False)  # no gradient could be taken of what is loaded in it
     def _given(self) -> Adapter:
         """The adapter that was named or given, with what was asked for of long texts."""
-        given = DEFAULT_ADAPTER if self.adapter is None else self.adapter
-        found = given if isinstance(given, Adapter) else load_adapter(given, encoder=self.encoder)[0]
-        length = found.encoder.max_length if self.max_length is None else whole_number("max_length", self.max_length, 3)
-        found = replace(found, encoder=replace(found.encoder, max_length=length, long_texts=self.long_texts))
-        return shared(found.digest, lambda: found)
+        now, kept = self._arguments, self._kept
+        if kept is None or kept.arguments[: len(OF_ADAPTER)] != now[: len(OF_ADAPTER)]:
+            found = DEFAULT_ADAPTER if self.adapter is None else self.adapter
+            if not isinstance(found, Adapter):
+                found = load_adapter(found, access=self._access, encoder=self.encoder)[0]
+            own = found.encoder
+            length = own.max_length if self.max_length is None else whole_number("max_length", self.max_length, 3)
+            long_texts = own.long_texts if self.long_texts is None else self.long_texts
+            made = replace(found, encoder=replace(own, max_length=length, long_texts=long_texts))
+            kept = self._kept = _Loaded(now, shared(made.digest, lambda: made))
+        return kept.adapter
+
+    @property
+    def _learner(self) -> TaskLearner:
+        """What learns tasks, as the arguments say."""
+        now, kept = self._arguments, self._kept
+        if kept is None or kept.learner is None or kept.arguments != now:
+            kept = self._kept = _Loaded(now, self._given, *self._load())  # at once: other threads may be predicting
+        return kept.learner  # type: ignore[return-value]
+
+    @property
+    def _reader(self) -> TokenStateReader:
+        """What reads token states."""
+        return self._learner.reader  # type: ignore[return-value] # not a cache
 
     @property
     def _any_encoder(self) -> bool:
@@ -190,18 +242,23 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
 
     @property
     def _adapter(self) -> Adapter:
-        """The adapter, on the CPU; of an encoder without one the general numbers."""
-        return self._loaded.adapter.to(torch.device("cpu")) if self._any_encoder else self._given
+        """The adapter; of an encoder without one the general numbers."""
+        if not self._any_encoder:
+            return self._given
+        own = self._learner.adapter
+        return replace(own, learner=replace(self._given.learner, layers=own.learner.layers))
 
-    @cached_property
     @torch.inference_mode(False)
-    def _loaded(self) -> TaskLearner:
-        """What learns tasks as the adapter says; all classifiers with the same encoder and settings share it."""
-        adapter, access, device = self._given, self._access, device_of(self.device)
-        untrained = self.adapter is None
+    def _load(self) -> tuple[TaskLearner, TaskLearner]:
+        """Return what learns tasks as the adapter says, which all with the same settings share; and as is asked for."""
+        whole_number("batch_size", self.batch_size, 1)
+        one_of("errors", self.errors, ("raise", "replace"))
+        one_of("progress", self.progress, (True, False))
+        adapter, device, untrained = self._given, device_of(self.device), self.adapter is None
+        learner = adapter.learner.reduced(self.adapt, self.steps)
 
         def load() -> TaskLearner:
-            how: dict[str, Any] = {"device": device, "precision": self.precision, "access": access}
+            how: dict[str, Any] = {"device": device, "precision": self.precision, "access": self._access}
             if self._any_encoder:
                 length = adapter.encoder.max_length if self.max_length else None
                 return load_any_encoder(adapter, self.encoder, untrained=untrained, max_length=length, **how)
@@ -209,43 +266,35 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             return TaskLearner(reader, adapter.to(reader.encoder.device))
 
         place = _state_of(self.encoder or adapter.encoder.model)
-        told = (self._any_encoder, untrained, self.max_length, str(device), self.precision, access)
-        found = shared((adapter.digest, place, *told), load)
-        if self._any_encoder:
-            weights, self._weights = self._weights, found.adapter.weights_sha256
-            if self._fitted is not None and self._weights != weights:
-                raise AdapterError(
-                    f"this classifier was fitted on other weights than those of {place[0]}: fit it again"
-                )
-        return found
+        told = (self._any_encoder, untrained, self.max_length, str(device), self.precision)
+        whole = shared((adapter.digest, place, *told), load)
+        own = replace(whole.adapter, learner=replace(learner, layers=whole.adapter.learner.layers))
+        return whole, TaskLearner(whole.reader, own)
 
-    @cached_property
-    def _reader(self) -> TokenStateReader:
-        """What reads token states; the encoder is loaded the first time."""
-        return self._loaded.reader  # type: ignore[return-value] # not a cache
+    def _now(self) -> Fitted:
+        """Return what is fitted, by the arguments as they are."""
+        fitted = self._fitted
+        if fitted is None or fitted.arguments[: len(OF_TASK)] != self._arguments[: len(OF_TASK)]:
+            raise NotFittedError(NOT_FITTED)
+        return fitted
 
-    @cached_property
-    @torch.inference_mode(False)
-    def _learner(self) -> TaskLearner:
-        """What learns tasks, as the arguments say."""
-        whole_number("batch_size", self.batch_size, 1)
-        one_of("errors", self.errors, ("raise", "replace"))
-        one_of("progress", self.progress, (True, False))
-        learner = self._given.learner.reduced(self.adapt, self.steps)
-        adapter = self._loaded.adapter
-        return TaskLearner(self._reader, replace(adapter, learner=replace(learner, layers=adapter.learner.layers)))
-
-    def set_params(self, **params: Any) -> Self:
-        """Set arguments of the class; after a change of what is loaded, nothing is fitted any more."""
-        before = self.get_params()
-        super().set_params(**params)
-        changed = {name for name in params if params[name] is not before[name]}
-        for name in ("_given", *LOADED, "_weights", "_fitted") if changed - HARMLESS else ("_learner",):
-            self.__dict__.pop(name, None)  # the learner checks them
-        return self
+    def _task(self) -> tuple[Fitted, TaskLearner]:
+        """Return what is fitted, and what it was learned by; AdapterError if the encoder is another one by now."""
+        fitted, learner = self._now(), self._learner
+        if fitted.weights_sha256 != learner.adapter.weights_sha256:
+            model = learner.adapter.encoder.model
+            raise AdapterError(f"this classifier was fitted on other weights than those of {model}: fit it again")
+        return fitted, learner
 
     def __sklearn_is_fitted__(self) -> bool:
-        return self._fitted is not None
+        fitted = self._fitted
+        return fitted is not None and fitted.arguments[: len(OF_TASK)] == self._arguments[: len(OF_TASK)]
+
+    def __sklearn_clone__(self) -> Self:
+        made = super().__sklearn_clone__()
+        if self._access != made._access:
+            made._access = self._access
+        return made  # type: ignore[no-any-return]
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -255,25 +304,20 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds: not the encoder, which is loaded again, nor an access token."""
-        state = {**super().__getstate__(), "_access": replace(self._access, token=None)}
-        return {name: value for name, value in state.items() if name not in LOADED}
-
-    def _held(self) -> Self:
-        """Return a copy as it is fitted now, which nobody else fits; it shares what is loaded."""
-        self._now()
-        made = copy.copy(self)
-        made.__dict__ |= {name: getattr(self, name) for name in LOADED}
-        return made
-
-    def _now(self) -> Fitted:
-        if self._fitted is None:
-            raise NotFittedError(NOT_FITTED)
-        return self._fitted
+        kept = self._kept and self._kept._replace(whole=None, learner=None)
+        own = {"_access": replace(self._access, token=None), "_kept": kept}
+        return {name: value for name, value in {**super().__getstate__(), **own}.items() if name != LOCK}
 
     def _to_store(self, include_support: Literal[False, "states", "texts"]) -> Fitted | None:
         """Return what is stored of the fitted task, if there is one."""
         one_of("include_support", include_support, (False, "states", "texts"))
-        fitted = self._fitted
+        fitted = self._now() if self.__sklearn_is_fitted__() else None
+        if fitted:
+            steps = None if self.steps is None else int(self.steps)  # which may be NumPy's
+            settings = {"adapt": self.adapt, "steps": steps, "class_weight": self.class_weight}
+            fitted = replace(fitted, settings=settings)
+            if self._any_encoder or include_support:
+                self._task()  # is of the encoder that the folder will name
         if not include_support:
             return fitted and replace(fitted, inputs=None)
         if fitted is None or fitted.inputs is None or (include_support == "texts" and fitted.inputs.states):

@@ -1,7 +1,9 @@
 """An estimator that learns its task anew when examples or classes come or go."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from threading import RLock
 from typing import Any, Self
 
 import torch
@@ -17,16 +19,18 @@ from textmeta.data.labels import (
     few,
     is_word,
     readable_name,
+    relative_weights,
 )
 from textmeta.encoder.encoder import warning_of
 from textmeta.errors import AdapterError, DataError
-from textmeta.estimator import AdapterEstimator
+from textmeta.estimator import LOCK, AdapterEstimator
 from textmeta.meta.batch import TaskBatch
-from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import Fitted
 from textmeta.sharing.support import Example, FitInputs
 
 __all__ = ["GrowingEstimator"]
+
+NOT_FINITE = "the adapter makes numbers of this task that are not finite; it is not usable"
 
 
 class GrowingEstimator(AdapterEstimator):
@@ -59,8 +63,9 @@ class GrowingEstimator(AdapterEstimator):
         if other:
             raise DataError(f"partial_fit: {few(other)} is none of classes, {few(known)}")
         names = {label: readable_name(label) for label in known} if all(map(is_word, known)) else {}
-        before = FitInputs(names=names) if self._fitted is None else self._inputs()
-        return self._learn("partial_fit", before.joined(given), [text for text, *_ in given])
+        with self.__dict__.setdefault(LOCK, RLock()):
+            before = self._inputs() if self.__sklearn_is_fitted__() else FitInputs(names=names)
+            return self._learn("partial_fit", before.joined(given), [text for text, *_ in given])
 
     def add_class(self, label: Label, examples: Iterable[str] = (), *, name: str | None = None) -> Self:
         """Learn anew with one more class, from examples, a name, or both.
@@ -74,18 +79,21 @@ class GrowingEstimator(AdapterEstimator):
             DataError: if it is a class already, has neither examples nor a name, or lacks a name that the others have.
             AdapterError: as in :meth:`partial_fit`.
         """
-        before, [label] = self._inputs(), checked_labels([label], "add_class, label")
+        self._now()
+        [label] = checked_labels([label], "add_class, label")
         texts = column(examples, "add_class", "texts")
         given = self._examples("add_class", texts, [label] * len(texts))
-        if label in self._now().classes:
-            raise DataError(f"add_class: {label!r:.60} is a class already; partial_fit takes further examples")
-        if name is None and not texts:
-            if not before.reads_labels or not is_word(label):
-                raise DataError(f"add_class: the class {label!r:.60} needs examples or a name")
-            name = readable_name(str(label))
-        if name is not None:
-            before = replace(before, names={**(before.names or {}), label: name})
-        return self._learn("add_class", before.joined(given), texts)
+        with self.__dict__.setdefault(LOCK, RLock()):
+            before = self._inputs()
+            if label in self._now().classes:
+                raise DataError(f"add_class: {label!r:.60} is a class already; partial_fit takes further examples")
+            if name is None and not texts:
+                if not before.reads_labels or not is_word(label):
+                    raise DataError(f"add_class: the class {label!r:.60} needs examples or a name")
+                name = readable_name(str(label))
+            if name is not None:
+                before = replace(before, names={**(before.names or {}), label: name})
+            return self._learn("add_class", before.joined(given), texts)
 
     def remove_class(self, label: Label) -> Self:
         """Learn anew without a class and its examples.
@@ -94,12 +102,13 @@ class GrowingEstimator(AdapterEstimator):
             DataError: if there is no such class, or fewer than two would be left.
             AdapterError: as in :meth:`partial_fit`.
         """
-        before, [label] = self._inputs(), checked_labels([label], "remove_class, label")
-        if label not in self._now().classes:
-            raise DataError(f"remove_class: expected one of {few(self._now().classes)}, given {label!r:.60}")
-        kept = tuple(example for example in before.examples if example[1] != label)
-        names = before.names and {own: name for own, name in before.names.items() if own != label}
-        return self._learn("remove_class", replace(before, examples=kept, names=names), [])
+        with self.__dict__.setdefault(LOCK, RLock()):
+            before, [label] = self._inputs(), checked_labels([label], "remove_class, label")
+            if label not in self._now().classes:
+                raise DataError(f"remove_class: expected one of {few(self._now().classes)}, given {label!r:.60}")
+            kept = tuple(example for example in before.examples if example[1] != label)
+            names = before.names and {own: name for own, name in before.names.items() if own != label}
+            return self._learn("remove_class", replace(before, examples=kept, names=names), [])
 
     def _examples(self, where: str, texts: Any, labels: Any, sample_weight: Any = None) -> tuple[Example, ...]:
         """Return examples, checked, without those that count 0."""
@@ -111,7 +120,7 @@ class GrowingEstimator(AdapterEstimator):
 
     def _inputs(self) -> FitInputs:
         """Return what the classifier was fitted on."""
-        inputs = self._now().inputs
+        inputs = self._task()[0].inputs
         if inputs is None:
             told = (
                 "this classifier was saved without its examples, so that it can be fitted, but not grow: save it with "
@@ -121,31 +130,28 @@ class GrowingEstimator(AdapterEstimator):
 
     def _learn(self, where: str, inputs: FitInputs, new: Sequence[str]) -> Self:
         """Learn the task, of whose texts some are new; return the classifier."""
-        classes, names = inputs.classes
+        classes, names = inputs.classes(where)
         number = {label: i for i, label in enumerate(classes)}
         by_class = checked_class_weight(self.class_weight, classes)
-        learner = self._learner_with(inputs)
+        if where != "fit" and names is None and self.__sklearn_is_fitted__() and self._now().task.name_scale.any():
+            code = next(label for label in classes if not is_word(label))
+            told = f"{where}: {code!r:.60} is no word, so that no label is read as a name from now on"
+            warnings.warn(f"{told}; add_class takes a name for it", stacklevel=3)
+        arguments, learner = self._arguments, inputs.read_by(self._learner)
         device = learner.adapter.initialisation.queries.device
         numbers = [number[label] for _, label, _ in inputs.examples]
-        weights = [weight for *_, weight in inputs.examples]
-        shares = (None if set(weights) <= {1.0} else [weights], None if by_class is None else [by_class])
+        relative = relative_weights([weight for *_, weight in inputs.examples], where)
+        shares = [part if part is None else [part] for part in (relative, by_class)]
         texts = inputs.texts[: len(numbers)]
+        lock, noted = self.__dict__.setdefault(LOCK, RLock()), warning_of(new, where)
         try:
-            # the inner steps take gradients
-            with torch.inference_mode(False), torch.no_grad(), warning_of(new, where):
+            with lock, torch.inference_mode(False), torch.no_grad(), noted:  # the inner steps take gradients
                 batch = TaskBatch.of([texts], [numbers], [len(classes)], [names], [inputs.unlabelled], device, *shares)
-                task = learner.learn(batch)
-            finite = all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            finite = False
-        if not finite:
-            raise AdapterError("the adapter makes numbers of this task that are not finite; it is not usable")
-        self._fitted = Fitted(
-            task.to(torch.device("cpu")), classes, inputs
-        )  # small, and any device takes it from there
+                task = learner.learn(batch).to(torch.device("cpu"))  # any device takes it from there
+                if not all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor)):
+                    raise AdapterError(NOT_FINITE)
+                weights = learner.adapter.weights_sha256
+                self._fitted = Fitted(task, classes, inputs, weights_sha256=weights, arguments=arguments)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise AdapterError(NOT_FINITE) from error
         return self
-
-    def _learner_with(self, inputs: FitInputs) -> TaskLearner:
-        """Return what learns tasks of these texts, or of what is stored in their place."""
-        learner = self._learner
-        return TaskLearner(self._reader.having(inputs.states), learner.adapter) if inputs.states else learner

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from textmeta.classifier import FewShotClassifier
-from textmeta.data.labels import checked_texts
+from textmeta.data.labels import checked_texts, label_array
 from textmeta.encoder.encoder import warning_of
 from textmeta.encoder.token_states import TokenStateReader, TokenStates
 from textmeta.errors import DataError
@@ -40,18 +40,17 @@ def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str])
     readers: dict[tuple[int, int], _ReadOnce] = {}
     held = []
     for one in given:
-        own = one._held()
-        key = id(own._reader), id(own._learner.adapter.initialisation)
-        if key not in readers:
-            readers[key] = _ReadOnce(own._reader)
-        own._learner = TaskLearner(readers[key], own._learner.adapter)
-        held.append(own)
-    size = min((one.batch_size for one in held), default=1)
+        fitted, learner = one._task()
+        key = id(learner.reader), id(learner.adapter.initialisation)
+        reader = readers.setdefault(key, _ReadOnce(learner.reader))  # type: ignore[arg-type] # no cache
+        held.append((fitted, TaskLearner(reader, learner.adapter)))
+    size = min((one.batch_size for one in given), default=1)
     found: list[list[np.ndarray]] = [[] for _ in held]
     with warning_of(rows, "predict_many"):
         for start in range(0, max(1, len(rows)), size):
-            for parts, one in zip(found, held, strict=True):
-                parts.append(one.predict(rows[start : start + size]))
+            for parts, one, by in zip(found, given, held, strict=True):
+                fitted, logits = one._answer(rows[start : start + size], "logits", by=by)
+                parts.append(label_array(fitted.classes)[logits.argmax(-1).numpy()])
             for reader in readers.values():
                 reader.known.clear()
     return [np.concatenate(parts) for parts in found]

@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "plain",
     "read_labels",
     "readable_name",
+    "relative_weights",
     "task_classes",
 ]
 
@@ -35,6 +37,7 @@ Label = str | int | float | bool
 LabelNames = Literal["auto"] | Mapping[Any, str] | Sequence[str] | None
 HALF = re.compile("[\ud800-\udfff]")  # of a pair of surrogates
 PANDAS_MISSING = ("NAType", "NaTType")
+MOST = 1e9  # of weights, and their ratios: sums of them are float32 numbers
 INFINITE = ({"float": "inf"}, {"float": "-inf"})  # as JSON holds them
 
 
@@ -148,6 +151,16 @@ def checked_weights(weights: Any, count: int) -> list[float]:
     return [float(weight) for weight in checked]
 
 
+def relative_weights(weights: Sequence[float], where: str) -> list[float] | None:
+    """Return weights above 0 as shares of their mean, None where all are 1; DataError if they are too far apart."""
+    most = max(weights, default=1.0)
+    if most > MOST * min(weights, default=1.0):
+        told = f"expected the largest to be at most {MOST:g} times the smallest that is not 0"
+        raise DataError(f"{where}, sample_weight: {told}, given {min(weights):g} and {most:g}")
+    parts = [weight / most for weight in weights]
+    return None if set(parts) <= {1.0} else [part * len(parts) / sum(parts) for part in parts]
+
+
 def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | None:
     """Return how much an example of each class counts, as scikit-learn has it; None where classes weigh alike.
 
@@ -158,20 +171,27 @@ def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | No
 
     Raises:
         SettingsError: if it is something else.
-        DataError: naming the label, if it is no class, or its weight no number above 0.
+        DataError: naming the label, if a weight is no number above 0, or none is of a class. Where some are, others may
+            be of classes to come, or gone; a warning, if a class has none.
     """
     if isinstance(given, str) and given == "balanced":
         return None
     if given is not None and not isinstance(given, Mapping):
         told = "'balanced', None or a mapping from labels to numbers"
         raise SettingsError(f"class_weight must be {told}, given {given!r:.60}")
-    for label, weight in (given or {}).items():
-        if label not in classes:
-            near = f", the nearest is {_nearest(label, classes)!r:.60}"
-            raise DataError(f"class_weight: {label!r:.60} is no class of this task{near}")
-        if not _is_finite(weight) or weight <= 0:
-            raise DataError(f"class_weight of {label!r:.60}: expected a finite number above 0, given {weight!r:.60}")
-    return [float((given or {}).get(label, 1.0)) for label in classes]
+    weights = dict(zip(checked_labels(list(given or ()), "class_weight, key"), (given or {}).values(), strict=True))
+    for label, weight in weights.items():
+        if not isinstance(weight, Real) or not 1 / MOST <= weight <= MOST:  # type: ignore[operator]
+            told = f"expected a number from {1 / MOST:g} to {MOST:g}, given {weight!r:.60}"
+            raise DataError(f"class_weight of {label!r:.60}: {told}")
+    other = [label for label in weights if label not in classes]
+    if other and set(classes) - weights.keys():
+        told = f"class_weight: {other[0]!r:.60} is no class of this task, the nearest is "
+        told += f"{_nearest(other[0], classes)!r:.60}"
+        if len(other) == len(weights):
+            raise DataError(told)
+        warnings.warn(told, stacklevel=4)
+    return [float(weights.get(label, 1.0)) for label in classes]
 
 
 def _nearest(label: Any, others: Iterable[Any]) -> Any:
@@ -193,7 +213,9 @@ def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in PANDAS_MISSING
 
 
-def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[Any], list[str] | None]:
+def task_classes(
+    labels: Sequence[Any], label_names: LabelNames, where: str = "fit"
+) -> tuple[list[Any], list[str] | None]:
     """Return the classes of a task, sorted where they can be, and their names in the same order, or None without.
 
     Args:
@@ -205,6 +227,7 @@ def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[A
               known by their names alone.
             * A list has the names in the order of the sorted classes.
             * None reads nothing.
+        where: what messages call it.
 
     Raises:
         DataError: if there are fewer than two classes, a class lacks its name or a name is no text, a label is equal to
@@ -214,18 +237,18 @@ def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[A
     listed = isinstance(label_names, Sequence | np.ndarray) and not isinstance(label_names, str)
     if not (label_names is None or automatic or listed or isinstance(label_names, Mapping)):
         raise DataError(
-            "fit: label_names must be 'auto', a mapping from labels to names, a list of names in the order of the "
+            f"{where}: label_names must be 'auto', a mapping from labels to names, a list of names in the order of the "
             f"sorted labels, or None, given {type(label_names).__name__} {label_names!r:.60}"
         )
-    keys = checked_labels(list(label_names), "fit, label_names, key") if isinstance(label_names, Mapping) else []
+    keys = checked_labels(list(label_names), f"{where}, label_names, key") if isinstance(label_names, Mapping) else []
     if not len(labels) and not keys:
-        raise DataError("fit without examples needs label_names: a mapping from at least 2 labels to their names")
+        raise DataError(f"{where} without examples needs label_names: a mapping from at least 2 labels to their names")
     found: dict[Any, Any] = {}
     for place, given in (("row", labels), ("label_names, key", keys)):
         for row, label in enumerate(given):
             if type(found.setdefault(label, label)) is not type(label):  # 1 equals 1.0 and True
                 raise DataError(
-                    f"fit, {place} {row}: label {label!r} equals {found[label]!r} but is of another type; a class "
+                    f"{where}, {place} {row}: label {label!r} equals {found[label]!r} but is of another type; a class "
                     "needs one label"
                 )
     try:
@@ -234,7 +257,7 @@ def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[A
         classes = list(found)
     if isinstance(label_names, Mapping):
         named = dict(zip(keys, label_names.values(), strict=True))
-        _check_all_named(labels, named)
+        _check_all_named(labels, named, where)
         names: list[Any] | None = [named[label] for label in classes]
     elif automatic:
         names = [readable_name(label) for label in classes] if all(map(is_word, classes)) else None
@@ -242,22 +265,22 @@ def task_classes(labels: Sequence[Any], label_names: LabelNames) -> tuple[list[A
         names = None if label_names is None else list(label_names)
     if len(classes) < 2:
         raise DataError(
-            f"fit needs at least 2 classes, found {len(classes)}: {classes}; classes without examples can be given as "
-            "label_names, a mapping from labels to names"
+            f"{where} needs at least 2 classes, found {len(classes)}: {classes}; "
+            "classes without examples can be given as label_names, a mapping from labels to names"
         )
     if names is not None and len(names) != len(classes):
-        raise DataError(f"fit: label_names has {len(names)} names for {len(classes)} classes: {few(classes)}")
-    return classes, None if names is None else checked_texts(names, "fit, label_names", of=classes)
+        raise DataError(f"{where}: label_names has {len(names)} names for {len(classes)} classes: {few(classes)}")
+    return classes, None if names is None else checked_texts(names, f"{where}, label_names", of=classes)
 
 
-def _check_all_named(labels: Sequence[Any], named: Mapping[Any, object]) -> None:
+def _check_all_named(labels: Sequence[Any], named: Mapping[Any, object], where: str) -> None:
     """Refuse a mapping that leaves out a class with examples: a key that was misspelt would become a class."""
     present = dict.fromkeys(labels)
     left_out = [label for label in present if label not in named]
     if left_out:
         alone = [key for key in named if key not in present]
         raise DataError(
-            f"fit: label {left_out[0]!r:.60} has no name in label_names"
+            f"{where}: label {left_out[0]!r:.60} has no name in label_names"
             + (
                 f", which names {len(alone)} without examples, the nearest {_nearest(left_out[0], alone)!r:.60}"
                 if alone

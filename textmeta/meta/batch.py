@@ -68,6 +68,7 @@ class TaskBatch:
         unlabelled: of each task.
         weights: (T, n), how much each labelled text counts, 0 for padding; None where all count 1.
         class_weights: (T, C), how much a text of each class counts in the head; None where classes weigh alike.
+        order: of each labelled text, its number among those that were given of its task.
     """
 
     support: Rows
@@ -77,6 +78,7 @@ class TaskBatch:
     unlabelled: Rows
     weights: Tensor | None = None
     class_weights: Tensor | None = None
+    order: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -107,14 +109,14 @@ class TaskBatch:
             if part is not None and len(part) != count:
                 raise DataError(f"task {number}: {len(part)} names for {count} classes; expected one each, or none")
         sorted_tasks = [
-            sorted(zip(part, numbers, count, strict=True), key=lambda row: (text_order(row[0]), row))
+            sorted(zip(part, numbers, count, range(len(part)), strict=True), key=lambda row: (text_order(row[0]), row))
             for part, numbers, count in zip(
                 texts, labels, weights or [[1.0] * len(part) for part in texts], strict=True
             )
         ]
-        support = Rows.of([[text for text, _, _ in task] for task in sorted_tasks], device)
-        flat = torch.tensor([label for task in sorted_tasks for _, label, _ in task], dtype=torch.long, device=device)
-        counts = [count for task in sorted_tasks for *_, count in task]
+        support = Rows.of([[text for text, *_ in task] for task in sorted_tasks], device)
+        flat = torch.tensor([label for task in sorted_tasks for _, label, *_ in task], dtype=torch.long, device=device)
+        counts = [count for task in sorted_tasks for *_, count, _ in task]
         return cls(
             support,
             support.pad(flat + 1) - 1,
@@ -125,6 +127,7 @@ class TaskBatch:
             None
             if class_weights is None
             else pad_sequence([torch.tensor(part) for part in class_weights], True).to(device),
+            tuple(number for task in sorted_tasks for *_, number in task),
         )
 
     @classmethod

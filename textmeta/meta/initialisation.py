@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,10 +25,11 @@ LORA = "lora."  # before the names of LoRA's factors
 
 def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> int:
     """Return a setting as an int; SettingsError if it is no whole number in a range."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
+    number = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy or PyTorch
+    if type(number) is not int or not least <= number <= most:
         to = f" to {most}" if most < math.inf else ""
         raise SettingsError(f"{name} must be a whole number from {least}{to}, given {value!r:.60}")
-    return int(value)
+    return number
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What the examples of a task say of one another: each is told by those that are not in its fold."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,14 +21,14 @@ class SuspectLabel(NamedTuple):
 
     Args:
         row: its number among the examples.
-        text: of it.
+        text: of it; None where it was not stored.
         label: that it was given.
         likely: label of the class that it is told to be.
         probability: of that class, by the others.
     """
 
     row: int
-    text: str
+    text: str | None
     label: Any
     likely: Any
     probability: float
@@ -40,12 +39,12 @@ class LeftOut:
     """What the examples of a task say of one another.
 
     Args:
-        support: text of each example, and number of its class.
+        support: text of each example, None where it is not known, and number of its class.
         labels: of the classes.
         probabilities: (n, C) of each class for each example, by the others; NaN for an example of no fold.
     """
 
-    support: Sequence[tuple[str, int]]
+    support: Sequence[tuple[str | None, int]]
     labels: Sequence[Any]
     probabilities: Tensor
 
@@ -96,7 +95,4 @@ def left_out(learner: TaskLearner, support: Sequence[tuple[str, int]], labels: S
     scale = temperature(init.temperature, log_shots(examples), batch.ways, torch.zeros_like(folds.any), nll)
     logits = (scale * scores[0, 0]).masked_fill(~folds.examples.present, -torch.inf)
     found = logits.softmax(-1).masked_fill((folds.of[0] < 0)[:, None], torch.nan).cpu().double()
-    places = defaultdict(list)  # the batch has its own order
-    for place, pair in enumerate(zip(batch.support.texts, batch.labels[0].tolist(), strict=True)):
-        places[pair].append(place)
-    return LeftOut(support, labels, found[[places[pair].pop() for pair in support]])
+    return LeftOut(support, labels, found[torch.tensor(batch.order, dtype=torch.long).argsort()])

@@ -9,9 +9,9 @@ name, ``textmeta.json`` settings and record, and ``SHA256SUMS`` the hashes. A fi
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from textmeta.data.labels import label_to_json, read_labels
+from textmeta.data.labels import checked_labels, label_to_json, read_labels
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.errors import AdapterError, HubError
 from textmeta.files import destination, is_folder, read_json
 from textmeta.hub import HubAccess, check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
-from textmeta.meta.initialisation import LORA, Calibration, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import LORA, Adapt, Calibration, Initialisation, LearnerSettings
 from textmeta.meta.learner import LearnedTask
 from textmeta.meta.shared import shared
 from textmeta.sharing.card import is_edited, model_card
@@ -51,6 +51,7 @@ TASK_AXES = {
     **{"present": "1C", "nll": "1", "view_nll": "1V", "name_evidence": "1", "shots": "1"},
 }
 TRUTHS = ("classes", "present")
+SETTINGS = {"adapt": None, "steps": None, "class_weight": "balanced"}  # of a fit, as they are by default
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +62,17 @@ class Fitted:
         task: as it was learned, T = 1.
         classes: the labels, in the order of the task's classes.
         inputs: what it was learned from; None where that is not kept.
+        settings: ``adapt``, ``steps`` and ``class_weight`` that it was learned with, which are stored.
+        weights_sha256: of the encoder that it was learned with.
+        arguments: of the estimator, as they read then.
     """
 
     task: LearnedTask
     classes: list[Any]
     inputs: FitInputs | None = None
+    settings: Mapping[str, Any] = field(default_factory=lambda: {**SETTINGS})
+    weights_sha256: str = ""
+    arguments: tuple[str, ...] = ()
 
 
 class _Strict(BaseModel):
@@ -100,6 +107,11 @@ class _Classifier(_Strict):
 
     classes: Annotated[list[Any], Field(min_length=2)]
     support: StoredSupport | None
+    adapt: Adapt | None = None  # a task without these three may be older than they are
+    steps: Annotated[int, Field(ge=0)] | None = None
+    class_weight: Literal["balanced"] | list[tuple[Any, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] | None = (
+        "balanced"
+    )
 
 
 # Saving
@@ -167,7 +179,11 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         files[HEAD] = _write_tensors(task)
         inputs = fitted.inputs
         support = None if inputs is None else stored_support(inputs, fitted.classes)
-        files[CLASSIFIER] = write_json({"classes": labels, "support": support})
+        settings = dict(fitted.settings)
+        if isinstance(by_class := settings.get("class_weight"), Mapping):
+            keys = map(label_to_json, checked_labels(list(by_class), "class_weight, key"))
+            settings["class_weight"] = list(zip(keys, map(float, by_class.values()), strict=True))
+        files[CLASSIFIER] = write_json({"classes": labels, "support": support, **settings})
         if inputs and inputs.states:
             files[SUPPORT] = _write_tensors(inputs.states, torch.float16)
     try:
@@ -378,7 +394,11 @@ def _fitted(files: Mapping[str, bytes], folder: Path, init: Initialisation) -> F
         inputs = read_support(content.support, states, classes, hidden, folder / CLASSIFIER)
     elif states:
         raise AdapterError(f"{folder / SUPPORT} holds token states, but {CLASSIFIER} no support")
-    return Fitted(task, classes, inputs)
+    settings = {name: getattr(content, name) for name in SETTINGS}
+    if isinstance(content.class_weight, list):
+        keys = read_labels([label for label, _ in content.class_weight], folder / CLASSIFIER)
+        settings["class_weight"] = dict(zip(keys, (weight for _, weight in content.class_weight), strict=True))
+    return Fitted(task, classes, inputs, settings)
 
 
 def _learned_task(tensors: Mapping[str, Tensor], ways: int, init: Initialisation, path: Path) -> LearnedTask:

@@ -13,6 +13,7 @@ from textmeta.data.labels import checked_texts, few, is_word, readable_name, tas
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, DataError
 from textmeta.meta.batch import text_order
+from textmeta.meta.learner import TaskLearner
 
 __all__ = ["Example", "FitInputs", "StoredSupport", "read_support", "stored_support"]
 
@@ -45,13 +46,17 @@ class FitInputs:
         """All of them."""
         return [*(text for text, *_ in self.examples), *self.unlabelled]
 
-    @property
-    def classes(self) -> tuple[list[Any], list[str] | None]:
-        """The classes, and their names in the same order, if there are any; DataError if they make no task."""
+    def classes(self, where: str = "fit") -> tuple[list[Any], list[str] | None]:
+        """Return the classes, and their names in the same order, if there are any; DataError if they make no task."""
         labels, names = [label for _, label, _ in self.examples], self.names
         if self.reads_labels and names:
             names = {label: readable_name(label) for label in labels if is_word(label)} | dict(names)
-        return task_classes(labels, "auto" if self.reads_labels and not names else names)
+        return task_classes(labels, "auto" if self.reads_labels and not names else names, where)
+
+    def read_by(self, learner: TaskLearner) -> TaskLearner:
+        """Return what learns from them, by the states that are there in the place of texts."""
+        reader: Any = learner.reader
+        return TaskLearner(reader.having(self.states), learner.adapter) if self.states else learner
 
     def joined(self, more: Sequence[Example]) -> "FitInputs":
         """Return the same with more examples."""
@@ -120,7 +125,7 @@ def read_support(
             states,
         )
         checked_texts(inputs.texts, "texts")
-        of_task = inputs.classes[0] == list(classes)
+        of_task = inputs.classes()[0] == list(classes)
     except (DataError, IndexError, ValueError) as error:
         raise AdapterError(f"{path}: support: {error}") from error
     if not of_task:
