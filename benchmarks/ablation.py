@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from choose import CORE, EPISODES, SHOTS, Cells, accuracies, difference
-from choose_episodes import ChooseCorpora
+from cells import SHOTS, cells_of, choose_corpora
+from choose import CORE, EPISODES
 from runs import read_lines
+from scores import Cells, accuracies, difference
 from train_core import AFTER, ARMS
 
 HERE = Path(__file__).parent
@@ -90,7 +91,7 @@ def run(data_dir: Path, folder: Path, lines: Sequence[Judged], episodes: int) ->
 def _complete(line: Judged, data_dir: Path, episodes: int) -> bool:
     """Whether all cells of a line are recorded."""
     found = accuracies(read_lines(CORE, mend=False)).get(line.method, {})
-    wanted = {(cell.corpus.name, cell.shots) for cell in ChooseCorpora(data_dir).cells(line.shots)}
+    wanted = {(cell.corpus.name, cell.shots) for cell in cells_of(choose_corpora(data_dir), line.shots)}
     return all(len(found.get(key, ())) >= episodes for key in wanted)
 
 

@@ -2,13 +2,13 @@
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-__all__ = ["alternate", "print_table", "resident", "settle"]
+__all__ = ["alternate", "markdown", "print_table", "resident", "settle"]
 
 
 def alternate(sides: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, list[float]]:
@@ -43,9 +43,12 @@ def resident(kind: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
-def print_table(rows: list[tuple[str, ...]]) -> None:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table, its head first."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print a Markdown table."""
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + "---|" * len(rows[0]))
-    for row in rows[1:]:
-        print("| " + " | ".join(row) + " |")
+    print(markdown(rows))

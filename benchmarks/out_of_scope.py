@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cells import EPISODE_SEED, cells_of, choose_corpora
 from choose import SHIPPED
-from choose_episodes import EPISODE_SEED, ChooseCorpora
 from sklearn.metrics import roc_auc_score
 
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
@@ -41,7 +41,7 @@ def main() -> None:
         parser.error(f"{arguments.adapter} has no rule for what is out of scope")
     print("| corpus | classes | scope score | largest probability |\n|---|---|---|---|")
     found = []
-    for cell in ChooseCorpora(arguments.data_dir).cells((SHOTS,)):
+    for cell in cells_of(choose_corpora(arguments.data_dir), (SHOTS,)):
         corpus = cell.corpus
         count = len(corpus.class_names)
         if count < 3:
