@@ -18,8 +18,19 @@ from typing import Any
 import torch
 from cells import SHOTS, VARIANTS, cells_of, choose_corpora
 from contestants import Contestant, contestant_run
+from measure import markdown
 from runs import Run, do_missing, read_lines
-from scores import Cells, accuracies, best, calibration_errors, difference, differences, mean, shown
+from scores import (
+    Cells,
+    accuracies,
+    calibration_errors,
+    corpus_rows,
+    difference,
+    differences,
+    heads,
+    mean_rows,
+    shown,
+)
 from torch import Tensor
 
 from textmeta.data.corpus import Corpus
@@ -76,19 +87,11 @@ def runs(
 
 
 def table(found: Mapping[str, Cells]) -> Iterator[str]:
-    """Yield the lines of the table: mean accuracy at each number of shots, and the difference to three others."""
-    width = max(36, *map(len, found)) + 2
-    yield f"{'method':{width}}" + "".join(f"{k:>2} shots".rjust(16) for k in SHOTS) + "  (corpora x episodes)"
-    for method in sorted(found, key=lambda name: ("@" in name, name)):
-        cells = found[method]
-        means = [mean(cells, k) for k in SHOTS]
-        parts = ["-" if told is None else f"{told[0]:.2f}" for told in means]
-        size = f"  {len({c for c, _ in cells})} x {min(map(len, cells.values()))}"
-        yield f"{method:{width}}" + "".join(p.rjust(16) for p in parts) + size
-    yield ""
-    yield "Paired differences, points ± 95 %"
-    yield f"{'':{width}}" + "".join(f"{k:>2} shots".rjust(16) for k in SHOTS) + "pooled".rjust(16)
-    for method in sorted(name for name in found if "@" in name):
+    """Yield the tables: mean accuracy at each number of shots, and paired differences to others, in points."""
+    names = sorted(found, key=lambda name: ("@" in name, name))
+    yield markdown(mean_rows(found, dict(zip(names, names, strict=True)), SHOTS))
+    rows = [heads(SHOTS, "pooled")]
+    for method in [name for name in names if "@" in name]:
         variant, _, adapter = method.partition(" @ ")
         rivals: dict[str, Sequence[str]] = {
             "better of prototypes and logistic": LAST_LAYER,
@@ -103,29 +106,9 @@ def table(found: Mapping[str, Cells]) -> Iterator[str]:
             rivals = {"cosine of text and name": ["names-last-256"]}
         if not adapter.startswith("first"):
             rivals["the first meta-training"] = [f"{variant} @ {FIRST}"]
-        yield method
         for title, others in rivals.items():
-            parts = [shown(told).replace("–", "-") for told in differences(found, method, others, SHOTS)]
-            yield f"{'  over ' + title:{width}}" + "".join(p.rjust(16) for p in parts)
-
-
-def by_corpus(found: Mapping[str, Cells], method: str) -> Iterator[str]:
-    """Yield, for each corpus, the accuracy of a method and its difference to the better baseline."""
-    yield f"{method}: accuracy (difference to the better of prototypes and logistic ± 95 %; ! is wholly below -1)"
-    for corpus in sorted({key[0] for key in found[method]}):
-        parts = []
-        for k in SHOTS:
-            key = (corpus, k)
-            if key not in found[method]:
-                parts.append("-")
-                continue
-            told = difference(found[method], found[best(found, LAST_LAYER, k) or method], [key])
-            below = told is not None and told[0] + told[1] < -1
-            parts.append(
-                f"{found[method][key].mean():.1f}"
-                + ("" if told is None else f" ({told[0]:+.1f} ± {told[1]:.1f}){'!' * below}")
-            )
-        yield f"{corpus:24}" + "".join(p.rjust(22) for p in parts)
+            rows.append([f"{method} over {title}", *map(shown, differences(found, method, others, SHOTS))])
+    yield "\n" + markdown(rows)
 
 
 def results_of(found: Mapping[str, Cells], errors: Mapping[tuple[str, int], float], name: str) -> dict[str, Any]:
@@ -206,18 +189,19 @@ def main() -> None:
     }
     print("\n".join(table(found)))
     errors = calibration_errors([line for line in lines if line["key"]["adapter"] in names])
-    if errors:
-        print("\nExpected calibration error, percent")
-    for method in dict.fromkeys(method for method, _ in errors):
-        parts = [f"{errors[method, k]:.1f}" if (method, k) in errors else "-" for k in SHOTS]
-        print(f"{method:38}" + "".join(part.rjust(16) for part in parts))
+    rows = [
+        [method, *(f"{errors[method, k]:.1f}" if (method, k) in errors else "–" for k in SHOTS)]
+        for method in dict.fromkeys(method for method, _ in errors)
+    ]
+    print("\nExpected calibration error, percent\n", markdown([heads(SHOTS), *rows]), sep="\n")
     if arguments.card:
         adapter, _ = load_adapter(arguments.card)
         results = results_of(found, errors, arguments.card.name)
         save_adapter(arguments.card, replace(adapter, record={**adapter.record, "results": results}))
     if arguments.by_corpus:
-        for method in sorted(name for name in found if name.startswith(("plain @", "names @"))):
-            print("", *by_corpus(found, method), sep="\n")
+        sides = {name: (name, LAST_LAYER) for name in sorted(found) if name.startswith(("plain @", "names @"))}
+        corpora = sorted({corpus for cells in found.values() for corpus, _ in cells})
+        print("\n" + markdown(corpus_rows(found, sides, SHOTS, corpora)))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from torch import Tensor
 from textmeta.data.episodes import Episode
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader, TokenStates
+from textmeta.heads.scope import scope_probability
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import in_parts
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import load_adapter
 
-__all__ = ["Contestant", "KnownStates", "contestant_run"]
+__all__ = ["Contestant", "KnownStates", "contestant_run", "scope_scores"]
 
 
 class KnownStates:
@@ -116,6 +117,18 @@ def probabilities(learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.
     queries = Rows.of([e.query_texts for e in episodes], torch.device("cpu"))
     found = learner.answer(task, queries).logits.double().softmax(-1).numpy()
     return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
+
+
+@torch.no_grad()
+def scope_scores(learner: TaskLearner, episode: Episode) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far each query seems to be in scope, by the adapter's rule and by the largest class probability."""
+    rule = learner.adapter.calibration.scope
+    if rule is None:
+        raise SystemExit("the adapter has no rule for what is out of scope")
+    task = learner.learn(TaskBatch.of_episodes([episode]))
+    answers = learner.answer(task, Rows.of([episode.query_texts], torch.device("cpu")))
+    scores = scope_probability(rule.double(), answers.scope_inputs[0].double())
+    return scores.numpy(), answers.logits[0].softmax(-1).amax(-1).numpy()
 
 
 def contestant_run(cell: Cell, who: Contestant, variant: str, first: int, count: int, suffix: str = "") -> Run:

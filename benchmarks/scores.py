@@ -1,4 +1,4 @@
-"""What recorded lines say: accuracies by cell, differences paired by episode, calibration errors."""
+"""What recorded lines say: accuracies by cell, differences paired by episode, calibration errors; tables of them."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -7,21 +7,9 @@ import numpy as np
 from runs import Line
 from scipy import stats
 
-__all__ = [
-    "Cells",
-    "Told",
-    "accuracies",
-    "best",
-    "calibration_bins",
-    "calibration_errors",
-    "difference",
-    "differences",
-    "mean",
-    "shown",
-]
-
 Cells = dict[tuple[str, int], np.ndarray]  # (corpus, shots) -> accuracy of each episode, in percent
 Told = tuple[float, float]  # a mean, and half its 95 % interval
+Rows = list[list[str]]  # of a table, its head first
 
 
 def method_of(key: Mapping[str, Any]) -> str:
@@ -83,24 +71,22 @@ def difference(one: Cells, other: Cells, keys: Sequence[tuple[str, int]]) -> Tol
     return float(np.mean([row.mean() for row in rows])), float(stats.t.ppf(0.975, freedom) * error)
 
 
-def keys_of(cells: Cells, shots: int, corpora: Collection[str] | None = None) -> list[tuple[str, int]]:
-    """Return the cells at a number of shots; none, where one of the corpora that are asked for is missing."""
+def mean(cells: Cells, shots: int, corpora: Collection[str] | None = None) -> Told | None:
+    """Return the mean over corpora, by default those that there are, and half its 95 % interval; None if one lacks."""
+    keys = _keys(cells, shots, corpora)
+    return difference(cells, {key: np.zeros_like(cells[key]) for key in keys}, keys)
+
+
+def _keys(cells: Cells, shots: int, corpora: Collection[str] | None) -> list[tuple[str, int]]:
     keys = sorted(key for key in cells if key[1] == shots and (corpora is None or key[0] in corpora))
     return keys if corpora is None or len(keys) == len(corpora) else []
 
 
-def mean(cells: Cells, shots: int, corpora: Collection[str] | None = None) -> Told | None:
-    """Return the mean over the corpora, and half its 95 % interval."""
-    keys = keys_of(cells, shots, corpora)
-    return difference(cells, {key: np.zeros_like(cells[key]) for key in keys}, keys)
-
-
-def best(
-    found: Mapping[str, Cells], names: Sequence[str], shots: int, corpora: Collection[str] | None = None
-) -> str | None:
-    """Return which of the methods has the highest mean at a number of shots."""
-    means = {name: mean(found[name], shots, corpora) for name in names if name in found}
-    return max((name for name in means if means[name]), key=lambda name: means[name] or (0, 0), default=None)
+def best(found: Mapping[str, Cells], names: Sequence[str], shots: int, corpora: Collection[str] | None = None) -> Cells:
+    """Return the cells of that method which has the highest mean at a number of shots."""
+    means = {name: mean(found.get(name, {}), shots, corpora) for name in names}
+    there = {name: told[0] for name, told in means.items() if told}
+    return found[max(there, key=lambda name: there[name])] if there else {}
 
 
 def differences(
@@ -121,20 +107,70 @@ def differences(
         corpora: all have to be there; by default those that both have.
         pooled: the numbers of shots that the last one is pooled over, by default all.
     """
-    told, ours, theirs = [], {}, {}
+    told, ours, theirs = {}, {}, {}
     for k in shots:
         rival = best(found, others, k, corpora)
-        keys = [key for key in keys_of(found.get(one, {}), k, corpora) if rival and key in found[rival]]
-        told.append(difference(found[one], found[rival], keys) if rival and keys else None)
+        keys = [key for key in _keys(found.get(one, {}), k, corpora) if key in rival]
+        told[k] = difference(found.get(one, {}), rival, keys)
         if k in (pooled or shots):
             ours |= {key: found[one][key] for key in keys}
-            theirs |= {key: found[rival or ""][key] for key in keys}
-    lacks = corpora is not None and any(
-        part is None for k, part in zip(shots, told, strict=True) if k in (pooled or shots)
-    )
-    return [*told, None if lacks else difference(ours, theirs, list(ours))]
+            theirs |= {key: rival[key] for key in keys}
+    lacks = corpora is not None and not all(told[k] for k in pooled or shots)
+    return [*told.values(), None if lacks else difference(ours, theirs, list(ours))]
+
+
+# Tables
 
 
 def shown(told: Told | None, sign: str = "+") -> str:
     """Return a figure as tables have it."""
     return "–" if told is None else f"{told[0]:{sign}.2f} ± {told[1]:.2f}"
+
+
+def heads(shots: Sequence[int], *more: str) -> list[str]:
+    """Return the head of a table over numbers of shots."""
+    return ["", *(f"{k} shot{'s' * (k != 1)}" for k in shots), *more]
+
+
+def mean_rows(
+    found: Mapping[str, Cells], methods: Mapping[str, str], shots: Sequence[int], corpora: Collection[str] | None = None
+) -> Rows:
+    """Return the means of methods, by their titles, and how many corpora and, at least, episodes they are of."""
+    table = [heads(shots, "corpora x episodes")]
+    for title, method in methods.items():
+        own = {key: row for key, row in found.get(method, {}).items() if corpora is None or key[0] in corpora}
+        size = f"{len({corpus for corpus, _ in own})} x {min(map(len, own.values()))}" if own else "–"
+        table.append([title, *(shown(mean(own, k, corpora), "") for k in shots), size])
+    return table
+
+
+def corpus_rows(
+    found: Mapping[str, Cells],
+    sides: Mapping[str, tuple[str, Sequence[str]]],
+    shots: Sequence[int],
+    corpora: Sequence[str],
+) -> Rows:
+    """Return by corpus the accuracies of methods, by title, and differences to their best rivals; ! is wholly below -1.
+
+    Which rival is the best is told by the mean over all corpora.
+    """
+    table = [["", *(f"{title}, {head}" for title in sides for head in heads(shots)[1:])]]
+    for corpus in corpora:
+        row = [corpus]
+        for (method, rivals), k in ((side, k) for side in sides.values() for k in shots):
+            own = found.get(method, {})
+            told = difference(own, best(found, rivals, k), [(corpus, k)])
+            below = "!" if told and sum(told) < -1 else ""
+            row.append("–" if told is None else f"{own[corpus, k].mean():.1f} ({told[0]:+.1f} ± {told[1]:.1f}){below}")
+        table.append(row)
+    return table
+
+
+GOALS = ["wanted", "at least", "found", ""]
+
+
+def goal_row(title: str, told: Told | None, least: float, end: int = 0) -> list[str]:
+    """Return whether the mean, or the lower (-1) or the upper end (1) of an interval, is at least a number."""
+    lacks = None if told is None else least - (told[0] + end * told[1])
+    verdict = "not run yet" if lacks is None else "met" if lacks <= 0 else f"missed by {lacks:.2f}"
+    return [title, f"{('mean', 'upper end', 'lower end')[end]} {least:+.1f}", shown(told), verdict]
