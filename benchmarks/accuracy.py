@@ -17,30 +17,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import scores
 import torch
 from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import HEADLINE, REPORT, SHOTS, Cell, cells_of, report_corpora, result_of
 from choose import LAST_LAYER, SHIPPED
 from contestants import Contestant, contestant_run
-from measure import markdown
+from measure import markdown, show
 from runs import Line, Run, do_missing, read_lines
-from scores import (
-    GOALS,
-    Cells,
-    Rows,
-    Told,
-    accuracies,
-    best,
-    calibration_errors,
-    corpus_rows,
-    difference,
-    differences,
-    goal_row,
-    heads,
-    mean,
-    mean_rows,
-    shown,
-)
 
 RESULTS = Path(__file__).parent / "results"
 FILES = dict.fromkeys(("frozen", "textmeta", "long"), "report.jsonl") | {"setfit": "report_setfit.jsonl"}
@@ -161,24 +145,24 @@ def recorded(results: Path, adapter: str = SHIPPED.name) -> list[Line]:
 
 def tables(lines: Sequence[Line]) -> dict[str, str]:
     """Return the tables by name, as Markdown; one that nothing is recorded for says so."""
-    found, errors = accuracies(lines), calibration_errors(lines)
+    found, errors = scores.accuracies(lines), scores.calibration_errors(lines)
     full = {key: values for key, values in found.get("plain", {}).items() if key[0] not in LONG}
     found[AS_SETFIT] = full | found.get(AS_SETFIT, {})
     gains = {
-        name: differences(found, one, others, (0, *ALL_SHOTS), REPORT if name == "setfit" else HEADLINE, SHOTS)
+        name: scores.differences(found, one, others, (0, *ALL_SHOTS), REPORT if name == "setfit" else HEADLINE, SHOTS)
         for name, (_, one, others) in GAINS.items()
     }
     others = [name for name in REPORT if name not in HEADLINE]
-    made: dict[str, Rows] = {
-        "means": mean_rows(found, MEANS, ALL_SHOTS, HEADLINE),
-        "means-names": mean_rows(found, MEANS_NAMES, (0, *ALL_SHOTS), HEADLINE),
-        "means-others": mean_rows(found, MEANS, ALL_SHOTS, others),
-        "means-names-others": mean_rows(found, MEANS_NAMES, (0, *ALL_SHOTS), others),
+    made: dict[str, scores.Rows] = {
+        "means": scores.mean_rows(found, MEANS, ALL_SHOTS, HEADLINE),
+        "means-names": scores.mean_rows(found, MEANS_NAMES, (0, *ALL_SHOTS), HEADLINE),
+        "means-others": scores.mean_rows(found, MEANS, ALL_SHOTS, others),
+        "means-names-others": scores.mean_rows(found, MEANS_NAMES, (0, *ALL_SHOTS), others),
         "gains": [
-            heads((0, *ALL_SHOTS), "pooled"),
-            *([GAINS[name][0], *map(shown, told)] for name, told in gains.items()),
+            scores.heads((0, *ALL_SHOTS), "pooled"),
+            *([GAINS[name][0], *map(scores.shown, told)] for name, told in gains.items()),
         ],
-        "by-corpus": corpus_rows(
+        "by-corpus": scores.corpus_rows(
             found, {"textmeta": ("plain", LAST_LAYER), "with names": ("names", NAMED)}, (1, 5, 10), REPORT
         ),
         "goals": goals(found, gains, errors),
@@ -188,12 +172,12 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
     return {name: text if "±" in text or name == "long" else NOT_YET for name, text in texts.items()}
 
 
-def long(lines: Sequence[Line], errors: Mapping[tuple[str, int], float]) -> Rows:
+def long(lines: Sequence[Line], errors: Mapping[tuple[str, int], float]) -> scores.Rows:
     """Return macro-F1 and NLL, means over the seven corpora, and ECE, that of all corpora together."""
-    table = [heads(ALL_SHOTS)]
+    table = [scores.heads(ALL_SHOTS)]
     for measure, title in (("f1", "macro-F1, %"), ("nll", "NLL")):
-        for method, cells in sorted(accuracies(lines, measure).items()):
-            means = [mean(cells, k, HEADLINE) for k in ALL_SHOTS]
+        for method, cells in sorted(scores.accuracies(lines, measure).items()):
+            means = [scores.mean(cells, k, HEADLINE) for k in ALL_SHOTS]
             table.append([f"{title}, {method}", *("–" if told is None else f"{told[0]:.2f}" for told in means)])
     for method in dict.fromkeys(method for method, _ in errors):
         parts = [f"{errors[method, k]:.1f}" if (method, k) in errors else "–" for k in ALL_SHOTS]
@@ -202,28 +186,32 @@ def long(lines: Sequence[Line], errors: Mapping[tuple[str, int], float]) -> Rows
 
 
 def goals(
-    found: Mapping[str, Cells], gains: Mapping[str, Sequence[Told | None]], errors: Mapping[tuple[str, int], float]
-) -> Rows:
+    found: Mapping[str, scores.Cells],
+    gains: Mapping[str, Sequence[scores.Told | None]],
+    errors: Mapping[tuple[str, int], float],
+) -> scores.Rows:
     """Return what was wanted beforehand, and by how much it is missed, if so."""
 
     def of(name: str, shots: int | None, least: float, end: int = 0) -> list[str]:
         number = -1 if shots is None else (0, *ALL_SHOTS).index(shots)
-        title = f"{GAINS[name][0]}, {'pooled' if shots is None else heads([shots])[1]}"
-        return goal_row(title, gains[name][number], least, end)
+        title = f"{GAINS[name][0]}, {'pooled' if shots is None else scores.heads([shots])[1]}"
+        return scores.goal_row(title, gains[name][number], least, end)
 
-    table = [GOALS, of("0.1", None, 0, -1)]
+    table = [scores.GOALS, of("0.1", None, 0, -1)]
     table += [of("baselines", k, least) for k, least in ((1, 1), (5, 3), (10, 5))]
     for k in (5, 10):
         table.append(of("views", k, 0))
-        rival = best(found, LAST_LAYER, k)
-        told = {name: difference(found.get("plain", {}), rival, [(name, k)]) for name in REPORT}
+        rival = scores.best(found, LAST_LAYER, k)
+        told = {name: scores.difference(found.get("plain", {}), rival, [(name, k)]) for name in REPORT}
         worst = min((sum(part), name) for name, part in told.items() if part)[1] if all(told.values()) else ""
-        table.append(goal_row(f"worst corpus, {worst}, over that baseline, {k} shots", told.get(worst), -1, 1))
+        table.append(scores.goal_row(f"worst corpus, {worst}, over that baseline, {k} shots", told.get(worst), -1, 1))
     table += [of("named", k, 0, -1) for k in (0, *ALL_SHOTS)] + [of("named", 1, 2), of("permuted", 1, -2)]
     table += [of("setfit", None, 0, -1), *(of("setfit", k, -1.5, 1) for k in SHOTS)]
     for k in ALL_SHOTS[1:]:
         error = errors.get(("plain", k))
-        table.append(goal_row(f"less the calibration error, percent, {k} shots", error and (-error, 0.0), -5))
+        verdict = "not run yet" if error is None else "met" if error <= 5 else f"missed by {error - 5:.2f}"
+        shown = "–" if error is None else f"{error:.2f}"
+        table.append([f"calibration error, percent, {k} shots", "at most 5", shown, verdict])
     return table
 
 
@@ -241,6 +229,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="that SetFit runs on")
     parser.add_argument("--results", type=Path, help="folder")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="write the tables into README.md and benchmarks/README.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = arguments.results or (Path("runs/quick") if arguments.quick else RESULTS)
@@ -253,8 +242,7 @@ def main() -> None:
         from pictures import draw  # noqa: PLC0415 - matplotlib is not needed otherwise
 
         draw(lines, results)
-    for name, table in tables(lines).items():
-        print(f"\n{name}\n\n{table}")
+    show(tables(lines), arguments.write)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from transformers import AutoModel, AutoTokenizer
 
 from textmeta.data.episodes import Episode
 
-__all__ = ["BASELINES", "Baseline", "FrozenViews", "baseline_runs", "encoder_folder"]
-
 VIEWS = 4  # upper layers of the encoder
 PROTOTYPE_TEMPERATURE = 15.0  # makes cosines probabilities; accuracies do not depend on it
 

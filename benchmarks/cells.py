@@ -15,21 +15,6 @@ from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.labels import readable_name
 
-__all__ = [
-    "EPISODE_SEED",
-    "HEADLINE",
-    "QUERIES",
-    "REPORT",
-    "SHOTS",
-    "VARIANTS",
-    "Cell",
-    "cells_of",
-    "choose_corpora",
-    "report_corpora",
-    "result_of",
-    "with_unlabelled",
-]
-
 WAYS, QUERIES, SHOTS, EPISODE_SEED = 5, 5, (1, 2, 5, 10), 2
 BINS = 15  # of equal width, for the expected calibration error
 UNLABELLED_DRAW = 2  # third number of the seed unlabelled texts are drawn by: the sampler's own seeds have two
@@ -106,14 +91,9 @@ def cells_of(corpora: Iterable[Corpus], shots: Sequence[int] = SHOTS, ways: int 
 # Variants of an episode: with names, right or wrong, without examples, with unlabelled texts
 
 
-def named(episode: Episode, names: Sequence[str]) -> Episode:
-    """Return an episode that comes with names."""
-    return replace(episode, label_names=tuple(names))
-
-
 def true_names(episode: Episode) -> Episode:
     """Return an episode with the names of its classes."""
-    return named(episode, [readable_name(name) for name in episode.class_names])
+    return replace(episode, label_names=tuple(map(readable_name, episode.class_names)))
 
 
 def permuted(episode: Episode, cell: Cell, number: int) -> Episode:
@@ -123,13 +103,14 @@ def permuted(episode: Episode, cell: Cell, number: int) -> Episode:
     names = [""] * episode.ways
     for own, other in zip(cycle, np.roll(cycle, 1), strict=True):
         names[own] = readable_name(episode.class_names[other])
-    return named(episode, names)
+    return replace(episode, label_names=tuple(names))
 
 
 def codes(episode: Episode, cell: Cell, number: int) -> Episode:
     """Return an episode whose classes have random codes of three letters for names."""
     rng = np.random.default_rng((EPISODE_SEED, number, OTHER_DRAWS))
-    return named(episode, ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 3)) for _ in range(episode.ways)])
+    names = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 3)) for _ in range(episode.ways)]
+    return replace(episode, label_names=tuple(names))
 
 
 def without_examples(episode: Episode) -> Episode:

@@ -22,8 +22,6 @@ from textmeta.meta.evaluation import in_parts
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import load_adapter
 
-__all__ = ["Contestant", "KnownStates", "contestant_run", "scope_scores"]
-
 
 class KnownStates:
     """Token states of the texts of one corpus, each read once."""

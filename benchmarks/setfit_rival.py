@@ -4,10 +4,8 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import datasets
 import numpy as np
@@ -21,9 +19,8 @@ from sklearn.linear_model import LogisticRegression
 
 from textmeta.data.episodes import Episode
 
-__all__ = ["setfit_answers"]
-
 SEED = 0  # of its pairs and batches
+SILENT = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "show_progress_bar": False}
 
 
 @cache
@@ -36,36 +33,21 @@ def _encoder(max_length: int, device: str) -> SentenceTransformer:
 
 def setfit_answers(episodes: Sequence[Episode], max_length: int, device: str = "cpu") -> list[np.ndarray]:
     """Return the class probabilities of each episode's queries."""
-    with _quiet():
-        encoder, answers = _encoder(max_length, device), []
-        for episode in episodes:
-            torch.manual_seed(SEED)
-            model = _fit(copy.deepcopy(encoder), episode)
-            answers.append(model.predict_proba(list(episode.query_texts), as_numpy=True, show_progress_bar=False))
-    return answers
-
-
-def _fit(body: SentenceTransformer, episode: Episode) -> Any:
-    model = SetFitModel(model_body=body, model_head=LogisticRegression())
-    rows = {"text": list(episode.support_texts), "label": episode.support_labels.tolist()}
-    with tempfile.TemporaryDirectory() as folder:
-        # all that decides what is learned is the default
-        silent = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "show_progress_bar": False}
-        settings = TrainingArguments(output_dir=folder, seed=SEED, **silent)
-        trainer = Trainer(model=model, args=settings, train_dataset=datasets.Dataset.from_dict(rows))
-        for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
-            trainer.remove_callback(callback)
-        trainer.train()
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Let the libraries say nothing."""
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     for name in ("setfit", "sentence_transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+        return [_answer(_encoder(max_length, device), episode) for episode in episodes]
+
+
+def _answer(encoder: SentenceTransformer, episode: Episode) -> np.ndarray:
+    torch.manual_seed(SEED)
+    model = SetFitModel(model_body=copy.deepcopy(encoder), model_head=LogisticRegression())
+    rows = datasets.Dataset.from_dict({"text": episode.support_texts, "label": episode.support_labels.tolist()})
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(model, TrainingArguments(output_dir=folder, seed=SEED, **SILENT), train_dataset=rows)
+        for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.train()
+    return model.predict_proba(list(episode.query_texts), as_numpy=True, show_progress_bar=False)

@@ -21,26 +21,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import scores
 import torch
 from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import EPISODE_SEED, Cell, cells_of
 from contestants import Contestant, contestant_run, scope_scores
-from measure import markdown
+from measure import markdown, show
 from runs import Line, Run, do_missing, missing, read_lines
-from scores import (
-    GOALS,
-    Cells,
-    Rows,
-    accuracies,
-    difference,
-    differences,
-    goal_row,
-    heads,
-    mean,
-    mean_rows,
-    method_of,
-    shown,
-)
 from sklearn.metrics import roc_auc_score
 
 from textmeta.data.corpus import Corpus, load_corpus
@@ -57,7 +44,7 @@ from general import CALIBRATION_EPISODES, GENERAL, training_corpora
 RESULTS = Path(__file__).parent / "results" / "unseen_classes.jsonl"
 CORPORA, FOLDS = ("banking77", "clinc150", "huffpost", "20news"), ("01", "02", "03", "04", "05")
 ADAPTERS = {"own": FOLDS, "beside": FOLDS[:2]}  # the fold's classes alone, or with other corpora -> folds
-TRAINING = {"banking77": 1000, "clinc150": 1000, "huffpost": 1000, "20news": 250, "beside": 600}  # episodes
+TRAINING = {"banking77": 1000, "clinc150": 1000, "huffpost": 1000, "20news": 200, "beside": 600}  # episodes
 FIVE_WAY, ALL_WAY, SCOPE = ((1, 5), 600), ((1, 5, 10), 50), ((1, 5, 10), 20)  # shots, and episodes of a cell
 CHUNK = 100
 OUTSIDE_DRAW = 1  # third number of the seed that texts of no class are drawn by
@@ -171,11 +158,11 @@ def scope_run(fold: Fold, cell: Cell, method: str, who: Any) -> Run:
         episodes = [with_outside(cell, number, fold.data_dir) for number in range(SCOPE[1])]
         if isinstance(who, Contestant):
             learner = who.learner_of(cell, episodes)
-            scores = [scope_scores(learner, episode)[0] for episode in episodes]
+            sure = [scope_scores(learner, episode)[0] for episode in episodes]
         else:
             who.read([text for e in episodes for text in (*e.support_texts, *e.query_texts)])
-            scores = [BASELINES[method].answer(who, episode).max(1) for episode in episodes]
-        found = [roc_auc_score(e.query_labels != OUTSIDE, own) for e, own in zip(episodes, scores, strict=True)]
+            sure = [BASELINES[method].answer(who, episode).max(1) for episode in episodes]
+        found = [roc_auc_score(e.query_labels != OUTSIDE, own) for e, own in zip(episodes, sure, strict=True)]
         return {"auroc": [round(1e4 * value) for value in found], "adapter_sha256": getattr(who, "digest", None)}
 
     adapter = {} if isinstance(who, FrozenViews) else {"adapter": who.name}
@@ -220,31 +207,31 @@ def record(data_dir: Path, results: Path, folder: Path, cache: Path | None, corp
 def tables(lines: Sequence[Line]) -> dict[str, str]:
     """Return the tables by name, as Markdown; one that nothing is recorded for says so."""
     scored = [line for line in lines if "right" in line["result"]]
-    five = accuracies([line for line in scored if "ways" not in line["key"]])
-    every = accuracies([line for line in scored if "ways" in line["key"]])
-    scope: dict[str, Cells] = {}
+    five = scores.accuracies([line for line in scored if "ways" not in line["key"]])
+    every = scores.accuracies([line for line in scored if "ways" in line["key"]])
+    scope: dict[str, scores.Cells] = {}
     for line in [line for line in lines if "auroc" in line["result"]]:
-        cells = scope.setdefault(method_of(line["key"]).removeprefix("scope-"), {})
+        cells = scope.setdefault(scores.method_of(line["key"]).removeprefix("scope-"), {})
         cells[line["key"]["corpus"], line["key"]["shots"]] = np.array(line["result"]["auroc"]) / 100
     made = {"five-way": fold_rows(five, FIVE_WAY[0]), "all-way": fold_rows(every, ALL_WAY[0])}
     made["five-way"] += [[title, *map(str, known), *["–"] * (8 - len(known))] for title, known in PUBLISHED.items()]
-    made["scope"] = mean_rows(scope, {name: name for name in sorted(scope)}, SCOPE[0])
+    made["scope"] = scores.mean_rows(scope, {name: name for name in sorted(scope)}, SCOPE[0])
     made["classes-goals"] = goals(five, scope)
     ready = any(line["key"].get("adapter") == "own" for line in lines)
     return {name: markdown(rows) if ready else NOT_YET for name, rows in made.items()}
 
 
-def fold_rows(found: Mapping[str, Cells], shots: Sequence[int]) -> Rows:
+def fold_rows(found: Mapping[str, scores.Cells], shots: Sequence[int]) -> scores.Rows:
     """Return mean accuracies over the folds, the interval, and in brackets the standard deviation over the folds."""
-    table = [["", *(f"{name}, {head}" for name in CORPORA for head in heads(shots)[1:])]]
+    table = [["", *(f"{name}, {head}" for name in CORPORA for head in scores.heads(shots)[1:])]]
     for title, method in ROWS.items():
         cells, row = found.get(method, {}), [title]
         for folds, k in ((folds_of(name), k) for name in CORPORA for k in shots):
             if "gain" in title:
                 own = found.get(method.replace("beside", "own"), {})
-                row.append(shown(difference(cells, own, [(fold, k) for fold in folds])))
+                row.append(scores.shown(scores.difference(cells, own, [(fold, k) for fold in folds])))
                 continue
-            told = mean(cells, k, folds)
+            told = scores.mean(cells, k, folds)
             spread = np.std([cells[fold, k].mean() for fold in folds], ddof=1) if told else 0
             row.append("–" if told is None else f"{told[0]:.1f} ± {told[1]:.1f} ({spread:.1f})")
         table.append(row)
@@ -256,20 +243,22 @@ def folds_of(name: str) -> list[str]:
     return [f"{name}-{fold}" for fold in FOLDS]
 
 
-def goals(five: Mapping[str, Cells], scope: Mapping[str, Cells]) -> Rows:
+def goals(five: Mapping[str, scores.Cells], scope: Mapping[str, scores.Cells]) -> scores.Rows:
     """Return what was wanted beforehand, and by how much it is missed, if so."""
-    table = [GOALS]
+    table = [scores.GOALS]
     for name, k in ((name, k) for name in CORPORA for k in FIVE_WAY[0]):
-        folds, title = folds_of(name), f"{name}, {heads([k])[1]}"
-        ours, frozen = (mean(five.get(method, {}), k, folds) for method in ("plain @ own", "prototypes-last-256"))
-        gain = differences(five, "plain @ own", ["textmeta-0.1"], [k], folds)[0]
-        table.append(goal_row(f"{title}: over 0.1", gain, 0))
+        folds, title = folds_of(name), f"{name}, {scores.heads([k])[1]}"
+        ours, frozen = (
+            scores.mean(five.get(method, {}), k, folds) for method in ("plain @ own", "prototypes-last-256")
+        )
+        gain = scores.differences(five, "plain @ own", ["textmeta-0.1"], [k], folds)[0]
+        table.append(scores.goal_row(f"{title}: over 0.1", gain, 0))
         if (name, k) in AIMS:
-            table.append(goal_row(f"{title}: accuracy", ours, AIMS[name, k]))
+            table.append(scores.goal_row(f"{title}: accuracy", ours, AIMS[name, k]))
         cut = (100 * (ours[0] - frozen[0]) / (100 - frozen[0]), 0.0) if ours and frozen else None
-        table.append(goal_row(f"{title}: errors of prototypes cut by, percent", cut, ERRORS_CUT[name]))
-    area = mean(scope.get("plain @ own", {}), 5, folds_of("clinc150"))
-    return [*table, goal_row("clinc150, 5 shots: AUROC of what is out of scope", area, AUROC)]
+        table.append(scores.goal_row(f"{title}: errors of prototypes cut by, percent", cut, ERRORS_CUT[name]))
+    area = scores.mean(scope.get("plain @ own", {}), 5, folds_of("clinc150"))
+    return [*table, scores.goal_row("clinc150, 5 shots: AUROC of what is out of scope", area, AUROC)]
 
 
 def main() -> None:
@@ -282,14 +271,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/frozen"), help="states of the frozen layers")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="write the tables into README.md and benchmarks/README.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.run:
         if arguments.data_dir is None:
             parser.error("--run needs --data-dir")
         record(arguments.data_dir, arguments.results, arguments.folder, arguments.cache, arguments.corpora)
-    for name, table in tables(read_lines(arguments.results, mend=False)).items():
-        print(f"\n{name}\n\n{table}")
+    show(tables(read_lines(arguments.results, mend=False)), arguments.write)
 
 
 if __name__ == "__main__":
