@@ -23,7 +23,7 @@ from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import HEADLINE, REPORT, SHOTS, Cell, cells_of, report_corpora, result_of
 from choose import LAST_LAYER, SHIPPED
 from contestants import Contestant, contestant_run
-from measure import markdown, show
+from measure import NOT_YET, markdown, show
 from runs import Line, Run, do_missing, read_lines
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,30 +68,19 @@ GAINS = {  # title, method, and its rivals: the best of them at each number of s
     "wrong": ("prototypes: a permuted name one more example, over none", WRONG, LAST_LAYER[:1]),
     "setfit": ("textmeta over SetFit (twelve corpora, few episodes)", AS_SETFIT, ["setfit"]),
 }
-NOT_YET = "Not run yet."
 
 
 # Recording
 
 
-def frozen_runs(cells: Sequence[Cell], episodes: int) -> Iterator[Run]:
-    """Yield the runs of what is not trained."""
-    return baseline_runs(cells, [name for name in BASELINES if name != "prototypes-views"], FrozenViews(256), episodes)
-
-
-def textmeta_runs(cells: Sequence[Cell], who: Contestant, episodes: int, variants: Sequence[str]) -> Iterator[Run]:
+def adapter_runs(
+    cells: Sequence[Cell], who: Contestant, episodes: int, variants: Sequence[str], suffix: str = ""
+) -> Iterator[Run]:
     """Yield the runs of an adapter, corpus by corpus."""
     for cell in cells:
         for variant in [name for name in variants if cell.shots == 1 or "alone" not in name]:
             for first in range(0, episodes, CHUNK):
-                yield contestant_run(cell, who, variant, first, min(CHUNK, episodes - first))
-
-
-def long_runs(cells: Sequence[Cell], who: Contestant) -> Iterator[Run]:
-    """Yield the runs of an adapter on texts as short as SetFit gets them."""
-    for cell in [cell for cell in cells if cell.corpus.name in LONG and cell.shots in SETFIT_EPISODES]:
-        for first in range(0, LONG_EPISODES, CHUNK):
-            yield contestant_run(cell, who, "plain", first, CHUNK, f"-{LONG_LENGTH}")
+                yield contestant_run(cell, who, variant, first, min(CHUNK, episodes - first), suffix)
 
 
 def setfit_runs(cells: Sequence[Cell], device: str) -> Iterator[Run]:
@@ -120,12 +109,18 @@ def record(arguments: argparse.Namespace, results: Path) -> None:
     cells = list(cells_of(report_corpora(arguments.data_dir, corpora), shots))
     for part in parts:
         lines = read_lines(results / FILES[part])
-        if part in ("textmeta", "long"):
+        if part == "frozen":
+            names = [name for name in BASELINES if name != "prototypes-views"]
+            runs = baseline_runs(cells, names, FrozenViews(256), episodes)
+        elif part == "setfit":
+            runs = setfit_runs(cells, arguments.device)
+        else:
+            long = [cell for cell in cells if cell.corpus.name in LONG and cell.shots in SETFIT_EPISODES]
             who = Contestant(arguments.adapter, max_length=LONG_LENGTH if part == "long" else None)
             who.check_alone(lines)
-            runs = long_runs(cells, who) if part == "long" else textmeta_runs(cells, who, episodes, variants)
-        else:
-            runs = frozen_runs(cells, episodes) if part == "frozen" else setfit_runs(cells, arguments.device)
+            runs = adapter_runs(cells, who, episodes, variants)
+            if part == "long":  # as short as SetFit gets them
+                runs = adapter_runs(long, who, LONG_EPISODES, ["plain"], f"-{LONG_LENGTH}")
         do_missing(runs, lines, results / FILES[part], told)
 
 

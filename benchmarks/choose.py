@@ -15,22 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import scores
 import torch
 from cells import SHOTS, VARIANTS, cells_of, choose_corpora
 from contestants import Contestant, contestant_run
 from measure import markdown
 from runs import Run, do_missing, read_lines
-from scores import (
-    Cells,
-    accuracies,
-    calibration_errors,
-    corpus_rows,
-    difference,
-    differences,
-    heads,
-    mean_rows,
-    shown,
-)
 from torch import Tensor
 
 from textmeta.data.corpus import Corpus
@@ -86,11 +76,11 @@ def runs(
                     yield contestant_run(cell, who, variant, first, CHUNK, suffix)
 
 
-def table(found: Mapping[str, Cells]) -> Iterator[str]:
+def table(found: Mapping[str, scores.Cells]) -> Iterator[str]:
     """Yield the tables: mean accuracy at each number of shots, and paired differences to others, in points."""
     names = sorted(found, key=lambda name: ("@" in name, name))
-    yield markdown(mean_rows(found, dict(zip(names, names, strict=True)), SHOTS))
-    rows = [heads(SHOTS, "pooled")]
+    yield markdown(scores.mean_rows(found, dict(zip(names, names, strict=True)), SHOTS))
+    rows = [scores.heads(SHOTS, "pooled")]
     for method in [name for name in names if "@" in name]:
         variant, _, adapter = method.partition(" @ ")
         rivals: dict[str, Sequence[str]] = {
@@ -107,11 +97,13 @@ def table(found: Mapping[str, Cells]) -> Iterator[str]:
         if not adapter.startswith("first"):
             rivals["the first meta-training"] = [f"{variant} @ {FIRST}"]
         for title, others in rivals.items():
-            rows.append([f"{method} over {title}", *map(shown, differences(found, method, others, SHOTS))])
+            rows.append(
+                [f"{method} over {title}", *map(scores.shown, scores.differences(found, method, others, SHOTS))]
+            )
     yield "\n" + markdown(rows)
 
 
-def results_of(found: Mapping[str, Cells], errors: Mapping[tuple[str, int], float], name: str) -> dict[str, Any]:
+def results_of(found: Mapping[str, scores.Cells], errors: Mapping[tuple[str, int], float], name: str) -> dict[str, Any]:
     """Return, as a model card takes it, how an adapter does beside prototypes, with names and without."""
     results = {}
     for variant, told in (("plain", ""), ("names", ", names read")):
@@ -119,8 +111,8 @@ def results_of(found: Mapping[str, Cells], errors: Mapping[tuple[str, int], floa
             method = f"{variant} @ {name}"
             own = {key: values for key, values in found.get(method, {}).items() if key[1] == k}
             rival = {key: found["prototypes-last-256"][key][: len(values)] for key, values in own.items()}
-            rows = [difference(one, {key: 0 * v for key, v in own.items()}, list(own)) for one in (own, rival)]
-            paired = difference(own, rival, list(own))
+            rows = [scores.difference(one, {key: 0 * v for key, v in own.items()}, list(own)) for one in (own, rival)]
+            paired = scores.difference(own, rival, list(own))
             if paired is None or None in rows:
                 continue
             ours, frozen = ({"accuracy": row[0] / 100, "accuracy_ci95": row[1] / 100} for row in rows if row)
@@ -184,16 +176,16 @@ def main() -> None:
     names = [FIRST, *(folder.name for folder in arguments.adapters or [SHIPPED])]
     found = {
         method: cells
-        for method, cells in accuracies(read_lines(BASELINES, mend=False) + lines, arguments.measure).items()
+        for method, cells in scores.accuracies(read_lines(BASELINES, mend=False) + lines, arguments.measure).items()
         if "@" not in method or method.partition(" @ ")[2] in names
     }
     print("\n".join(table(found)))
-    errors = calibration_errors([line for line in lines if line["key"]["adapter"] in names])
+    errors = scores.calibration_errors([line for line in lines if line["key"]["adapter"] in names])
     rows = [
         [method, *(f"{errors[method, k]:.1f}" if (method, k) in errors else "–" for k in SHOTS)]
         for method in dict.fromkeys(method for method, _ in errors)
     ]
-    print("\nExpected calibration error, percent\n", markdown([heads(SHOTS), *rows]), sep="\n")
+    print("\nExpected calibration error, percent\n", markdown([scores.heads(SHOTS), *rows]), sep="\n")
     if arguments.card:
         adapter, _ = load_adapter(arguments.card)
         results = results_of(found, errors, arguments.card.name)
@@ -201,7 +193,7 @@ def main() -> None:
     if arguments.by_corpus:
         sides = {name: (name, LAST_LAYER) for name in sorted(found) if name.startswith(("plain @", "names @"))}
         corpora = sorted({corpus for cells in found.values() for corpus, _ in cells})
-        print("\n" + markdown(corpus_rows(found, sides, SHOTS, corpora)))
+        print("\n" + markdown(scores.corpus_rows(found, sides, SHOTS, corpora)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+NOT_YET = "Not run yet."  # of a table
 PAGES = (Path(__file__).with_name("README.md"), Path(__file__).parents[1] / "README.md")
 
 

@@ -26,7 +26,7 @@ import torch
 from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import EPISODE_SEED, Cell, cells_of
 from contestants import Contestant, contestant_run, scope_scores
-from measure import markdown, show
+from measure import NOT_YET, markdown, show
 from runs import Line, Run, do_missing, missing, read_lines
 from sklearn.metrics import roc_auc_score
 
@@ -71,7 +71,6 @@ PUBLISHED = {  # 5-way at 1 and 5 shots, BERT-base (110 M); LAQDA reads names an
 AIMS = {("banking77", 1): 91.2, ("banking77", 5): 97.0, ("clinc150", 1): 97.0, ("clinc150", 5): 99.2}
 ERRORS_CUT = {"banking77": 30, "clinc150": 30, "huffpost": 20, "20news": 20}  # percent
 AUROC = 97.7  # of clinc150 at 5 shots
-NOT_YET = "Not run yet."
 
 
 @dataclass(frozen=True)
@@ -131,31 +130,28 @@ def train(fold: Fold, kind: str, folder: Path, cache: Path | None) -> Path:
     return path
 
 
-def with_outside(cell: Cell, number: int, data_dir: Path) -> Episode:
-    """Return an episode of clinc150 with as many further queries, of no class, as it has."""
-    texts = outside_texts(data_dir / "clinc150_oos.jsonl")
-    episode = cell.episode(number)
-    count = len(episode.query_texts)
-    rows = np.random.default_rng((EPISODE_SEED, number, OUTSIDE_DRAW)).choice(len(texts), count, replace=False)
-    return replace(
-        episode,
-        query_texts=(*episode.query_texts, *(texts[row] for row in rows)),
-        query_labels=np.concatenate([episode.query_labels, np.full(count, OUTSIDE)]),
-    )
-
-
 @cache
 def outside_texts(path: Path) -> list[str]:
     """Return the different texts of the test split."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return list(dict.fromkeys(row["text"] for row in rows if row["split"] == "test"))
+
+
+def with_outside(episode: Episode, number: int, texts: Sequence[str]) -> Episode:
+    """Return an episode with as many further queries, of no class, as it has."""
+    count = len(episode.query_texts)
+    rows = np.random.default_rng((EPISODE_SEED, number, OUTSIDE_DRAW)).choice(len(texts), count, replace=False)
+    queries = (*episode.query_texts, *(texts[row] for row in rows))
+    labels = np.concatenate([episode.query_labels, np.full(count, OUTSIDE)])
+    return replace(episode, query_texts=queries, query_labels=labels)
 
 
 def scope_run(fold: Fold, cell: Cell, method: str, who: Any) -> Run:
     """Return the run that tells what is out of scope: by an adapter, or the largest probability of a baseline."""
 
     def work() -> dict[str, Any]:
-        episodes = [with_outside(cell, number, fold.data_dir) for number in range(SCOPE[1])]
+        texts = outside_texts(fold.data_dir / f"{fold.name}_oos.jsonl")
+        episodes = [with_outside(cell.episode(number), number, texts) for number in range(SCOPE[1])]
         if isinstance(who, Contestant):
             learner = who.learner_of(cell, episodes)
             sure = [scope_scores(learner, episode)[0] for episode in episodes]

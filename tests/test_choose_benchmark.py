@@ -138,10 +138,10 @@ def test_differences_are_paired_by_episode(choose: ModuleType) -> None:
     rng = np.random.default_rng(0)
     hard = rng.uniform(20, 90, 200)
     better = {("a", 1): hard + 1 + rng.normal(0, 0.1, 200)}
-    mean, half = choose.difference(better, {("a", 1): hard[:150]}, [("a", 1), ("b", 1)])
+    mean, half = choose.scores.difference(better, {("a", 1): hard[:150]}, [("a", 1), ("b", 1)])
     assert mean == pytest.approx(1, abs=0.05)
     assert 0 < half < 0.05
-    assert choose.difference(better, {}, [("a", 1)]) is None
+    assert choose.scores.difference(better, {}, [("a", 1)]) is None
 
 
 def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
@@ -150,7 +150,7 @@ def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
         key |= {"classes": 2, "sha256": "0"}
         return {"key": key, "result": {"right": [5, 10], "queries": [25, 25]}}
 
-    found = choose.accuracies([line(0), line(4)])
+    found = choose.scores.accuracies([line(0), line(4)])
     assert found["plain @ x"]["a", 1].tolist() == [20, 40]
 
 
@@ -164,7 +164,7 @@ def test_arms_are_compared_with_the_mean_of_the_base_arms_seeds(
     found = {f"plain @ base-{seed}": {("a", 1): hard[seed]} for seed in range(3)}
     found["plain @ steps-3-0"] = {("a", 1): hard.mean(0) + 2 + rng.normal(0, 0.1, 200)}
     found["plain adapt=pooling+lora @ base-0"] = {("a", 1): hard[0] + rng.normal(0, 0.1, 200)}
-    rows = {line.split("|")[1].strip(): line.split("|")[2].split()[0] for line in list(ablation.table(found))[2:]}
+    rows = {row[0]: row[1].split()[0] for row in list(ablation.table(found))[1:]}
     assert float(rows["plain @ steps-3-0"]) == pytest.approx(2, abs=0.03)
     assert float(rows["plain adapt=pooling+lora @ base-0"]) == pytest.approx(0, abs=0.03)
     adapters = {line.adapter.rpartition("-")[0] for line in ablation.LINES}
@@ -259,7 +259,7 @@ def test_calibration_errors_are_those_of_all_queries_together(choose: ModuleType
         sure += [rows.max(1) for rows in probabilities]
         right += [rows.argmax(1) == part for rows, part in zip(probabilities, labels, strict=True)]
     expected = 100 * _calibration_error(np.concatenate(sure), np.concatenate(right))
-    assert choose.calibration_errors(lines) == {("plain @ x", 5): pytest.approx(expected, abs=0.05)}
+    assert choose.scores.calibration_errors(lines) == {("plain @ x", 5): pytest.approx(expected, abs=0.05)}
 
 
 def test_the_card_has_the_recorded_figures(choose: ModuleType, adapter: Path) -> None:
