@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from choose import CORE, EPISODES, SHOTS, Cells, accuracies, difference
-from choose_episodes import ChooseCorpora
+import scores
+from cells import SHOTS, cells_of, choose_corpora
+from choose import CORE, EPISODES
+from measure import print_table
 from runs import read_lines
 from train_core import AFTER, ARMS
 
@@ -89,8 +91,8 @@ def run(data_dir: Path, folder: Path, lines: Sequence[Judged], episodes: int) ->
 
 def _complete(line: Judged, data_dir: Path, episodes: int) -> bool:
     """Whether all cells of a line are recorded."""
-    found = accuracies(read_lines(CORE, mend=False)).get(line.method, {})
-    wanted = {(cell.corpus.name, cell.shots) for cell in ChooseCorpora(data_dir).cells(line.shots)}
+    found = scores.accuracies(read_lines(CORE, mend=False)).get(line.method, {})
+    wanted = {(cell.corpus.name, cell.shots) for cell in cells_of(choose_corpora(data_dir), line.shots)}
     return all(len(found.get(key, ())) >= episodes for key in wanted)
 
 
@@ -98,10 +100,9 @@ def _call(script: str, *arguments: str) -> None:
     subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
 
 
-def table(found: dict[str, Cells]) -> Iterator[str]:
-    """Yield the lines of the table, as Markdown."""
-    yield "| arm | 1 shot | 2 | 5 | 10 | pooled |"
-    yield "|---|---|---|---|---|---|"
+def table(found: dict[str, scores.Cells]) -> Iterator[list[str]]:
+    """Yield the rows of the table."""
+    yield scores.heads(SHOTS, "pooled")
     for line in LINES:
         own = found.get(line.method)
         rivals = [found[name] for name in line.rivals if name in found]
@@ -112,10 +113,9 @@ def table(found: dict[str, Cells]) -> Iterator[str]:
             for key in own
             if all(key in part for part in rivals)
         }
-        told = [difference(own, base, [key for key in base if key[1] == k]) for k in SHOTS]
-        pooled = difference(own, base, list(base))
-        cells = ["-" if part is None else f"{part[0]:+.2f} ± {part[1]:.2f}" for part in (*told, pooled)]
-        yield f"| {line.method} | " + " | ".join(cells) + " |"
+        told = [scores.difference(own, base, [key for key in base if key[1] == k]) for k in SHOTS]
+        pooled = scores.difference(own, base, list(base))
+        yield [line.method, *map(scores.shown, [*told, pooled])]
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
             [line for line in LINES if not arguments.arms or line.adapter in arguments.arms],
             arguments.episodes,
         )
-    print("\n".join(table(accuracies(read_lines(CORE, mend=False)))))
+    print_table(list(table(scores.accuracies(read_lines(CORE, mend=False)))))
 
 
 if __name__ == "__main__":

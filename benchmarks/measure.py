@@ -1,14 +1,16 @@
 """What the benchmarks share: timing sides in turn, reading memory, printing a table."""
 
 import ctypes
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-__all__ = ["alternate", "print_table", "resident", "settle"]
+NOT_YET = "Not run yet."  # of a table
+PAGES = (Path(__file__).with_name("README.md"), Path(__file__).parents[1] / "README.md")
 
 
 def alternate(sides: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, list[float]]:
@@ -43,9 +45,29 @@ def resident(kind: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
-def print_table(rows: list[tuple[str, ...]]) -> None:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table, its head first."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print a Markdown table."""
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + "---|" * len(rows[0]))
-    for row in rows[1:]:
-        print("| " + " | ".join(row) + " |")
+    print(markdown(rows))
+
+
+def filled(page: str, tables: Mapping[str, str]) -> str:
+    """Return a page with each table, by its name, between ``<!-- NAME -->`` and ``<!-- end -->``."""
+
+    def between(found: re.Match) -> str:
+        return f"{found[1]}\n{tables[found[2]]}\n\n{found[3]}" if found[2] in tables else found[0]
+
+    return re.sub(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", between, page, flags=re.DOTALL)
+
+
+def show(tables: Mapping[str, str], write: bool) -> None:
+    """Print tables, and write those that README and benchmarks/README.md have."""
+    for name, table in tables.items():
+        print(f"\n{name}\n\n{table}")
+    for page in PAGES if write else ():
+        page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")

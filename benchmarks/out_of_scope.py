@@ -8,17 +8,17 @@ scope score it is that of the largest class probability.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from cells import EPISODE_SEED, cells_of, choose_corpora
 from choose import SHIPPED
-from choose_episodes import EPISODE_SEED, ChooseCorpora
+from contestants import scope_scores
 from sklearn.metrics import roc_auc_score
 
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
-from textmeta.heads.scope import scope_probability
-from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import load_adapter
 
@@ -36,12 +36,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     adapter, _ = load_adapter(arguments.adapter)
-    learner, rule = TaskLearner(adapter.load_reader(), adapter), adapter.calibration.scope
-    if rule is None:
-        parser.error(f"{arguments.adapter} has no rule for what is out of scope")
+    learner = TaskLearner(adapter.load_reader(), adapter)
     print("| corpus | classes | scope score | largest probability |\n|---|---|---|---|")
     found = []
-    for cell in ChooseCorpora(arguments.data_dir).cells((SHOTS,)):
+    for cell in cells_of(choose_corpora(arguments.data_dir), (SHOTS,)):
         corpus = cell.corpus
         count = len(corpus.class_names)
         if count < 3:
@@ -53,14 +51,9 @@ def main() -> None:
             rng = np.random.default_rng((EPISODE_SEED, number, OTHER_DRAWS))
             others = rng.permutation(np.concatenate([corpus.rows_of(label) for label in left]))
             others = others[: len(episode.query_texts)]
-            queries = [*episode.query_texts, *(corpus.texts[row] for row in others)]
-            inside = np.arange(len(queries)) < len(episode.query_texts)
-            with torch.no_grad():
-                task = learner.learn(TaskBatch.of_episodes([episode]))
-                answers = learner.answer(task, Rows.of([queries], torch.device("cpu")))
-            scores = scope_probability(rule.double(), answers.scope_inputs[0].double())
-            sure = answers.logits[0].softmax(-1).amax(-1)
-            own.append([roc_auc_score(inside, score.numpy()) for score in (scores, sure)])
+            inside = np.repeat([True, False], [len(episode.query_texts), len(others)])
+            mixed = replace(episode, query_texts=(*episode.query_texts, *(corpus.texts[row] for row in others)))
+            own.append([roc_auc_score(inside, score) for score in scope_scores(learner, mixed)])
         found.append(100 * np.mean(own, 0))
         print(f"| {corpus.name} | {count} | {found[-1][0]:.1f} | {found[-1][1]:.1f} |", flush=True)
     scope, largest = np.mean(found, 0)

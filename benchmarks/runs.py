@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from textmeta.files import write_atomically
 
-__all__ = ["Line", "Run", "do_missing", "read_lines"]
+__all__ = ["Line", "Run", "do_missing", "missing", "read_lines"]
 
 Line = dict[str, Any]
 
@@ -23,7 +24,7 @@ class Run:
     """A run that is worth a line in the results.
 
     Args:
-        key: what it is known by: all that its result depends on.
+        key: what it is known by: all that its result depends on; "first" and "episodes" say which episodes it is of.
         work: does it, and returns what came out.
     """
 
@@ -32,7 +33,7 @@ class Run:
 
 
 def do_missing(runs: Iterable[Run], lines: list[Line], path: Path, told: Mapping[str, Any] | None = None) -> None:
-    """Do the runs that have no line yet, adding one for each to the lines and, at once, to the file.
+    """Do the runs that no line covers yet, adding one for each to the lines and, at once, to the file.
 
     Args:
         runs: to be done.
@@ -41,8 +42,7 @@ def do_missing(runs: Iterable[Run], lines: list[Line], path: Path, told: Mapping
         told: what else a line says.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = [line["key"] for line in lines]
-    for run in tqdm([run for run in runs if run.key not in done], desc="runs", unit="run"):
+    for run in tqdm(missing(runs, lines), desc="runs", unit="run"):
         tqdm.write(" ".join(f"{value}" for value in run.key.values()))
         start = time.monotonic()
         with torch.random.fork_rng(devices=[]):
@@ -53,6 +53,27 @@ def do_missing(runs: Iterable[Run], lines: list[Line], path: Path, told: Mapping
             file.flush()
             os.fsync(file.fileno())
         lines.append(line)
+
+
+def missing(runs: Iterable[Run], lines: Sequence[Line]) -> list[Run]:
+    """Return the runs whose episodes are in no line: one of many episodes stands for shorter ones."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for line in lines:
+        other, span = _span(line["key"])
+        found[other].append(span)
+
+    def is_covered(run: Run) -> bool:
+        other, (first, end) = _span(run.key)
+        return any(start <= first and end <= last for start, last in found[other])
+
+    return [run for run in runs if not is_covered(run)]
+
+
+def _span(key: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
+    """Return what a key says but for its episodes, and the first of these and the one after the last."""
+    other = {name: value for name, value in key.items() if name not in ("first", "episodes")}
+    first = key.get("first", 0)
+    return json.dumps(other, sort_keys=True), (first, first + key.get("episodes", 0))
 
 
 def read_lines(path: Path, *, mend: bool = True) -> list[Line]:

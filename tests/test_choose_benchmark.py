@@ -35,6 +35,12 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("cells")
+
+
+@pytest.fixture
 def data_dir(corpus: Corpus, tmp_path: Path) -> Path:
     (tmp_path / "data" / "choose").mkdir(parents=True)
     rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
@@ -95,14 +101,14 @@ def test_every_variant_is_recorded_once_and_told(
 
 @pytest.mark.parametrize("adapt", ["pooling", "pooling+lora"])
 def test_what_is_recorded_is_what_evaluation_says(
-    choose: ModuleType, data_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, adapt: str
+    choose: ModuleType, cells: ModuleType, data_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, adapt: str
 ) -> None:
     """Texts are read once a corpus, and tasks are learned together: the answers are the same."""
-    (cell,) = choose.ChooseCorpora(data_dir).cells([2])
+    (cell,) = cells.cells_of(cells.choose_corpora(data_dir), [2])
     episodes: list[Episode] = [choose.VARIANTS["names"](cell.episode(number), cell, number) for number in range(4)]
     monkeypatch.setattr(evaluation, "TASKS_AT_ONCE", 3)
     answers, _ = choose.Contestant(adapter, {"adapt": adapt}).answers(cell, episodes)
-    result = choose.result_of(answers, episodes)
+    result = cells.result_of(answers, episodes)
     loaded = load_adapter(adapter)[0]
     own = replace(loaded, learner=replace(loaded.learner, adapt=adapt))  # type: ignore[arg-type]
     monkeypatch.setattr(evaluation, "TASKS_AT_ONCE", 1)
@@ -132,10 +138,10 @@ def test_differences_are_paired_by_episode(choose: ModuleType) -> None:
     rng = np.random.default_rng(0)
     hard = rng.uniform(20, 90, 200)
     better = {("a", 1): hard + 1 + rng.normal(0, 0.1, 200)}
-    mean, half = choose.difference(better, {("a", 1): hard[:150]}, [("a", 1), ("b", 1)])
+    mean, half = choose.scores.difference(better, {("a", 1): hard[:150]}, [("a", 1), ("b", 1)])
     assert mean == pytest.approx(1, abs=0.05)
     assert 0 < half < 0.05
-    assert choose.difference(better, {}, [("a", 1)]) is None
+    assert choose.scores.difference(better, {}, [("a", 1)]) is None
 
 
 def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
@@ -144,7 +150,7 @@ def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
         key |= {"classes": 2, "sha256": "0"}
         return {"key": key, "result": {"right": [5, 10], "queries": [25, 25]}}
 
-    found = choose.accuracies([line(0), line(4)])
+    found = choose.scores.accuracies([line(0), line(4)])
     assert found["plain @ x"]["a", 1].tolist() == [20, 40]
 
 
@@ -158,7 +164,7 @@ def test_arms_are_compared_with_the_mean_of_the_base_arms_seeds(
     found = {f"plain @ base-{seed}": {("a", 1): hard[seed]} for seed in range(3)}
     found["plain @ steps-3-0"] = {("a", 1): hard.mean(0) + 2 + rng.normal(0, 0.1, 200)}
     found["plain adapt=pooling+lora @ base-0"] = {("a", 1): hard[0] + rng.normal(0, 0.1, 200)}
-    rows = {line.split("|")[1].strip(): line.split("|")[2].split()[0] for line in list(ablation.table(found))[2:]}
+    rows = {row[0]: row[1].split()[0] for row in list(ablation.table(found))[1:]}
     assert float(rows["plain @ steps-3-0"]) == pytest.approx(2, abs=0.03)
     assert float(rows["plain adapt=pooling+lora @ base-0"]) == pytest.approx(0, abs=0.03)
     adapters = {line.adapter.rpartition("-")[0] for line in ablation.LINES}
@@ -168,11 +174,11 @@ def test_arms_are_compared_with_the_mean_of_the_base_arms_seeds(
 # Episodes with unlabelled texts
 
 
-def test_unlabelled_texts_never_change_with_the_code(choose: ModuleType) -> None:
+def test_unlabelled_texts_never_change_with_the_code(cells: ModuleType) -> None:
     """Results are paired with those recorded earlier."""
     corpus, mixtures = numbered(), ("same", "skewed", "others")
     tasks = EpisodeSampler(corpus, EpisodeSettings(3, 2, 2), seed=0).take(3)
-    more = [choose.with_unlabelled(e, corpus, 1, i, 5, mixture) for i, e in enumerate(tasks) for mixture in mixtures]
+    more = [cells.with_unlabelled(e, corpus, 1, i, 5, mixture) for i, e in enumerate(tasks) for mixture in mixtures]
     drawn = repr([episode.unlabelled_texts for episode in more])
     expected = "4752f727dd2b9a4e2e4e28f18c797069288dd0f59322471c6f280c0e07389a46"
     assert hashlib.sha256(drawn.encode()).hexdigest() == expected
@@ -184,65 +190,64 @@ def unlabelled_of(episode: Episode) -> Counter:
 
 
 @pytest.mark.parametrize("mixture", ["same", "skewed", "others"])
-def test_unlabelled_texts_are_in_no_other_set(choose: ModuleType, mixture: str) -> None:
+def test_unlabelled_texts_are_in_no_other_set(cells: ModuleType, mixture: str) -> None:
     corpus = numbered(rows=8)
     for number, episode in enumerate(EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(20)):
-        more = choose.with_unlabelled(episode, corpus, 0, number, mixture=mixture)
+        more = cells.with_unlabelled(episode, corpus, 0, number, mixture=mixture)
         texts = more.support_texts + more.query_texts + more.unlabelled_texts
         assert len(set(texts)) == len(texts) > 20
         assert content(more) == content(episode)
         assert (
-            choose.with_unlabelled(episode, corpus, 0, number, mixture=mixture).unlabelled_texts
-            == more.unlabelled_texts
+            cells.with_unlabelled(episode, corpus, 0, number, mixture=mixture).unlabelled_texts == more.unlabelled_texts
         )
         for seed, other in ((1, number), (0, number + 1)):
-            again = choose.with_unlabelled(episode, corpus, seed, other, mixture=mixture)
+            again = cells.with_unlabelled(episode, corpus, seed, other, mixture=mixture)
             assert again.unlabelled_texts != more.unlabelled_texts
 
 
-def test_unlabelled_texts_are_mixed_as_asked(choose: ModuleType) -> None:
+def test_unlabelled_texts_are_mixed_as_asked(cells: ModuleType) -> None:
     corpus = numbered(rows=40)
     for number, episode in enumerate(EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(20)):
-        same = choose.with_unlabelled(episode, corpus, 0, number)
+        same = cells.with_unlabelled(episode, corpus, 0, number)
         assert unlabelled_of(same) == dict.fromkeys(episode.class_names, 15)
         assert list(same.unlabelled_texts) != sorted(same.unlabelled_texts)
-        skewed = unlabelled_of(choose.with_unlabelled(episode, corpus, 0, number, mixture="skewed"))
+        skewed = unlabelled_of(cells.with_unlabelled(episode, corpus, 0, number, mixture="skewed"))
         assert sorted(skewed.values()) == [1, 1, 1, 27]
         assert set(skewed) == set(episode.class_names)
-        others = unlabelled_of(choose.with_unlabelled(episode, corpus, 0, number, per_class=10, mixture="others"))
+        others = unlabelled_of(cells.with_unlabelled(episode, corpus, 0, number, per_class=10, mixture="others"))
         assert sum(others.values()) == 40
         assert sum(others[name] for name in episode.class_names) == 20
 
 
-def test_skew_is_of_another_class_each_time(choose: ModuleType) -> None:
+def test_skew_is_of_another_class_each_time(cells: ModuleType) -> None:
     corpus = numbered(classes=3, rows=40)
     episode = EpisodeSampler(corpus, EpisodeSettings(3, 3, 2), seed=0)[0]
     mains = [
-        unlabelled_of(choose.with_unlabelled(episode, corpus, 0, i, 5, "skewed")).most_common(1)[0] for i in range(20)
+        unlabelled_of(cells.with_unlabelled(episode, corpus, 0, i, 5, "skewed")).most_common(1)[0] for i in range(20)
     ]
     assert {name for name, _ in mains} == set(episode.class_names)
     assert {number for _, number in mains} == {9}
 
 
-def test_as_many_unlabelled_texts_as_there_are(choose: ModuleType) -> None:
+def test_as_many_unlabelled_texts_as_there_are(cells: ModuleType) -> None:
     corpus = numbered(classes=3, rows=6)
     episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 2), seed=0)[0]
-    assert unlabelled_of(choose.with_unlabelled(episode, corpus, 0, 0)) == dict.fromkeys(episode.class_names, 2)
-    assert sorted(unlabelled_of(choose.with_unlabelled(episode, corpus, 0, 0, mixture="skewed")).values()) == [1, 2, 2]
+    assert unlabelled_of(cells.with_unlabelled(episode, corpus, 0, 0)) == dict.fromkeys(episode.class_names, 2)
+    assert sorted(unlabelled_of(cells.with_unlabelled(episode, corpus, 0, 0, mixture="skewed")).values()) == [1, 2, 2]
     episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 4), seed=0)[0]
     for mixture in ("same", "skewed"):
-        assert choose.with_unlabelled(episode, corpus, 0, 0, mixture=mixture).unlabelled_texts == ()
+        assert cells.with_unlabelled(episode, corpus, 0, 0, mixture=mixture).unlabelled_texts == ()
 
 
-def test_a_text_of_two_classes_is_drawn_once_and_not_if_it_has_a_label(choose: ModuleType) -> None:
+def test_a_text_of_two_classes_is_drawn_once_and_not_if_it_has_a_label(cells: ModuleType) -> None:
     texts = [f"{row}" for row in range(8)] * 2
     corpus = Corpus.from_pairs("twice", texts, ["x"] * 8 + ["y"] * 8)
     labels = np.array([0, 1])
     episode = Episode("twice", ("x", "y"), ("0", "1"), labels, ("2", "3"), np.array([0, OUTSIDE]))
-    assert sorted(choose.with_unlabelled(episode, corpus, 0, 0).unlabelled_texts) == ["4", "5", "6", "7"]
+    assert sorted(cells.with_unlabelled(episode, corpus, 0, 0).unlabelled_texts) == ["4", "5", "6", "7"]
 
 
-def test_calibration_errors_are_those_of_all_queries_together(choose: ModuleType) -> None:
+def test_calibration_errors_are_those_of_all_queries_together(choose: ModuleType, cells: ModuleType) -> None:
     rng = np.random.default_rng(0)
     lines, sure, right = [], [], []
     for corpus in ("a", "b"):
@@ -250,11 +255,11 @@ def test_calibration_errors_are_those_of_all_queries_together(choose: ModuleType
         labels = [rng.integers(0, 3, 6) for _ in range(4)]
         episodes = [SimpleNamespace(query_labels=part) for part in labels]
         key = {"method": "plain", "adapter": "x", "corpus": corpus, "shots": 5}
-        lines.append({"key": key, "result": choose.result_of(probabilities, episodes)})
+        lines.append({"key": key, "result": cells.result_of(probabilities, episodes)})
         sure += [rows.max(1) for rows in probabilities]
         right += [rows.argmax(1) == part for rows, part in zip(probabilities, labels, strict=True)]
     expected = 100 * _calibration_error(np.concatenate(sure), np.concatenate(right))
-    assert choose.calibration_errors(lines) == {("plain @ x", 5): pytest.approx(expected, abs=0.05)}
+    assert choose.scores.calibration_errors(lines) == {("plain @ x", 5): pytest.approx(expected, abs=0.05)}
 
 
 def test_the_card_has_the_recorded_figures(choose: ModuleType, adapter: Path) -> None:

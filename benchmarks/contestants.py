@@ -1,0 +1,140 @@
+"""Adapters on the episodes of a cell: each text of a corpus is read once, and tasks are learned together."""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cells import VARIANTS, Cell, result_of
+from runs import Line, Run
+from torch import Tensor
+
+from textmeta.data.episodes import Episode
+from textmeta.encoder.pretrained import tensors_digest
+from textmeta.encoder.token_states import TokenStateReader, TokenStates
+from textmeta.heads.scope import scope_probability
+from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.evaluation import in_parts
+from textmeta.meta.learner import TaskLearner
+from textmeta.sharing.store import load_adapter
+
+
+class KnownStates:
+    """Token states of the texts of one corpus, each read once."""
+
+    def __init__(self, reader: TokenStateReader, factors: Mapping[str, Tensor]) -> None:
+        self.reader, self.factors = reader, factors
+        self.states: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def know(self, texts: Sequence[str]) -> None:
+        """Read the texts that are not known yet."""
+        new = sorted({text for text in texts if text not in self.states})
+        for start in range(0, len(new), 512):
+            part = new[start : start + 512]
+            found = self.reader.read(part, self.factors).unpadded()
+            self.states.update({text: state.clone() for text, state in zip(part, found, strict=True)})
+
+    def read(self, texts: Sequence[str], factors: object = None, row_task: Tensor | None = None) -> TokenStates:
+        """Return the states of texts that are known."""
+        if row_task is not None:
+            return self.reader.read(texts, factors, row_task)  # type: ignore[arg-type]
+        return TokenStates.padded([self.states[text] for text in texts], overhead=512)
+
+
+class Contestant:
+    """An adapter and what it has read of a corpus.
+
+    Args:
+        folder: of the adapter.
+        changes: of its learner's settings.
+        learner: of tasks.
+        precision: of the encoder's matrix products.
+        cache: folder for the states of the frozen layers.
+        max_length: tokens of a text, if not as many as the adapter says.
+        name: what results call it, if not as the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        changes: Mapping[str, Any] | None = None,
+        learner: type[TaskLearner] = TaskLearner,
+        precision: str = "no",
+        cache: Path | None = None,
+        max_length: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        adapter, _ = load_adapter(folder)
+        self.learner = learner
+        self.name = name or folder.name
+        told = f"{tensors_digest(adapter.initialisation.tensors())} {adapter.learner}"
+        self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+        if max_length:
+            adapter = replace(adapter, encoder=replace(adapter.encoder, max_length=max_length))
+        self.reader, self.cache = adapter.load_reader(precision=precision), cache
+        self.adapter = replace(adapter, learner=replace(adapter.learner, **changes or {}))
+        self.corpus, self.states = "", KnownStates(self.reader, {})
+
+    def check_alone(self, lines: Sequence[Line], corpus: str | None = None) -> None:
+        """Exit if lines, of a corpus, are of another adapter with this name."""
+        for line in lines:
+            own = line["key"].get("adapter") == self.name and corpus in (None, line["key"]["corpus"])
+            if own and line["result"].get("adapter_sha256") != self.digest:
+                raise SystemExit(f"the results have lines of another adapter named {self.name}: rename this one")
+
+    def learner_of(self, cell: Cell, episodes: Sequence[Episode]) -> TaskLearner:
+        """Return what learns the tasks of episodes, all of whose texts it has read."""
+        if cell.corpus.name != self.corpus:
+            self.corpus, self.states = cell.corpus.name, KnownStates(self.reader, self.adapter.initialisation.lora)
+            if self.cache:
+                self.reader.cache(cell.corpus.texts, folder=self.cache)
+        texts = [[*e.support_texts, *e.query_texts, *e.unlabelled_texts, *(e.label_names or ())] for e in episodes]
+        self.states.know([text for part in texts for text in part])
+        if "lora" in self.adapter.learner.adapt:  # these steps read the support set again and again
+            self.reader.cache([text for part in texts for text in part])
+        return self.learner(self.states, self.adapter)
+
+    def answers(self, cell: Cell, episodes: Sequence[Episode]) -> tuple[list[np.ndarray], float]:
+        """Return the class probabilities of each episode's queries, and the seconds of an episode, its texts read."""
+        learner = self.learner_of(cell, episodes)
+        start, answers = time.perf_counter(), []
+        for together in in_parts(episodes):
+            answers += probabilities(learner, together)
+        return answers, (time.perf_counter() - start) / len(episodes)
+
+
+@torch.no_grad()
+def probabilities(learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.ndarray]:
+    """Learn the tasks of episodes together, and classify their queries."""
+    task = learner.learn(TaskBatch.of_episodes(episodes))
+    queries = Rows.of([e.query_texts for e in episodes], torch.device("cpu"))
+    found = learner.answer(task, queries).logits.double().softmax(-1).numpy()
+    return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
+
+
+@torch.no_grad()
+def scope_scores(learner: TaskLearner, episode: Episode) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far each query seems to be in scope, by the adapter's rule and by the largest class probability."""
+    rule = learner.adapter.calibration.scope
+    if rule is None:
+        raise SystemExit("the adapter has no rule for what is out of scope")
+    task = learner.learn(TaskBatch.of_episodes([episode]))
+    answers = learner.answer(task, Rows.of([episode.query_texts], torch.device("cpu")))
+    scores = scope_probability(rule.double(), answers.scope_inputs[0].double())
+    return scores.numpy(), answers.logits[0].softmax(-1).amax(-1).numpy()
+
+
+def contestant_run(cell: Cell, who: Contestant, variant: str, first: int, count: int, suffix: str = "") -> Run:
+    """Return the run that scores an adapter on some episodes; a suffix tells what it does otherwise."""
+
+    def work() -> dict[str, Any]:
+        episodes = [VARIANTS[variant](cell.episode(n), cell, n) for n in range(first, first + count)]
+        answers, seconds = who.answers(cell, episodes)
+        return {**result_of(answers, episodes), "adapter_sha256": who.digest, "episode_seconds": round(seconds, 4)}
+
+    return Run({**cell.key(variant + suffix, first, count), "adapter": who.name}, work)
