@@ -41,8 +41,7 @@ GENERAL = MetaTrainer(
         targets=("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
     ),
     learner=LearnerSettings(layers=(3, 6)),
-    episodes=3600,
-    names=0.7,
+    episodes=3000,
     precision="bf16",
 )
 # The rule for texts that belong to no class is set on these, by an adapter that has not seen them.

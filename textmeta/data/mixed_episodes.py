@@ -26,9 +26,8 @@ UNEQUAL = 0.25  # share of episodes whose classes each draw their own shots, fro
 MAX_UNEQUAL = 10
 NAME_ALONE = 0.15  # chance of a class to have no example, where classes are unequal and come with true names
 JOINED = 0.1  # share of episodes whose ways are 2 to 3 classes joined, where there are enough classes
-NAMES = ("permuted", "codes", *3 * ("zero-shot",), *3 * ("true",))  # kinds of names, all equally likely
-OUTSIDE_SHARE = 0.15  # share of episodes with queries that belong to none of the classes
-OUTSIDE_QUERIES = 5  # such queries of an episode
+NAMES = ("permuted", "codes", "zero-shot", "true", "true", "true")  # kinds of names, all equally likely
+OUTSIDE_QUERIES = 5  # queries of an episode that belong to none of the classes, where there are such
 UNLABELLED_PER_CLASS = 15  # unlabelled texts of a class, but for skewed ones
 MAX_UNLABELLED = 40  # unlabelled texts of an episode
 SKEW = 0.9  # share of skewed unlabelled texts that are of one class
@@ -49,16 +48,25 @@ class MixedEpisodes:
         seed: of all draws.
         names: share of the episodes with names, true or not.
         unlabelled: share of the episodes with unlabelled texts.
+        outside: share of the episodes with queries of other classes. No training loss sees them.
 
     Raises:
         DataError: if there is no corpus, or one has fewer than two classes of enough texts.
         SettingsError: if the seed is negative, or a share not from 0 to 1.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], seed: int, *, names: float = 0.6, unlabelled: float = 0.2) -> None:
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        seed: int,
+        *,
+        names: float = 0.6,
+        unlabelled: float = 0.2,
+        outside: float = 0.0,
+    ) -> None:
         if seed < 0:
             raise SettingsError(f"seed must not be negative, given {seed}")
-        for setting, share in (("names", names), ("unlabelled", unlabelled)):
+        for setting, share in (("names", names), ("unlabelled", unlabelled), ("outside", outside)):
             if not 0 <= share <= 1:
                 raise SettingsError(f"{setting} is a share, from 0 to 1, given {share!r}")
         if not corpora:
@@ -67,6 +75,7 @@ class MixedEpisodes:
         self.seed = seed
         self.names = names
         self.unlabelled = unlabelled
+        self.outside = outside
 
     def __getitem__(self, index: int) -> Episode:
         """Return episode ``index`` (0, 1, 2, … without end)."""
@@ -102,7 +111,7 @@ class MixedEpisodes:
 
         others = [corpus.rows_of(c) for c in np.setdiff1d(order, np.concatenate(groups))]
         other_rows = outside_rng.permutation(np.concatenate([np.empty(0, dtype=np.int64), *others]))
-        n_outside = OUTSIDE_QUERIES if outside_rng.random() < OUTSIDE_SHARE else 0
+        n_outside = OUTSIDE_QUERIES if outside_rng.random() < self.outside else 0
         query_rows = np.concatenate([*(rows[:queries] for rows in drawn), other_rows[:n_outside]])
         query_labels = np.full(len(query_rows), OUTSIDE)
         query_labels[: ways * queries] = np.repeat(np.arange(ways), queries)

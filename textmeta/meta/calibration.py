@@ -23,6 +23,8 @@ FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
 
 def episodes_with_outside(episodes: MixedEpisodes, count: int) -> list[Episode]:
     """Return at most ``count`` episodes that training has not seen and that have queries of other classes."""
+    how = {"names": episodes.names, "unlabelled": episodes.unlabelled, "outside": 1.0}
+    episodes = MixedEpisodes(episodes.corpora, episodes.seed, **how)
     unseen = (episodes[number] for number in range(FIRST_UNSEEN, FIRST_UNSEEN + 20 * count))
     return list(islice((e for e in unseen if (e.query_labels == OUTSIDE).any()), count))
 
