@@ -32,9 +32,10 @@ from textmeta.meta import adapter as adapter_module
 Same = Callable[[FewShotClassifier, Path], FewShotClassifier]
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_model: str) -> Adapter:
-    return adapter_of(tiny_model)
+@pytest.fixture
+def adapter(tiny_model: str, request: pytest.FixtureRequest) -> Adapter:
+    """One of this test alone: no other test holds a classifier that would share its encoder."""
+    return replace(adapter_of(tiny_model), record={"of": request.node.nodeid})
 
 
 @pytest.fixture
