@@ -410,8 +410,10 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "NaN": (tensors(WEIGHTS, first_set_to(float("nan"))), f"{WEIGHTS}: tensor .* has values that are not finite"),
     "factor of another shape": (tensors(WEIGHTS, having(LORA_A, torch.zeros(2**40, 0))), rf"{WEIGHTS}: .*{2**40}"),
     "task of another shape": (tensors(HEAD, having("centre", torch.ones(1, 3, 2**20))), f"{HEAD}: centre has shape"),
-    "class vectors of another length": (tensors(TENSORS, lambda found: found["index"].fill_(3e38)),
-        f"{TENSORS}: expected rows of length 1"),
+    "class vectors of zeros": (tensors(TENSORS, lambda found: found["index"].fill_(0)),
+        f"{TENSORS}: expected no row of zeros"),
+    "class vectors in another type": (tensors(TENSORS, lambda found: found.update(index=found["index"].float())),
+        f"{TENSORS}: tensor 'index' is torch.float32"),
     # JSON and settings
     "JSON that is nested": (put(META, NESTED), f"{META} {NO_JSON}"),
     "JSON with NaN": (put(META, b'{"a": NaN}'), f"{META} {NO_JSON}"),

@@ -43,7 +43,7 @@ OLD_CARD = "README.old.md"
 PREFIX = "base_model.model."  # of LoRA's factors in PEFT
 PROBE, SCOPE, INDEX = "probe", "scope", "index"  # tensors beside those of the initialisation
 SCOPE_SIZE = 8
-UNIT_TOLERANCE = 1e-3  # of a length of 1; other machines' rounding is far less
+BYTE = 127  # the largest entry of a class vector in the index, whose direction alone counts
 # Axes of each tensor of one learned task: C classes, V views, d dimensions. Truth values are stored as 0 and 1.
 TASK_AXES = {
     **{"queries": "1Vd", "centre": "1Vd", "weights": "1VdC", "scale": "1", "names": "1CVd", "name_centre": "1Vd"},
@@ -152,7 +152,8 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
     if adapter.calibration.scope is not None:
         others[SCOPE] = adapter.calibration.scope
     if index is not None and index.classes:
-        others[INDEX] = torch.from_numpy(np.concatenate([index.vectors[corpus] for corpus in index.classes]))
+        vectors = torch.from_numpy(np.concatenate([index.vectors[corpus] for corpus in index.classes]))
+        others[INDEX] = (BYTE * vectors / vectors.abs().amax(1, keepdim=True)).nan_to_num().round().to(torch.int8)
     meta = {
         "format_version": FORMAT,
         "versions": dict(adapter.versions),
@@ -213,10 +214,12 @@ def _config_file(adapter: Adapter) -> bytes:
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> bytes:
-    """Return the content of a safetensors file."""
+    """Return the content of a safetensors file; whole numbers stay such."""
     stored = {
         # copies, because safetensors refuses tensors that share memory
-        name: value.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+        name: value.detach()
+        .to("cpu", value.dtype if value.dtype == torch.int8 else dtype)
+        .clone(memory_format=torch.contiguous_format)
         for name, value in tensors.items()
     }
     return save(stored, metadata={"format": "pt"})  # which PEFT and transformers ask for
@@ -317,8 +320,9 @@ def _read_tensors(content: bytes, path: Path, dtype: torch.dtype = torch.float32
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
         raise AdapterError(f"{path} cannot be read as safetensors: {error}") from error
     for name, value in tensors.items():
-        if value.dtype != dtype:
-            raise AdapterError(f"{path}: tensor {name!r:.300} is {value.dtype}, expected {dtype}")
+        expected = torch.int8 if name == INDEX else dtype
+        if value.dtype != expected:
+            raise AdapterError(f"{path}: tensor {name!r:.300} is {value.dtype}, expected {expected}")
         if not value.isfinite().all():
             raise AdapterError(f"{path}: tensor {name!r:.300} has values that are not finite")
     return tensors
@@ -376,9 +380,10 @@ def _index(corpora: Sequence[_Corpus] | None, vectors: Tensor | None, hidden: in
     if len(classes) < len(corpora) or any(len(set(names)) < len(names) for names in classes.values()):
         raise AdapterError(f"{path.with_name(META)}: a corpus, or a class of one, is in the index twice")
     _check_shape(INDEX, vectors, (sum(map(len, classes.values())), hidden), path)
-    if not ((vectors.double().norm(dim=1) - 1).abs() <= UNIT_TOLERANCE).all():
-        raise AdapterError(f"{path}: expected rows of length 1 in {INDEX}")
-    parts = np.split(vectors.numpy(), np.cumsum([len(names) for names in classes.values()])[:-1])
+    lengths = vectors.float().norm(dim=1, keepdim=True)
+    if not lengths.all():
+        raise AdapterError(f"{path}: expected no row of zeros in {INDEX}")
+    parts = np.split((vectors / lengths).numpy(), np.cumsum([len(names) for names in classes.values()])[:-1])
     return ClassIndex(classes, dict(zip(classes, parts, strict=True)))
 
 
