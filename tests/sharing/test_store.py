@@ -302,7 +302,7 @@ def test_missing_tensor_is_named(folder: Path, file: str, name: str) -> None:
         (TENSORS, "queries", torch.zeros(4, 32)),
         (TENSORS, "scope", torch.zeros(7)),
         (TENSORS, "probe", torch.zeros(3, 32)),
-        (TENSORS, "index", torch.from_numpy(unit(4))),
+        (TENSORS, "index", torch.ones(4, 32, dtype=torch.int8)),
         (HEAD, "weights", torch.zeros(1, 3, 32, 3)),
         (HEAD, "queries", torch.zeros(2, 3, 32)),
         (HEAD, "class_vectors", torch.zeros(1, 2, 31)),
