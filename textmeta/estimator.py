@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -26,10 +28,9 @@ from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import Destination, push_adapter
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
-__all__ = ["LOCK", "AdapterEstimator", "NotFittedError"]
+__all__ = ["AdapterEstimator", "NotFittedError"]
 
 NOT_FITTED = "this classifier has not been fitted since its arguments were set: call fit(texts, labels) first"
-LOCK = "_lock"  # name of what one thread at a time holds to change what is fitted; no part of a copy
 OF_ADAPTER = ("adapter", "encoder", "max_length", "long_texts")
 OF_TASK = (*OF_ADAPTER, "adapt", "steps", "class_weight")
 ARGUMENTS = (*OF_TASK, "device", "precision", "batch_size", "errors", "progress")
@@ -286,6 +287,11 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             raise AdapterError(f"this classifier was fitted on other weights than those of {model}: fit it again")
         return fitted, learner
 
+    @cached_property
+    def _lock(self) -> Any:
+        """What one thread at a time holds to change what is fitted; no part of a copy."""
+        return RLock()
+
     def __sklearn_is_fitted__(self) -> bool:
         fitted = self._fitted
         return fitted is not None and fitted.arguments[: len(OF_TASK)] == self._arguments[: len(OF_TASK)]
@@ -306,7 +312,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """Return what a pickle or a copy holds: not the encoder, which is loaded again, nor an access token."""
         kept = self._kept and self._kept._replace(whole=None, learner=None)
         own = {"_access": replace(self._access, token=None), "_kept": kept}
-        return {name: value for name, value in {**super().__getstate__(), **own}.items() if name != LOCK}
+        return {name: value for name, value in {**super().__getstate__(), **own}.items() if name != "_lock"}
 
     def _to_store(self, include_support: Literal[False, "states", "texts"]) -> Fitted | None:
         """Return what is stored of the fitted task, if there is one."""

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from threading import RLock
 from typing import Any, Self
 
 import torch
@@ -23,7 +22,7 @@ from textmeta.data.labels import (
 )
 from textmeta.encoder.encoder import warning_of
 from textmeta.errors import AdapterError, DataError
-from textmeta.estimator import LOCK, AdapterEstimator
+from textmeta.estimator import AdapterEstimator
 from textmeta.meta.batch import TaskBatch
 from textmeta.sharing.store import Fitted
 from textmeta.sharing.support import Example, FitInputs
@@ -63,7 +62,7 @@ class GrowingEstimator(AdapterEstimator):
         if other:
             raise DataError(f"partial_fit: {few(other)} is none of classes, {few(known)}")
         names = {label: readable_name(label) for label in known} if all(map(is_word, known)) else {}
-        with self.__dict__.setdefault(LOCK, RLock()):
+        with self._lock:
             before = self._inputs() if self.__sklearn_is_fitted__() else FitInputs(names=names)
             return self._learn("partial_fit", before.joined(given), [text for text, *_ in given])
 
@@ -83,7 +82,7 @@ class GrowingEstimator(AdapterEstimator):
         [label] = checked_labels([label], "add_class, label")
         texts = column(examples, "add_class", "texts")
         given = self._examples("add_class", texts, [label] * len(texts))
-        with self.__dict__.setdefault(LOCK, RLock()):
+        with self._lock:
             before = self._inputs()
             if label in self._now().classes:
                 raise DataError(f"add_class: {label!r:.60} is a class already; partial_fit takes further examples")
@@ -102,7 +101,7 @@ class GrowingEstimator(AdapterEstimator):
             DataError: if there is no such class, or fewer than two would be left.
             AdapterError: as in :meth:`partial_fit`.
         """
-        with self.__dict__.setdefault(LOCK, RLock()):
+        with self._lock:
             before, [label] = self._inputs(), checked_labels([label], "remove_class, label")
             if label not in self._now().classes:
                 raise DataError(f"remove_class: expected one of {few(self._now().classes)}, given {label!r:.60}")
@@ -143,9 +142,9 @@ class GrowingEstimator(AdapterEstimator):
         relative = relative_weights([weight for *_, weight in inputs.examples], where)
         shares = [part if part is None else [part] for part in (relative, by_class)]
         texts = inputs.texts[: len(numbers)]
-        lock, noted = self.__dict__.setdefault(LOCK, RLock()), warning_of(new, where)
         try:
-            with lock, torch.inference_mode(False), torch.no_grad(), noted:  # the inner steps take gradients
+            # the inner steps take gradients
+            with self._lock, torch.inference_mode(False), torch.no_grad(), warning_of(new, where):
                 batch = TaskBatch.of([texts], [numbers], [len(classes)], [names], [inputs.unlabelled], device, *shares)
                 task = learner.learn(batch).to(torch.device("cpu"))  # any device takes it from there
                 if not all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor)):
