@@ -1,121 +1,74 @@
-"""The choices that decide the core's design, each an arm trained for 15 minutes and judged on the choose corpora.
+"""What each part of the core is worth: arms of 15 minutes of training each, all else alike.
 
     python benchmarks/ablation.py                          # the table, from recorded episodes
     python benchmarks/ablation.py --data-dir DATA --run    # trains and judges what is missing, one arm after another
 
-Each line is the difference to the base arm (mean of its three seeds), or, where nothing was trained, to the same
-adapter without it; paired by episode, pooled over 1, 2, 5 and 10 shots and all corpora, ± 95 %. What does not gain 0.2
-points beyond its interval and the base arm's spread is left out.
+It is judged on the seven corpora of the headline (accuracy.py), or with --choose on the 25 that designs are chosen by.
+Differences are to the base arm, paired by episode, pooled over 1, 2, 5 and 10 shots, ± 95 %. An arm is judged with the
+encoder in bfloat16, and the states of its frozen layers, which are read once for all arms, in half precision.
 """
 
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import scores
-from cells import SHOTS, cells_of, choose_corpora
-from choose import CORE, EPISODES
-from measure import print_table
-from runs import read_lines
+import torch
+from cells import HEADLINE, SHOTS, Cell, cells_of, choose_corpora, report_corpora
+from contestants import Contestant, contestant_run
+from measure import markdown, show
+from runs import do_missing, read_lines
 from train_core import AFTER, ARMS
 
 HERE = Path(__file__).parent
-FROZEN = Path("runs/frozen")
-BASE = ("base-0", "base-1", "base-2")
+RESULTS = HERE / "results" / "ablation.jsonl"
+CHUNK, EPISODES = 50, 100  # of a line; of a cell
+BASE = "base"
+OF_NAMES = ("base", "no-names", "names-after")  # judged with names, too
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A line of the table.
-
-    Args:
-        adapter: name of its folder: the arm and its seed.
-        variant: of the episodes.
-        change: the option of choose.py that does otherwise than the adapter, without training, and its value.
-        shots: by default all.
-        episodes: of a cell, if not as many as of the other lines.
-    """
-
-    adapter: str
-    variant: str = "plain"
-    change: tuple[str, ...] = ()
-    shots: tuple[int, ...] = SHOTS
-    episodes: int | None = None
-
-    @property
-    def method(self) -> str:
-        """What choose.py calls it."""
-        return f"{self.variant}{'='.join(self.change).replace('--', ' ')} @ {self.adapter}"
-
-    @property
-    def rivals(self) -> list[str]:
-        """What it is compared with: the base arm's seeds, or what the same adapter does without the change."""
-        if self.change:
-            return [f"{self.variant} @ {self.adapter}"]
-        if self.variant == "unlabelled":
-            return [f"plain @ {self.adapter}"]
-        return [f"{self.variant} @ {name}" for name in BASE]
+def judged(arm: str) -> tuple[str, ...]:
+    """Return the variants of episodes that an arm is judged on."""
+    return ("plain", "names") if arm in OF_NAMES else ("plain",)
 
 
-LINES = [
-    *(Judged(name, variant) for variant in ("plain", "names") for name in BASE),
-    *(Judged(f"{arm}-0") for arm in ARMS if arm not in ("base", "names-after")),
-    Judged("names-after-0", "names"),
-    Judged("base-0", "unlabelled"),
-    Judged("base-0", "unlabelled", ("--rounds", "0")),
-    Judged("base-0", "unlabelled", ("--rounds", "1")),
-    Judged("base-0", "plain", ("--evidence-after",)),
-    Judged("base-0", "plain", ("--adapt", "pooling+lora"), shots=(5,), episodes=50),
-]
+def run(cells: list[Cell], data_dir: Path, folder: Path, arms: list[str], episodes: int) -> None:
+    """Train and judge what is missing."""
+    told = {"date": datetime.now(UTC).date().isoformat(), "versions": {n: version(n) for n in ("textmeta", "torch")}}
+    lines, frozen = read_lines(RESULTS), folder.parent / "frozen"
+    for arm in arms:
+        if not (folder / arm / "textmeta.json").exists():
+            command = [sys.executable, HERE / "train_core.py", "--data-dir", data_dir, "--cache", frozen, "--arm", arm]
+            start = ["--start", folder / AFTER[arm]] if arm in AFTER else []
+            subprocess.run([*map(str, [*command, "--output", folder / arm, *start])], check=True)
+        who = Contestant(folder / arm, precision="bf16", cache=frozen)
+        who.check_alone(lines)
+        runs = (
+            contestant_run(cell, who, variant, first, CHUNK)
+            for cell in cells
+            for first in range(0, episodes, CHUNK)
+            for variant in judged(arm)
+        )
+        do_missing(runs, lines, RESULTS, told)
 
 
-def run(data_dir: Path, folder: Path, lines: Sequence[Judged], episodes: int) -> None:
-    """Train and judge what is missing, the encoder in bfloat16 and each frozen layer read once for all adapters."""
-    told = ["--data-dir", str(data_dir), "--cache", str(FROZEN)]
-    for line in lines:
-        arm, _, seed = line.adapter.rpartition("-")
-        output, number = folder / line.adapter, line.episodes or episodes
-        if _complete(line, data_dir, number):
-            continue
-        if not (output / "textmeta.json").exists():
-            start = ["--start", str(folder / f"{AFTER[arm]}-{seed}")] if arm in AFTER else []
-            _call("train_core.py", *told, "--arm", arm, "--seed", seed, "--output", str(output), *start)
-        judge = [*told, "--run", "--adapters", str(output), "--variants", line.variant, "--precision", "bf16"]
-        judge += ["--episodes", str(number), "--shots", *map(str, line.shots), *line.change]
-        _call("choose.py", *judge)
-
-
-def _complete(line: Judged, data_dir: Path, episodes: int) -> bool:
-    """Whether all cells of a line are recorded."""
-    found = scores.accuracies(read_lines(CORE, mend=False)).get(line.method, {})
-    wanted = {(cell.corpus.name, cell.shots) for cell in cells_of(choose_corpora(data_dir), line.shots)}
-    return all(len(found.get(key, ())) >= episodes for key in wanted)
-
-
-def _call(script: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
-
-
-def table(found: dict[str, scores.Cells]) -> Iterator[list[str]]:
-    """Yield the rows of the table."""
-    yield scores.heads(SHOTS, "pooled")
-    for line in LINES:
-        own = found.get(line.method)
-        rivals = [found[name] for name in line.rivals if name in found]
-        if not own or not rivals:
-            continue
-        base = {
-            key: np.mean([part[key][: min(len(r[key]) for r in rivals)] for part in rivals], axis=0)
-            for key in own
-            if all(key in part for part in rivals)
-        }
-        told = [scores.difference(own, base, [key for key in base if key[1] == k]) for k in SHOTS]
-        pooled = scores.difference(own, base, list(base))
-        yield [line.method, *map(scores.shown, [*told, pooled])]
+def rows(found: Mapping[str, scores.Cells], corpora: list[str]) -> Iterator[list[str]]:
+    """Yield the rows of the table: mean accuracies of an arm, and the difference to the base arm."""
+    yield scores.heads(SHOTS, "to the base arm", "episodes")
+    for variant in ("plain", "names"):
+        for arm in ARMS:
+            own = {key: row for key, row in found.get(f"{variant} @ {arm}", {}).items() if key[0] in corpora}
+            if not own:
+                continue
+            rival = "plain" if arm == BASE else variant
+            told = scores.difference(own, found.get(f"{rival} @ {BASE}", {}), list(own))
+            means = [scores.shown(scores.mean(own, k, corpora), "") for k in SHOTS]
+            name, base = arm + ", with names" * (variant == "names"), (variant, arm) == ("plain", BASE)
+            yield [name, *means, "" if base else scores.shown(told), str(min(map(len, own.values())))]
 
 
 def main() -> None:
@@ -123,20 +76,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--run", action="store_true")
-    parser.add_argument("--arms", nargs="+", help="adapters to run, such as base-0; by default all")
+    parser.add_argument("--choose", action="store_true", help="judge on the choose corpora")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--episodes", type=int, default=EPISODES, help="of a cell")
-    parser.add_argument("--folder", type=Path, default=Path("runs/core"), help="of the adapters")
+    parser.add_argument("--folder", type=Path, default=Path("runs/arms"), help="of the adapters")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", action="store_true", help="write the table into benchmarks/README.md")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     if arguments.run:
         if arguments.data_dir is None:
             parser.error("--run needs --data-dir")
-        run(
-            arguments.data_dir,
-            arguments.folder,
-            [line for line in LINES if not arguments.arms or line.adapter in arguments.arms],
-            arguments.episodes,
-        )
-    print_table(list(table(scores.accuracies(read_lines(CORE, mend=False)))))
+        corpora = choose_corpora if arguments.choose else lambda data_dir: report_corpora(data_dir, HEADLINE)
+        cells = list(cells_of(corpora(arguments.data_dir)))
+        run(cells, arguments.data_dir, arguments.folder, arguments.arms, arguments.episodes)
+    found = scores.accuracies(read_lines(RESULTS, mend=False))
+    known = {corpus for cells in found.values() for corpus, _ in cells}
+    corpora = sorted(known.difference(HEADLINE)) if arguments.choose else list(HEADLINE)
+    show({"ablation": markdown(list(rows(found, corpora)))}, arguments.write and not arguments.choose)
 
 
 if __name__ == "__main__":

@@ -12,49 +12,53 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from textmeta.errors import TrainingInterrupted
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
+from textmeta.meta.initialisation import Initialisation
 from textmeta.meta.trainer import MetaTrainer
 from textmeta.sharing.store import load_adapter, save_adapter
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # the corpora and settings of the shipped adapter
 from general import GENERAL, training_corpora
 
-VIEWS = LearnerSettings(layers=(3, 4, 5, 6))
-BASE = replace(GENERAL, learner=VIEWS, episodes=1000)
+BASE = replace(GENERAL, episodes=1600)
 # all tensors that have no part in names
 NOT_OF_NAMES = tuple(f.name for f in fields(Initialisation) if "name" not in f.name and f.name != "log_zero_shot_scale")
 
 
-def _learner(episodes: int = BASE.episodes, **changes: Any) -> MetaTrainer:
-    return replace(BASE, learner=replace(VIEWS, **changes), episodes=episodes)
+def _learner(episodes: int = BASE.episodes, *, fixed: tuple[str, ...] = (), **changes: Any) -> MetaTrainer:
+    return replace(BASE, learner=replace(BASE.learner, **changes), episodes=episodes, fixed=fixed)
 
 
-# All arms take as long as 1,000 episodes of the base arm: numbers of episodes are by time measured on equal episodes.
+# All arms take as long as the base arm: numbers of episodes are by time measured on equal episodes.
 ARMS: dict[str, MetaTrainer] = {
+    "last-layer": _learner(fixed=("lora.",), layers=(6,), adapt="none"),
+    "views": _learner(fixed=("lora.",), adapt="none"),
+    "views-steps": _learner(fixed=("lora.",)),
     "base": BASE,
+    "views-lora": _learner(adapt="none"),
     "layers-6": _learner(layers=(6,)),
-    "layers-3-6": _learner(layers=(3, 6)),
+    "layers-3-to-6": _learner(layers=(3, 4, 5, 6)),
     "layers-2-4-6": _learner(layers=(2, 4, 6)),
-    "layers-0-6": _learner(740, layers=(0, 1, 2, 3, 4, 5, 6)),
-    "steps-0": _learner(1290, adapt="none"),
-    "steps-3": _learner(1110, steps=3),
-    "steps-12": _learner(720, steps=12),
-    "no-lora": replace(BASE, fixed=("lora.",), episodes=2000),
-    "fomaml": replace(BASE, algorithm="fomaml", episodes=1060),
-    "reptile": replace(BASE, algorithm="reptile", episodes=780),
-    "meta-sgd": replace(BASE, algorithm="meta_sgd", episodes=910),
-    "protonet": replace(BASE, algorithm="protonet", episodes=1290),
+    "layers-0-to-6": _learner(layers=(0, 1, 2, 3, 4, 5, 6)),
+    "steps-3": _learner(steps=3),
+    "steps-12": _learner(steps=12),
+    "fomaml": replace(BASE, algorithm="fomaml"),
+    "reptile": replace(BASE, algorithm="reptile"),
+    "meta-sgd": replace(BASE, algorithm="meta_sgd"),
+    "protonet": replace(BASE, algorithm="protonet"),
     "anil": replace(BASE, algorithm="anil"),
     "no-centre": replace(BASE, fixed=("centre", "log_centre_strength")),
+    "corpora-5": BASE,
+    "corpora-20": BASE,
     "no-names": replace(BASE, names=0.0),
     "names-after": replace(BASE, episodes=200, fixed=NOT_OF_NAMES),  # the names' own numbers, once all else is learned
 }
 TWO_VIEWS = replace(GENERAL, episodes=3000)
 SEARCH = {  # runs in search of a better default
-    "full-2000": replace(BASE, episodes=2000),
+    "full-2000": _learner(2000, layers=(3, 4, 5, 6)),
     "two-views-3000": TWO_VIEWS,
     "two-views-6600": replace(TWO_VIEWS, episodes=6600),
     "slow-lora": replace(TWO_VIEWS, lora_rate=2e-4),
@@ -63,6 +67,7 @@ SEARCH = {  # runs in search of a better default
 }
 STARTS: dict[str, Mapping[str, torch.Tensor]] = {"no-centre": {"log_centre_strength": torch.tensor(-30.0)}}
 AFTER = {"names-after": "no-names"}  # the arm whose adapter another starts from
+CORPORA = {"corpora-5": 5, "corpora-20": 20}  # how many corpora an arm is trained on, drawn by its seed, if not all
 
 
 def main() -> None:
@@ -84,6 +89,8 @@ def main() -> None:
     trainer = replace((ARMS | SEARCH)[arguments.arm], seed=arguments.seed)
     start = load_adapter(arguments.start)[0] if arguments.arm in AFTER else STARTS.get(arguments.arm)
     corpora = training_corpora(arguments.data_dir)
+    order = np.random.default_rng(arguments.seed).permutation(len(corpora))[: CORPORA.get(arguments.arm, len(corpora))]
+    corpora = [corpora[number] for number in sorted(order)]
     try:
         adapter = trainer.train(corpora, output=arguments.output, start=start, cache=arguments.cache)
     except TrainingInterrupted as stop:

@@ -154,21 +154,21 @@ def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
     assert found["plain @ x"]["a", 1].tolist() == [20, 40]
 
 
-def test_arms_are_compared_with_the_mean_of_the_base_arms_seeds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_arms_are_compared_with_the_base_arm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     ablation = importlib.import_module("ablation")
     rng = np.random.default_rng(0)
-    hard = rng.uniform(20, 90, (3, 200))
-    found = {f"plain @ base-{seed}": {("a", 1): hard[seed]} for seed in range(3)}
-    found["plain @ steps-3-0"] = {("a", 1): hard.mean(0) + 2 + rng.normal(0, 0.1, 200)}
-    found["plain adapt=pooling+lora @ base-0"] = {("a", 1): hard[0] + rng.normal(0, 0.1, 200)}
-    rows = {row[0]: row[1].split()[0] for row in list(ablation.table(found))[1:]}
-    assert float(rows["plain @ steps-3-0"]) == pytest.approx(2, abs=0.03)
-    assert float(rows["plain adapt=pooling+lora @ base-0"]) == pytest.approx(0, abs=0.03)
-    adapters = {line.adapter.rpartition("-")[0] for line in ablation.LINES}
-    assert adapters == set(ablation.ARMS)
+    hard = rng.uniform(20, 90, 200)
+    keys = [("a", shots) for shots in (1, 2, 5, 10)]
+    found = {
+        "plain @ base": dict.fromkeys(keys, hard),
+        "plain @ steps-3": {key: hard + 2 + rng.normal(0, 0.1, 200) for key in keys},
+        "names @ base": dict.fromkeys(keys, hard + 5),
+    }
+    rows = {row[0]: row[1:] for row in ablation.rows(found, ["a"])}
+    assert float(rows["steps-3"][4].split()[0]) == pytest.approx(2, abs=0.03)
+    assert float(rows["base, with names"][0].split()[0]) == pytest.approx(hard.mean() + 5, abs=0.01)
+    assert float(rows["base, with names"][4].split()[0]) == 5
 
 
 # Episodes with unlabelled texts
