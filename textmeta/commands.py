@@ -5,8 +5,9 @@ import itertools
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from textmeta.errors import AdapterError, DataError, SettingsError
 from textmeta.files import at_home, open_to_replace, read_json
 from textmeta.sharing.folder import check_destination
 
-__all__ = ["evaluate", "fit", "predict"]
+__all__ = ["evaluate", "fit", "predict", "with_answers"]
 
-CHUNK = 512  # texts in memory at once
 DIGITS = 6  # of a probability that is written
 PREDICTED, PROBABILITY, PROBABILITIES, OF = "predicted", "probability", "probabilities", "probability of "
 
@@ -48,7 +48,7 @@ def fit(options: Namespace) -> None:
 
 
 def predict(options: Namespace) -> None:
-    """Predict the label of each text, a chunk at a time, however many there are."""
+    """Predict the label of each text, however many there are."""
     source, column, output = options.texts, options.text_column, options.output and at_home(Path(options.output))
     if output and source != "-" and output.exists() and output.samefile(at_home(source)):
         raise SettingsError(f"--output {output} is the file of the texts itself")
@@ -57,10 +57,10 @@ def predict(options: Namespace) -> None:
     form = options.to or (text_format(options.output) if output else options.from_ or text_format(source))
     with open_texts(source, options.from_, column) as (columns, rows):
         _check_free(columns, source)
-        classifier = _fitted(options)
+        classifier = _fitted(options, progress=bool(output) or not sys.stdout.isatty())
         how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-        if not output:
-            sys.stdout.reconfigure(**how)  # type: ignore[union-attr]
+        if not output:  # whoever waits at the other end of a pipe has each answer at once
+            sys.stdout.reconfigure(**how, line_buffering=True)  # type: ignore[union-attr]
         with open_to_replace(output, **how) if output else nullcontext(sys.stdout) as file:
             if form == "csv":
                 every = [OF + str(label) for label in classifier.classes_.tolist()] if options.probabilities else []
@@ -68,16 +68,34 @@ def predict(options: Namespace) -> None:
                 named = [*columns, PREDICTED, PROBABILITY, *every]
                 table = csv.DictWriter(file, named, extrasaction="ignore", dialect=kind, lineterminator="\n")
                 table.writeheader()
-            while chunk := list(itertools.islice(rows, CHUNK)):
-                tops = classifier.predict_top([row[column] for row in chunk], len(classifier.classes_))
-                for row, top in zip(chunk, tops, strict=True):
-                    _check_free(row, source)
-                    answer = _answer(top, options.probabilities, flat=form == "csv")
-                    if form == "csv":
-                        table.writerow({**row, **answer})
-                    else:
-                        print(json.dumps({**row, **answer}, ensure_ascii=False), file=file)
-                file.flush()
+            how = {"every": options.probabilities, "flat": form == "csv"}
+            for row in with_answers(rows, classifier, column, source, **how):
+                if form == "csv":
+                    table.writerow(row)
+                else:
+                    print(json.dumps(row, ensure_ascii=False), file=file)
+
+
+def with_answers(
+    rows: Iterable[dict[str, Any]],
+    classifier: FewShotClassifier,
+    column: str,
+    source: str,
+    *,
+    every: bool = False,
+    flat: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Yield rows, however many, with the label that is predicted of the text in a column, and its probability.
+
+    DataError if one already has something in the place of an answer, in words that name the ``source`` of the rows.
+    ``every`` adds the probabilities of all classes, each of them as a column if ``flat``.
+    """
+    total, (rows, read) = length_hint(rows), itertools.tee(rows)  # which holds the rows of a batch
+    count = len(classifier.classes_) if every else 1
+    tops = classifier.predict_stream((row[column] for row in read), count, total=total)
+    for row, top in zip(rows, tops, strict=True):
+        _check_free(row, source)
+        yield {**row, **_answer(top, every, flat=flat)}
 
 
 def evaluate(options: Namespace) -> None:
@@ -117,9 +135,10 @@ def _examples(options: Namespace) -> tuple[list[str], list[str]]:
     return list(corpus.texts), [corpus.class_names[number] for number in corpus.labels]
 
 
-def _fitted(options: Namespace) -> FewShotClassifier:
+def _fitted(options: Namespace, progress: bool = True) -> FewShotClassifier:
     """Load a classifier that was saved fitted."""
-    found = FewShotClassifier.from_pretrained(options.folder, errors="replace", **_given(options, "encoder", "device"))
+    settings = {"errors": "replace", "progress": progress, **_given(options, "encoder", "device")}
+    found = FewShotClassifier.from_pretrained(options.folder, **settings)
     if not found.__sklearn_is_fitted__():
         raise AdapterError(f"{options.folder} is an adapter without a task: `textmeta fit` makes a classifier of it")
     return found
