@@ -140,4 +140,4 @@ def test_memory_does_not_grow_with_the_number_of_texts(fitted: FewShotClassifier
     for count in (10_000, 100_000):
         command = [sys.executable, "-c", MEMORY, str(tmp_path / "c"), str(count)]
         peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    assert peaks[1] - peaks[0] < 50, peaks
+    assert peaks[1] - peaks[0] < 25, peaks  # the list of answers alone would be 50 more

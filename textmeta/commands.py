@@ -5,9 +5,8 @@ import itertools
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
-from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from textmeta.errors import AdapterError, DataError, SettingsError
 from textmeta.files import at_home, open_to_replace, read_json
 from textmeta.sharing.folder import check_destination
 
-__all__ = ["evaluate", "fit", "predict", "with_answers"]
+__all__ = ["check_free", "evaluate", "fit", "predict"]
 
 DIGITS = 6  # of a probability that is written
 PREDICTED, PROBABILITY, PROBABILITIES, OF = "predicted", "probability", "probabilities", "probability of "
@@ -56,7 +55,7 @@ def predict(options: Namespace) -> None:
         raise SettingsError(f"--output {output}: expected {', '.join(ENDINGS)} or .txt, or --to csv or jsonl")
     form = options.to or (text_format(options.output) if output else options.from_ or text_format(source))
     with open_texts(source, options.from_, column) as (columns, rows):
-        _check_free(columns, source)
+        check_free(columns, source)
         classifier = _fitted(options, progress=bool(output) or not sys.stdout.isatty())
         how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
         if not output:  # whoever waits at the other end of a pipe has each answer at once
@@ -68,34 +67,15 @@ def predict(options: Namespace) -> None:
                 named = [*columns, PREDICTED, PROBABILITY, *every]
                 table = csv.DictWriter(file, named, extrasaction="ignore", dialect=kind, lineterminator="\n")
                 table.writeheader()
-            how = {"every": options.probabilities, "flat": form == "csv"}
-            for row in with_answers(rows, classifier, column, source, **how):
+            rows, read = itertools.tee(rows)  # of which a batch is in memory
+            texts, count = (row[column] for row in read), len(classifier.classes_) if options.probabilities else 1
+            for row, top in zip(rows, classifier.predict_stream(texts, count), strict=True):
+                check_free(row, source)
+                answer = _answer(top, options.probabilities, flat=form == "csv")
                 if form == "csv":
-                    table.writerow(row)
+                    table.writerow({**row, **answer})
                 else:
-                    print(json.dumps(row, ensure_ascii=False), file=file)
-
-
-def with_answers(
-    rows: Iterable[dict[str, Any]],
-    classifier: FewShotClassifier,
-    column: str,
-    source: str,
-    *,
-    every: bool = False,
-    flat: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """Yield rows, however many, with the label that is predicted of the text in a column, and its probability.
-
-    DataError if one already has something in the place of an answer, in words that name the ``source`` of the rows.
-    ``every`` adds the probabilities of all classes, each of them as a column if ``flat``.
-    """
-    total, (rows, read) = length_hint(rows), itertools.tee(rows)  # which holds the rows of a batch
-    count = len(classifier.classes_) if every else 1
-    tops = classifier.predict_stream((row[column] for row in read), count, total=total)
-    for row, top in zip(rows, tops, strict=True):
-        _check_free(row, source)
-        yield {**row, **_answer(top, every, flat=flat)}
+                    print(json.dumps({**row, **answer}, ensure_ascii=False), file=file)
 
 
 def evaluate(options: Namespace) -> None:
@@ -144,7 +124,8 @@ def _fitted(options: Namespace, progress: bool = True) -> FewShotClassifier:
     return found
 
 
-def _check_free(columns: Iterable[str], source: str) -> None:
+def check_free(columns: Iterable[str], source: str) -> None:
+    """Raise DataError if a column is where an answer goes."""
     lost = {PREDICTED, PROBABILITY, PROBABILITIES}.intersection(columns)
     if lost:
         raise DataError(f"{source} has a column {min(lost)!r}, in the place of an answer: rename it")
