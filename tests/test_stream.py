@@ -104,7 +104,7 @@ def test_a_bar_has_rate_and_remaining_time(fitted: FewShotClassifier, capsys: An
     for texts, total in ((MANY, None), (map(str, MANY), 36), (map(str, MANY), None)):
         assert len(list(fitted.predict_stream(texts, total=total))) == 36
         shown = capsys.readouterr().err
-        assert "text/s" in shown
+        assert " texts/s" in shown
         assert ("/36 [" in shown) == (texts is MANY or total is not None)
     list(fitted.set_params(progress=False).predict_stream(MANY))
     assert capsys.readouterr().err == ""

@@ -292,7 +292,7 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
     def _stream(self, rows: Iterator[str], k: int, total: int, by: Held) -> Iterator[Top]:
         start, told, silent = 0, set[str](), not self.progress
         with tqdm(
-            total=total or None, desc="predict", unit="text", leave=False, delay=BAR_AFTER, disable=silent
+            total=total or None, desc="predict", unit=" texts", leave=False, delay=BAR_AFTER, disable=silent
         ) as bar:
             while batch := list(islice(rows, self.batch_size)):
                 tops = _tops(k, *self._answer(batch, "logits", by=by, start=start, told=told))

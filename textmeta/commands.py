@@ -67,9 +67,9 @@ def predict(options: Namespace) -> None:
                 named = [*columns, PREDICTED, PROBABILITY, *every]
                 table = csv.DictWriter(file, named, extrasaction="ignore", dialect=kind, lineterminator="\n")
                 table.writeheader()
-            rows, read = itertools.tee(rows)  # of which a batch is in memory
+            kept, read = itertools.tee(rows)  # of which a batch is in memory
             texts, count = (row[column] for row in read), len(classifier.classes_) if options.probabilities else 1
-            for row, top in zip(rows, classifier.predict_stream(texts, count), strict=True):
+            for row, top in zip(kept, classifier.predict_stream(texts, count), strict=True):
                 check_free(row, source)
                 answer = _answer(top, options.probabilities, flat=form == "csv")
                 if form == "csv":
