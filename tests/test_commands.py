@@ -20,7 +20,7 @@ from sklearn.metrics import f1_score
 from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from tests.test_cli import Shown, failure
 from tests.test_readme import ROOT
-from textmeta import FewShotClassifier, commands
+from textmeta import FewShotClassifier
 from textmeta.cli import main
 from textmeta.encoder.pretrained import CARRIED_PACKAGE
 from textmeta.errors import TrainingInterrupted
@@ -96,7 +96,7 @@ def test_fit_by_names_alone(folder: Path, tmp_path: Path) -> None:
 def test_predict_answers_each_row(
     folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch, source: str, to: str, piped: bool
 ) -> None:
-    monkeypatch.setattr(commands, "CHUNK", 4)
+    monkeypatch.setitem(FewShotClassifier.__init__.__kwdefaults__, "batch_size", 4)
     texts = tmp_path / f"texts.{source}"
     if source == "lines":
         texts.write_bytes("\r\n".join(TEXTS).encode() + b"\n")  # the last one is empty
@@ -166,11 +166,11 @@ def test_labels_keep_their_type_in_json(tiny_model: str, tmp_path: Path, capsys:
 def test_a_warning_is_one_line_and_not_repeated(
     folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "CHUNK", 2)
+    monkeypatch.setitem(FewShotClassifier.__init__.__kwdefaults__, "batch_size", 2)
     (tmp_path / "a.txt").write_text("你好\n世界\n你好 世界\n", encoding="utf-8")
     run("predict", folder, tmp_path / "a.txt")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("textmeta: predict: most tokens of 2 of 2 texts are unknown")
+    assert line.startswith("textmeta: predict: most tokens of 2 of the first 2 texts are unknown")
 
 
 def shell(script: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -280,10 +280,10 @@ def test_what_cannot_be_used_ends_in_a_line(
 def test_interrupted_has_a_code_of_its_own(
     folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(FewShotClassifier, "predict_top", interrupt)
+    monkeypatch.setattr(FewShotClassifier, "predict_stream", interrupt)
     (tmp_path / "a.txt").write_text("bal bel\n", encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
         run("predict", folder, tmp_path / "a.txt")

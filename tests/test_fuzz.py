@@ -117,6 +117,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "remove_class": {"label": "k"},
     "predict": {**TEXT, "reject": 0.5, "outside": "none"},
     "predict_top": {**TEXT, "k": 2},
+    "predict_stream": {**TEXT, "k": 2, "total": 3},
     "score": {"texts": SUPPORT, "labels": LABELS, "sample_weight": [1.0] * 6},
     **dict.fromkeys(("predict_proba", "predict_log_proba", "decision_function", "transform", "scope_score"), TEXT),
     "nearest_tasks": {"count": 2},
@@ -164,7 +165,8 @@ def test_odd_inputs_get_an_answer_or_an_error_of_ours(
             given[name] = odd(rng, good[name])
         try:
             by_place = [given.pop("texts")] if method == "transform" else []  # as scikit-learn's own names it X
-            getattr(classifier, method)(*by_place, **given)
+            found = getattr(classifier, method)(*by_place, **given)
+            list(found if method == "predict_stream" else ())
             if method == "set_params":  # which is checked when it is used
                 classifier.fit(SUPPORT, LABELS).predict(TEXTS)
             ends["answered"] += 1

@@ -1,9 +1,11 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import wraps
+from itertools import islice
 from numbers import Real
+from operator import length_hint
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -19,6 +21,7 @@ from textmeta.data.labels import (
     checked_labels,
     checked_texts,
     checked_weights,
+    column,
     label_array,
     task_classes,
 )
@@ -40,6 +43,8 @@ from textmeta.sharing.support import FitInputs
 __all__ = ["FewShotClassifier", "NotFittedError"]
 
 BAR_AFTER = 5.0  # seconds
+Held = tuple[Fitted, TaskLearner]  # the task, and what answers by it
+Top = list[tuple[Any, float]]  # labels with their probabilities, the most probable first
 _LEFT_OUT: WeakKeyDictionary[Fitted, LeftOut] = WeakKeyDictionary()  # goes with the task, and into no pickle
 
 
@@ -127,13 +132,30 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         logits = np.asarray(self._answer(texts, "logits")[1])
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
-    def predict_top(self, texts: Iterable[str], k: int = 3) -> list[list[tuple[Any, float]]]:
+    def predict_top(self, texts: Iterable[str], k: int = 3) -> list[Top]:
         """Return of each text its k most probable labels with their probabilities, the most probable first."""
         k = whole_number("predict_top: k", k, 1)
-        fitted, logits = self._answer(texts, "logits")
-        top = logits.softmax(-1).sort(descending=True, stable=True)
-        rows = zip(top.indices[:, :k].tolist(), top.values[:, :k].tolist(), strict=True)
-        return [[(fitted.classes[n], p) for n, p in zip(*row, strict=True)] for row in rows]
+        return _tops(k, *self._answer(texts, "logits"))
+
+    def predict_stream(self, texts: Iterable[str], k: int = 1, *, total: int | None = None) -> Iterator[Top]:
+        """Yield what :meth:`predict_top` returns of each text, in order and as asked for: of any number of texts.
+
+        ``batch_size`` texts are read ahead and in memory. All answers are of the task that is fitted at the call. A
+        text that is cut, or hardly known, is warned of once, with the first batch that has one.
+
+        Args:
+            texts: also a generator, without end even.
+            k: how many labels of each.
+            total: how many texts there are, for the bar, where ``len`` does not say it.
+
+        Raises:
+            DataError: naming the row of the stream, before an answer of its batch, if a text is no string.
+        """
+        k = whole_number("predict_stream: k", k, 1)
+        given = [texts] if isinstance(texts, str) else texts
+        rows = column(given, "predict_stream", "texts")
+        total = length_hint(given) if total is None else whole_number("predict_stream: total", total, 0)
+        return self._stream(rows, k, total, self._task())
 
     def transform(self, texts: Iterable[str]) -> np.ndarray:
         """Return (n, features) float64: what the task's head sees of each text.
@@ -267,19 +289,35 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
             _LEFT_OUT[fitted] = replace(found, support=shown)
         return _LEFT_OUT[fitted]
 
-    def _answer(self, texts: Iterable[str], *wanted: str, by: tuple[Fitted, TaskLearner] | None = None) -> Any:
-        """Return the fitted task, and what is wanted of its :class:`Answers` to n texts: (n, …) float64 on the CPU."""
+    def _stream(self, rows: Iterator[str], k: int, total: int, by: Held) -> Iterator[Top]:
+        start, told, silent = 0, set[str](), not self.progress
+        with tqdm(
+            total=total or None, desc="predict", unit=" texts", leave=False, delay=BAR_AFTER, disable=silent
+        ) as bar:
+            while batch := list(islice(rows, self.batch_size)):
+                tops = _tops(k, *self._answer(batch, "logits", by=by, start=start, told=told))
+                start += len(batch)
+                bar.update(len(batch))
+                yield from tops
+
+    def _answer(
+        self, texts: Iterable[str], *wanted: str, by: Held | None = None, start: int = 0, told: set[str] | None = None
+    ) -> Any:
+        """Return the fitted task, and what is wanted of its :class:`Answers` to n texts: (n, …) float64 on the CPU.
+
+        Of a batch of a stream, ``start`` is its first row, and ``told`` which warnings there were.
+        """
         fitted, learner = by or self._task()  # held from beginning to end, whatever other threads fit
         given = [texts] if isinstance(texts, str) else texts
-        texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors)
+        texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors, start=start)
         device = learner.adapter.initialisation.queries.device
         task = fitted.task.to(device)
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
         silent = not self.progress or len(starts) < 2
-        with torch.inference_mode(), warning_of(texts, "predict"):
-            for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
-                answers = learner.answer(task, Rows.of([texts[start : start + self.batch_size]], device))
+        with torch.inference_mode(), warning_of(texts, "predict", start, told):
+            for first in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
+                answers = learner.answer(task, Rows.of([texts[first : first + self.batch_size]], device))
                 parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
         return fitted, *(torch.cat(part) for part in zip(*parts, strict=True))
 
@@ -288,6 +326,12 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         if rule is None:
             raise AdapterError(f"this adapter has no rule for what is out of scope, as {DEFAULT_ADAPTER} has")
         return np.asarray(scope_probability(rule.cpu().double(), scope_inputs))
+
+
+def _tops(k: int, fitted: Fitted, logits: Tensor) -> list[Top]:
+    top = logits.softmax(-1).sort(descending=True, stable=True)
+    rows = zip(top.indices[:, :k].tolist(), top.values[:, :k].tolist(), strict=True)
+    return [[(fitted.classes[n], p) for n, p in zip(*row, strict=True)] for row in rows]
 
 
 # scikit-learn's wrapper of it calls the texts X, and takes them by no other name

@@ -21,9 +21,8 @@ from textmeta.errors import AdapterError, DataError, SettingsError
 from textmeta.files import at_home, open_to_replace, read_json
 from textmeta.sharing.folder import check_destination
 
-__all__ = ["evaluate", "fit", "predict"]
+__all__ = ["check_free", "evaluate", "fit", "predict"]
 
-CHUNK = 512  # texts in memory at once
 DIGITS = 6  # of a probability that is written
 PREDICTED, PROBABILITY, PROBABILITIES, OF = "predicted", "probability", "probabilities", "probability of "
 
@@ -48,7 +47,7 @@ def fit(options: Namespace) -> None:
 
 
 def predict(options: Namespace) -> None:
-    """Predict the label of each text, a chunk at a time, however many there are."""
+    """Predict the label of each text, however many there are."""
     source, column, output = options.texts, options.text_column, options.output and at_home(Path(options.output))
     if output and source != "-" and output.exists() and output.samefile(at_home(source)):
         raise SettingsError(f"--output {output} is the file of the texts itself")
@@ -56,11 +55,11 @@ def predict(options: Namespace) -> None:
         raise SettingsError(f"--output {output}: expected {', '.join(ENDINGS)} or .txt, or --to csv or jsonl")
     form = options.to or (text_format(options.output) if output else options.from_ or text_format(source))
     with open_texts(source, options.from_, column) as (columns, rows):
-        _check_free(columns, source)
-        classifier = _fitted(options)
+        check_free(columns, source)
+        classifier = _fitted(options, progress=bool(output) or not sys.stdout.isatty())
         how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-        if not output:
-            sys.stdout.reconfigure(**how)  # type: ignore[union-attr]
+        if not output:  # whoever waits at the other end of a pipe has each answer at once
+            sys.stdout.reconfigure(**how, line_buffering=True)  # type: ignore[union-attr]
         with open_to_replace(output, **how) if output else nullcontext(sys.stdout) as file:
             if form == "csv":
                 every = [OF + str(label) for label in classifier.classes_.tolist()] if options.probabilities else []
@@ -68,16 +67,15 @@ def predict(options: Namespace) -> None:
                 named = [*columns, PREDICTED, PROBABILITY, *every]
                 table = csv.DictWriter(file, named, extrasaction="ignore", dialect=kind, lineterminator="\n")
                 table.writeheader()
-            while chunk := list(itertools.islice(rows, CHUNK)):
-                tops = classifier.predict_top([row[column] for row in chunk], len(classifier.classes_))
-                for row, top in zip(chunk, tops, strict=True):
-                    _check_free(row, source)
-                    answer = _answer(top, options.probabilities, flat=form == "csv")
-                    if form == "csv":
-                        table.writerow({**row, **answer})
-                    else:
-                        print(json.dumps({**row, **answer}, ensure_ascii=False), file=file)
-                file.flush()
+            kept, read = itertools.tee(rows)  # of which a batch is in memory
+            texts, count = (row[column] for row in read), len(classifier.classes_) if options.probabilities else 1
+            for row, top in zip(kept, classifier.predict_stream(texts, count), strict=True):
+                check_free(row, source)
+                answer = _answer(top, options.probabilities, flat=form == "csv")
+                if form == "csv":
+                    table.writerow({**row, **answer})
+                else:
+                    print(json.dumps({**row, **answer}, ensure_ascii=False), file=file)
 
 
 def evaluate(options: Namespace) -> None:
@@ -117,15 +115,17 @@ def _examples(options: Namespace) -> tuple[list[str], list[str]]:
     return list(corpus.texts), [corpus.class_names[number] for number in corpus.labels]
 
 
-def _fitted(options: Namespace) -> FewShotClassifier:
+def _fitted(options: Namespace, progress: bool = True) -> FewShotClassifier:
     """Load a classifier that was saved fitted."""
-    found = FewShotClassifier.from_pretrained(options.folder, errors="replace", **_given(options, "encoder", "device"))
+    settings = {"errors": "replace", "progress": progress, **_given(options, "encoder", "device")}
+    found = FewShotClassifier.from_pretrained(options.folder, **settings)
     if not found.__sklearn_is_fitted__():
         raise AdapterError(f"{options.folder} is an adapter without a task: `textmeta fit` makes a classifier of it")
     return found
 
 
-def _check_free(columns: Iterable[str], source: str) -> None:
+def check_free(columns: Iterable[str], source: str) -> None:
+    """Raise DataError if a column is where an answer goes."""
     lost = {PREDICTED, PROBABILITY, PROBABILITIES}.intersection(columns)
     if lost:
         raise DataError(f"{source} has a column {min(lost)!r}, in the place of an answer: rename it")

@@ -80,7 +80,7 @@ class GrowingEstimator(AdapterEstimator):
         """
         self._now()
         [label] = checked_labels([label], "add_class, label")
-        texts = column(examples, "add_class", "texts")
+        texts = list(column(examples, "add_class", "texts"))
         given = self._examples("add_class", texts, [label] * len(texts))
         with self._lock:
             before = self._inputs()

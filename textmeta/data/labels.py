@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +41,8 @@ MOST = 1e9  # of weights, and their ratios: sums of them are float32 numbers
 INFINITE = ({"float": "inf"}, {"float": "-inf"})  # as JSON holds them
 
 
-def column(given: Any, where: str, what: str) -> list[Any]:
-    """Return the values of one column: of a list, an array, a series, a generator, or a table of one column.
+def column(given: Any, where: str, what: str) -> Iterator[Any]:
+    """Return the values of one column, each when it is asked for: of a list, an array, a series, a generator, a table.
 
     Args:
         given: by a user.
@@ -72,31 +72,30 @@ def column(given: Any, where: str, what: str) -> list[Any]:
             fault = f"a {kind} of shape {shape}"
     if not fault:
         try:
-            values = iter(given.to_pylist() if hasattr(own, "to_pylist") else given)  # Arrow's scalars are no strings
+            return iter(given.to_pylist() if hasattr(own, "to_pylist") else given)  # Arrow's scalars are no strings
         except TypeError:
             fault = f"{kind} {given!r:.60}"
-        else:
-            return list(values)  # what a generator of the user's raises is the user's
     raise DataError(f"{where}: expected a list, or one column, of {what}, given {fault}")
 
 
 def checked_texts(
-    texts: Any, where: str, *, of: Sequence[object] | None = None, allow_empty: bool = False, errors: str = "raise"
+    texts: Any, where: str, *, of: Any = None, allow_empty: bool = False, errors: str = "raise", start: int = 0
 ) -> list[str]:
     """Return texts as a list of strings that a tokenizer can read.
 
     Args:
         texts: to check, whatever :func:`column` takes.
         where: what the message calls them.
-        of: what each is of, to be named in the place of its row.
+        of: list of what each is of, to be named in the place of its row.
         allow_empty: whether a text may be empty or white space.
         errors: "replace" puts the replacement character in the place of half of one.
+        start: number of the first one's row.
 
     Raises:
         DataError: naming the row, if a text is missing, no string, empty, or has half of a character (a lone
             surrogate).
     """
-    checked = column(texts, where, "texts")
+    checked = list(column(texts, where, "texts"))
     for row, text in enumerate(checked):
         if not isinstance(text, str):
             fault = "is null" if _is_missing(text) else f"is {type(text).__name__} {text!r:.60}"
@@ -110,7 +109,7 @@ def checked_texts(
             fault = f"{text!r:.60} is not valid Unicode: it has half of a character"
         else:
             continue
-        raise DataError(f"{where}{f', row {row}' if of is None else f' of {of[row]!r:.60}'}: text {fault}")
+        raise DataError(f"{where}{f', row {start + row}' if of is None else f' of {of[row]!r:.60}'}: text {fault}")
     return checked
 
 
@@ -124,7 +123,7 @@ def checked_labels(labels: Any, where: str = "row") -> list[Any]:
     Raises:
         DataError: naming the row, if one is missing or of another type.
     """
-    checked = column(labels, "labels", "labels")
+    checked = list(column(labels, "labels", "labels"))
     for row, given in enumerate(checked):
         label: Any = given.item() if getattr(given, "ndim", None) == 0 else given
         if type(label) not in (str, int, bool) and _is_missing(label):
@@ -140,7 +139,7 @@ def checked_labels(labels: Any, where: str = "row") -> list[Any]:
 
 def checked_weights(weights: Any, count: int) -> list[float]:
     """Return the weights of so many examples as floats; DataError, naming the row, if they cannot be."""
-    checked = column(weights, "sample_weight", "numbers")
+    checked = list(column(weights, "sample_weight", "numbers"))
     if len(checked) != count:
         raise DataError(f"sample_weight: {len(checked)} weights for {count} texts")
     for row, weight in enumerate(checked):

@@ -73,11 +73,12 @@ _notes: ContextVar[_Notes | None] = ContextVar("notes", default=None)
 
 
 @contextmanager
-def warning_of(texts: Sequence[str], where: str) -> Iterator[None]:
+def warning_of(texts: Sequence[str], where: str, start: int = 0, told: set[str] | None = None) -> Iterator[None]:
     """Warn of those texts that are found to be cut, or mostly unknown to the tokenizer, when they are read meanwhile.
 
     One warning of each kind, at the line that called the caller's caller. Outside of it, as in training, there is none;
-    within another one, that one warns.
+    within another one, that one warns. Of a batch of a stream, which begins in row ``start``, those that have been
+    ``told`` are not told again.
     """
     if _notes.get() is not None:
         yield
@@ -95,10 +96,13 @@ def warning_of(texts: Sequence[str], where: str) -> Iterator[None]:
     ):
         found = {text for text, _ in noted}.intersection(texts)
         rows = [row for row, text in enumerate(texts) if text in found]
-        if rows:
+        if rows and kind not in (told or ()):
             by = " or ".join(sorted(str(by) for by in {by for text, by in noted if text in found}))
-            told = f"{kind}{len(rows)} of {len(texts)} texts are {what.format(by)}, first of row {rows[0]}, "
-            warnings.warn(f"{where}: {told}{texts[rows[0]]!r:.60}; {advice}", stacklevel=5)
+            all_ = f"{len(rows)} of {'the first ' * (told is not None)}{start + len(texts)} texts"
+            first = f"first of row {start + rows[0]}, {texts[rows[0]]!r:.60}"
+            if told is not None:
+                told.add(kind)
+            warnings.warn(f"{where}: {kind}{all_} are {what.format(by)}, {first}; {advice}", stacklevel=5)
 
 
 class Encoder:
