@@ -33,21 +33,23 @@ def _encoder(max_length: int, device: str) -> SentenceTransformer:
 
 def setfit_answers(episodes: Sequence[Episode], max_length: int, device: str = "cpu") -> list[np.ndarray]:
     """Return the class probabilities of each episode's queries."""
+    models = (setfit_model(e.support_texts, e.support_labels, max_length, device) for e in episodes)
+    answers = zip(models, episodes, strict=True)
+    return [m.predict_proba(list(e.query_texts), as_numpy=True, show_progress_bar=False) for m, e in answers]
+
+
+def setfit_model(texts: Sequence[str], labels: np.ndarray, max_length: int, device: str = "cpu") -> SetFitModel:
+    """Return a model that is fitted to labelled texts."""
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     for name in ("setfit", "sentence_transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
-        return [_answer(_encoder(max_length, device), episode) for episode in episodes]
-
-
-def _answer(encoder: SentenceTransformer, episode: Episode) -> np.ndarray:
-    torch.manual_seed(SEED)
-    model = SetFitModel(model_body=copy.deepcopy(encoder), model_head=LogisticRegression())
-    rows = datasets.Dataset.from_dict({"text": episode.support_texts, "label": episode.support_labels.tolist()})
-    with tempfile.TemporaryDirectory() as folder:
+    rows = datasets.Dataset.from_dict({"text": texts, "label": labels.tolist()})
+    with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(SEED)
+        model = SetFitModel(model_body=copy.deepcopy(_encoder(max_length, device)), model_head=LogisticRegression())
         trainer = Trainer(model, TrainingArguments(output_dir=folder, seed=SEED, **SILENT), train_dataset=rows)
         for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
             trainer.remove_callback(callback)
         trainer.train()
-    return model.predict_proba(list(episode.query_texts), as_numpy=True, show_progress_bar=False)
+    return model

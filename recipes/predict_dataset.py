@@ -78,14 +78,21 @@ def whole(name: str) -> str:
 def label_by_ray(options: argparse.Namespace, numbers: list[int]) -> None:
     """Let workers of Ray do these shards; one that dies is started again, and does its shard again."""
     import ray  # noqa: PLC0415 - an extra
-    from ray.util import ActorPool  # noqa: PLC0415
 
     ray.init()
     kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
-    worker = ray.remote(**{f"num_{kind.lower()}s": 1}, max_restarts=-1, max_task_retries=3)(Labeller)
-    workers = [worker.remote(options) for _ in range(min(len(numbers), int(ray.cluster_resources()[kind])))]
-    for done in ActorPool(workers).map_unordered(lambda worker, number: worker.label.remote(number), numbers):
-        print(done, flush=True)
+    workers = min(len(numbers), int(ray.cluster_resources()[kind]))
+
+    class Worker(Labeller):
+        """Labels the shard that a row names."""
+
+        def __call__(self, row: dict[str, int]) -> dict[str, str]:
+            return {"done": self.label(row["shard"])}
+
+    shards = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
+    how = {f"num_{kind.lower()}s": 1, "compute": ray.data.ActorPoolStrategy(size=workers)}
+    for row in shards.map(Worker, fn_constructor_args=[options], **how).iter_rows():
+        print(row["done"], flush=True)
 
 
 def label_all(options: argparse.Namespace) -> None:

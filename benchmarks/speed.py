@@ -1,0 +1,311 @@
+"""How fast textmeta is beside what people use otherwise: to fit, to predict, one text, a cold start; memory and size.
+
+    python benchmarks/speed.py --data-dir DATA --quick     # in five minutes on 2 cores
+    python benchmarks/speed.py --data-dir DATA             # the tables; with SetFit and fine-tuning half an hour
+
+All sides have the same encoder, all-MiniLM-L6-v2, the same texts, threads and process, and take turns; figures are
+medians, ratios are to sentence-transformers' encode of the same texts. Memory and a cold start are of a new process.
+Fine-tuning is PEFT's LoRA by its defaults, 20 epochs of batches of 8. A side that took longer than --limit seconds for
+a size is not asked for larger ones.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from baselines import encoder_folder
+from cells import choose_corpora
+from measure import alternate, print_table, resident
+
+from textmeta import FewShotClassifier
+from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+
+Predict = Callable[[list[str]], object]
+Fit = Callable[[list[str], list[str]], Predict]
+
+SIZES = ((2, 2), (5, 5), (5, 10), (20, 10), (77, 10), (150, 10))  # classes x examples
+TEXTS, LONG_WORDS, CALLS = 512, 180, 50  # of a column; words of a long text; of one text each
+ENCODE, DEFAULT, SETFIT = "sentence-transformers, encode", "textmeta", "SetFit"
+COLD = {  # what a new process runs before it has its first answer; names in braces are folders
+    ENCODE: "from sentence_transformers import SentenceTransformer; SentenceTransformer({encoder!r}).encode(['a'])",
+    DEFAULT: "from textmeta import FewShotClassifier; FewShotClassifier.from_pretrained({fitted!r}).predict(['a'])",
+    "textmeta, ONNX": "from textmeta import FewShotClassifier; "
+    "FewShotClassifier.from_pretrained({onnx!r}, backend='onnx').predict(['a'])",
+    "import textmeta": "import textmeta",
+    "import sentence_transformers": "import sentence_transformers",
+    "pass": "pass",
+}
+
+
+# The sides: each fits, and returns what predicts
+
+
+@cache
+def sentence_encoder(device: str):
+    """Return the encoder as sentence-transformers has it."""
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415
+
+    return SentenceTransformer(encoder_folder(), device=device)
+
+
+def textmeta_fit(precision: str, device: str) -> Fit:
+    """Return the fit of one classifier, which keeps its encoder."""
+    classifier = FewShotClassifier(precision=precision, device=device, progress=False)
+    return lambda texts, labels: classifier.fit(texts, labels).predict
+
+
+def onnx_fit(int8: bool) -> Fit:
+    """Return a fit that exports the classifier, and predicts by ONNX Runtime."""
+
+    def fit(texts: list[str], labels: list[str]) -> Predict:
+        with tempfile.TemporaryDirectory() as folder:
+            FewShotClassifier(device="cpu").fit(texts, labels).export_onnx(Path(folder) / "m", int8=int8)
+            return FewShotClassifier.from_pretrained(Path(folder) / "m", backend="onnx").predict
+
+    return fit
+
+
+def logistic_fit(device: str) -> Fit:
+    """Return the fit of logistic regression on sentence embeddings."""
+    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+
+    def fit(texts: list[str], labels: list[str]) -> Predict:
+        head = LogisticRegression(max_iter=1000).fit(sentence_encoder(device).encode(texts), labels)
+        return lambda queries: head.predict(sentence_encoder(device).encode(queries))
+
+    return fit
+
+
+def setfit_fit(device: str) -> Fit:
+    """Return SetFit's."""
+    from setfit_rival import setfit_model  # noqa: PLC0415 - an extra
+
+    def fit(texts: list[str], labels: list[str]) -> Predict:
+        return setfit_model(texts, np.unique(labels, return_inverse=True)[1], 256, device).predict
+
+    return fit
+
+
+def peft_fit(device: str) -> Fit:
+    """Return what fine-tunes the encoder with PEFT's LoRA."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
+
+    def fit(texts: list[str], labels: list[str]) -> Predict:
+        numbers = torch.tensor(np.unique(labels, return_inverse=True)[1], device=device)
+        base = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=int(numbers.max()) + 1)
+        model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS")).to(device).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+
+        def logits(rows: list[str]) -> torch.Tensor:
+            batch = tokenizer(rows, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
+            return model(**batch).logits
+
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            order = rng.permutation(len(texts))
+            for start in range(0, len(texts), 8):
+                rows = order[start : start + 8]
+                loss = torch.nn.functional.cross_entropy(logits([texts[row] for row in rows]), numbers[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        model.eval()
+
+        @torch.inference_mode()
+        def predict(queries: list[str]) -> object:
+            return [logits(queries[start : start + 32]).argmax(-1) for start in range(0, len(queries), 32)]
+
+        return predict
+
+    return fit
+
+
+def sides(device: str, names: Sequence[str] | None = None) -> dict[str, Fit]:
+    """Return the sides by name."""
+    made: dict[str, Callable[[], Fit]] = {
+        DEFAULT: lambda: textmeta_fit("auto", device),
+        "textmeta, float32": lambda: textmeta_fit("no", device),
+        ENCODE: lambda: lambda texts, _: (sentence_encoder(device).encode(texts), sentence_encoder(device).encode)[1],
+        "sentence-transformers, logistic regression": lambda: logistic_fit(device),
+        "textmeta, ONNX": lambda: onnx_fit(int8=False),
+        "textmeta, ONNX, int8": lambda: onnx_fit(int8=True),
+        "PEFT LoRA, fine-tuned": lambda: peft_fit(device),
+        SETFIT: lambda: setfit_fit(device),
+    }
+    if device != "cpu":
+        made = {name: side for name, side in made.items() if "ONNX" not in name}
+    return {name: side() for name, side in made.items() if names is None or name in names}
+
+
+# What is measured
+
+
+def examples(data_dir: Path, ways: int, shots: int) -> tuple[list[str], list[str]]:
+    """Return labelled texts of banking77, or of clinc150 for more classes than it has."""
+    corpus = _corpus(data_dir, "banking77" if ways <= 77 else "clinc150")
+    rows = [row for label in range(ways) for row in corpus.rows_of(label)[:shots]]
+    return [corpus.texts[row] for row in rows], [corpus.class_names[corpus.labels[row]] for row in rows]
+
+
+@cache
+def _corpus(data_dir: Path, name: str) -> Corpus:
+    return load_corpus(CorpusSettings(str(data_dir / f"{name}.jsonl")))
+
+
+def columns(data_dir: Path, count: int) -> dict[str, list[str]]:
+    """Return short, long and mixed texts, the last two of the choose corpora alike, shuffled."""
+    rng, corpora = np.random.default_rng(0), choose_corpora(data_dir)
+    mixed = [corpus.texts[row] for corpus in corpora for row in rng.permutation(len(corpus.texts))[:count]]
+    long = [text for text in mixed if len(text.split()) >= LONG_WORDS]
+    short = _corpus(data_dir, "banking77").texts
+    found = {"short": list(short), "long": long, "mixed": [*mixed[::count], *rng.permutation(mixed)]}
+    return {name: [str(text) for text in rng.permutation(texts)[:count]] for name, texts in found.items()}
+
+
+def fit_rows(
+    data_dir: Path, fits: dict[str, Fit], sizes: Sequence[tuple[int, int]], repeats: int, limit: float
+) -> Iterator[list[str]]:
+    """Yield the table of what a fit takes: seconds, and how often that is what encode takes."""
+    yield ["fit, s (times encode)", *(f"{ways} x {shots}" for ways, shots in sizes)]
+    cells: dict[str, list[str]] = {name: [] for name in fits if "ONNX" not in name}
+    slow: set[str] = set()
+    for ways, shots in sizes:
+        texts, labels = examples(data_dir, ways, shots)
+        runs = {name: partial(fits[name], texts, labels) for name in cells if name not in slow}
+        once = {
+            name: runs.pop(name) for name in ("PEFT LoRA, fine-tuned", SETFIT) if name in runs
+        }  # too long for turns
+        times = {name: median(values) for name, values in alternate(runs, repeats, f"{ways} x {shots}").items()}
+        for name, run in once.items():
+            start = time.perf_counter()
+            run()
+            times[name] = time.perf_counter() - start
+        slow |= {name for name, seconds in times.items() if seconds > limit}
+        for name, row in cells.items():
+            told = times.get(name)
+            row.append("–" if told is None else f"{told:.2f} ({told / times[ENCODE]:.2f})")
+    yield from ([name, *row] for name, row in cells.items())
+
+
+def predict_rows(data_dir: Path, fits: dict[str, Fit], texts: int, repeats: int) -> Iterator[list[str]]:
+    """Yield the table of texts a second, and the latency of one text."""
+    given = columns(data_dir, texts)
+    predicts = {name: fit(*examples(data_dir, 5, 5)) for name, fit in fits.items()}
+    found: dict[str, list[str]] = {name: [] for name in predicts}
+    for title, own in given.items():
+        times = alternate({name: partial(predict, own) for name, predict in predicts.items()}, repeats, title)
+        rates = {name: len(own) / median(values) for name, values in times.items()}
+        for name, rate in rates.items():
+            found[name].append(f"{rate:.0f} ({rate / rates[ENCODE]:.2f})")
+    ones = {name: partial(predict, given["short"][:1]) for name, predict in predicts.items()}
+    times = alternate(ones, CALLS, "one text")
+    yield ["texts a second (times encode)", *given, "one text, ms: p50", "p95"]
+    for name, row in found.items():
+        quantiles = np.quantile(times[name], (0.5, 0.95)) * 1000
+        yield [name, *row, *(f"{value:.1f}" for value in quantiles)]
+
+
+def cold_rows(data_dir: Path, repeats: int) -> Iterator[list[str]]:
+    """Yield the table of what a new process takes, beyond one that does nothing, and of sizes on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"fitted": f"{folder}/fitted", "onnx": f"{folder}/onnx", "encoder": encoder_folder()}
+        classifier = FewShotClassifier(device="cpu").fit(*examples(data_dir, 5, 5))
+        classifier.save_pretrained(places["fitted"])
+        classifier.export_onnx(places["onnx"])
+        commands = {name: [sys.executable, "-c", code.format(**places)] for name, code in COLD.items()}
+        runs = {name: partial(subprocess.run, command, check=True) for name, command in commands.items()}
+        times = {name: median(values) for name, values in alternate(runs, repeats, "cold").items()}
+        bare = times.pop("pass")
+        yield ["a new process, s", "median", "times encode's"]
+        for name, seconds in times.items():
+            yield [name, f"{seconds - bare:.2f}", f"{(seconds - bare) / (times[ENCODE] - bare):.2f}"]
+        for title, place in places.items():
+            size = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
+            yield [f"the folder: {title}", f"{size / 2**20:.1f} MiB", ""]
+
+
+def memory_rows(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the table of the peak memory of a new process that fits and predicts."""
+    yield ["peak memory of a process, MiB", "5 x 5", "77 x 10"]
+    for name in names:
+        row = []
+        for size in ("5x5", "77x10"):
+            if size == "77x10" and name in (SETFIT, "PEFT LoRA, fine-tuned"):
+                row.append("–")  # too long
+                continue
+            command = [sys.executable, __file__, "--data-dir", str(arguments.data_dir), "--memory-of", name, size]
+            done = subprocess.run([*command, "--device", arguments.device], capture_output=True, text=True, check=True)
+            row.append(f"{int(done.stdout.split()[-1]) / 1024:.0f}")
+        yield [name, *row]
+
+
+def share_rows(data_dir: Path, texts: int, repeats: int) -> Iterator[list[str]]:
+    """Yield where the time of predicting mixed texts goes, and the share of the machine's matrix-product peak."""
+    (mixed,) = [own for name, own in columns(data_dir, texts).items() if name == "mixed"]
+    classifier = FewShotClassifier(precision="no", device="cpu", progress=False).fit(*examples(data_dir, 5, 5))
+    reader, factors = classifier._reader, classifier._adapter.initialisation.lora
+    square = torch.rand(2048, 2048)
+    runs = {
+        "all of predict": lambda: classifier.predict(mixed),
+        "tokens": lambda: reader.encoder.tokenize(mixed),
+        "tokens and token states": torch.inference_mode()(lambda: reader.read(mixed, factors)),
+        "a product of 2048 x 2048 matrices": lambda: square @ square,
+    }
+    times = {name: median(values) for name, values in alternate(runs, repeats, "shares").items()}
+    peak = 2 * 2048**3 / times.pop("a product of 2048 x 2048 matrices")
+    weights = sum(m.weight.numel() for m in classifier._reader.encoder._suffix.modules() if hasattr(m, "names"))
+    tokens = sum(len(ids) for own in reader.encoder.tokenize(mixed) for ids in own)
+    flops = 2 * tokens * 2 * weights  # LoRA is on all maps of the upper half, which is as large as the lower
+    whole = times["all of predict"]
+    yield ["predict of mixed texts, float32", "share of its time"]
+    yield ["tokens", f"{times['tokens'] / whole:.2f}"]
+    yield ["forward", f"{(times['tokens and token states'] - times['tokens']) / whole:.2f}"]
+    yield ["views, head", f"{1 - times['tokens and token states'] / whole:.2f}"]
+    yield ["linear maps at the measured matrix-product peak", f"{flops / peak / whole:.2f}"]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="few repeats; SetFit at 2 x 2 alone, no fine-tuning")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=120)
+    parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "SIZE"), help="print the peak of one side, in KiB")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        name, size = arguments.memory_of
+        texts, labels = examples(arguments.data_dir, *map(int, size.split("x")))
+        sides(arguments.device, [name])[name](texts, labels)(texts)
+        print(resident("VmHWM"))
+        return
+    data_dir, quick = arguments.data_dir, arguments.quick
+    fits = sides(arguments.device)
+    sizes, repeats = (SIZES[:5:2], 3) if quick else (SIZES, 7)
+    if quick:
+        fits.pop("PEFT LoRA, fine-tuned")
+    short = {name: fit for name, fit in fits.items() if name not in ("PEFT LoRA, fine-tuned", SETFIT)}
+    print_table(list(fit_rows(data_dir, fits, sizes, repeats, 5 if quick else arguments.limit)))
+    print_table(list(predict_rows(data_dir, short if quick else fits, 128 if quick else TEXTS, repeats)))
+    print_table(list(share_rows(data_dir, 128 if quick else TEXTS, repeats)))
+    if arguments.device == "cpu":
+        print_table(list(cold_rows(data_dir, repeats)))
+    if not quick:
+        print_table(list(memory_rows(arguments, list(fits))))
+
+
+if __name__ == "__main__":
+    main()
