@@ -162,8 +162,8 @@ def test_corpora_that_are_too_small_are_errors() -> None:
         ({"shots": (0, 3), "label_names": 0.9}, r"^shots must be .* given \(0, 3\); 0 shots need label_names 1$"),
         ({"shots": -1, "label_names": 1.0}, "^shots must be"),
         ({"queries": (4, 3)}, "^queries must be"),
-        ({"label_names": 1.1}, "^label_names is a share, from 0 to 1, given 1.1"),
-        ({"label_names": float("nan")}, "^label_names is a share"),
+        ({"label_names": 1.1}, "^label_names must be a number from 0 to 1, given 1.1"),
+        ({"label_names": float("nan")}, "^label_names must be a number"),
     ],
 )
 def test_bad_setting_is_named(settings: dict, message: str) -> None:

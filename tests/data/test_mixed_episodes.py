@@ -216,13 +216,8 @@ def test_classes_with_too_few_texts_of_their_own_are_left_out(caplog: pytest.Log
 def test_what_cannot_be_drawn_is_an_error() -> None:
     with pytest.raises(DataError, match="no corpus"):
         MixedEpisodes([], seed=0)
-    with pytest.raises(SettingsError, match="seed must not be negative, given -1"):
-        MixedEpisodes(CORPORA, seed=-1)
-    with pytest.raises(SettingsError, match=r"names is a share, from 0 to 1, given 1\.1"):
-        MixedEpisodes(CORPORA, seed=0, names=1.1)
-    with pytest.raises(SettingsError, match="unlabelled is a share, from 0 to 1, given nan"):
-        MixedEpisodes(CORPORA, seed=0, unlabelled=float("nan"))
-    with pytest.raises(SettingsError, match="outside is a share"):
-        MixedEpisodes(CORPORA, seed=0, outside=-0.1)
+    for wrong in ({"seed": -1}, {"names": 1.1}, {"unlabelled": float("nan")}, {"outside": -0.1}):
+        with pytest.raises(SettingsError, match=f"^{next(iter(wrong))} must be .* given"):
+            MixedEpisodes(CORPORA, **{"seed": 0, **wrong})  # type: ignore[arg-type]
     with pytest.raises(IndexError, match="-1"):
         MixedEpisodes(CORPORA, seed=0)[-1]

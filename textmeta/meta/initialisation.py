@@ -6,30 +6,21 @@ Numbers that must be positive are kept as logarithms. Shapes: V views, d dimensi
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from textmeta.data.labels import one_of
+from textmeta.data.labels import one_of, whole_number
 from textmeta.encoder.lora import layer_of, zero_start
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.heads import HEADS
 
-__all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings", "whole_number"]
+__all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings"]
 
 Adapt = Literal["none", "pooling", "lora", "pooling+lora", "offset"]
 MAX_STEPS = 50
 LORA = "lora."  # before the names of LoRA's factors
-
-
-def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> int:
-    """Return a setting as an int; SettingsError if it is no whole number in a range."""
-    number = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy or PyTorch
-    if type(number) is not int or not least <= number <= most:
-        to = f" to {most}" if most < math.inf else ""
-        raise SettingsError(f"{name} must be a whole number from {least}{to}, given {value!r:.60}")
-    return number
 
 
 @dataclass(frozen=True)
@@ -54,15 +45,12 @@ class LearnerSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.adapt not in get_args(Adapt):
-            raise SettingsError(f"adapt must be one of {get_args(Adapt)}, given {self.adapt!r:.60}")
-        if self.head not in HEADS:
-            raise SettingsError(f"head must be one of {sorted(HEADS)}, given {self.head!r:.60}")
+        one_of("adapt", self.adapt, get_args(Adapt))
+        one_of("head", self.head, sorted(HEADS))
         layers = () if self.layers is None else self.layers
         if not isinstance(layers, Sequence) or not all(type(layer) is int for layer in layers):
             raise SettingsError(f"layers must be numbers, such as (2, 4, 6), given {layers!r:.60}")
-        if not 0 <= self.steps <= MAX_STEPS:
-            raise SettingsError(f"steps must be from 0 to {MAX_STEPS}, given {self.steps}")
+        whole_number("steps", self.steps, 0, MAX_STEPS)
 
     def reduced(self, adapt: Adapt | None, steps: int | None) -> "LearnerSettings":
         """Return the settings with a part of what these adapt, and so many of their first steps; None leaves them.
