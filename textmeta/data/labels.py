@@ -25,6 +25,7 @@ __all__ = [
     "few",
     "is_word",
     "label_array",
+    "label_from_json",
     "label_to_json",
     "number",
     "one_of",
@@ -324,12 +325,17 @@ def label_to_json(label: Label) -> Any:
     return {"float": str(label)} if isinstance(label, float) and math.isinf(label) else label
 
 
+def label_from_json(stored: Any) -> Any:
+    """Return the label that :func:`label_to_json` was given; anything else as it is."""
+    return float(stored["float"]) if stored in INFINITE else stored
+
+
 def read_labels(stored: Sequence[Any], path: Path) -> list[Any]:
     """Return the labels that :func:`label_to_json` was given; AdapterError, naming the path, if one is none, or twice.
 
     Equal ones of other types count as twice, too.
     """
-    labels = [float(label["float"]) if label in INFINITE else label for label in stored]
+    labels = list(map(label_from_json, stored))
     seen = set()
     for label in labels:
         if not isinstance(label, str | int | float) or label in seen:

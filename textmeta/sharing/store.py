@@ -167,6 +167,7 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         "first_token": adapter.first_token,
         "index": index and [{"name": name, "classes": list(classes)} for name, classes in index.classes.items()],
     }
+    content = None
     files = {
         CONFIG: _config_file(adapter),
         WEIGHTS: _write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
@@ -184,15 +185,15 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         if isinstance(by_class := settings.get("class_weight"), Mapping):
             keys = map(label_to_json, checked_labels(list(by_class), "class_weight, key"))
             settings["class_weight"] = list(zip(keys, map(float, by_class.values()), strict=True))
-        files[CLASSIFIER] = write_json({"classes": labels, "support": support, **settings})
+        content = {"classes": labels, "support": support, **settings}
+        files[CLASSIFIER] = write_json(content)
         if inputs and inputs.states:
             files[SUPPORT] = _write_tensors(inputs.states, torch.float16)
     try:
         _parse(files, Path())
     except AdapterError as error:
         raise AdapterError(f"not saved: {error}") from error
-    classes, inputs = (None, None) if fitted is None else (fitted.classes, fitted.inputs)
-    return {**files, CARD: model_card(adapter, classes, inputs).encode("utf-8", "replace")}
+    return {**files, CARD: model_card(meta, content).encode("utf-8", "replace")}
 
 
 def _config_file(adapter: Adapter) -> bytes:
