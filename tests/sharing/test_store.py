@@ -215,7 +215,7 @@ def with_tensor(name: str, value: Tensor) -> Change:
         (lambda a: replace(a, index=ClassIndex({}, {})), "index: List should have at least 1 item"),
         (with_tensor("pull", torch.tensor(float("nan"))), "'pull' has values that are not finite"),
         (with_tensor("log_penalty", torch.tensor(1e3)), "log_penalty: the exponential"),
-        (with_tensor("queries", torch.zeros(2, 32)), r"queries is \(2, 32\), expected \(3, 32\)"),
+        (with_tensor("queries", torch.zeros(2, 32)), r"queries has shape \(2, 32\), expected \(3, 32\)"),
     ],
 )
 def test_what_would_not_be_loaded_is_not_saved(adapter: Adapter, tmp_path: Path, change: Change, message: str) -> None:
