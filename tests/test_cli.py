@@ -156,10 +156,10 @@ def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adap
         ([], "nothing to train on: give --data FILE, or corpora in the config"),
         (["--data", "no-such.csv"], "no such file"),
         (["--data", "{data}", "--test_shots", "[12]"], "8 classes of 17 different texts; `--hold_out false`"),
-        (["--data", "{data}", "--test_episodes", "1"], "test_episodes must be at least 2, given 1"),
+        (["--data", "{data}", "--test_episodes", "1"], "test_episodes must be a whole number from 2, given 1"),
         (["--data", "{data}", "--output", "."], "working folder"),
         (["--data", "{data}", "--start", "no-such"], "no-such"),
-        (["--data", "{data}", "--episodes", "0"], "episodes must be at least 1, given 0"),
+        (["--data", "{data}", "--episodes", "0"], "episodes must be a whole number from 1, given 0"),
         (["--data", "{data}", "--encoder.max_length", "1"], "at least 3 tokens, given 1"),
     ],
 )

@@ -139,7 +139,7 @@ def _info(options: argparse.Namespace) -> None:
     from textmeta.data.labels import plain  # noqa: PLC0415
     from textmeta.files import read_json  # noqa: PLC0415
     from textmeta.sharing.card import adapter_info  # noqa: PLC0415
-    from textmeta.sharing.format import CLASSIFIER, META  # noqa: PLC0415
+    from textmeta.sharing.folder import CLASSIFIER, META  # noqa: PLC0415
     from textmeta.sharing.locate import read_located  # noqa: PLC0415
 
     files, found = read_located(options.name, revision=options.revision, subfolder=options.subfolder)

@@ -287,7 +287,7 @@ def test_settings_that_cannot_be_are_said(hub: HubServer, intents: str) -> None:
             rows=2)  # fmt: skip
     with pytest.raises(SettingsError, match="text_column and label_column are the same: 'text'"):
         CorpusSettings("lab/intents", label_column="text")
-    with pytest.raises(SettingsError, match="rows must be at least 1, given 0"):
+    with pytest.raises(SettingsError, match="rows must be a whole number from 1, given 0"):
         CorpusSettings("lab/large", rows=0)
 
 

@@ -39,8 +39,7 @@ from textmeta.errors import AdapterError
 from textmeta.meta.adapter import Adapter, ClassIndex
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
 from textmeta.meta.learner import LearnedTask
-from textmeta.sharing.folder import MANIFEST
-from textmeta.sharing.format import FORMAT
+from textmeta.sharing.folder import FORMAT, MANIFEST
 from textmeta.sharing.store import TASK_AXES, Fitted, adapter_files, load_adapter, save_adapter
 
 META, TENSORS, WEIGHTS, CLASSIFIER, HEAD = (

@@ -30,15 +30,11 @@ BY_LAYER = ("view_prior", "log_step_sizes", "loss_view_weights", "name_view_weig
 
 
 def load_any_encoder(
-    numbers: Adapter,
-    model: str | None,
-    *,
-    untrained: bool,
-    max_length: int | None,
-    access: HubAccess,
-    **how: Any,
+    numbers: Adapter, model: str | None, *, untrained: bool, max_length: int | None, access: HubAccess, **how: Any
 ) -> TaskLearner:
     """Load an encoder, and return what learns tasks with it: an adapter if it is its own, else the general numbers.
+
+    EncoderError if it cannot be loaded, SettingsError if it cannot read texts so long.
 
     Args:
         numbers: the adapter.
@@ -47,10 +43,6 @@ def load_any_encoder(
         max_length: texts are cut after this many tokens; by default the adapter's number, or what the encoder can read.
         access: how the Hub is reached.
         how: device and precision, as for :meth:`~textmeta.meta.adapter.Adapter.load_reader`.
-
-    Raises:
-        EncoderError: if it cannot be loaded.
-        SettingsError: if it cannot read texts so long.
     """
     name = at_home(model or numbers.encoder.model)
     with as_encoder_errors(name):
@@ -76,10 +68,6 @@ def general_adapter(reader: TokenStateReader, numbers: Adapter) -> Adapter:
     LoRA does nothing, the pooling queries are 0, which is the mean, and centres are those of the task alone. Numbers by
     layer are those of the same relative depth, the last layer of the other adapter taken for its encoder's last. The
     rule for what is out of scope is left out: here it would reject nearly all.
-
-    Args:
-        reader: of the encoder's token states.
-        numbers: the other one.
     """
     encoder = reader.encoder
     learner = replace(numbers.learner, layers=reader.layers)

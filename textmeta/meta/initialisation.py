@@ -66,84 +66,48 @@ class LearnerSettings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is set after training, by other means than its gradients.
+    """What is set after training, by other means than its gradients."""
 
-    Args:
-        scope: (8,) rule of :func:`~textmeta.heads.scope.scope_probability`; None where none was fitted.
-    """
-
-    scope: Tensor | None = None
+    scope: Tensor | None = None  # (8,) rule of heads.scope.scope_probability; None where none was fitted
 
 
 @dataclass(frozen=True)
 class Initialisation:
-    """Everything that is learned by gradient.
+    """Everything that is learned by gradient."""
 
-    Args:
-        lora: LoRA factors by name, shared by all tasks.
-        queries: (V, d) q₀, the pooling queries that tasks start from.
-        log_step_sizes: (J, V) or (J, V, d) log α of the pooling queries.
-        lora_log_step_sizes: (J, layers with LoRA) log α of LoRA's factors.
-        offset_log_step_sizes: (J,) log α of the head's offset.
-        pull: () logit of δ, the share by which each step goes back towards the start.
-        step_gate: (2,) γ₀, γ₁ of γ(k) = sigmoid(γ₀ + γ₁ log(1 + k)).
-        loss_view_weights: (V,) logits of the views' weights in the neighbourhood loss.
-        loss_log_scale: () of the cosines in it.
-        centre: (V, d) μ, the learned mean of texts.
-        log_centre_strength: () log n₀.
-        log_penalty: () log λ.
-        view_prior: (V,) a.
-        log_evidence_strength: () log β.
-        log_evidence_half: () log n_s.
-        log_evidence_scale: () of left-out scores.
-        temperature: (5,) t₀ … t₄.
-        name_view_weights: (V,) logits of the views' weights in names.
-        name_centre: (V, d) the learned mean of names.
-        log_name_centre_strength: ().
-        log_name_scale: () log t_n.
-        log_zero_shot_scale: () the same where names are alone.
-        name_gate: (3,) b₀ … b₂.
-        log_unlabelled_share: () log ν.
-        unlabelled_weight: (3,) r₀ … r₂.
-    """
-
-    lora: dict[str, Tensor]
-    queries: Tensor
-    log_step_sizes: Tensor
-    lora_log_step_sizes: Tensor
-    offset_log_step_sizes: Tensor
-    pull: Tensor
-    step_gate: Tensor
-    loss_view_weights: Tensor
-    loss_log_scale: Tensor
-    centre: Tensor
-    log_centre_strength: Tensor
-    log_penalty: Tensor
-    view_prior: Tensor
-    log_evidence_strength: Tensor
-    log_evidence_half: Tensor
-    log_evidence_scale: Tensor
-    temperature: Tensor
-    name_view_weights: Tensor
-    name_centre: Tensor
-    log_name_centre_strength: Tensor
-    log_name_scale: Tensor
-    log_zero_shot_scale: Tensor
-    name_gate: Tensor
-    log_unlabelled_share: Tensor
-    unlabelled_weight: Tensor
+    lora: dict[str, Tensor]  # LoRA factors by name, shared by all tasks
+    queries: Tensor  # (V, d) q₀, the pooling queries that tasks start from
+    log_step_sizes: Tensor  # (J, V) or (J, V, d) log α of the pooling queries
+    lora_log_step_sizes: Tensor  # (J, layers with LoRA) log α of LoRA's factors
+    offset_log_step_sizes: Tensor  # (J,) log α of the head's offset
+    pull: Tensor  # () logit of δ, the share by which each step goes back towards the start
+    step_gate: Tensor  # (2,) γ₀, γ₁ of γ(k) = sigmoid(γ₀ + γ₁ log(1 + k))
+    loss_view_weights: Tensor  # (V,) logits of the views' weights in the neighbourhood loss
+    loss_log_scale: Tensor  # () of the cosines in it
+    centre: Tensor  # (V, d) μ, the learned mean of texts
+    log_centre_strength: Tensor  # () log n₀
+    log_penalty: Tensor  # () log λ
+    view_prior: Tensor  # (V,) a
+    log_evidence_strength: Tensor  # () log β
+    log_evidence_half: Tensor  # () log n_s
+    log_evidence_scale: Tensor  # () of left-out scores
+    temperature: Tensor  # (5,) t₀ … t₄
+    name_view_weights: Tensor  # (V,) logits of the views' weights in names
+    name_centre: Tensor  # (V, d) the learned mean of names
+    log_name_centre_strength: Tensor  # ()
+    log_name_scale: Tensor  # () log t_n
+    log_zero_shot_scale: Tensor  # () the same where names are alone
+    name_gate: Tensor  # (3,) b₀ … b₂
+    log_unlabelled_share: Tensor  # () log ν
+    unlabelled_weight: Tensor  # (3,) r₀ … r₂
 
     @classmethod
     def start(
         cls, factor_shapes: Mapping[str, tuple[int, ...]], hidden_size: int, settings: LearnerSettings, seed: int
     ) -> "Initialisation":
-        """Return what training begins with: LoRA's usual start, mean pooling, and numbers that are about right.
+        """Return what training begins with: LoRA's usual start, by its seed, mean pooling, and numbers about right.
 
-        Args:
-            factor_shapes: shape of each LoRA factor by name.
-            hidden_size: d.
-            settings: how tasks are learned, its layers known.
-            seed: of LoRA's random A.
+        The settings must say which layers are the views.
         """
         views, steps = len(settings.layers or ()), settings.steps
         last = torch.full((views,), -1.0)  # the last layer is the usual one: it starts with the most weight

@@ -27,7 +27,7 @@ from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.calibration import episodes_with_outside, fit_calibration
-from textmeta.meta.checkpoint import Record, TrainingState, restore_state, save_state, stop_requests
+from textmeta.meta.checkpoint import TrainingState, open_record, restore_state, save_state, stop_requests
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
@@ -232,14 +232,14 @@ class _Run:
         self.accelerator.wait_for_everyone()
         with (
             stop_requests() as stop_requested,
-            Record(output / RECORD, state.step, enabled=main) as record,
+            open_record(output / RECORD, state.step, enabled=main) as write_row,
             tqdm(None, trainer.algorithm, trainer.steps, unit="step", initial=state.step, disable=not main) as progress,
         ):
             while state.step < trainer.steps:
                 row, stop = self._step(state, stop_requested())
                 if validation and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
                     row["valid_accuracy"] = self._validate(state, validation)
-                record.write(row)
+                write_row(row)
                 shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
                 if state.best:
                     shown["best"] = f"{state.best_accuracy:.3f}"

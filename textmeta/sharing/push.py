@@ -14,8 +14,7 @@ from textmeta.files import at_home, is_folder
 from textmeta.hub import check_reachable, clear_hub_errors, is_repo_id
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing.card import PLACEHOLDER
-from textmeta.sharing.folder import MANIFEST, manifest_of, read_file
-from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
+from textmeta.sharing.folder import ADAPTER_FILES, CARD, MANIFEST, manifest_of, read_adapter_files, read_file
 from textmeta.sharing.locate import subfolder_prefix
 from textmeta.sharing.store import Fitted, adapter_files, load_adapter
 

@@ -7,6 +7,7 @@ name, ``textmeta.json`` settings and record, and ``SHA256SUMS`` the hashes. A fi
 ``classifier.safetensors`` and ``classifier.json``, and ``support.safetensors`` where token states are stored with it.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,8 +32,18 @@ from textmeta.meta.initialisation import LORA, Adapt, Calibration, Initialisatio
 from textmeta.meta.learner import LearnedTask
 from textmeta.meta.shared import shared
 from textmeta.sharing.card import is_edited, model_card
-from textmeta.sharing.folder import write_folder
-from textmeta.sharing.format import CARD, CLASSIFIER, CONFIG, FORMAT, HEAD, META, SUPPORT, TENSORS, WEIGHTS, write_json
+from textmeta.sharing.folder import (
+    CARD,
+    CLASSIFIER,
+    CONFIG,
+    FORMAT,
+    HEAD,
+    META,
+    SUPPORT,
+    TENSORS,
+    WEIGHTS,
+    write_folder,
+)
 from textmeta.sharing.locate import read_located
 from textmeta.sharing.support import FitInputs, StoredSupport, read_support, stored_support
 
@@ -162,7 +173,7 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         CONFIG: _config_file(adapter),
         WEIGHTS: _write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
         TENSORS: _write_tensors(others),
-        META: write_json(meta),
+        META: _write_json(meta),
     }
     content: dict[str, Any] | None = None
     if fitted is not None:
@@ -174,7 +185,7 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
             settings["class_weight"] = list(zip(keys, map(float, by_class.values()), strict=True))
         support = inputs and stored_support(inputs, fitted.classes)
         content = {"classes": list(map(label_to_json, fitted.classes)), "support": support, **settings}
-        files[CLASSIFIER] = write_json(content)
+        files[CLASSIFIER] = _write_json(content)
         if inputs and inputs.states:
             files[SUPPORT] = _write_tensors(inputs.states, torch.float16)
     try:
@@ -198,7 +209,15 @@ def _config_file(adapter: Adapter) -> bytes:
         "bias": "none",
         "target_modules": sorted({name.rpartition(".lora_")[0] for name in adapter.initialisation.lora}),
     }
-    return write_json(config)
+    return _write_json(config)
+
+
+def _write_json(content: Any) -> bytes:
+    """Return JSON, sorted, so that equal content has equal bytes."""
+    try:
+        return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:  # no value of JSON, or half of a character
+        raise AdapterError(f"not saved: what is to be stored as JSON cannot be: {error}") from error
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> bytes:
