@@ -58,22 +58,12 @@ def fetch_snapshot(
     ignore: Sequence[str] = (),
     force: bool = False,
 ) -> Path:
-    """Bring the files of a model repository at one commit into the cache; offline, take them from there.
+    """Bring the files of a model repository at one commit into the cache; return the folder, named after the commit.
 
-    Args:
-        repo_id: such as ``textmeta/minilm-general``.
-        patterns: which files, in the manner of a shell; others are never downloaded.
-        revision: branch, tag or commit.
-        access: token, cache, offline.
-        ignore: patterns of files to leave out.
-        force: download again what is in the cache.
-
-    Returns:
-        The folder in the cache, named after the commit.
-
-    Raises:
-        HubError: no such repository or revision, or no right to it; what to do is said.
-        HubUnreachableError: no answer, and not in the cache.
+    Offline, or where the Hub does not answer, what is in the cache is taken; what is there is downloaded again if that
+    is forced. No other files are downloaded than those of the patterns, in the manner of a shell, which are not to be
+    ignored. HubError if there is no such repository or revision, or no right to it, HubUnreachableError if there is
+    neither an answer nor a copy in the cache.
     """
     check_revision(revision)
     access, silence, waits = access or HubAccess(), None, iter(WAITS)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace

@@ -152,15 +152,10 @@ def relative_weights(weights: Sequence[float], where: str) -> list[float] | None
 def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | None:
     """Return how much an example of each class counts, as scikit-learn has it; None where classes weigh alike.
 
-    Args:
-        given: "balanced", where classes weigh alike; None, where each example counts 1; or a mapping from labels to
-            what one of that class counts, 1 where nothing is said.
-        classes: of the task.
-
-    Raises:
-        SettingsError: if it is something else.
-        DataError: naming the label, if a weight is no number above 0, or none is of a class. Where some are, others may
-            be of classes to come, or gone; a warning, if a class has none.
+    Given is "balanced", where classes weigh alike; None, where each example counts 1; or a mapping from labels to what
+    one of that class counts, 1 where nothing is said. SettingsError if it is something else. DataError, naming the
+    label, if a weight is no number above 0, or none is of a class. Where some are, others may be of classes to come, or
+    gone; a warning, if a class has none.
     """
     if isinstance(given, str) and given == "balanced":
         return None

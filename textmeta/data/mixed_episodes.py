@@ -150,15 +150,10 @@ def _draw_names(rng: np.random.Generator, words: tuple[str, ...], unequal: bool)
 def draw_unlabelled(
     rng: np.random.Generator, pools: Sequence[np.ndarray], others: np.ndarray, per_class: int, mixture: str
 ) -> np.ndarray:
-    """Return rows of unlabelled texts, shuffled.
+    """Return rows of unlabelled texts, shuffled: of what is left of each of an episode's classes, and of other classes.
 
-    Args:
-        rng: of all draws.
-        pools: rows of each of an episode's classes that are left.
-        others: rows of other classes.
-        per_class: unlabelled texts of a class, or as many as there are.
-        mixture: "same": ``per_class`` of each class. "skewed": ``2 * per_class`` in all, 90 % of one class and the rest
-            evenly of the others. "others": as "same", but half of them replaced by texts of other classes.
+    The mixture is "same", ``per_class`` of each class, or as many as there are; "skewed", twice as many in all, 90 % of
+    one class and the rest evenly of the others; or "others", as "same", but half replaced by texts of other classes.
     """
     filled = [way for way, pool in enumerate(pools) if len(pool)]
     if mixture == "skewed" and filled:

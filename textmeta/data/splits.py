@@ -36,7 +36,7 @@ class ClassSplit:
 
 
 def load_parts(sources: Iterable[CorpusSettings], fold: str | None = None, texts: int = 10) -> dict[str, list[Corpus]]:
-    """Load corpora and split each by class, from its file of splits or drawn; one corpus a source in each of three parts.
+    """Load corpora and split each by class, from its file of splits or drawn: one corpus a source in each part.
 
     Args:
         sources: of the corpora.

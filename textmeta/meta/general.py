@@ -34,15 +34,13 @@ def load_any_encoder(
 ) -> TaskLearner:
     """Load an encoder, and return what learns tasks with it: an adapter if it is its own, else the general numbers.
 
-    EncoderError if it cannot be loaded, SettingsError if it cannot read texts so long.
-
     Args:
-        numbers: the adapter.
-        model: folder or id on the Hub; by default the adapter's own encoder.
+        numbers: the adapter, which has them.
+        model: folder or id on the Hub (EncoderError if it cannot be loaded); by default the adapter's own encoder.
         untrained: whether its own encoder has the general numbers alone, too.
-        max_length: texts are cut after this many tokens; by default the adapter's number, or what the encoder can read.
+        max_length: texts are cut after so many tokens; by default the adapter's number, or what the encoder can read.
         access: how the Hub is reached.
-        how: device and precision, as for :meth:`~textmeta.meta.adapter.Adapter.load_reader`.
+        how: device and precision.
     """
     name = at_home(model or numbers.encoder.model)
     with as_encoder_errors(name):

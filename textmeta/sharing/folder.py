@@ -68,12 +68,8 @@ def is_there(folder: str | Path) -> bool:
 def read_adapter_files(folder: Path, repo_id: str | None = None) -> dict[str, bytes]:
     """Read the files of an adapter folder, checked against their hashes: name to content.
 
-    Args:
-        folder: to read.
-        repo_id: of the repository on the Hub that it is a copy of.
-
-    Raises:
-        AdapterError: if it was made by another version of textmeta, is damaged, or is no adapter.
+    AdapterError if it was made by another version of textmeta, is damaged, or is no adapter; it names the repository
+    on the Hub that the folder is a copy of, if any.
     """
     try:
         found = read_json(read_file(folder, META), folder / META, AdapterError).get("format_version")
@@ -98,13 +94,9 @@ def read_folder(folder: Path, known: Collection[str] | None = None, repo_id: str
 
     A folder in the Hub's cache may hold links to the cache's own files; any other link out of the folder is refused.
 
-    Args:
-        folder: to read.
-        known: names that the manifest may list; by default any.
-        repo_id: as for :func:`read_adapter_files`.
-
     Raises:
-        AdapterError: if anything is missing or not what was written, leads out of the folder, or can run code.
+        AdapterError: if anything is missing or not what was written, leads out of the folder, can run code, or is not
+            among the known names, if these are given.
     """
     folder = folder.resolve()
     for _ in range(TRIES):

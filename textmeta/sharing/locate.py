@@ -94,11 +94,7 @@ def _locate(
 
 
 def subfolder_prefix(subfolder: str | None) -> str:
-    """Return what stands before the names of a subfolder's files: nothing, or a path that ends in a slash.
-
-    Raises:
-        AdapterError: if it is no path below.
-    """
+    """Return what stands before the names of a subfolder's files; AdapterError if it is no path below."""
     if subfolder is None:
         return ""
     if not isinstance(subfolder, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):

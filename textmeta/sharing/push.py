@@ -63,11 +63,8 @@ def push_adapter(
 def push_folder(folder: str | Path, to: Destination, *, base_model: str | None = None) -> CommitInfo:
     """Push an adapter folder as it is, its card with whatever was edited in it; see :func:`push_adapter`.
 
-    With a ``base_model`` the files that name the encoder, and the card, are written anew.
-
-    Raises:
-        AdapterError: if the folder is no whole adapter, or its encoder no id on the Hub.
-        HubError: see :func:`push_adapter`.
+    With a ``base_model`` the files that name the encoder, and the card, are written anew. AdapterError, too, if the
+    folder is no whole adapter.
     """
     folder = at_home(Path(folder))
     adapter, fitted = load_adapter(folder)
@@ -124,10 +121,8 @@ def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
             )
     except HubError as error:
         if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 412:
-            raise HubError(
-                f"not pushed: somebody else pushed to {repo_id!r} in the meantime; nothing was changed. Look at what "
-                "they pushed, then push again"
-            ) from error
+            told = "in the meantime; nothing was changed. Look at what they pushed, then push again"
+            raise HubError(f"not pushed: somebody else pushed to {repo_id!r} {told}") from error
         raise
     logger.info("pushed to %s: %s", repo_id, done.commit_url)
     return done
