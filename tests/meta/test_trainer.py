@@ -225,14 +225,6 @@ def test_the_encoder_may_be_named_alone(tiny_model: str) -> None:
 # -------------------------------------------------------------------------------------------- going on
 
 
-def test_a_finished_run_is_not_run_again(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = train(tiny_model, corpus, tmp_path, episodes=3)
-    on_each_step(monkeypatch, "maml", lambda *_: pytest.fail("ran again"))
-    assert_same(train(tiny_model, corpus, tmp_path, episodes=3), first)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_and_saves(
     number: signal.Signals, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -529,12 +521,6 @@ def test_what_is_not_finite_stops_training(name: str, tiny_model: str, corpus: C
 def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=str(next(iter(wrong)))):
         MetaTrainer(**wrong)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("layers", [2, "24", (2.0,)])
-def test_layers_that_are_no_numbers_are_named(layers: object) -> None:
-    with pytest.raises(SettingsError, match=r"layers must be numbers, such as \(2, 4, 6\), given"):
-        LearnerSettings(layers=layers)  # type: ignore[arg-type]
 
 
 def test_a_setting_that_the_algorithm_has_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
