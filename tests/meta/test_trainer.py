@@ -3,10 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
@@ -19,19 +15,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from tests.conftest import WORDS
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.mixed_episodes import MixedEpisodes
-from textmeta.encoder import token_states
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.files import CHECKPOINT
 from textmeta.heads import HEADS
-from textmeta.meta import calibration, evaluation
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient
@@ -239,35 +232,6 @@ def test_a_signal_stops_after_the_step_and_saves(
         assert json.loads(file.metadata()["state"])["step"] == 3
 
 
-def test_a_killed_process_can_go_on(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        """
-        import sys
-        from pathlib import Path
-        import tests.conftest  # as many threads as here: their number changes the last bits
-        from tests.meta import test_trainer
-        from textmeta.data.corpus import Corpus
-        vars(test_trainer.trainer_module).update(test_trainer.SHORT)
-        texts, labels = Path(sys.argv[2]).read_text().split("\\n\\n")
-        corpus = Corpus.from_pairs("toy", texts.split("\\n"), labels.split("\\n"))
-        test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), episodes=12)
-        """
-    )
-    names = [corpus.class_names[label] for label in corpus.labels]
-    (tmp_path / "corpus.txt").write_text("\n".join(corpus.texts) + "\n\n" + "\n".join(names))
-    arguments = [sys.executable, "-c", script, tiny_model, str(tmp_path / "corpus.txt"), str(tmp_path / "parts")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "parts" / CHECKPOINT).exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert (tmp_path / "parts" / CHECKPOINT).exists()
-    assert len(rows_of(tmp_path / "parts")) < 12
-    whole = train(tiny_model, corpus, tmp_path / "whole", episodes=12)
-    assert_same(train(tiny_model, corpus, tmp_path / "parts", episodes=12), whole)
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -330,21 +294,6 @@ def test_where_the_frozen_states_are_kept_has_no_effect_on_the_bits(
     assert len(list(folder.iterdir())) == 1
     assert_same(written, in_memory)
     assert_same(read, in_memory)
-
-
-def test_there_is_one_bar_at_a_time(tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = []
-
-    class Watched(tqdm):
-        def __init__(self, *given, **how) -> None:
-            super().__init__(*given, **how)
-            if not self.disable:
-                shown.append((self.desc, self.pos))  # 0 where no other is open
-
-    for module in (trainer_module, token_states, evaluation, calibration):
-        monkeypatch.setattr(module, "tqdm", Watched)
-    train(tiny_model, corpus, episodes=1, valid=3)
-    assert shown == [("frozen layers", 0), ("maml", 0), ("calibration", 0)]
 
 
 # -------------------------------------------------------------------------------------------- what is learned

@@ -416,14 +416,6 @@ def test_encoder_whose_commit_is_gone_is_looked_for_with_a_warning(
     assert "looking for the encoder at revision main" in caplog.text
 
 
-def test_encoder_with_pickled_weights_alone_is_refused(hub: HubServer, tiny_model: str) -> None:
-    files = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir() if path.suffix != ".safetensors"}
-    hub.add_repo("lab/pickled", {**files, "pytorch_model.bin": b"pickled"})
-    with pytest.raises(EncoderError, match=r"'lab/pickled'.*safetensors"):
-        Encoder(EncoderSettings("lab/pickled"))
-    assert not [call for call in hub.requests if "pytorch_model.bin" in call.path and "resolve" in call.path]
-
-
 # Names
 
 
