@@ -154,9 +154,7 @@ def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
     assert found["plain @ x"]["a", 1].tolist() == [20, 40]
 
 
-def test_arms_are_compared_with_the_mean_of_the_base_arms_seeds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_arms_are_compared_with_the_mean_of_the_base_arms_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     ablation = importlib.import_module("ablation")
     rng = np.random.default_rng(0)

@@ -466,12 +466,7 @@ def between(scores: np.ndarray) -> float:
 
 @pytest.mark.parametrize(
     ("labels", "outside"),
-    [
-        (["b", "f", "k"], None),
-        (["b", "f", "k"], ("none",)),
-        ([3, 1, 2], -1),
-        ([True, "b", 2.5], "outside"),
-    ],
+    [(["b", "f", "k"], None), (["b", "f", "k"], ("none",)), ([3, 1, 2], -1), ([True, "b", 2.5], "outside")],
     ids=["str, None", "str, tuple", "int", "mixed"],
 )
 def test_what_is_below_the_number_is_rejected(classifier: FewShotClassifier, labels: list[Any], outside: Any) -> None:

@@ -11,17 +11,7 @@ from torch import Tensor
 
 from tests.heads import reference
 from tests.heads.reference import Task
-from tests.meta.given import (
-    CPU,
-    LAYERS,
-    ROWS,
-    batch_of,
-    episode_of,
-    leaves_of,
-    make_learner,
-    make_task,
-    odd_tasks,
-)
+from tests.meta.given import CPU, LAYERS, ROWS, batch_of, episode_of, leaves_of, make_learner, make_task, odd_tasks
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import Encoder
 from textmeta.errors import SettingsError
@@ -401,8 +391,7 @@ def test_lora_learns_through_six_steps_as_in_a_plain_loop(encoder64: Encoder, co
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"adapt": "all"}, {"head": "nearest"}, {"steps": -1}, {"steps": 51}, {"layers": ("a",)}, {"layers": 2}],
+    "wrong", [{"adapt": "all"}, {"head": "nearest"}, {"steps": -1}, {"steps": 51}, {"layers": ("a",)}, {"layers": 2}]
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):

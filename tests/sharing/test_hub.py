@@ -188,11 +188,7 @@ def test_hub_that_never_answers_is_not_waited_for(
     hub.faults.append(Fault("silence", path=".", times=10**6))
     began = time.monotonic()
     assert torch.equal(loaded_logits(), expected), "the cache serves"
-    for act in (
-        lambda: load_adapter("tester/other"),
-        lambda: push(pushed),
-        lambda: check_reachable("lab/data"),
-    ):
+    for act in (lambda: load_adapter("tester/other"), lambda: push(pushed), lambda: check_reachable("lab/data")):
         with pytest.raises(HubUnreachableError, match=r"cannot be reached \(ReadTimeout"):
             act()
     assert time.monotonic() - began < 20

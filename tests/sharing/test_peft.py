@@ -9,10 +9,7 @@ import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-)
+from transformers import AutoModel, AutoTokenizer
 
 from tests.hub.server import TOKEN, HubServer
 from tests.test_classifier import LABELS, SUPPORT, adapter_of

@@ -246,34 +246,26 @@ def test_tensors_of_another_kind_are_found(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "name"),
-    [(TENSORS, "log_penalty"), (TENSORS, "queries"), (TENSORS, "probe"), (TENSORS, "index"), (HEAD, "weights")],
-)
-def test_missing_tensor_is_named(folder: Path, file: str, name: str) -> None:
-    rewrite_tensors(folder, file, lambda tensors: tensors.pop(name))
-    assert name in refused(folder, naming=file)
-
-
-@pytest.mark.parametrize(
     ("file", "name", "value"),
     [
+        *((TENSORS, name, None) for name in ("log_penalty", "queries", "probe", "index")),
         (WEIGHTS, LORA_A, torch.ones(3, 32)),
         (TENSORS, "log_step_sizes", torch.zeros(3, 3)),
         (TENSORS, "queries", torch.zeros(4, 32)),
         (TENSORS, "scope", torch.zeros(7)),
         (TENSORS, "probe", torch.zeros(3, 32)),
         (TENSORS, "index", torch.ones(4, 32, dtype=torch.int8)),
-        (HEAD, "weights", torch.zeros(1, 3, 32, 3)),
+        (HEAD, "weights", None),
         (HEAD, "queries", torch.zeros(2, 3, 32)),
         (HEAD, "class_vectors", torch.zeros(1, 2, 31)),
         (HEAD, "lora.encoder.layer.2.attention.self.query.lora_A.weight", torch.zeros(1, 3, 32)),
     ],
 )
-def test_tensor_of_another_shape_is_named(folder: Path, file: str, name: str, value: Tensor) -> None:
-    rewrite_tensors(folder, file, lambda tensors: tensors.update({name: value}))
+def test_missing_tensor_or_another_shape_is_named(folder: Path, file: str, name: str, value: Tensor | None) -> None:
+    rewrite_tensors(folder, file, lambda found: found.pop(name) if value is None else found.update({name: value}))
     message = refused(folder, naming=file)
     assert name.removeprefix("base_model.model.") in message
-    assert str(tuple(value.shape)) in message
+    assert value is None or str(tuple(value.shape)) in message
 
 
 def test_truth_values_must_be_such(folder: Path) -> None:
@@ -306,16 +298,11 @@ def test_unknown_setting_is_refused(folder: Path, group: str) -> None:
     ("group", "change"),
     [
         ("lora", {"rank": 0}),
-        ("lora", {"rank": "four"}),
         ("lora", {"targets": [3]}),
-        ("learner", {"steps": -1}),
-        ("learner", {"steps": 2.0}),
         ("learner", {"steps": True}),
         ("learner", {"adapt": "nothing"}),
         ("learner", {"layers": [3, 4.0]}),
-        ("learner", {"layers": None}),
         ("learner", {"layers": []}),
-        ("encoder", {"max_length": None}),
         ("encoder", {"model": 3}),
     ],
 )

@@ -21,6 +21,11 @@ __all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings"]
 Adapt = Literal["none", "pooling", "lora", "pooling+lora", "offset"]
 MAX_STEPS = 50
 LORA = "lora."  # before the names of LoRA's factors
+POSITIVE = {  # what positive numbers, kept as their logarithms, start from
+    **{"loss_log_scale": 10.0, "log_penalty": 1.0, "log_centre_strength": 1.0, "log_name_centre_strength": 1.0},
+    **{"log_evidence_strength": 4.0, "log_evidence_half": 20.0, "log_evidence_scale": 8.0},
+    **{"log_name_scale": 15.0, "log_zero_shot_scale": 15.0, "log_unlabelled_share": 1.0},
+}
 
 
 @dataclass(frozen=True)
@@ -114,36 +119,23 @@ class Initialisation:
         last[-1] = 0.0
         entries = (hidden_size,) if settings.entry_step_sizes else ()
         layers = len({layer_of(name) for name in factor_shapes})
-
-        def log(value: float, *shape: int) -> Tensor:
-            return torch.full(shape, math.log(value))
-
         return cls(
             lora=zero_start(factor_shapes, seed),
             queries=torch.zeros(views, hidden_size),
-            log_step_sizes=log(0.3, steps, views, *entries),
-            lora_log_step_sizes=log(0.005, steps, layers),
-            offset_log_step_sizes=log(0.05, steps),
+            log_step_sizes=torch.full((steps, views, *entries), math.log(0.3)),
+            lora_log_step_sizes=torch.full((steps, layers), math.log(0.005)),
+            offset_log_step_sizes=torch.full((steps,), math.log(0.05)),
             pull=torch.tensor(-3.0),
             step_gate=torch.zeros(2),
             loss_view_weights=last.clone(),
-            loss_log_scale=log(10.0),
             centre=torch.zeros(views, hidden_size),
-            log_centre_strength=log(1.0),
-            log_penalty=log(1.0),
             view_prior=last.clone(),
-            log_evidence_strength=log(4.0),
-            log_evidence_half=log(20.0),
-            log_evidence_scale=log(8.0),
             temperature=torch.tensor([2.6, -0.2, 0.3, 0.0, 0.0]),
             name_view_weights=last.clone(),
             name_centre=torch.zeros(views, hidden_size),
-            log_name_centre_strength=log(1.0),
-            log_name_scale=log(15.0),
-            log_zero_shot_scale=log(15.0),
             name_gate=torch.tensor([-1.4, 0.19, -0.38]),
-            log_unlabelled_share=log(1.0),
             unlabelled_weight=torch.tensor([math.log(0.3), 0.0, 0.0]),
+            **{name: torch.full((), math.log(value)) for name, value in POSITIVE.items()},
         )
 
     def tensors(self) -> dict[str, Tensor]:
