@@ -192,14 +192,6 @@ def test_order_and_labels_of_the_examples_do_not_matter(classifier: FewShotClass
     np.testing.assert_allclose(classifier.predict_proba(queries)[:, ::-1], expected, rtol=0, atol=1e-4)
 
 
-def test_second_fit_does_not_depend_on_the_first(fitted: FewShotClassifier, shared: FewShotClassifier) -> None:
-    assert isinstance(shared.adapter, Adapter)
-    fresh = of(shared.adapter, shared).fit(SUPPORT[2:], LABELS[2:])
-    fitted.fit(SUPPORT[2:], LABELS[2:])
-    np.testing.assert_array_equal(fitted.predict_proba(TEXTS), fresh.predict_proba(TEXTS))
-    assert fitted.classes_.tolist() == ["f", "k"]
-
-
 def test_fit_returns_the_classifier_and_does_not_change_the_adapter(classifier: FewShotClassifier) -> None:
     assert isinstance(classifier.adapter, Adapter)
     tensors = classifier.adapter.initialisation.tensors()
@@ -303,15 +295,6 @@ def test_labels_come_back_as_they_went_in(
         assert repr(predicted.tolist()) == repr(given)
         assert one.classes_.dtype.kind == predicted.dtype.kind == kind
         assert one.score(texts, labels) == 1.0
-
-
-def test_columns_are_in_the_order_of_classes(classifier: FewShotClassifier) -> None:
-    classifier.fit(["kut kon", "bal bel bil", "fim fon"], ["k", "b", "f"])
-    assert classifier.classes_.tolist() == ["b", "f", "k"]
-    probabilities = classifier.predict_proba(np.array(["bal bel bil", "fim fon", "kut kon"]))
-    assert probabilities.argmax(1).tolist() == [0, 1, 2]
-    assert probabilities.dtype == np.float64
-    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-12)
 
 
 def test_no_texts_give_empty_arrays(fitted: FewShotClassifier) -> None:

@@ -21,7 +21,6 @@ from textmeta import Corpus, CorpusSettings, FewShotClassifier
 from textmeta.cli import main
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
-from textmeta.errors import SettingsError
 from textmeta.heads import HEADS
 from textmeta.meta import trainer
 from textmeta.meta.algorithms import ALGORITHMS
@@ -272,11 +271,6 @@ def test_unknown_name_ends_in_a_line_with_the_nearest(
 def test_value_that_cannot_be_used_is_named(tmp_path: Path, capsys: Shown, given: Any, message: str) -> None:
     arguments = given if isinstance(given, list) else write_config(tmp_path, given)
     assert re.search(message, failure(["train", "--output", tmp_path / "run", *arguments], capsys))
-
-
-def test_output_is_required() -> None:
-    with pytest.raises(SettingsError, match="required: output"):
-        parsed(train_parser(), [])
 
 
 # info and push

@@ -60,12 +60,6 @@ def digest() -> str:
     return hashlib.sha256(repr([content(episode) for episode in episodes]).encode()).hexdigest()
 
 
-def test_other_seeds_and_numbers_give_other_episodes() -> None:
-    settings = EpisodeSettings(3, 2, 2)
-    episodes = [content(EpisodeSampler(numbered(), settings, seed)[i]) for seed in range(10) for i in range(10)]
-    assert len(set(episodes)) == 100
-
-
 def test_episodes_never_change_with_the_code() -> None:
     """Results of benchmarks are paired with those recorded earlier, names or not."""
     assert digest() == "fa524c5fc4bd6fbabd90f4243941bf5de152c660d8ab8edd578e78a0ea39080b"
@@ -102,11 +96,6 @@ def test_classes_of_an_episode_come_from_one_corpus() -> None:
     corpora = [numbered("a", classes=5), numbered("b", classes=5), numbered("c", classes=5)]
     for episode in EpisodeSampler(corpora, EpisodeSettings(3, 2, 2), seed=0).take(50):
         assert {name.split()[0] for name in episode.class_names} == {episode.corpus}
-
-
-def test_queries_are_shuffled() -> None:
-    episodes = EpisodeSampler(numbered(), EpisodeSettings(5, 1, 5), seed=0).take(20)
-    assert all(episode.query_labels.tolist() != sorted(episode.query_labels.tolist()) for episode in episodes)
 
 
 def test_corpora_that_are_too_small_are_errors() -> None:

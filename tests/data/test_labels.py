@@ -106,10 +106,6 @@ def test_half_of_a_character_may_be_replaced() -> None:
         checked_texts(["\ud83d", None], "fit", errors="replace")
 
 
-def test_empty_text_may_be_allowed() -> None:
-    assert checked_texts(["", "a"], "predict", allow_empty=True) == ["", "a"]
-
-
 def test_a_weight_that_is_no_float_is_named() -> None:
     assert checked_weights([1, np.float32(0.5), Fraction(1, 4), True], 4) == [1.0, 0.5, 0.25, 1.0]
     for weight in (10**400, float("nan"), -1, "2"):

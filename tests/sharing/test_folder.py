@@ -118,33 +118,20 @@ def test_disk_has_all_of_the_new_folder_before_it_takes_the_place_of_the_old(
     assert events == ["sync"] * (len(NEW) + 2) + ["rename"] * 2 + ["sync"], "files, manifest, folder; the folder above"
 
 
-@pytest.fixture
-def set_aside(tmp_path: Path) -> Path:
-    """A folder as a process killed between the two renames leaves it."""
+@pytest.mark.parametrize("then", [lambda folder: write_folder(folder, NEW), check_destination], ids=["save", "check"])
+def test_folder_set_aside_by_a_crash_is_read_and_mended(tmp_path: Path, then: Callable[[Path], None]) -> None:
+    """As a process killed between the two renames leaves it."""
     folder = tmp_path / "adapter"
     write_folder(folder, OLD)
     (folder / "notes.txt").write_text("mine")
     folder.rename(tmp_path / ".adapter.textmeta-old")
     (tmp_path / ".adapter.textmeta-new").mkdir()
-    return folder
-
-
-def test_folder_set_aside_by_a_crash_is_read_where_it_lies(set_aside: Path) -> None:
-    assert read_folder(set_aside) == OLD
-    assert names(set_aside.parent) == {".adapter.textmeta-old", ".adapter.textmeta-new"}, "reading writes nothing"
-
-
-def test_folder_set_aside_by_a_crash_is_mended_by_the_next_save(set_aside: Path) -> None:
-    write_folder(set_aside, NEW)
-    assert read_folder(set_aside) == NEW
-    assert (set_aside / "notes.txt").read_text() == "mine"
-    assert names(set_aside.parent) == {"adapter"}
-
-
-def test_folder_set_aside_by_a_crash_is_put_back_before_long_work(set_aside: Path) -> None:
-    check_destination(set_aside)
-    assert read_folder(set_aside) == OLD
-    assert (set_aside / "notes.txt").read_text() == "mine"
+    assert read_folder(folder) == OLD
+    assert names(tmp_path) == {".adapter.textmeta-old", ".adapter.textmeta-new"}, "reading writes nothing"
+    then(folder)
+    assert read_folder(folder) == (OLD if then is check_destination else NEW)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert then is check_destination or names(tmp_path) == {"adapter"}
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from tests.sharing.made import (
     LABELS,
     LISTED,
     LORA_A,
-    RECORD,
     contents,
     fit,
     logits,
@@ -111,16 +110,6 @@ def test_settings_that_are_not_the_defaults_come_back(tiny_model: str, tmp_path:
     assert found.load_reader().encoder.factor_shapes == reader.encoder.factor_shapes
 
 
-def test_tensors_in_training_can_be_saved(adapter: Adapter, tmp_path: Path) -> None:
-    tensors = adapter.initialisation.tensors()
-    turned = {name: value.double().t() if value.ndim == 2 else value.double() for name, value in tensors.items()}
-    turned = {name: (value.t() if value.ndim == 2 else value).requires_grad_() for name, value in turned.items()}
-    save_adapter(tmp_path / "adapter", replace(adapter, initialisation=adapter.initialisation.with_tensors(turned)))
-    found, _ = load_adapter(tmp_path / "adapter")
-    assert same_tensors(found, adapter)
-    assert not any(value.requires_grad for value in found.initialisation.tensors().values())
-
-
 def test_saved_twice_or_loaded_and_saved_again_is_the_same_to_the_byte(
     saved: Path, tiny_model: str, tmp_path: Path
 ) -> None:
@@ -139,17 +128,6 @@ def test_fitted_classifier_goes_when_it_is_saved_without(folder: Path, adapter: 
     found, fitted = load_adapter(folder)
     assert (found.index, fitted) == (None, None)
     assert not list(folder.glob("classifier*"))
-
-
-def test_support_texts_are_stored_only_where_they_are_given(
-    reader: TokenStateReader, adapter: Adapter, tmp_path: Path
-) -> None:
-    for keep in (False, True):
-        save_adapter(tmp_path / str(keep), adapter, fit(reader, adapter, keep=keep))
-    holding = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*") if b"bil bol" in path.read_bytes()]
-    assert [str(path) for path in holding] == ["True/classifier.json"]
-    assert "are not stored" in (tmp_path / "False" / "README.md").read_text()
-    assert "**The 4 texts that it was fitted on" in (tmp_path / "True" / "README.md").read_text()
 
 
 # The user's own files
@@ -348,20 +326,6 @@ def copy_of(tiny_model: str, to: Path, change: Callable[[Path], object] = lambda
     return str(to)
 
 
-def test_encoder_moved_to_another_folder_is_accepted_and_saved_under_its_first_name(
-    folder: Path, tiny_model: str, tmp_path: Path
-) -> None:
-    adapter, fitted = load_adapter(folder)
-    moved = adapter.load_reader(model=copy_of(tiny_model, tmp_path / "moved"))
-    expected = logits(adapter.load_reader(), adapter, fitted)
-    assert torch.equal(logits(moved, adapter, fitted), expected)
-    again = Adapter.of(moved, adapter.learner, adapter.initialisation)
-    save_adapter(
-        tmp_path / "again", replace(again, index=adapter.index, record=RECORD, calibration=adapter.calibration), fitted
-    )
-    assert contents(tmp_path / "again") == contents(folder)
-
-
 def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,9 +336,3 @@ def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
     adapter, _ = load_adapter(tmp_path / "adapter")
     assert adapter.encoder.model == str(tmp_path / "models" / "tiny")
     adapter.load_reader()
-
-
-def test_adapter_for_other_layers_is_refused_when_its_encoder_is_loaded(folder: Path) -> None:
-    rewrite_tensors(folder, WEIGHTS, lambda found: found.update({LORA_A: torch.zeros(4, 31)}))
-    with pytest.raises(AdapterError, match=r"lora_A\.weight is \(4, 31\), expected \(4, 32\)"):
-        load_adapter(folder)[0].load_reader()
