@@ -71,13 +71,9 @@ def nearest_tasks(index: ClassIndex, embedding: TaskEmbedding, count: int = 3) -
 
 @torch.no_grad()
 def index_corpora(learner: TaskLearner, corpora: Sequence[Corpus], rows: int = 20, seed: int = 0) -> ClassIndex:
-    """Make the index of the classes of some corpora, which tells what a new task is like; it holds no text.
+    """Make the index of the classes that were trained on, by the adapter that new tasks will be learned by.
 
-    Args:
-        learner: with the adapter that new tasks will be learned by.
-        corpora: restricted to the classes that were trained on.
-        rows: texts of each class that its vector is made from, drawn at random.
-        seed: of the draw.
+    It holds no text: of each class one vector, made from so many rows of it, drawn at random.
     """
     init = learner.adapter.initialisation
     classes, vectors = {}, {}

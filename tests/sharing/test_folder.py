@@ -156,8 +156,8 @@ def test_full_or_refusing_disk_is_named_and_harms_nothing(tmp_path: Path, monkey
     full, refused = OSError(errno.ENOSPC, "No space left on device"), r"cannot write the adapter .*/adapter: .*a\.dat"
     for target, name, error, kind, message in (
         (os, "fsync", full, AdapterError, f"{refused}: No space left"),
-        (Path, "rename", KeyboardInterrupt(), KeyboardInterrupt, ""),
-        (shutil, "copy2", MemoryError(), MemoryError, ""),
+        (Path, "rename", KeyboardInterrupt(), KeyboardInterrupt, None),
+        (shutil, "copy2", MemoryError(), MemoryError, None),
     ):
         (folder / "notes.txt").write_text("mine")
         with monkeypatch.context() as patch:

@@ -44,15 +44,11 @@ class MixedEpisodes:
     their own: neither share changes another text of an episode, but names may take support texts away.
 
     Args:
-        corpora: restricted to the classes that may be drawn.
+        corpora: restricted to the classes that may be drawn; DataError if one has fewer than two of enough texts.
         seed: of all draws.
         names: share of the episodes with names, true or not.
         unlabelled: share of the episodes with unlabelled texts.
         outside: share of the episodes with queries of other classes. No training loss sees them.
-
-    Raises:
-        DataError: if there is no corpus, or one has fewer than two classes of enough texts.
-        SettingsError: if the seed is negative, or a share not from 0 to 1.
     """
 
     def __init__(

@@ -166,11 +166,7 @@ def _manifest(content: bytes, path: Path) -> dict[str, str]:
 
 
 def read_file(folder: Path, name: str) -> bytes:
-    """Read a plain file of a folder, following no link out of it but those of the Hub's cache to its own files.
-
-    Raises:
-        AdapterError: if it is missing, no plain file, too large, or lies elsewhere.
-    """
+    """Read a plain file of a folder, following no link out of it but those of the Hub's cache to its own files."""
     path = folder / name
     try:
         target = path.resolve(strict=True)
@@ -249,9 +245,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
 def check_destination(folder: Path) -> None:
     """Check, before long work, that a folder can be replaced as a whole; put back what a crash set aside.
 
-    Raises:
-        AdapterError: if it is a file, the working folder (or holds it), or a mount point, or holds files for which it
-            would be refused when it is read.
+    AdapterError if it is a file, the working folder (or holds it), a mount point, or holds what can run code.
     """
     folder = folder.resolve()
     _put_back(folder)

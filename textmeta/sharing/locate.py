@@ -40,12 +40,10 @@ def read_located(
         name: a folder; an adapter that comes with textmeta (``textmeta/minilm-…``); or an id on the Hub.
         revision: branch, tag or commit on the Hub; with one, a name can only mean the Hub.
         subfolder: of the folder or repository.
-        access: how the Hub is reached.
+        access: how the Hub is reached (HubError if it has none of that id and revision, or cannot be).
 
     Raises:
-        AdapterError: if it is no folder and cannot be an id on the Hub, or the subfolder none; if it is no adapter, was
-            made by another version, or is damaged.
-        HubError: if the Hub has none of that id and revision, does not let this user at it, or cannot be reached.
+        AdapterError: if a name means none of these, or what it means is no adapter, of another version, or damaged.
     """
     where, repo_id = _locate(name, revision, subfolder, access), str(name)
     try:

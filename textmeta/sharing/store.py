@@ -122,16 +122,10 @@ class _Classifier(_Strict):
 def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = None) -> None:
     """Write an adapter folder in place of what was there; a crash leaves the old one or the new one, whole.
 
-    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``.
-
-    Args:
-        folder: where to.
-        adapter: to save. The names of the classes in its index are there for everybody who gets the folder to read.
-        fitted: a fitted classifier; its labels, and what it was learned from if it has that, can be read, too.
-
-    Raises:
-        AdapterError: if a value is not finite or cannot be stored, or the folder cannot be replaced
-            (:func:`~textmeta.sharing.folder.write_folder`).
+    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``. Everybody who gets the
+    folder can read the names of the classes in the adapter's index, the labels of a fitted classifier, and what it was
+    learned from, if that is there. AdapterError if a value is not finite or cannot be stored, or the folder cannot be
+    replaced (:func:`~textmeta.sharing.folder.write_folder`).
     """
     folder = destination(folder)
     files = adapter_files(adapter, fitted)
@@ -143,11 +137,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = N
 
 
 def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, bytes]:
-    """Return the files of an adapter folder but its manifest: name to content.
-
-    Raises:
-        AdapterError: if they would not be loaded again.
-    """
+    """Return the files of an adapter folder but its manifest, name to content; AdapterError if none would load them."""
     init, index = adapter.initialisation, adapter.index
     others = {name: value for name, value in init.tensors().items() if not name.startswith(LORA)}
     others[PROBE] = adapter.probe
@@ -245,16 +235,10 @@ def load_adapter(
 ) -> tuple[Adapter, Fitted | None]:
     """Load an adapter by its name, checking hashes, settings, and names, shapes and numbers of all tensors.
 
-    The same adapter is one object, however often it is loaded.
-
-    Nothing in it is run or imported, and nothing outside its folder is read but the contents of the Hub's cache. The
-    arguments are those of :func:`~textmeta.sharing.locate.read_located`, and ``encoder``, what the caller will load in
-    place of the encoder that the adapter names, if anything.
-
-    Raises:
-        AdapterError: if it is none, or damaged, naming the file and what is wrong with it; or if it came from the Hub
-            and names a folder of this machine as its encoder.
-        HubError: see :func:`~textmeta.sharing.locate.read_located`.
+    The same adapter is one object, however often it is loaded. Nothing in it is run or imported, and nothing outside
+    its folder is read but the contents of the Hub's cache. Arguments and errors are those of
+    :func:`~textmeta.sharing.locate.read_located`; and ``encoder``, what the caller will load in place of the encoder
+    that the adapter names: one from the Hub that names a folder of this machine is refused without.
     """
     files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
     adapter, fitted = _parse(files, where.folder)
