@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.hub.server import TOKEN, HubServer
+from tests.sharing.made import rewrite_json
 from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
 from textmeta import Corpus, CorpusSettings, FewShotClassifier
 from textmeta.cli import main
@@ -319,6 +320,12 @@ def test_record_that_is_not_what_training_writes_is_no_error(tiny_model: str, tm
         one.save_pretrained(tmp_path / "adapter")
         main(["info", str(tmp_path / "adapter")])
         assert str(tmp_path / "adapter") in capsys.readouterr().out
+
+
+def test_info_of_a_folder_that_is_older_than_some_settings(adapter: Path, capsys: Shown) -> None:
+    rewrite_json(adapter, "textmeta.json", lambda meta: (meta["encoder"].pop("long_texts"), meta.pop("prompt")))
+    main(["info", str(adapter)])
+    assert "texts are cut at 32 tokens" in capsys.readouterr().out
 
 
 def test_info_loads_no_more_than_it_needs(adapter: Path) -> None:

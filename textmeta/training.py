@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -57,7 +58,8 @@ def train(arguments: Sequence[str]) -> None:
     learner = TaskLearner(reader, adapter.to(reader.encoder.device))
     adapter = replace(adapter, index=index_corpora(learner, corpora))
     save_adapter(settings.output, adapter)  # before it is judged, lest that be interrupted
-    results, table = {}, {}
+    results: dict[str, Any] = {}
+    table: dict[str, Any] = {}
     for name, sampler in tests:  # the adapter and frozen prototypes on the same episodes
         episodes = sampler.take(settings.test_episodes)
         before = frozen_prototypes(reader, episodes, f"{name}, frozen")

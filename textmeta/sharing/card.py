@@ -53,12 +53,13 @@ def _digest(text: str) -> str:
 
 
 def _filled(template: str, adapter: Content, classifier: Content | None, **more: str) -> str:
+    facts, model = _facts(adapter, classifier) | more, adapter["encoder"]["model"]
     try:
-        facts = more | _facts(adapter, classifier) | _training(adapter["encoder"]["model"], adapter["record"])
+        facts |= _training(model, adapter["record"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         # a record may be anybody's, and hold anything
         logger.warning("the training record is not what training writes (%r): it is left out", error)
-        facts = more | _facts(adapter, classifier) | _training(adapter["encoder"]["model"], {})
+        facts |= _training(model, {})
 
     def part(found: re.Match[str]) -> str:
         kind, name, text = found.groups()
@@ -78,10 +79,12 @@ def _facts(adapter: Content, classifier: Content | None) -> dict[str, Any]:
     labels = [plain(label_from_json(label)) for label in (classifier or {}).get("classes", ())]
     support = classifier and classifier["support"]
     stored = len(support["examples"]) + len(support["unlabelled"]) if support else 0
-    known = [{"name": plain(part["name"]), "classes": len(part["classes"])} for part in adapter["index"] or ()]
+    known: list[dict[str, Any]] = [
+        {"name": plain(part["name"]), "classes": len(part["classes"])} for part in adapter["index"] or ()
+    ]
     own = {name: plain(value) for name, value in {**encoder, **adapter["lora"], **learner}.items()}
     return own | {
-        "long_texts": {"cut": "cut at", "window": "read in windows of"}[encoder["long_texts"]],
+        "long_texts": {"cut": "cut at", "window": "read in windows of"}[encoder.get("long_texts", "cut")],
         "base": f'"{own["model"]}"' + (f', revision="{plain(revision)}"' if revision else ""),
         "revision": f"`{plain(revision)}`" if revision else "unknown",
         "weights_sha256": adapter["encoder_sha256"],
