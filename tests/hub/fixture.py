@@ -1,4 +1,4 @@
-"""Pointing the clients at a local Hub: those of this process for one test, or those of a process that a test starts."""
+"""Pointing the clients of this process at a local Hub, for one test."""
 
 import time
 import warnings
