@@ -219,26 +219,6 @@ def test_unlabelled_texts_are_mixed_as_asked(cells: ModuleType) -> None:
         assert sum(others[name] for name in episode.class_names) == 20
 
 
-def test_skew_is_of_another_class_each_time(cells: ModuleType) -> None:
-    corpus = numbered(classes=3, rows=40)
-    episode = EpisodeSampler(corpus, EpisodeSettings(3, 3, 2), seed=0)[0]
-    mains = [
-        unlabelled_of(cells.with_unlabelled(episode, corpus, 0, i, 5, "skewed")).most_common(1)[0] for i in range(20)
-    ]
-    assert {name for name, _ in mains} == set(episode.class_names)
-    assert {number for _, number in mains} == {9}
-
-
-def test_as_many_unlabelled_texts_as_there_are(cells: ModuleType) -> None:
-    corpus = numbered(classes=3, rows=6)
-    episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 2), seed=0)[0]
-    assert unlabelled_of(cells.with_unlabelled(episode, corpus, 0, 0)) == dict.fromkeys(episode.class_names, 2)
-    assert sorted(unlabelled_of(cells.with_unlabelled(episode, corpus, 0, 0, mixture="skewed")).values()) == [1, 2, 2]
-    episode = EpisodeSampler(corpus, EpisodeSettings(3, 2, 4), seed=0)[0]
-    for mixture in ("same", "skewed"):
-        assert cells.with_unlabelled(episode, corpus, 0, 0, mixture=mixture).unlabelled_texts == ()
-
-
 def test_a_text_of_two_classes_is_drawn_once_and_not_if_it_has_a_label(cells: ModuleType) -> None:
     texts = [f"{row}" for row in range(8)] * 2
     corpus = Corpus.from_pairs("twice", texts, ["x"] * 8 + ["y"] * 8)

@@ -179,13 +179,3 @@ def test_odd_inputs_get_an_answer_or_an_error_of_ours(
     assert len(ends) == 2 or method in ("get_feature_names_out", "push_to_hub", "from_pretrained", "nearest_tasks"), (
         ends
     )
-
-
-@pytest.mark.parametrize("kind", [TypeError, ValueError, StopAsyncIteration])
-def test_what_a_users_own_generator_raises_is_the_users(shared: FewShotClassifier, kind: type[Exception]) -> None:
-    def rows() -> Iterator[str]:
-        yield "bal"
-        raise kind("mine")
-
-    with pytest.raises(kind, match="mine"):
-        shared.predict(rows())

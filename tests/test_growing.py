@@ -166,10 +166,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(make: Make, act: Callable
 
 
 def test_codes_among_words_switch_names_off_and_it_is_told(make: Make) -> None:
-    for act in (
-        lambda one: one.add_class("17", MORE[:2]),
-        lambda one: one.partial_fit(MORE[:2], ["17", "17"]),
-    ):
+    for act in (lambda one: one.add_class("17", MORE[:2]), lambda one: one.partial_fit(MORE[:2], ["17", "17"])):
         one = make(SUPPORT, LABELS)
         with pytest.warns(UserWarning, match="_.*: '17' is no word, so that no label is read") as told:
             act(one)

@@ -9,7 +9,7 @@ import torch
 
 from tests.test_classifier import adapter_of
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import TaskBatch
@@ -43,11 +43,6 @@ def by_brute_force(one: np.ndarray, two: np.ndarray) -> float:
     return best / len(large)
 
 
-@pytest.mark.parametrize("ways", [1, 2, 5, 40])
-def test_a_task_is_like_itself(ways: int) -> None:
-    assert similarity(task(ways, 0), task(ways, 0)) == pytest.approx(1, abs=1e-5)
-
-
 @pytest.mark.parametrize(("ways", "others"), [*itertools.product([1, 2, 3, 5], [1, 2, 4, 6])])
 def test_similarity_is_the_best_of_all_pairings(ways: int, others: int) -> None:
     for seed in range(5):
@@ -55,18 +50,6 @@ def test_similarity_is_the_best_of_all_pairings(ways: int, others: int) -> None:
         expected = by_brute_force(one.classes, two.classes)
         assert similarity(one, two) == pytest.approx(expected, abs=1e-5)
         assert similarity(two, one) == pytest.approx(expected, abs=1e-5)
-
-
-def test_order_of_the_classes_does_not_matter() -> None:
-    one, two = task(5, 0), task(7, 1)
-    order = np.random.default_rng(0).permutation(7)
-    shuffled = replace(two, classes=two.classes[order])
-    assert similarity(one, shuffled) == pytest.approx(similarity(one, two), abs=1e-6)
-
-
-def test_part_of_a_task_is_like_it_by_its_share() -> None:
-    whole = task(8, 0)
-    assert similarity(replace(whole, classes=whole.classes[[5, 2]]), whole) == pytest.approx(2 / 8, abs=1e-5)
 
 
 def test_tasks_of_different_encoders_are_not_compared() -> None:
@@ -132,11 +115,3 @@ def test_vectors_of_the_index_are_those_of_a_task_with_the_same_texts(learner: T
     whole = Episode("", part.class_names, tuple(part.texts[row] for row in rows), part.labels[rows], (), np.zeros(0))
     found = index_corpora(learner, [part], rows=1000).vectors["toy"]
     np.testing.assert_allclose(embedding_of(learner, whole).classes, found, atol=1e-5)
-
-
-def test_a_task_of_a_corpus_is_nearest_to_it(learner: TaskLearner, corpus: Corpus) -> None:
-    parts = {"first": corpus.restrict(corpus.class_names[:6]), "second": corpus.restrict(corpus.class_names[6:])}
-    index = index_corpora(learner, [replace(part, name=name) for name, part in parts.items()], rows=16)
-    for name, part in parts.items():
-        episode = EpisodeSampler(part, EpisodeSettings(3, 12, 4), seed=0)[0]
-        assert nearest_tasks(index, embedding_of(learner, episode))[0].corpus == name

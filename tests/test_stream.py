@@ -225,7 +225,9 @@ def test_the_shard_of_a_worker_that_dies_is_done_again(run: Any) -> None:
     running = start(PATH, "--ray", rows=30_000)
     while running.poll() is None and not list(Path("out").glob("*.jsonl")):
         time.sleep(0.05)
-    workers = [one for one in psutil.Process(running.pid).children(recursive=True) if "MapWorker" in " ".join(one.cmdline())]
+    workers = [
+        one for one in psutil.Process(running.pid).children(recursive=True) if "MapWorker" in " ".join(one.cmdline())
+    ]
     assert workers
     assert len(list(Path("out").glob("*.jsonl"))) < 4
     for worker in workers:

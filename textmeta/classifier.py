@@ -24,6 +24,7 @@ from textmeta.data.labels import (
     column,
     label_array,
     task_classes,
+    whole_number,
 )
 from textmeta.encoder.encoder import warning_of
 from textmeta.errors import AdapterError, DataError
@@ -31,7 +32,6 @@ from textmeta.estimator import NotFittedError
 from textmeta.growing import GrowingEstimator
 from textmeta.heads.scope import scope_probability
 from textmeta.meta.batch import Rows
-from textmeta.meta.initialisation import whole_number
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -138,56 +138,15 @@ def _push(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     from textmeta.data.labels import plain  # noqa: PLC0415
     from textmeta.files import read_json  # noqa: PLC0415
-    from textmeta.sharing.format import CLASSIFIER, META  # noqa: PLC0415
+    from textmeta.sharing.card import adapter_info  # noqa: PLC0415
+    from textmeta.sharing.folder import CLASSIFIER, META  # noqa: PLC0415
     from textmeta.sharing.locate import read_located  # noqa: PLC0415
 
-    files, where = read_located(options.name, revision=options.revision, subfolder=options.subfolder)
-    told = {
-        name: read_json(files[name], where.folder / name, AdapterError) for name in {META, CLASSIFIER} & files.keys()
-    }
-    place = f"{where.folder} ({where.kind}{f', commit {where.commit}' if where.commit else ''})"
-    size = f"{sum(map(len, files.values())) / 2**20:.1f} MiB"
+    files, found = read_located(options.name, revision=options.revision, subfolder=options.subfolder)
+    parts = (name for name in (META, CLASSIFIER) if name in files)
+    told = [read_json(files[name], found.folder / name, AdapterError) for name in parts]
+    where = plain(f"{found.folder} ({found.kind}{f', commit {found.commit}' if found.commit else ''})")
     try:
-        rows = [*_described(told[META], told.get(CLASSIFIER), place, size), *_trained(told[META]["record"])]
-    except (KeyError, TypeError, ValueError, AttributeError):  # a record may be anybody's, and hold anything
-        rows = [("what", "an adapter, whose description is not as textmeta writes it"), ("where", place)]
-    for name, value in rows:
-        print(f"{name:<10} {plain(value)}")
-
-
-def _described(
-    adapter: Mapping[str, Any], classifier: Mapping[str, Any] | None, place: str, size: str
-) -> Iterator[tuple[str, str]]:
-    """Yield what an adapter is, by what its JSON files say."""
-    encoder, learner = adapter["encoder"], adapter["learner"]
-    yield "what", "fitted classifier" if classifier else "meta-trained adapter"
-    yield "where", place
-    yield "size", f"{size}, written with textmeta {adapter['versions']['textmeta']}"
-    revision = adapter["encoder_commit"] or encoder["revision"] or "unknown"
-    read = "read in windows of" if encoder.get("long_texts") == "window" else "cut at"
-    yield "encoder", f"{encoder['model']}, revision {revision}; texts are {read} {encoder['max_length']} tokens"
-    yield "learner", f"{learner['head']} on layers {learner['layers']}, {learner['steps']} steps on {learner['adapt']}"
-    for corpus in adapter["index"] or ():
-        yield "known", f"{corpus['name']}: {len(corpus['classes'])} classes by name, readable by anybody"
-    if classifier:
-        labels, support = classifier["classes"], classifier["support"]
-        yield "classes", f"{len(labels)}: {', '.join(map(str, labels[:20]))}"
-        how = {"texts": "texts stored, readable by anybody", "states": "texts as token states, which tell much of them"}
-        count = support and len(support["examples"]) + len(support["unlabelled"])
-        yield "support", "not stored" if support is None else f"{count} {how[support['kind']]}"
-
-
-def _trained(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield how an adapter was trained, and its figures."""
-    settings = record.get("settings", {})
-    if "algorithm" not in settings:
-        yield "trained", "nothing is recorded of it"
-        return
-    yield "trained", f"{settings['algorithm']}, {settings['episodes']} episodes"
-    for corpus, source in zip(settings["corpora"], record["sources"], strict=True):
-        licence = source.get("license") or "licence not known"
-        yield "on", f"{corpus['name']}: {corpus['texts']} texts, {corpus['classes']} classes, {licence}"
-    for name, row in record.get("results", {}).items():
-        before, after = (100 * row[part]["accuracy"] for part in ("frozen", "meta_trained"))
-        low, high = (100 * row["paired"][end] for end in ("low", "high"))
-        yield "result", f"{name}: {before:.2f} → {after:.2f} % [{low:+.2f}, {high:+.2f}]"
+        print(adapter_info(*told, where=where, size=f"{sum(map(len, files.values())) / 2**20:.1f} MiB"), end="")
+    except (KeyError, TypeError, ValueError, AttributeError):  # a description may be anybody's, too
+        print(f"what       an adapter, whose description is not as textmeta writes it\nwhere      {where}")

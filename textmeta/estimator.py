@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo
 from sklearn import exceptions
 from sklearn.base import BaseEstimator
 
-from textmeta.data.labels import one_of
+from textmeta.data.labels import one_of, whole_number
 from textmeta.encoder.encoder import LongTexts, device_of
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, SettingsError, TextMetaError
@@ -20,7 +20,7 @@ from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.general import load_any_encoder
-from textmeta.meta.initialisation import Adapt, whole_number
+from textmeta.meta.initialisation import Adapt
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.shared import shared
 from textmeta.sharing.locate import DEFAULT_ADAPTER

@@ -27,13 +27,9 @@ CHECKPOINT = "checkpoint.safetensors"  # of a run of training
 
 
 def read_json(content: bytes, path: Path, error: type[TextMetaError], *, allow_nan: bool = False) -> dict[str, Any]:
-    """Return the JSON object that a file holds.
+    """Return the JSON object that a file's content is; an error, naming the path, if it is none, or nested too deeply.
 
-    Args:
-        content: of the file.
-        path: of the file, to name in the error.
-        error: what is raised if it holds none, or is nested too deeply.
-        allow_nan: whether numbers may be NaN or infinite.
+    ``allow_nan`` says whether numbers may be NaN or infinite.
     """
     try:
         parsed = from_json(content, allow_inf_nan=allow_nan)
@@ -45,11 +41,7 @@ def read_json(content: bytes, path: Path, error: type[TextMetaError], *, allow_n
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it.
-
-    Raises:
-        OSError: naming the file, which an error in writing (a full disk) does not by itself.
-    """
+    """Write a file and wait until the disk has it; OSError names the file, which that of a full disk does not."""
     try:
         with path.open("wb") as file:
             file.write(content)
@@ -60,11 +52,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def at_home(path: P) -> P:
-    """Return a path with the user's home folder in place of a ``~`` that it begins with, as a shell reads it.
-
-    Raises:
-        SettingsError: if it is no path.
-    """
+    """Return a path with the user's home folder in place of a ``~`` at its start; SettingsError if it is no path."""
     if not isinstance(path, str | Path):
         raise SettingsError(f"expected a path, given {type(path).__name__} {path!r:.60}")
     return type(path)(os.path.expanduser(str(path)))

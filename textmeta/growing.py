@@ -121,10 +121,10 @@ class GrowingEstimator(AdapterEstimator):
         """Return what the classifier was fitted on."""
         inputs = self._task()[0].inputs
         if inputs is None:
-            told = (
+            raise AdapterError(
                 "this classifier was saved without its examples, so that it can be fitted, but not grow: save it with "
+                'include_support="texts", or "states", which are token states instead of texts'
             )
-            raise AdapterError(told + 'include_support="texts", or "states", which are token states instead of texts')
         return inputs
 
     def _learn(self, where: str, inputs: FitInputs, new: Sequence[str]) -> Self:
@@ -138,10 +138,9 @@ class GrowingEstimator(AdapterEstimator):
             warnings.warn(f"{told}; add_class takes a name for it", stacklevel=3)
         arguments, learner = self._arguments, inputs.read_by(self._learner)
         device = learner.adapter.initialisation.queries.device
-        numbers = [number[label] for _, label, _ in inputs.examples]
+        texts, numbers = [text for text, *_ in inputs.examples], [number[label] for _, label, _ in inputs.examples]
         relative = relative_weights([weight for *_, weight in inputs.examples], where)
         shares = [part if part is None else [part] for part in (relative, by_class)]
-        texts = inputs.texts[: len(numbers)]
         try:
             # the inner steps take gradients
             with self._lock, torch.inference_mode(False), torch.no_grad(), warning_of(new, where):

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
@@ -28,7 +27,6 @@ from textmeta.files import at_home
 __all__ = [
     "DEADLINE",
     "HubAccess",
-    "RepoKind",
     "check_reachable",
     "check_revision",
     "clear_hub_errors",
@@ -38,24 +36,17 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-RepoKind = Literal["model", "dataset"]
 WAITS = (1, 3, 9)  # seconds before further tries, where the Hub answers that it has trouble
 DEADLINE = 5.0  # seconds to wait for an answer
 
 
 @dataclass(frozen=True)
 class HubAccess:
-    """How the Hub is reached.
+    """How the Hub is reached."""
 
-    Args:
-        token: an access token; None takes the one that `hf auth login` stored, False none.
-        cache_dir: of the downloads; by default the Hub library's own.
-        local_files_only: use what the cache holds, and ask nobody.
-    """
-
-    token: str | bool | None = field(default=None, repr=False)
-    cache_dir: str | Path | None = None
-    local_files_only: bool = False
+    token: str | bool | None = field(default=None, repr=False)  # None: the one that `hf auth login` stored; False: none
+    cache_dir: str | Path | None = None  # of the downloads; by default the Hub library's own
+    local_files_only: bool = False  # use what the cache holds, and ask nobody
 
 
 def fetch_snapshot(
@@ -67,25 +58,15 @@ def fetch_snapshot(
     ignore: Sequence[str] = (),
     force: bool = False,
 ) -> Path:
-    """Bring the files of a model repository at one commit into the cache; offline, take them from there.
+    """Bring the files of a model repository at one commit into the cache; return the folder, named after the commit.
 
-    Args:
-        repo_id: such as ``textmeta/minilm-general``.
-        patterns: which files, in the manner of a shell; others are never downloaded.
-        revision: branch, tag or commit.
-        access: token, cache, offline.
-        ignore: patterns of files to leave out.
-        force: download again what is in the cache.
-
-    Returns:
-        The folder in the cache, named after the commit.
-
-    Raises:
-        HubError: no such repository or revision, or no right to it; what to do is said.
-        HubUnreachableError: no answer, and not in the cache.
+    Offline, or where the Hub does not answer, what is in the cache is taken; what is there is downloaded again if that
+    is forced. No other files are downloaded than those of the patterns, in the manner of a shell, which are not to be
+    ignored. HubError if there is no such repository or revision, or no right to it, HubUnreachableError if there is
+    neither an answer nor a copy in the cache.
     """
-    access, silence, waits = access or HubAccess(), None, iter(WAITS)
     check_revision(revision)
+    access, silence, waits = access or HubAccess(), None, iter(WAITS)
     if not access.local_files_only:
         try:
             check_reachable(repo_id, revision, token=access.token)
@@ -116,13 +97,9 @@ def fetch_snapshot(
 
 
 def check_reachable(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> None:
-    """Check that the Hub answers when it is asked for a repository, whatever it says.
+    """Check that the Hub answers, whatever it says of a repository; HubUnreachableError after :data:`DEADLINE` seconds.
 
-    Its library waits without a limit in most places, behind a firewall that swallows packets for ever. This waits
-    :data:`DEADLINE` seconds.
-
-    Raises:
-        HubUnreachableError: if it does not.
+    Its library waits without a limit in most places, behind a firewall that swallows packets for ever.
     """
     with clear_hub_errors(repo_id, revision, token=token):
         try:
@@ -142,11 +119,7 @@ def is_repo_id(name: str) -> bool:
 
 
 def check_revision(revision: str | None) -> None:
-    """Check that a revision can be one: the Hub library makes a path in its cache of it.
-
-    Raises:
-        HubError: if it cannot.
-    """
+    """Check that a revision can be one (HubError): the Hub library makes a path in its cache of it."""
     if revision is None:
         return
     known = isinstance(revision, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,255}", revision)
@@ -156,7 +129,7 @@ def check_revision(revision: str | None) -> None:
 
 @contextmanager
 def clear_hub_errors(
-    repo_id: str, revision: str | None = None, *, kind: RepoKind = "model", token: str | bool | None = None
+    repo_id: str, revision: str | None = None, *, kind: str = "model", token: str | bool | None = None
 ) -> Iterator[None]:
     """Turn the Hub library's errors into :class:`HubError`, with what was asked for and what to do."""
     try:
@@ -169,40 +142,37 @@ def clear_hub_errors(
 
 
 def _explain(
-    error: Exception, repo_id: str, revision: str | None, kind: RepoKind, token: str | bool | None
+    error: Exception, repo_id: str, revision: str | None, kind: str, token: str | bool | None
 ) -> HubError | None:
     """Return an error of our own for one of the Hub library's, None for one of somebody else's."""
+    what, at = f"the {kind} {repo_id!r}", f"(revision {revision or 'main'})"
     where = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
     has_token = token is not False and bool(token if isinstance(token, str) else get_token())
     lacking = "the token given has no right to it"
     if not has_token:
         lacking = "no token was given: log in with `hf auth login`, or give a token"
     if isinstance(error, GatedRepoError):  # before its base class
-        return HubError(f"the {kind} {repo_id!r} is gated: ask for access at {where}; {lacking}")
+        return HubError(f"{what} is gated: ask for access at {where}; {lacking}")
     if isinstance(error, RepositoryNotFoundError):
         return HubError(f"there is no {kind} {repo_id!r} on the Hub ({where}), or it is private and {lacking}")
     if isinstance(error, RevisionNotFoundError):
-        return HubError(f"the {kind} {repo_id!r} has no revision {revision!r} (branch, tag or commit): see {where}")
+        return HubError(f"{what} has no revision {revision!r} (branch, tag or commit): see {where}")
     if isinstance(error, HFValidationError):
         return HubError(f"{repo_id!r} is no id of a {kind} on the Hub (such as 'name' or 'owner/name'): {error}")
     if isinstance(error, IncompleteSnapshotError):
-        return HubUnreachableError(
-            f"only a part of the {kind} {repo_id!r} (revision {revision or 'main'}) is in the cache, and the Hub "
-            f"cannot be asked for the rest: {error}"
-        )
+        lost = "is in the cache, and the Hub cannot be asked for the rest"
+        return HubUnreachableError(f"only a part of {what} {at} {lost}: {error}")
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        said = f"the Hub answers status {status} for the {kind} {repo_id!r}: {_first_line(error)}"
+        said = f"the Hub answers status {status} for {what}: {_first_line(error)}"
         return HubError(f"{said}; {lacking}" if status in (401, 403) else said)
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or _is_network_error(error):
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
         reason = f"{type(cause).__name__}: {_first_line(cause)}" if cause else "only local files were asked for"
-        return HubUnreachableError(
-            f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason}), and the {kind} {repo_id!r} (revision "
-            f"{revision or 'main'}) is not in the cache"
-        )
+        silent = f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason})"
+        return HubUnreachableError(f"{silent}, and {what} {at} is not in the cache")
     if isinstance(error, OSError | RuntimeError):  # a file that arrived in part or damaged, a full disk
-        return HubError(f"the {kind} {repo_id!r} could not be transferred: {_first_line(error)}")
+        return HubError(f"{what} could not be transferred: {_first_line(error)}")
     return None
 
 

@@ -1,7 +1,7 @@
 """How alike two tasks are, and which training corpus a new task is nearest to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,34 +18,20 @@ from textmeta.meta.task_embedding import TaskEmbedding
 __all__ = ["ClassMatch", "KnownTask", "index_corpora", "nearest_tasks", "similarity"]
 
 
-@dataclass(frozen=True)
-class ClassMatch:
-    """A class of a new task, and the known class that it was paired with.
-
-    Args:
-        label: of the new task.
-        known: name of the class of the corpus.
-        cosine: of their vectors.
-    """
+class ClassMatch(NamedTuple):
+    """A class of a new task, by its label, and the known class of a corpus that it was paired with."""
 
     label: Label
     known: str
-    cosine: float
+    cosine: float  # of their vectors
 
 
-@dataclass(frozen=True)
-class KnownTask:
-    """The part of a training corpus that is most like a new task.
+class KnownTask(NamedTuple):
+    """The part of a training corpus that is most like a new task."""
 
-    Args:
-        corpus: its name.
-        similarity: of the two tasks, at most 1 (:func:`similarity`).
-        matches: the new task's classes and theirs, the most alike first; some are missing where the corpus has fewer.
-    """
-
-    corpus: str
-    similarity: float
-    matches: tuple[ClassMatch, ...]
+    corpus: str  # its name
+    similarity: float  # of the two tasks, at most 1
+    matches: tuple[ClassMatch, ...]  # of their classes, the most alike first; fewer where the corpus has fewer
 
     def __str__(self) -> str:
         """Say it in a line. The names are those of whoever made the adapter, so nothing in them moves a cursor."""
@@ -63,25 +49,16 @@ def similarity(one: TaskEmbedding, two: TaskEmbedding) -> float:
 
     Args:
         one: ``task_embedding_`` of a fitted classifier.
-        two: that of another with the same adapter; it may have another number of classes.
-
-    Raises:
-        DataError: if their vectors differ in size.
+        two: that of another with the same adapter, and any number of classes. DataError if it is of another encoder.
     """
     cosines = _best_pairs(one.classes, two.classes)[2]
     return float(cosines.sum()) / max(len(one.classes), len(two.classes))
 
 
 def nearest_tasks(index: ClassIndex, embedding: TaskEmbedding, count: int = 3) -> list[KnownTask]:
-    """Return of each training corpus the part that is most like a task, the nearest first, and at most ``count``.
+    """Return of each corpus in an index the part that is most like a task, the nearest first, and at most ``count``.
 
-    Args:
-        index: of the training corpora.
-        embedding: of the task, by the same adapter.
-        count: how many corpora.
-
-    Raises:
-        DataError: if the vectors of the two differ in size.
+    DataError if the task was learned with another encoder.
     """
     found = []
     for corpus, names in index.classes.items():
@@ -94,15 +71,9 @@ def nearest_tasks(index: ClassIndex, embedding: TaskEmbedding, count: int = 3) -
 
 @torch.no_grad()
 def index_corpora(learner: TaskLearner, corpora: Sequence[Corpus], rows: int = 20, seed: int = 0) -> ClassIndex:
-    """Make the index of the classes of some corpora, which tells what a new task is like; it holds no text.
+    """Make the index of the classes that were trained on, by the adapter that new tasks will be learned by.
 
-    Every training task is some of the classes of one corpus, so this is an index of all of them.
-
-    Args:
-        learner: with the adapter that new tasks will be learned by.
-        corpora: restricted to the classes that were trained on.
-        rows: texts of each class that its vector is made from, drawn at random.
-        seed: of the draw.
+    It holds no text: of each class one vector, made from so many rows of it, drawn at random.
     """
     init = learner.adapter.initialisation
     classes, vectors = {}, {}

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta.data.labels import whole_number
 from textmeta.data.splits import load_parts
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
@@ -42,8 +43,7 @@ def train(arguments: Sequence[str]) -> None:
     # what might fail goes first, for training takes long
     settings.output = at_home(settings.output)
     check_destination(settings.output)
-    if settings.test_episodes < 2:
-        raise SettingsError(f"test_episodes must be at least 2, given {settings.test_episodes}")
+    whole_number("test_episodes", settings.test_episodes, 2)
     corpora, valid, test = _corpora(settings)
     tests = _tests(test, settings.test_shots, trainer.seed)
     start = None
@@ -58,19 +58,18 @@ def train(arguments: Sequence[str]) -> None:
     learner = TaskLearner(reader, adapter.to(reader.encoder.device))
     adapter = replace(adapter, index=index_corpora(learner, corpora))
     save_adapter(settings.output, adapter)  # before it is judged, lest that be interrupted
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, Any] = {}
+    table: dict[str, Any] = {}
     for name, sampler in tests:  # the adapter and frozen prototypes on the same episodes
         episodes = sampler.take(settings.test_episodes)
         before = frozen_prototypes(reader, episodes, f"{name}, frozen")
         after = score_episodes(learner, episodes, name)
         paired = paired_difference(after, before)
         results[name] = {"frozen": summary(before), "meta_trained": summary(after), "paired": paired}
+        table[f"{name}: frozen prototypes"] = summary(before)
+        table[f"{name}: this adapter"] = {**summary(after), "paired": paired}
     if results:
         save_adapter(settings.output, replace(adapter, record={**adapter.record, "results": results}))
-        table = {}
-        for name, row in results.items():
-            table[f"{name}: frozen prototypes"] = row["frozen"]
-            table[f"{name}: this adapter"] = {**row["meta_trained"], "paired": row["paired"]}
         print(format_table(table))
     print(f"The adapter is in {settings.output}: FewShotClassifier({str(settings.output)!r}) has it.")
 
@@ -79,8 +78,8 @@ def _corpora(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corp
     """Return corpora to train on, to choose by, and to test on."""
     sources = list(settings.corpora)
     if settings.data is not None:
-        of_config = sources[0] if len(sources) == 1 else CorpusSettings(settings.data)
-        sources = [CorpusSettings(settings.data, splits=of_config.splits)]
+        splits = sources[0].splits if len(sources) == 1 else None
+        sources = [CorpusSettings(settings.data, splits=splits)]
     if not sources:
         raise SettingsError("nothing to train on: give --data FILE, or corpora in the config")
     if settings.valid or not settings.hold_out:
@@ -145,22 +144,15 @@ def train_parser() -> ArgumentParser:
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     """Parse a command line; settings that are dataclasses come back as such.
 
-    Args:
-        parser: of jsonargparse.
-        arguments: ``--config FILE`` (YAML) and ``--name value``, later ones overriding; nested names have dots.
-
-    Raises:
-        SettingsError: for an unknown name, with the nearest that is known, or a value of the wrong type.
+    SettingsError for an unknown name, with the nearest that is known, or a value of the wrong type.
     """
     try:
         settings: Namespace = parser.instantiate(parser.parse_args(list(arguments)))
         return settings
     except ArgumentError as error:
         known = [*parser.get_defaults().keys(), *(field.name for field in fields(CorpusSettings))]
-        found = re.findall(
-            r"(?:group '([\w.]+)' does not accept )?(?:arguments: --|option ')([\w.]+)", str(error), re.I
-        )
-        unknown = [f"{group}.{name}".lstrip(".") for group, name in found]
+        naming = r"(?i)(?:group '([\w.]+)' does not accept )?(?:arguments: --|option ')([\w.]+)"
+        unknown = [f"{group}.{name}".lstrip(".") for group, name in re.findall(naming, str(error))]
         near = [(name, best) for name in unknown for best in difflib.get_close_matches(name, known, 1, cutoff=0.4)]
         said = "".join(f"; the nearest to {name!r} is {best!r}" for name, best in near)
         raise SettingsError(f"{error}{said}") from error

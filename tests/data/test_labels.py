@@ -1,6 +1,5 @@
 """Texts, labels and names as users give them."""
 
-import json
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,8 +16,6 @@ from textmeta.data.labels import (
     checked_labels,
     checked_texts,
     checked_weights,
-    label_array,
-    label_to_json,
     plain,
     read_labels,
     readable_name,
@@ -107,10 +104,6 @@ def test_half_of_a_character_may_be_replaced() -> None:
     assert checked_texts(given, "fit", errors="replace") == expected
     with pytest.raises(DataError, match="row 1: text is null"):
         checked_texts(["\ud83d", None], "fit", errors="replace")
-
-
-def test_empty_text_may_be_allowed() -> None:
-    assert checked_texts(["", "a"], "predict", allow_empty=True) == ["", "a"]
 
 
 def test_a_weight_that_is_no_float_is_named() -> None:
@@ -228,27 +221,6 @@ def test_names_are_words() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ returned and stored
-
-
-@pytest.mark.parametrize(
-    ("labels", "kind"),
-    [
-        (["b", "a"], "U"),
-        ([3, -1], "i"),
-        ([0.5, float("inf")], "f"),
-        ([True, False], "b"),
-        (["a", 1], "O"),
-        ([2**63 + 1, 1], "O"),
-        (["a\0", "a"], "O"),
-        ([], "O"),
-    ],
-)
-def test_labels_come_back_as_they_went_in(labels: list, kind: str) -> None:
-    array = label_array(labels)
-    assert array.dtype.kind == kind
-    assert repr(array.tolist()) == repr(labels)
-    stored = json.loads(json.dumps([label_to_json(label) for label in labels], allow_nan=False))
-    assert repr(read_labels(stored, Path("classes.json"))) == repr(labels)
 
 
 @pytest.mark.parametrize("stored", [["a", "a"], [1, True], [None, 1], [["a"]], [{"float": "nan"}], [{"float": "1"}]])

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -36,45 +35,27 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def write_json_list(path: Path) -> None:
-    write(path, json.dumps(ROWS, indent=1))
-
-
-def write_json_lines(path: Path) -> None:
-    write(path, "".join(json.dumps(row) + "\n" for row in ROWS))
-
-
-def write_csv(path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["text", "label"], delimiter="\t" if path.suffix == ".tsv" else ",")
-        writer.writeheader()
-        writer.writerows(ROWS)
-
-
-def write_parquet(path: Path) -> None:
-    datasets.Dataset.from_list(ROWS).to_parquet(path)
-
-
 def load(path: Path | str) -> Corpus:
     return load_corpus(str(path))
 
 
-@pytest.mark.parametrize(
-    ("name", "writer"),
-    [
-        ("corpus.json", write_json_list),
-        ("corpus.json", write_json_lines),
-        ("corpus.jsonl", write_json_lines),
-        ("corpus.csv", write_csv),
-        ("corpus.tsv", write_csv),
-        ("corpus.parquet", write_parquet),
-        ("corpus.JSONL", write_json_lines),
-    ],
-    ids=["json list", "json lines", "jsonl", "csv", "tsv", "parquet", "upper case"],
-)
-def test_file_of_each_kind_loads_to_the_same_corpus(tmp_path: Path, name: str, writer: Callable[[Path], None]) -> None:
-    path = tmp_path / name
-    writer(path)
+def write_rows(path: Path, kind: str) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    if kind == "csv":
+        rows.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    elif kind == "parquet":
+        rows.to_parquet(path)
+    else:
+        rows.to_json(path, lines=kind == "lines")
+
+
+KINDS = "json list", "json lines", "jsonl lines", "JSONL lines", "csv csv", "tsv csv", "parquet parquet"
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [kind.split() for kind in KINDS])
+def test_file_of_each_kind_loads_to_the_same_corpus(tmp_path: Path, suffix: str, kind: str) -> None:
+    path = tmp_path / f"corpus.{suffix}"
+    write_rows(path, kind)
     corpus = load(path)
     assert list(corpus.texts) == [row["text"] for row in ROWS]
     assert corpus.class_names == ("card", "refuse", "size")
@@ -115,7 +96,7 @@ def test_file_of_another_kind_is_told_what_is_read(tmp_path: Path, name: str, th
 
 def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_csv(tmp_path / "c.csv")
+    write_rows(tmp_path / "c.csv", "csv")
     corpus = load("~/c.csv")
     assert corpus.texts == load(tmp_path / "c.csv").texts
     assert corpus.source == {"dataset": "c.csv"}
@@ -132,15 +113,9 @@ def test_cells_of_a_csv_stay_text(tmp_path: Path, suffix: str, between: str) -> 
 
 @pytest.mark.parametrize("role", ["text_column", "label_column"])
 def test_missing_column_is_named_with_the_columns_there_are(tmp_path: Path, role: str) -> None:
-    write_csv(tmp_path / "c.csv")
+    write_rows(tmp_path / "c.csv", "csv")
     with pytest.raises(DataError, match=rf"no column 'body' \({role}\); its columns are \['text', 'label'\]"):
         load_corpus(CorpusSettings(str(tmp_path / "c.csv"), **{role: "body"}))
-
-
-def test_unusable_row_of_a_file_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "corpus.jsonl", '{"text": "a", "label": "x"}\n{"text": null, "label": "x"}\n')
-    with pytest.raises(DataError, match="corpus 'corpus', column 'text', row 1: text is null"):
-        load(path)
 
 
 @pytest.mark.parametrize("rows", ["a,x\nb,\nc,y\n", "a,x\n,y\n"], ids=["label", "text"])
@@ -287,7 +262,7 @@ def test_settings_that_cannot_be_are_said(hub: HubServer, intents: str) -> None:
             rows=2)  # fmt: skip
     with pytest.raises(SettingsError, match="text_column and label_column are the same: 'text'"):
         CorpusSettings("lab/intents", label_column="text")
-    with pytest.raises(SettingsError, match="rows must be at least 1, given 0"):
+    with pytest.raises(SettingsError, match="rows must be a whole number from 1, given 0"):
         CorpusSettings("lab/large", rows=0)
 
 
@@ -376,8 +351,3 @@ def test_dataset_that_needs_a_script_says_what_to_do(hub: HubServer, tmp_path: P
     hub.add_repo("lab/script", {"script.py": script.encode()}, repo_type="dataset")
     refused(r"lab/script.*script of its own, which is never run.*refs/convert/parquet", dataset="lab/script")
     assert not canary.exists()
-
-
-def test_row_that_cannot_be_used_is_named(hub: HubServer) -> None:
-    hub.add_repo("lab/holes", {"train.jsonl": jsonl([*REQUESTS, ("", 1)])}, repo_type="dataset")
-    refused(r"'lab/holes'.*row 4.*empty", dataset="lab/holes")

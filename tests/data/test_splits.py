@@ -22,13 +22,6 @@ def test_flat_file(tmp_path: Path) -> None:
     assert read_class_split(write(tmp_path, FLAT)) == ClassSplit(("a", "b"), ("c",), ("d",))
 
 
-def test_fold_of_a_file_with_folds(tmp_path: Path) -> None:
-    other = {"train": ["d"], "valid": ["a"], "test": ["b", "c"]}
-    path = write(tmp_path, {"01": FLAT, "02": other})
-    assert read_class_split(path, "01") == ClassSplit(("a", "b"), ("c",), ("d",))
-    assert read_class_split(path, "02") == ClassSplit(("d",), ("a",), ("b", "c"))
-
-
 def test_corpora_are_split_by_a_fold_of_their_files(tmp_path: Path) -> None:
     (tmp_path / "corpus.csv").write_text("text,label\n" + "".join(f"{name} text,{name}\n" for name in "abcd"))
     path = write(tmp_path, {"01": FLAT, "02": {"train": ["d"], "valid": ["a"], "test": ["b", "c"]}})
@@ -58,11 +51,6 @@ def test_class_given_twice_is_named() -> None:
         ClassSplit(("a", "b"), ("c",), ("d", "b"))
     with pytest.raises(DataError, match="class 'c' is given 2 times, in valid;"):
         ClassSplit(("a",), ("c", "c"), ("d",))
-
-
-def test_overlap_in_a_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="class 'a' is given 2 times, in train and valid"):
-        read_class_split(write(tmp_path, {"01": {**FLAT, "valid": ["a"]}}), "01")
 
 
 @pytest.mark.parametrize(
@@ -130,18 +118,6 @@ def test_small_file_is_told_what_holding_classes_out_needs(tmp_path: Path, class
     assert told.startswith(f"{file} has {classes} classes")
     assert ("too few texts of 'class " in told) is (classes == 8)
     assert "needs 8 classes of 10 different texts; `--hold_out false` trains on all" in told
-
-
-def test_eight_classes_of_ten_texts_are_enough(tmp_path: Path) -> None:
-    parts = load_parts([CorpusSettings(corpus_file(tmp_path, 8, 10))])
-    assert [len(parts[part][0].class_names) for part in PARTS] == [4, 2, 2]
-
-
-def test_class_name_given_twice_is_an_error() -> None:
-    # whether the two land in one part or in two is chance; both must be refused
-    for seed in range(5):
-        with pytest.raises(DataError, match="class 'class 3'"):
-            draw_class_split([*NAMES, "class 3"], seed=seed)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Pointing the clients at a local Hub: those of this process for one test, or those of a process that a test starts."""
+"""Pointing the clients of this process at a local Hub, for one test."""
 
 import time
 import warnings
@@ -71,21 +71,3 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         for module in (_http, huggingface_hub.file_download):
             monkeypatch.setattr(module, "time", no_waits)  # clients try again at once
         yield server
-
-
-def environment(hub: HubServer, cache: Path, token: str | None = None) -> dict[str, str]:
-    """Variables for a process that is to use a Hub, to be added to those of this process; empty ones count as unset."""
-    return {
-        **dict.fromkeys(TOKEN_VARIABLES, ""),
-        "HF_TOKEN": token or "",
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(cache),
-        "HF_HUB_CACHE": str(cache / "hub"),
-        "HF_DATASETS_CACHE": str(cache / "datasets"),
-        "HF_HUB_OFFLINE": "0",
-        "TRANSFORMERS_OFFLINE": "0",
-        "HF_DATASETS_OFFLINE": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        **dict.fromkeys(PROXY_VARIABLES, "127.0.0.1"),
-    }

@@ -14,11 +14,8 @@ from transformers import BertConfig, BertModel
 
 from tests.conftest import WORDS, save_tiny_model, tiny_tokenizer
 from textmeta.encoder.encoder import Encoder
-from textmeta.encoder.pretrained import Pretrained, load_pretrained
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, EncoderError, HubError
-from textmeta.hub import HubAccess
-from textmeta.meta import adapter as adapter_module
+from textmeta.errors import AdapterError
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
 
@@ -120,32 +117,6 @@ def test_tensors_that_do_not_fit_the_encoder_are_refused(adapter: Adapter) -> No
         replace(adapter, initialisation=init).load_reader()
 
 
-def test_a_missing_encoder_is_named(adapter: Adapter, tmp_path: Path) -> None:
-    with pytest.raises(EncoderError, match="nowhere"):
-        adapter.load_reader(model=str(tmp_path / "nowhere"))
-
-
-def test_the_commit_it_was_trained_on_is_asked_for_first(
-    adapter: Adapter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Any other copy will do where that cannot be had, if it is the same."""
-    asked: list[tuple[str | None, bool]] = []
-    moved = replace(adapter, encoder=replace(adapter.encoder, model="lab/tiny"), commit="abc")
-
-    def loading(name: str, revision: str | None, access: HubAccess | None) -> Pretrained:
-        assert name == "lab/tiny"
-        asked.append((revision, access is not None and access.local_files_only))
-        if asked[-1] != (None, False):
-            raise EncoderError("no abc") from HubError("no such revision")
-        return load_pretrained(adapter.encoder.model)
-
-    monkeypatch.setattr(adapter_module, "load_pretrained", loading)
-    reader = moved.load_reader()
-    assert asked == [("abc", True), (None, True), ("abc", False), (None, False)]
-    assert reader.encoder.commit == "abc"
-    assert "no abc" in caplog.text
-
-
 def test_an_adapter_goes_to_a_device_with_all_of_its_tensors(adapter: Adapter) -> None:
     calibrated = replace(adapter, calibration=Calibration(torch.zeros(8)))
     moved = calibrated.to(torch.device("meta"))
@@ -154,30 +125,6 @@ def test_an_adapter_goes_to_a_device_with_all_of_its_tensors(adapter: Adapter) -
     assert moved.calibration.scope.is_meta
     assert not any(value.is_meta for value in calibrated.initialisation.tensors().values())
     assert replace(moved, initialisation=calibrated.initialisation, calibration=calibrated.calibration) == calibrated
-
-
-def test_an_initialisation_goes_to_tensors_and_back(adapter: Adapter) -> None:
-    init = adapter.initialisation
-    tensors = init.tensors()
-    back = init.with_tensors({name: value + 1 for name, value in tensors.items()}).tensors()
-    assert list(back) == list(tensors)
-    assert all(torch.equal(back[name], value + 1) for name, value in tensors.items())
-    assert {name.removeprefix("lora.") for name in tensors if name.startswith("lora.")} == init.lora.keys()
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"pull": None}, "'pull' is missing"),
-        ({"push": torch.zeros(1)}, "'push' is not known"),
-        ({"lora.x": torch.zeros(1)}, "'lora.x' is not known"),
-        ({"step_gate": torch.zeros(3)}, r"step_gate is \(3,\), expected \(2,\)"),
-    ],
-)
-def test_other_tensors_are_refused(change: dict[str, Tensor | None], named: str, adapter: Adapter) -> None:
-    tensors = {**adapter.initialisation.tensors(), **change}
-    with pytest.raises(AdapterError, match=named):
-        adapter.initialisation.with_tensors({n: value for n, value in tensors.items() if value is not None})
 
 
 def test_training_begins_at_the_frozen_encoder_and_mean_pooling(encoder: Encoder, adapter: Adapter) -> None:

@@ -229,19 +229,6 @@ def test_a_reptile_step_is_interpolation(encoder64: Encoder, corpus: Corpus, ada
     assert len(ends) == ("pooling" in adapt) + 4 * ("lora" in adapt)
 
 
-def test_what_each_algorithm_adapts() -> None:
-    given = LearnerSettings(LAYERS, "pooling+lora", steps=3)
-    expected = {
-        "anil": replace(given, adapt="offset", head="prototype"),
-        "fomaml": given,
-        "maml": given,
-        "meta_sgd": replace(given, entry_step_sizes=True),
-        "protonet": replace(given, adapt="none", head="prototype"),
-        "reptile": given,
-    }
-    assert {name: ALGORITHMS[name].learner(given) for name in expected} == expected
-
-
 @pytest.mark.parametrize("name", ["anil", "maml"])
 def test_steps_on_the_head_or_on_pooling_read_each_text_once(
     name: str, encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch

@@ -97,39 +97,3 @@ def test_the_orders_differ() -> None:
 def test_more_second_order_steps_than_there_are_is_exact() -> None:
     for one, two in zip(meta_gradient(10, True), meta_gradient(3, True), strict=True):
         assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize(("second_order_steps", "checkpointed"), [(0, False), (3, False), (3, True)])
-def test_the_path_has_every_step_and_leaves_the_start_alone(second_order_steps: int, checkpointed: bool) -> None:
-    start = START.expand(TASKS, -1, -1).clone()
-    before = start.clone()
-    told: list[tuple[int, Tensor]] = []
-
-    def update(
-        step: int, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor], losses: Tensor
-    ) -> dict[str, Tensor]:
-        told.append((step, losses.detach()))
-        return {"weights": fast["weights"] - 0.1 * gradients["weights"]}
-
-    path = [
-        tensors["weights"].detach()
-        for tensors in inner_steps(
-            support_loss,
-            {"weights": start},
-            {"penalty": PENALTY},
-            update,
-            3,
-            second_order_steps=second_order_steps,
-            checkpointed=checkpointed,
-        )
-    ]
-    assert len(path) == 4
-    assert torch.equal(path[0], before)
-    assert torch.equal(start, before)
-    assert not start.requires_grad
-    assert not PENALTY.requires_grad
-    for (step, losses), tensors, after in zip(told, path[:-1], path[1:], strict=True):
-        own = support_loss(step, {"weights": tensors, "penalty": PENALTY})
-        torch.testing.assert_close(losses, own)  # each step's own loss, where it begins
-        assert (support_loss(step, {"weights": after, "penalty": PENALTY}) < own).all()
-    assert [step for step, _ in told] == [0, 1, 2]

@@ -1,5 +1,6 @@
 """The model card: valid for the Hub, and true to the adapter and its record."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,7 @@ from tests.hub.server import HubServer
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing.card import model_card
-from textmeta.sharing.store import load_adapter, save_adapter
-from textmeta.sharing.support import FitInputs
+from textmeta.sharing.store import adapter_files, load_adapter, save_adapter
 
 COMMIT = "c0ffee" * 6 + "cafe"
 
@@ -50,6 +50,11 @@ def trained(adapter: Adapter) -> Adapter:
     )
 
 
+def card_of(adapter: Adapter, **classifier: Any) -> str:
+    """Return the card of an adapter, and of what ``classifier.json`` holds of a classifier."""
+    return model_card(json.loads(adapter_files(adapter)["textmeta.json"]), classifier or None)
+
+
 def check(card: str) -> ModelCard:
     """Let the Hub judge the card's metadata block."""
     loaded = ModelCard(card, ignore_metadata_errors=False)
@@ -60,14 +65,14 @@ def check(card: str) -> ModelCard:
 def test_it_says_what_becomes_of_long_texts(trained: Adapter) -> None:
     windows = replace(trained, encoder=replace(trained.encoder, long_texts="window"))
     for adapter, whole in ((trained, False), (windows, True)):
-        card = model_card(adapter)
+        card = card_of(adapter)
         assert ("are cut at 256 tokens" in card) is not whole
         assert ("are read in windows of 256 tokens" in card) is whole
         assert "first 256 tokens" not in card
 
 
 def test_metadata_is_what_the_hub_accepts_and_says_what_it_is(hub: HubServer, trained: Adapter) -> None:
-    data = check(model_card(trained)).data
+    data = check(card_of(trained)).data
     assert (data.library_name, data.pipeline_tag) == ("textmeta", "text-classification")
     assert (data.base_model, data["base_model_relation"]) == ("lab/tiny", "adapter")
     assert data.datasets == ["lab/intents"], "local files are none on the Hub"
@@ -77,11 +82,11 @@ def test_metadata_is_what_the_hub_accepts_and_says_what_it_is(hub: HubServer, tr
 
 @pytest.mark.parametrize("known", [{"record": {}}, {"encoder": EncoderSettings("/a/b c"), "commit": None}], ids=str)
 def test_metadata_is_valid_whatever_is_known(hub: HubServer, trained: Adapter, known: dict[str, Any]) -> None:
-    check(model_card(replace(trained, **known)))
+    check(card_of(replace(trained, **known)))
 
 
 def test_card_tells_of_encoder_training_and_results(trained: Adapter) -> None:
-    card = model_card(trained)
+    card = card_of(trained)
     assert f"`lab/tiny`, revision `{COMMIT}`, sha256 of its weights `{trained.weights_sha256}`" in card
     assert "LoRA: rank 4, alpha 16" in card
     assert 'layers 2, 3, 4 of the encoder, in 2\n  steps (`adapt="pooling"`), with a ridge head' in card
@@ -96,14 +101,15 @@ def test_card_tells_of_encoder_training_and_results(trained: Adapter) -> None:
     assert "<!-- if" not in card
     assert "<!-- end" not in card
     assert "\n\n\n" not in card
-    assert "Results" not in model_card(replace(trained, record={}))
+    assert "Results" not in card_of(replace(trained, record={}))
 
 
 def test_card_says_what_of_others_is_stored(trained: Adapter) -> None:
-    assert "**The names of the 3 classes that it was trained on are stored in `textmeta.json`**" in model_card(trained)
-    assert "classes that it was trained on" not in model_card(replace(trained, index=None))
-    assert "texts that it was fitted on are not stored" in model_card(trained, ["a", "b"])
-    stored = model_card(trained, ["a", "b"], FitInputs((("x", "a", 1.0),) * 7))
+    assert "**The names of the 3 classes that it was trained on are stored in `textmeta.json`**" in card_of(trained)
+    assert "classes that it was trained on" not in card_of(replace(trained, index=None))
+    assert "texts that it was fitted on are not stored" in card_of(trained, classes=["a", "b"], support=None)
+    support = {"kind": "texts", "examples": [["x", 0, 1.0]] * 6, "unlabelled": ["u"]}
+    stored = card_of(trained, classes=["a", "b"], support=support)
     assert "**The 7 texts that it was fitted on, with their labels, are stored in `classifier.json`.**" in stored
     assert "Classes (2): `a`, `b`." in stored
 
@@ -122,7 +128,7 @@ def test_labels_and_names_cannot_write_the_card(trained: Adapter) -> None:
     evil = "x`\n# Free money <script>|"
     told = record()
     told["settings"]["corpora"][1]["name"] = told["settings"]["algorithm"] = evil
-    card = model_card(replace(trained, record=told), ["a`b", evil, "\ud800", 10**5000])
+    card = card_of(replace(trained, record=told), classes=["a`b", evil, "\ud800", 10**5000], support=None)
     assert "\n# Free" not in card
     assert "<script>" not in card
     card.encode("utf-8")
@@ -133,7 +139,7 @@ ODD = ({"settings": 3}, {"results": {"x": 3}}, {"settings": {"algorithm": "maml"
 
 @pytest.mark.parametrize("odd", ODD, ids=str)
 def test_record_that_training_did_not_write_is_left_out(trained: Adapter, odd: dict[str, Any]) -> None:
-    assert "Not meta-trained, or nothing is recorded of it" in model_card(replace(trained, record=odd))
+    assert "Not meta-trained, or nothing is recorded of it" in card_of(replace(trained, record=odd))
 
 
 def test_card_may_be_edited_or_removed(folder: Path) -> None:

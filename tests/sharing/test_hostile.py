@@ -15,7 +15,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.sharing.made import (
@@ -221,9 +220,6 @@ def refusal(load: Callable[[], object]) -> str:
     return ""
 
 
-Way = Callable[[Scene], str]
-
-
 # Tools for damage
 
 
@@ -269,14 +265,6 @@ def having(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], object]:
     return lambda found: found.update({name: value})
 
 
-def without(name: str) -> Callable[[dict[str, Tensor]], object]:
-    return lambda found: found.pop(name)
-
-
-def first_set_to(value: float) -> Callable[[dict[str, Tensor]], object]:
-    return lambda found: next(iter(found.values())).view(-1)[:1].fill_(value)
-
-
 def raw(path: str, content: bytes) -> Damage:
     """Write a file that no manifest lists, or not with this content."""
     return lambda scene: (scene.root / path).write_bytes(content)
@@ -288,15 +276,6 @@ def loose_json(path: str, **new: object) -> Damage:
     def damage(scene: Scene) -> None:
         file = scene.root / path
         file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **new}))
-
-    return damage
-
-
-def loose_tensors(path: str, act: Callable[[dict[str, Tensor]], object]) -> Damage:
-    def damage(scene: Scene) -> None:
-        found = load_file(scene.root / path)
-        act(found)
-        save_file(found, scene.root / path, metadata={"format": "pt"})
 
     return damage
 
@@ -379,7 +358,6 @@ NO_JSON, VOCABULARY = "is no JSON: ", "secrets/encoder/vocab.txt"
 ADAPTERS: dict[str, tuple[Damage, str]] = {
     # code
     "pickle beside the files": (raw("adapter/a.pickle", PICKLE), r"a\.pickle is of a kind that can run code"),
-    "code beside the files": (raw("adapter/modeling.py", b"import x"), r"modeling\.py is of a kind that can run code"),
     "pickle named as weights": (put(WEIGHTS, PICKLE), f"{WEIGHTS} cannot be read as safetensors"),
     "pickle named as JSON": (put(META, PICKLE), f"{META} {NO_JSON}"),
     "pickle named as manifest": (raw(f"adapter/{MANIFEST}", PICKLE), f"{MANIFEST}, line 1: expected a sha256"),
@@ -407,28 +385,19 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "largest sizes": (all_of(meta("learner", steps=50, entry_step_sizes=True),
         tensors(TENSORS, lambda found: found.update(queries=torch.zeros(0, 2**50)))), f"{TENSORS}: "),
     # tensors
-    "NaN": (tensors(WEIGHTS, first_set_to(float("nan"))), f"{WEIGHTS}: tensor .* has values that are not finite"),
     "factor of another shape": (tensors(WEIGHTS, having(LORA_A, torch.zeros(2**40, 0))), rf"{WEIGHTS}: .*{2**40}"),
-    "task of another shape": (tensors(HEAD, having("centre", torch.ones(1, 3, 2**20))), f"{HEAD}: centre has shape"),
     "class vectors of zeros": (tensors(TENSORS, lambda found: found["index"].fill_(0)),
         f"{TENSORS}: expected no row of zeros"),
-    "class vectors in another type": (tensors(TENSORS, lambda found: found.update(index=found["index"].float())),
-        f"{TENSORS}: tensor 'index' is torch.float32"),
     # JSON and settings
     "JSON that is nested": (put(META, NESTED), f"{META} {NO_JSON}"),
-    "JSON with NaN": (put(META, b'{"a": NaN}'), f"{META} {NO_JSON}"),
     "JSON of 5,000 digits": (put(CLASSES, b'{"a": ' + b"9" * 5000 + b"}"), f"{CLASSES} {NO_JSON}"),
     "setting that is nested": (meta("learner", layers=nested(lambda value: [value])), f"{META}"),
     "alpha 10^400": (all_of(meta("lora", alpha=10**400), config(lora_alpha=10**400)), f"{META}: lora.*alpha"),
     "rank of no factor": (all_of(meta("lora", rank=64), config(r=64)), rf"{WEIGHTS}: .* has shape .*64"),
-    "encoder above the folder": (renamed("../encoder"), rf"{META}: encoder\.model"),
     # labels, support and index
     "label twice": (classes(classes=[1, True]), f"{CLASSES}.*label"),
     "label that is nested": (classes(classes=["a", nested(lambda value: {"tuple": [value]})]), CLASSES),
     "300,000 classes": (classes(classes=list(range(300_000))), f"{HEAD}: .* expected .*300000"),
-    "support of no class": (change(CLASSES, "support", examples=[["x", 0, 1.0], ["x", 2, 1.0]]),
-        f"{CLASSES}: support: "),
-    "corpus that is none": (meta(index=[{"name": "x", "classes": ["a", 3]}]), rf"{META}: index\.0\.classes\.1"),
 }
 ENCODERS: dict[str, tuple[Damage, str]] = {
     "of its own code": (own_code(model_type="planted"), "encoder'.*trust_remote_code"),
@@ -436,9 +405,7 @@ ENCODERS: dict[str, tuple[Damage, str]] = {
         loose_json(f"encoder/{ENCODER_CONFIG}", transformers_weights=f"../secrets/encoder/{ENCODER_WEIGHTS}"),
         f"{ENCODER_CONFIG}: 'transformers_weights' is"),
     "vocabulary elsewhere": (slow_tokenizer(vocab=VOCABULARY), "vocab"),
-    "pipe": (replaced(f"encoder/{ENCODER_WEIGHTS}.index.json", os.mkfifo), "no plain file"),
-    "weights changed": (loose_tensors(f"encoder/{ENCODER_WEIGHTS}", lambda found: next(iter(found.values())).add_(1)),
-        "belongs to .*encoder with"),
+    "that has a pipe": (replaced(f"encoder/{ENCODER_WEIGHTS}.index.json", os.mkfifo), "no plain file"),
     "of width 10^9": (loose_json(f"encoder/{ENCODER_CONFIG}", hidden_size=10**9), r"encoder\b"),
     "tokenizer that panics": (
         loose_json(f"encoder/{TOKENIZER}", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
@@ -447,29 +414,18 @@ ENCODERS: dict[str, tuple[Damage, str]] = {
         model={"type": "WordLevel", "vocab": {"[UNK]": 10**6, "[CLS]": 2, "[SEP]": 3}, "unk_token": "[UNK]"}),
         "encoder .* cannot be used: "),
     "name with a null": (renamed("a\x00b"), "encoder 'a"),
-    "probe of other features": (tensors(TENSORS, having("probe", torch.ones(3, 96))), "makes other features"),
 }
 # fmt: on
-TABLE = [
-    pytest.param(damage, message, ways, id=f"{kind} {name}")
-    for kind, ways, cases in (
-        ("adapter", (ready,), ADAPTERS),
-        ("encoder", (ready,), ENCODERS),
-    )
-    for name, (damage, message) in cases.items()
-]
 
 
-@pytest.mark.parametrize(("damage", "message", "ways"), TABLE)
-def test_hostile_folder_is_refused_and_harmless(
-    scene: Scene, damage: Damage, message: str, ways: Sequence[Way]
-) -> None:
+@pytest.mark.parametrize("name", [*ADAPTERS, *ENCODERS])
+def test_hostile_folder_is_refused_and_harmless(scene: Scene, name: str) -> None:
+    damage, message = {**ADAPTERS, **ENCODERS}[name]
     damage(scene)
-    for way in ways:
-        with contained(scene):
-            found = way(scene)
-        assert found or pytest.fail(f"{way.__name__} loads it")
-        assert re.search(message, found, re.DOTALL), found
+    with contained(scene):
+        found = ready(scene)
+    assert found or pytest.fail("it loads")
+    assert re.search(message, found, re.DOTALL), found
 
 
 FORBIDDEN: dict[str, tuple[Callable[[Scene], object], type[BaseException]]] = {

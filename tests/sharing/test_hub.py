@@ -4,8 +4,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ import torch
 from huggingface_hub import CommitInfo, ModelCard, constants
 from safetensors.torch import load, save
 
-from tests.hub.fixture import environment
 from tests.hub.server import READ_TOKEN, TOKEN, Fault, HubServer
-from tests.sharing.made import contents, fit, logits, make_adapter, rewrite_json
+from tests.sharing.made import contents, fit, logits, make_adapter
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
@@ -191,11 +188,7 @@ def test_hub_that_never_answers_is_not_waited_for(
     hub.faults.append(Fault("silence", path=".", times=10**6))
     began = time.monotonic()
     assert torch.equal(loaded_logits(), expected), "the cache serves"
-    for act in (
-        lambda: load_adapter("tester/other"),
-        lambda: push(pushed),
-        lambda: check_reachable("lab/data"),
-    ):
+    for act in (lambda: load_adapter("tester/other"), lambda: push(pushed), lambda: check_reachable("lab/data")):
         with pytest.raises(HubUnreachableError, match=r"cannot be reached \(ReadTimeout"):
             act()
     assert time.monotonic() - began < 20
@@ -278,15 +271,6 @@ def test_repository_that_is_no_adapter(hub: HubServer, name: str) -> None:
     hub.add_repo("lab/other", {name: b"{}"})
     with pytest.raises(AdapterError, match=f"'lab/other' on the Hub is no textmeta adapter: it has no {MANIFEST}"):
         load_adapter("lab/other")
-
-
-def test_other_formats_are_told_so(hub: HubServer, pushed: Adapter, tmp_path: Path) -> None:
-    save_adapter(tmp_path / "adapter", pushed)
-    for found, message in ((99, "made by a newer textmeta"), (7, "made by textmeta 0.1: train it again")):
-        rewrite_json(tmp_path / "adapter", "textmeta.json", lambda meta, n=found: meta.update(format_version=n))
-        hub.add_repo(ADAPTER, contents(tmp_path / "adapter"))
-        with pytest.raises(AdapterError, match=message):
-            load_adapter(ADAPTER)
 
 
 def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
@@ -428,14 +412,6 @@ def test_encoder_whose_commit_is_gone_is_looked_for_with_a_warning(
     assert "looking for the encoder at revision main" in caplog.text
 
 
-def test_encoder_with_pickled_weights_alone_is_refused(hub: HubServer, tiny_model: str) -> None:
-    files = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir() if path.suffix != ".safetensors"}
-    hub.add_repo("lab/pickled", {**files, "pytorch_model.bin": b"pickled"})
-    with pytest.raises(EncoderError, match=r"'lab/pickled'.*safetensors"):
-        Encoder(EncoderSettings("lab/pickled"))
-    assert not [call for call in hub.requests if "pytorch_model.bin" in call.path and "resolve" in call.path]
-
-
 # Names
 
 
@@ -484,23 +460,3 @@ def test_folder_that_a_killed_save_set_aside_is_found_by_its_name(
     (tmp_path / "runs" / "mine").rename(tmp_path / "runs" / ".mine.textmeta-old")
     assert found_at("runs/mine").kind == "folder"
     assert not hub.requests, "the Hub does not learn of it"
-
-
-def test_new_processes_push_and_pull_unmodified(
-    hub: HubServer, pushed: Adapter, fitted: Fitted, tmp_path: Path
-) -> None:
-    """Environment variables alone point the processes at the Hub, as users' are pointed at the real one."""
-    save_adapter(tmp_path / "adapter", pushed, fitted)
-    script = (
-        "from textmeta.sharing.push import Destination, push_folder\n"
-        "from textmeta.sharing.locate import read_located\n"
-        f"push_folder('adapter', Destination('{ADAPTER}')); print(read_located('{ADAPTER}')[1].commit)"
-    )
-    variables = {**os.environ, **environment(hub, tmp_path / "home", TOKEN), "OMP_NUM_THREADS": "1"}
-    variables["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == found_at(ADAPTER).commit
-    assert any("info/lfs" in call.path for call in hub.requests)

@@ -1,6 +1,7 @@
 """The ecosystem's formats: plain PEFT both ways, transformers, sentence-transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,15 +9,11 @@ import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-)
+from transformers import AutoModel, AutoTokenizer
 
 from tests.hub.server import TOKEN, HubServer
-from tests.sharing.made import fit, make_adapter
-from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from tests.test_classifier import LABELS, SUPPORT, adapter_of
+from textmeta import FewShotClassifier
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.heads.pooling import pool
@@ -69,25 +66,23 @@ def test_peft_and_transformers_load_it_from_the_hub(
 # Merged encoders
 
 
-@pytest.mark.parametrize("fitted", [False, True], ids=["start", "fitted"])
+@pytest.mark.parametrize("adapt", ["pooling", "lora"], ids=["shared", "own"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within sentence-transformers
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_sentence_transformers_loads_the_merged_encoder(tiny_model: str, tmp_path: Path, fitted: bool) -> None:
-    reader = TokenStateReader(Encoder(EncoderSettings(tiny_model, max_length=6), LoraSettings(rank=4)))
-    adapter = make_adapter(reader, adapt="lora")
-    factors = adapter.initialisation.lora
-    if fitted:
-        factors = {name: value[0] for name, value in fit(reader, adapter).task.factors.items()}
-    expected = our_features(reader, factors)
-    write_merged(tmp_path / "merged", reader, factors)
+def test_sentence_transformers_loads_the_merged_encoder(tiny_model: str, tmp_path: Path, adapt: Any) -> None:
+    one = FewShotClassifier(adapter_of(tiny_model, adapt=adapt), max_length=6).fit(SUPPORT, LABELS)
+    assert one._fitted is not None
+    factors = {name: value[0] for name, value in one._fitted.task.factors.items()} or one._adapter.initialisation.lora
+    expected = our_features(one._reader, factors)
+    one.merge(tmp_path / "merged")
     found = SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode(TEXTS)
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
-    unadapted = our_features(reader, {name: 0 * value for name, value in factors.items()})
+    unadapted = our_features(one._reader, {name: 0 * value for name, value in factors.items()})
     assert not np.allclose(found, unadapted.numpy(), atol=1e-2)
-    assert torch.equal(our_features(reader, factors), expected), "the encoder in hand is as it was"
+    assert torch.equal(our_features(one._reader, factors), expected), "the encoder in hand is as it was"
     assert not list((tmp_path / "merged").rglob("*.bin"))
     with pytest.raises(AdapterError, match="is there already, and is not empty"):
-        write_merged(tmp_path / "merged", reader, factors)
+        one.merge(tmp_path / "merged")
 
 
 def test_merge_that_cannot_be_written_says_so(reader: TokenStateReader, adapter: Adapter, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Adapter folders: what is saved comes back to the bit, and what is not what was saved is refused by name."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -12,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel
 
 from tests.sharing.made import (
     FITTED,
     LABELS,
     LISTED,
     LORA_A,
-    RECORD,
     contents,
     fit,
     logits,
@@ -37,11 +34,10 @@ from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.meta.adapter import Adapter, ClassIndex
-from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import Calibration
 from textmeta.meta.learner import LearnedTask
-from textmeta.sharing.folder import MANIFEST
-from textmeta.sharing.format import FORMAT
-from textmeta.sharing.store import TASK_AXES, Fitted, adapter_files, load_adapter, save_adapter
+from textmeta.sharing.folder import FORMAT, MANIFEST
+from textmeta.sharing.store import adapter_files, load_adapter, save_adapter
 
 META, TENSORS, WEIGHTS, CLASSIFIER, HEAD = (
     *("textmeta.json", "textmeta.safetensors", "adapter_model.safetensors"),
@@ -101,10 +97,6 @@ def test_fitted_classifier_comes_back_to_the_bit(reader: TokenStateReader, tmp_p
     assert torch.equal(logits(loaded.load_reader(), loaded, found), logits(reader, adapter, fitted))
 
 
-def test_every_tensor_of_a_learned_task_is_stored() -> None:
-    assert {*TASK_AXES, "factors"} == {field.name for field in fields(LearnedTask)}
-
-
 @pytest.mark.parametrize("entry_step_sizes", [False, True])
 def test_settings_that_are_not_the_defaults_come_back(tiny_model: str, tmp_path: Path, entry_step_sizes: bool) -> None:
     lora = LoraSettings(layers=1, rank=2, alpha=3, targets=("attention.self.key",))
@@ -116,25 +108,6 @@ def test_settings_that_are_not_the_defaults_come_back(tiny_model: str, tmp_path:
     assert (found.encoder, found.lora, found.learner) == (adapter.encoder, lora, adapter.learner)
     assert (found.index, found.calibration.scope, fitted) == (None, None, None)
     assert found.load_reader().encoder.factor_shapes == reader.encoder.factor_shapes
-
-
-def test_tensors_in_training_can_be_saved(adapter: Adapter, tmp_path: Path) -> None:
-    tensors = adapter.initialisation.tensors()
-    turned = {name: value.double().t() if value.ndim == 2 else value.double() for name, value in tensors.items()}
-    turned = {name: (value.t() if value.ndim == 2 else value).requires_grad_() for name, value in turned.items()}
-    save_adapter(tmp_path / "adapter", replace(adapter, initialisation=adapter.initialisation.with_tensors(turned)))
-    found, _ = load_adapter(tmp_path / "adapter")
-    assert same_tensors(found, adapter)
-    assert not any(value.requires_grad for value in found.initialisation.tensors().values())
-
-
-@pytest.mark.parametrize("label", [True, 7, 0.5, float("inf"), "ü\n"])
-def test_labels_come_back_as_they_were(reader: TokenStateReader, adapter: Adapter, tmp_path: Path, label: Any) -> None:
-    task = fit(reader, adapter).task
-    save_adapter(tmp_path / "adapter", adapter, Fitted(task, ["x", label]))
-    found = load_adapter(tmp_path / "adapter")[1]
-    assert found is not None
-    assert [(type(value), value) for value in found.classes] == [(str, "x"), (type(label), label)]
 
 
 def test_saved_twice_or_loaded_and_saved_again_is_the_same_to_the_byte(
@@ -155,22 +128,6 @@ def test_fitted_classifier_goes_when_it_is_saved_without(folder: Path, adapter: 
     found, fitted = load_adapter(folder)
     assert (found.index, fitted) == (None, None)
     assert not list(folder.glob("classifier*"))
-
-
-def test_support_texts_are_stored_only_where_they_are_given(
-    reader: TokenStateReader, adapter: Adapter, tmp_path: Path
-) -> None:
-    for keep in (False, True):
-        save_adapter(tmp_path / str(keep), adapter, fit(reader, adapter, keep=keep))
-    holding = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*") if b"bil bol" in path.read_bytes()]
-    assert [str(path) for path in holding] == ["True/classifier.json"]
-    assert "are not stored" in (tmp_path / "False" / "README.md").read_text()
-    assert "**The 4 texts that it was fitted on" in (tmp_path / "True" / "README.md").read_text()
-
-
-def test_folder_without_a_format_is_refused(folder: Path) -> None:
-    (folder / META).write_text("{}")
-    assert "format version None" in refused(folder, naming=META)
 
 
 # The user's own files
@@ -215,32 +172,13 @@ def with_tensor(name: str, value: Tensor) -> Change:
         (lambda a: replace(a, index=ClassIndex({}, {})), "index: List should have at least 1 item"),
         (with_tensor("pull", torch.tensor(float("nan"))), "'pull' has values that are not finite"),
         (with_tensor("log_penalty", torch.tensor(1e3)), "log_penalty: the exponential"),
-        (with_tensor("queries", torch.zeros(2, 32)), r"queries is \(2, 32\), expected \(3, 32\)"),
+        (with_tensor("queries", torch.zeros(2, 32)), r"queries has shape \(2, 32\), expected \(3, 32\)"),
     ],
 )
 def test_what_would_not_be_loaded_is_not_saved(adapter: Adapter, tmp_path: Path, change: Change, message: str) -> None:
     with pytest.raises(AdapterError, match=rf"not saved: .*{message}"):
         save_adapter(tmp_path / "adapter", change(adapter))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_crash_between_the_renames_leaves_an_adapter_that_loads(
-    folder: Path, reader: TokenStateReader, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename, calls = Path.rename, 0
-
-    def killed_at_the_second(path: Path, target: Path) -> Path:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed_at_the_second)
-        with pytest.raises(KeyboardInterrupt):
-            save_adapter(folder, make_adapter(reader, seed=1))
-    assert same_tensors(load_adapter(folder)[0], adapter)
 
 
 # Damage
@@ -286,34 +224,26 @@ def test_tensors_of_another_kind_are_found(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "name"),
-    [(TENSORS, "log_penalty"), (TENSORS, "queries"), (TENSORS, "probe"), (TENSORS, "index"), (HEAD, "weights")],
-)
-def test_missing_tensor_is_named(folder: Path, file: str, name: str) -> None:
-    rewrite_tensors(folder, file, lambda tensors: tensors.pop(name))
-    assert name in refused(folder, naming=file)
-
-
-@pytest.mark.parametrize(
     ("file", "name", "value"),
     [
+        *((TENSORS, name, None) for name in ("log_penalty", "queries", "probe", "index")),
         (WEIGHTS, LORA_A, torch.ones(3, 32)),
         (TENSORS, "log_step_sizes", torch.zeros(3, 3)),
         (TENSORS, "queries", torch.zeros(4, 32)),
         (TENSORS, "scope", torch.zeros(7)),
         (TENSORS, "probe", torch.zeros(3, 32)),
         (TENSORS, "index", torch.ones(4, 32, dtype=torch.int8)),
-        (HEAD, "weights", torch.zeros(1, 3, 32, 3)),
+        (HEAD, "weights", None),
         (HEAD, "queries", torch.zeros(2, 3, 32)),
         (HEAD, "class_vectors", torch.zeros(1, 2, 31)),
         (HEAD, "lora.encoder.layer.2.attention.self.query.lora_A.weight", torch.zeros(1, 3, 32)),
     ],
 )
-def test_tensor_of_another_shape_is_named(folder: Path, file: str, name: str, value: Tensor) -> None:
-    rewrite_tensors(folder, file, lambda tensors: tensors.update({name: value}))
+def test_missing_tensor_or_another_shape_is_named(folder: Path, file: str, name: str, value: Tensor | None) -> None:
+    rewrite_tensors(folder, file, lambda found: found.pop(name) if value is None else found.update({name: value}))
     message = refused(folder, naming=file)
     assert name.removeprefix("base_model.model.") in message
-    assert str(tuple(value.shape)) in message
+    assert value is None or str(tuple(value.shape)) in message
 
 
 def test_truth_values_must_be_such(folder: Path) -> None:
@@ -346,16 +276,11 @@ def test_unknown_setting_is_refused(folder: Path, group: str) -> None:
     ("group", "change"),
     [
         ("lora", {"rank": 0}),
-        ("lora", {"rank": "four"}),
         ("lora", {"targets": [3]}),
-        ("learner", {"steps": -1}),
-        ("learner", {"steps": 2.0}),
         ("learner", {"steps": True}),
         ("learner", {"adapt": "nothing"}),
         ("learner", {"layers": [3, 4.0]}),
-        ("learner", {"layers": None}),
         ("learner", {"layers": []}),
-        ("encoder", {"max_length": None}),
         ("encoder", {"model": 3}),
     ],
 )
@@ -401,51 +326,6 @@ def copy_of(tiny_model: str, to: Path, change: Callable[[Path], object] = lambda
     return str(to)
 
 
-def swap_words(folder: Path) -> None:
-    """Give two words of the tokenizer each other's number, as an attack or a careless update would."""
-    content = json.loads((folder / "tokenizer.json").read_text())
-    numbers = content["model"]["vocab"]
-    numbers["[CLS]"], numbers["[UNK]"] = numbers["[UNK]"], numbers["[CLS]"]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-
-
-def change_config(folder: Path) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, "hidden_act": "relu"}))
-
-
-@pytest.mark.parametrize("change", [swap_words, change_config])
-def test_encoder_with_the_same_weights_and_other_features_is_refused(
-    saved: Path, tiny_model: str, tmp_path: Path, change: Callable[[Path], object]
-) -> None:
-    other = copy_of(tiny_model, tmp_path / "other", change)
-    with pytest.raises(AdapterError, match=r"has the adapter's weights, but makes other features"):
-        load_adapter(saved)[0].load_reader(model=other)
-
-
-def test_encoder_with_other_weights_is_refused(saved: Path, tiny_model: str, tmp_path: Path) -> None:
-    other = copy_of(tiny_model, tmp_path / "other")
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        BertModel(BertConfig.from_pretrained(tiny_model), add_pooling_layer=False).save_pretrained(other)
-    with pytest.raises(AdapterError, match=re.escape(f"belongs to {tiny_model} with weights")):
-        load_adapter(saved)[0].load_reader(model=other)
-
-
-def test_encoder_moved_to_another_folder_is_accepted_and_saved_under_its_first_name(
-    folder: Path, tiny_model: str, tmp_path: Path
-) -> None:
-    adapter, fitted = load_adapter(folder)
-    moved = adapter.load_reader(model=copy_of(tiny_model, tmp_path / "moved"))
-    expected = logits(adapter.load_reader(), adapter, fitted)
-    assert torch.equal(logits(moved, adapter, fitted), expected)
-    again = Adapter.of(moved, adapter.learner, adapter.initialisation)
-    save_adapter(
-        tmp_path / "again", replace(again, index=adapter.index, record=RECORD, calibration=adapter.calibration), fitted
-    )
-    assert contents(tmp_path / "again") == contents(folder)
-
-
 def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,18 +336,3 @@ def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
     adapter, _ = load_adapter(tmp_path / "adapter")
     assert adapter.encoder.model == str(tmp_path / "models" / "tiny")
     adapter.load_reader()
-
-
-def test_adapter_for_other_layers_is_refused_when_its_encoder_is_loaded(folder: Path) -> None:
-    rewrite_tensors(folder, WEIGHTS, lambda found: found.update({LORA_A: torch.zeros(4, 31)}))
-    with pytest.raises(AdapterError, match=r"lora_A\.weight is \(4, 31\), expected \(4, 32\)"):
-        load_adapter(folder)[0].load_reader()
-
-
-def test_made_up_sizes_take_no_memory() -> None:
-    """What loading relies on: the shapes of an initialisation can be had without its numbers."""
-    settings = LearnerSettings(layers=tuple(range(1000)), steps=50, entry_step_sizes=True)
-    with torch.device("meta"):
-        start = Initialisation.start({"encoder.layer.1.x.lora_A.weight": (2**40, 2**10)}, 2**30, settings, 0)
-    assert {value.device.type for value in start.tensors().values()} == {"meta"}
-    assert start.log_step_sizes.shape == (50, 1000, 2**30)

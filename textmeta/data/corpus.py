@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textmeta.data.labels import checked_texts, few
+from textmeta.data.labels import checked_texts, few, whole_number
 from textmeta.errors import DataError, SettingsError
 from textmeta.files import at_home
 
@@ -57,8 +57,8 @@ class CorpusSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.rows is not None and self.rows < 1:
-            raise SettingsError(f"corpus rows must be at least 1, given {self.rows}")
+        if self.rows is not None:
+            whole_number("rows", self.rows, 1)
         if self.text_column == self.label_column:
             raise SettingsError(f"text_column and label_column are the same: {self.text_column!r}")
 
@@ -97,21 +97,19 @@ class Corpus:
 
     def __post_init__(self) -> None:
         """Check every row once, so that nothing downstream has to."""
+        where, names = f"corpus {self.name!r}", self.class_names
         if not self.texts:
-            raise DataError(f"corpus {self.name!r} is empty: 0 rows, expected at least 1")
+            raise DataError(f"{where} is empty: 0 rows, expected at least 1")
         if len(self.texts) != len(self.labels):
-            raise DataError(f"corpus {self.name!r}: {len(self.texts)} texts but {len(self.labels)} labels")
-        if len(set(self.class_names)) != len(self.class_names):
-            twice = sorted({c for c in self.class_names if self.class_names.count(c) > 1})
-            raise DataError(f"corpus {self.name!r}: class names given more than once: {twice}")
-        checked_texts(self.texts, f"corpus {self.name!r}")
-        outside = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))
+            raise DataError(f"{where}: {len(self.texts)} texts but {len(self.labels)} labels")
+        if len(set(names)) != len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise DataError(f"{where}: class names given more than once: {twice}")
+        checked_texts(self.texts, where)
+        outside = np.flatnonzero((self.labels < 0) | (self.labels >= len(names)))
         if outside.size:
-            row = int(outside[0])
-            raise DataError(
-                f"corpus {self.name!r}, row {row}: label is {self.labels[row]}, "
-                f"expected 0 to {len(self.class_names) - 1} ({outside.size} such rows)"
-            )
+            told = f"label is {self.labels[outside[0]]}, expected 0 to {len(names) - 1} ({outside.size} such rows)"
+            raise DataError(f"{where}, row {outside[0]}: {told}")
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -192,8 +190,8 @@ class Corpus:
         """
         for role, column in (("text_column", text_column), ("label_column", label_column)):
             if column not in dataset.column_names:
-                told = f"corpus {name!r} has no column {column!r} ({role}); its columns are {dataset.column_names}"
-                raise DataError(told)
+                told = f"has no column {column!r} ({role}); its columns are {dataset.column_names}"
+                raise DataError(f"corpus {name!r} {told}")
         texts = checked_texts(dataset[text_column], f"corpus {name!r}, column {text_column!r}")
         labels = list(dataset[label_column])
         class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel
@@ -201,10 +199,10 @@ class Corpus:
             # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
             if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
                 given = "null" if label is None else f"{type(label).__name__} {label!r}"
-                raise DataError(
-                    f"corpus {name!r}, row {row}: label in column {label_column!r} is {given}, "
-                    "expected a string or an integer, and none is empty"
+                told = (
+                    f"label in column {label_column!r} is {given}, expected a string or an integer, and none is empty"
                 )
+                raise DataError(f"corpus {name!r}, row {row}: {told}")
         if class_names is not None:
             return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(class_names))
         return cls.from_pairs(name, texts, [str(label) for label in labels])

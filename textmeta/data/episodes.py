@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from textmeta.data.corpus import Corpus
-from textmeta.data.labels import readable_name
+from textmeta.data.labels import number, readable_name, whole_number
 from textmeta.errors import DataError, SettingsError
 
 __all__ = ["OUTSIDE", "Episode", "EpisodeSampler", "EpisodeSettings"]
@@ -33,8 +33,7 @@ class EpisodeSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not 0 <= self.label_names <= 1:
-            raise SettingsError(f"label_names is a share, from 0 to 1, given {self.label_names!r}")
+        number("label_names", self.label_names, 0, 1)
         for name, least in (("ways", 2), ("shots", 0 if self.label_names == 1 else 1), ("queries", 1)):
             try:
                 low, high = bounds(getattr(self, name))
@@ -47,11 +46,9 @@ class EpisodeSettings:
                 )
 
 
-def bounds(number: int | Sequence[int]) -> tuple[int, int]:
+def bounds(given: int | Sequence[int]) -> tuple[int, int]:
     """Return a number or a range as (low, high)."""
-    if isinstance(number, int):
-        return number, number
-    low, high = number
+    low, high = (given, given) if isinstance(given, int) else given
     return low, high
 
 
@@ -104,9 +101,7 @@ class EpisodeSampler:
     def __init__(self, corpora: Corpus | Sequence[Corpus], settings: EpisodeSettings, seed: int) -> None:
         self.corpora = (corpora,) if isinstance(corpora, Corpus) else tuple(corpora)
         self.settings = settings
-        self.seed = seed
-        if seed < 0:
-            raise SettingsError(f"seed must not be negative, given {seed}")
+        self.seed = whole_number("seed", seed, 0)
         if not self.corpora:
             raise DataError("no corpus to draw episodes from")
         shots, queries = bounds(settings.shots)[1], bounds(settings.queries)[1]
@@ -157,6 +152,6 @@ class EpisodeSampler:
         return [self[index] for index in range(start, start + count)]
 
 
-def _draw(rng: np.random.Generator, number: int | Sequence[int]) -> int:
-    low, high = bounds(number)
+def _draw(rng: np.random.Generator, given: int | Sequence[int]) -> int:
+    low, high = bounds(given)
     return int(rng.integers(low, high + 1))

@@ -1,8 +1,9 @@
-"""Texts, labels and names as users give them: checked, read as words, returned and stored."""
+"""What users give: texts, labels and names, checked, read as words, returned and stored; and settings, checked."""
 
 import difflib
 import math
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from numbers import Real
@@ -24,13 +25,16 @@ __all__ = [
     "few",
     "is_word",
     "label_array",
+    "label_from_json",
     "label_to_json",
+    "number",
     "one_of",
     "plain",
     "read_labels",
     "readable_name",
     "relative_weights",
     "task_classes",
+    "whole_number",
 ]
 
 Label = str | int | float | bool
@@ -44,19 +48,14 @@ INFINITE = ({"float": "inf"}, {"float": "-inf"})  # as JSON holds them
 def column(given: Any, where: str, what: str) -> Iterator[Any]:
     """Return the values of one column, each when it is asked for: of a list, an array, a series, a generator, a table.
 
-    Args:
-        given: by a user.
-        where: what the message calls it.
-        what: the values are.
-
-    Raises:
-        DataError: if it is anything else. Iterating over a table or a mapping would give the names of its columns.
+    DataError, by what is given, where, and what the values are, if it is anything else: iterating over a table or a
+    mapping would give the names of its columns.
     """
     own, shape = type(given), getattr(given, "shape", None)  # of the type: a series has its rows as attributes, too
     named = [name for name in ("column_names", "columns") if hasattr(own, name)]
     columns = given if isinstance(given, Mapping) else getattr(given, named[0]) if named else ()
     columns = list(columns) if isinstance(columns, Iterable) else []
-    fault, kind = "", type(given).__name__
+    fault, kind = "", own.__name__
     if isinstance(given, str | bytes):
         fault = "one string; put it into a list"
     elif isinstance(given, Mapping) or len(columns) > 1:
@@ -65,11 +64,10 @@ def column(given: Any, where: str, what: str) -> Iterator[Any]:
         fault = f"a {kind}, which has no order; give a list"
     elif columns:
         given = given[columns[0]]
+    elif isinstance(shape, tuple) and len(shape) == 2 and shape[1] == 1:
+        given = given[:, 0]
     elif isinstance(shape, tuple) and len(shape) != 1:
-        if len(shape) == 2 and shape[1] == 1:
-            given = given[:, 0]
-        else:
-            fault = f"a {kind} of shape {shape}"
+        fault = f"a {kind} of shape {shape}"
     if not fault:
         try:
             return iter(given.to_pylist() if hasattr(own, "to_pylist") else given)  # Arrow's scalars are no strings
@@ -81,47 +79,37 @@ def column(given: Any, where: str, what: str) -> Iterator[Any]:
 def checked_texts(
     texts: Any, where: str, *, of: Any = None, allow_empty: bool = False, errors: str = "raise", start: int = 0
 ) -> list[str]:
-    """Return texts as a list of strings that a tokenizer can read.
+    """Return texts, whatever :func:`column` takes, as a list of strings that a tokenizer can read.
 
-    Args:
-        texts: to check, whatever :func:`column` takes.
-        where: what the message calls them.
-        of: list of what each is of, to be named in the place of its row.
-        allow_empty: whether a text may be empty or white space.
-        errors: "replace" puts the replacement character in the place of half of one.
-        start: number of the first one's row.
+    With ``errors="replace"`` the replacement character stands in the place of half of a character (a lone surrogate);
+    the first text is of row ``start``, or each of what ``of`` lists.
 
     Raises:
-        DataError: naming the row, if a text is missing, no string, empty, or has half of a character (a lone
-            surrogate).
+        DataError: naming the row, or what ``of`` says that the text is of, if it is missing, no string, empty, or has
+            half of a character.
     """
     checked = list(column(texts, where, "texts"))
     for row, text in enumerate(checked):
+        fault = ""
         if not isinstance(text, str):
-            fault = "is null" if _is_missing(text) else f"is {type(text).__name__} {text!r:.60}"
-            fault += ", expected a string"
+            given = "null" if _is_missing(text) else f"{type(text).__name__} {text!r:.60}"
+            fault = f"is {given}, expected a string"
         elif not allow_empty and not text.strip():
             fault = "is empty"
         elif HALF.search(text) and isinstance(errors, str) and errors == "replace":
             checked[row] = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # two halves make one
-            continue
         elif HALF.search(text):
             fault = f"{text!r:.60} is not valid Unicode: it has half of a character"
-        else:
-            continue
-        raise DataError(f"{where}{f', row {start + row}' if of is None else f' of {of[row]!r:.60}'}: text {fault}")
+        if fault:
+            raise DataError(f"{where}{f', row {start + row}' if of is None else f' of {of[row]!r:.60}'}: text {fault}")
     return checked
 
 
 def checked_labels(labels: Any, where: str = "row") -> list[Any]:
-    """Return labels as Python's own strings, whole numbers, floats and truth values.
+    """Return labels, whatever :func:`column` takes, as Python's own strings, whole numbers, floats and truth values.
 
-    Args:
-        labels: to check, whatever :func:`column` takes; scalars of NumPy and PyTorch may stand for Python's.
-        where: what the message calls the place of one, before its number.
-
-    Raises:
-        DataError: naming the row, if one is missing or of another type.
+    Scalars of NumPy and PyTorch may stand for Python's. DataError, naming the row, if one is missing or of another
+    type.
     """
     checked = list(column(labels, "labels", "labels"))
     for row, given in enumerate(checked):
@@ -143,7 +131,7 @@ def checked_weights(weights: Any, count: int) -> list[float]:
     if len(checked) != count:
         raise DataError(f"sample_weight: {len(checked)} weights for {count} texts")
     for row, weight in enumerate(checked):
-        if not _is_finite(weight) or weight < 0:
+        if not _is_within(weight, 0):
             raise DataError(f"sample_weight, row {row}: expected a finite number from 0, given {weight!r:.60}")
     if count and not any(checked):
         raise DataError("sample_weight: all weights are 0")
@@ -163,15 +151,10 @@ def relative_weights(weights: Sequence[float], where: str) -> list[float] | None
 def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | None:
     """Return how much an example of each class counts, as scikit-learn has it; None where classes weigh alike.
 
-    Args:
-        given: "balanced", where classes weigh alike; None, where each example counts 1; or a mapping from labels to
-            what one of that class counts, 1 where nothing is said.
-        classes: of the task.
-
-    Raises:
-        SettingsError: if it is something else.
-        DataError: naming the label, if a weight is no number above 0, or none is of a class. Where some are, others may
-            be of classes to come, or gone; a warning, if a class has none.
+    Given is "balanced", where classes weigh alike; None, where each example counts 1; or a mapping from labels to what
+    one of that class counts, 1 where nothing is said. SettingsError if it is something else. DataError, naming the
+    label, if a weight is no number above 0, or none is of a class. Where some are, others may be of classes to come, or
+    gone; a warning, if a class has none.
     """
     if isinstance(given, str) and given == "balanced":
         return None
@@ -180,7 +163,7 @@ def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | No
         raise SettingsError(f"class_weight must be {told}, given {given!r:.60}")
     weights = dict(zip(checked_labels(list(given or ()), "class_weight, key"), (given or {}).values(), strict=True))
     for label, weight in weights.items():
-        if not isinstance(weight, Real) or not 1 / MOST <= weight <= MOST:  # type: ignore[operator]
+        if not _is_within(weight, 1 / MOST, MOST):
             told = f"expected a number from {1 / MOST:g} to {MOST:g}, given {weight!r:.60}"
             raise DataError(f"class_weight of {label!r:.60}: {told}")
     other = [label for label in weights if label not in classes]
@@ -199,10 +182,10 @@ def _nearest(label: Any, others: Iterable[Any]) -> Any:
     return shown[difflib.get_close_matches(str(label), shown, n=1, cutoff=0.0)[0]]
 
 
-def _is_finite(value: object) -> bool:
-    """Whether a value is a number that a float can be."""
+def _is_within(value: Any, least: float, most: float = sys.float_info.max) -> bool:
+    """Whether a value is a number in a range, by default of all that a float can be."""
     try:
-        return isinstance(value, Real) and math.isfinite(value)
+        return isinstance(value, Real) and least <= float(value) <= most
     except OverflowError:
         return False
 
@@ -219,13 +202,10 @@ def task_classes(
 
     Args:
         labels: of the examples, checked.
-        label_names: what the classes are called in words.
-
-            * ``"auto"`` reads the labels themselves, if all of them are strings with a letter in them; else none.
-            * A mapping from labels to names names every class that has examples. Its further labels are classes too,
-              known by their names alone.
-            * A list has the names in the order of the sorted classes.
-            * None reads nothing.
+        label_names: what the classes are called. "auto" reads the labels themselves, if all of them are strings with a
+            letter in them; else none. A mapping from labels to names names every class that has examples; its further
+            labels are classes too, known by their names alone. A list has the names in the order of the sorted classes.
+            None reads nothing.
         where: what messages call it.
 
     Raises:
@@ -277,16 +257,10 @@ def _check_all_named(labels: Sequence[Any], named: Mapping[Any, object], where: 
     present = dict.fromkeys(labels)
     left_out = [label for label in present if label not in named]
     if left_out:
-        alone = [key for key in named if key not in present]
-        raise DataError(
-            f"{where}: label {left_out[0]!r:.60} has no name in label_names"
-            + (
-                f", which names {len(alone)} without examples, the nearest {_nearest(left_out[0], alone)!r:.60}"
-                if alone
-                else ""
-            )
-            + f"; expected a name for every class: {few(left_out)} left out"
-        )
+        told = f"{where}: label {left_out[0]!r:.60} has no name in label_names"
+        if alone := [key for key in named if key not in present]:
+            told += f", which names {len(alone)} without examples, the nearest {_nearest(left_out[0], alone)!r:.60}"
+        raise DataError(f"{told}; expected a name for every class: {few(left_out)} left out")
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
@@ -294,6 +268,23 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise SettingsError(f"{name} must be one of {few(choices)}, given {value!r:.60}")
     return value
+
+
+def number(name: str, value: Any, least: float, most: float = sys.float_info.max) -> float:
+    """Return a setting; SettingsError if it is no number in a range."""
+    if not _is_within(value, least, most):
+        to = f" to {most}" if most < sys.float_info.max else ""
+        raise SettingsError(f"{name} must be a number from {least}{to}, given {value!r:.60}")
+    return value  # type: ignore[no-any-return]
+
+
+def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    """Return a setting as an int; SettingsError if it is no whole number in a range."""
+    own = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy or PyTorch
+    if type(own) is not int or not least <= own <= most:
+        to = f" to {most}" if most < math.inf else ""
+        raise SettingsError(f"{name} must be a whole number from {least}{to}, given {value!r:.60}")
+    return own
 
 
 def few(labels: Sequence[Any], limit: int = 8) -> str:
@@ -328,17 +319,17 @@ def label_to_json(label: Label) -> Any:
     return {"float": str(label)} if isinstance(label, float) and math.isinf(label) else label
 
 
+def label_from_json(stored: Any) -> Any:
+    """Return the label that :func:`label_to_json` was given; anything else as it is."""
+    return float(stored["float"]) if stored in INFINITE else stored
+
+
 def read_labels(stored: Sequence[Any], path: Path) -> list[Any]:
-    """Return the labels that :func:`label_to_json` was given.
+    """Return the labels that :func:`label_to_json` was given; AdapterError, naming the path, if one is none, or twice.
 
-    Args:
-        stored: as JSON holds them.
-        path: to name in errors.
-
-    Raises:
-        AdapterError: if one is none that it returns, or two are equal.
+    Equal ones of other types count as twice, too.
     """
-    labels = [float(label["float"]) if label in INFINITE else label for label in stored]
+    labels = list(map(label_from_json, stored))
     seen = set()
     for label in labels:
         if not isinstance(label, str | int | float) or label in seen:

@@ -9,8 +9,8 @@ import numpy as np
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode
-from textmeta.data.labels import few, readable_name
-from textmeta.errors import DataError, SettingsError
+from textmeta.data.labels import few, number, readable_name, whole_number
+from textmeta.errors import DataError
 
 __all__ = ["MixedEpisodes", "draw_unlabelled"]
 
@@ -44,38 +44,23 @@ class MixedEpisodes:
     their own: neither share changes another text of an episode, but names may take support texts away.
 
     Args:
-        corpora: restricted to the classes that may be drawn.
+        corpora: restricted to the classes that may be drawn; DataError if one has fewer than two of enough texts.
         seed: of all draws.
         names: share of the episodes with names, true or not.
         unlabelled: share of the episodes with unlabelled texts.
         outside: share of the episodes with queries of other classes. No training loss sees them.
-
-    Raises:
-        DataError: if there is no corpus, or one has fewer than two classes of enough texts.
-        SettingsError: if the seed is negative, or a share not from 0 to 1.
     """
 
     def __init__(
-        self,
-        corpora: Sequence[Corpus],
-        seed: int,
-        *,
-        names: float = 0.6,
-        unlabelled: float = 0.2,
-        outside: float = 0.0,
+        self, corpora: Sequence[Corpus], seed: int, *, names: float = 0.6, unlabelled: float = 0.2, outside: float = 0.0
     ) -> None:
-        if seed < 0:
-            raise SettingsError(f"seed must not be negative, given {seed}")
-        for setting, share in (("names", names), ("unlabelled", unlabelled), ("outside", outside)):
-            if not 0 <= share <= 1:
-                raise SettingsError(f"{setting} is a share, from 0 to 1, given {share!r}")
         if not corpora:
             raise DataError("no corpus to draw episodes from")
         self.corpora = tuple(map(_usable, corpora))
-        self.seed = seed
-        self.names = names
-        self.unlabelled = unlabelled
-        self.outside = outside
+        self.seed = whole_number("seed", seed, 0)
+        self.names = number("names", names, 0, 1)
+        self.unlabelled = number("unlabelled", unlabelled, 0, 1)
+        self.outside = number("outside", outside, 0, 1)
 
     def __getitem__(self, index: int) -> Episode:
         """Return episode ``index`` (0, 1, 2, … without end)."""
@@ -125,11 +110,10 @@ class MixedEpisodes:
             per_class = min(UNLABELLED_PER_CLASS, most)
             unlabelled_rows = draw_unlabelled(unlabelled_rng, left, other_rows[n_outside:], per_class, mixture)
 
-        support = [rows[queries : queries + n] for rows, n in zip(drawn, shots, strict=True)]
-
         def texts(rows: np.ndarray) -> tuple[str, ...]:
             return tuple(corpus.texts[row] for row in rows)
 
+        support = [rows[queries : queries + n] for rows, n in zip(drawn, shots, strict=True)]
         return Episode(
             corpus=corpus.name,
             class_names=words if joined else tuple(corpus.class_names[group[0]] for group in groups),
@@ -144,8 +128,7 @@ class MixedEpisodes:
 
 def _draw_names(rng: np.random.Generator, words: tuple[str, ...], unequal: bool) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names an episode comes with, and (ways,) bool, which classes keep their examples."""
-    ways = len(words)
-    has_examples = np.ones(ways, dtype=bool)
+    ways, has_examples = len(words), np.ones(len(words), dtype=bool)
     match NAMES[rng.integers(len(NAMES))]:
         case "permuted":
             # a cycle: no class keeps its name, or a part of the names would be worth reading
@@ -163,25 +146,18 @@ def _draw_names(rng: np.random.Generator, words: tuple[str, ...], unequal: bool)
 def draw_unlabelled(
     rng: np.random.Generator, pools: Sequence[np.ndarray], others: np.ndarray, per_class: int, mixture: str
 ) -> np.ndarray:
-    """Return rows of unlabelled texts, shuffled.
+    """Return rows of unlabelled texts, shuffled: of what is left of each of an episode's classes, and of other classes.
 
-    Args:
-        rng: of all draws.
-        pools: rows of each of an episode's classes that are left.
-        others: rows of other classes.
-        per_class: unlabelled texts of a class, or as many as there are.
-        mixture: "same": ``per_class`` of each class. "skewed": ``2 * per_class`` in all, 90 % of them of one class, or
-            as many as it has, and 10 % evenly of the others. "others": as "same", but half of the texts are replaced by
-            texts of other classes, or as many as there are.
+    The mixture is "same", ``per_class`` of each class, or as many as there are; "skewed", twice as many in all, 90 % of
+    one class and the rest evenly of the others; or "others", as "same", but half replaced by texts of other classes.
     """
     filled = [way for way, pool in enumerate(pools) if len(pool)]
     if mixture == "skewed" and filled:
         main, total = filled[rng.integers(len(filled))], 2 * per_class
         most = round(SKEW * total)
         rest = [pools[way] for way in rng.permutation(len(pools)) if way != main]
-        return rng.permutation(
-            np.concatenate([rng.permutation(pools[main])[:most], interleaved(rng, rest)[: total - most]])
-        )
+        parts = [rng.permutation(pools[main])[:most], interleaved(rng, rest)[: total - most]]
+        return rng.permutation(np.concatenate(parts))
     own = rng.permutation(np.concatenate([rng.permutation(pool)[:per_class] for pool in pools]))
     if mixture == "others":
         foreign = rng.permutation(others)[: len(own) // 2]
@@ -205,10 +181,8 @@ def _usable(corpus: Corpus) -> Corpus:
     sizes = np.bincount(labels[labels != OUTSIDE], minlength=len(corpus.class_names))
     classes = np.flatnonzero(sizes > QUERIES)
     if len(classes) < 2:
-        raise DataError(
-            f"corpus {corpus.name!r} has {len(classes)} classes with at least {QUERIES + 1} different texts (that "
-            "are in no other class), expected at least 2"
-        )
+        told = f"{len(classes)} classes with at least {QUERIES + 1} different texts (that are in no other class)"
+        raise DataError(f"corpus {corpus.name!r} has {told}, expected at least 2")
     left_out = [name for name, size in zip(corpus.class_names, sizes, strict=True) if size <= QUERIES]
     if left_out:
         said = "corpus %s: fewer than %d different texts (in no other class) of %s, left out of training"

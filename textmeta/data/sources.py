@@ -3,8 +3,8 @@
 import itertools
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +49,23 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
         options["sep"] = separator(first, {settings.text_column, settings.label_column}, tabs=tabs)
     try:
         # not through the user's cache: it tells files apart by name, size and time, and would keep a copy
-        with tempfile.TemporaryDirectory() as cache, _without_bars():
+        with tempfile.TemporaryDirectory() as cache, ExitStack() as after:
+            if not datasets.are_progress_bars_disabled():  # of a moment's work
+                after.callback(datasets.enable_progress_bars)
+                datasets.disable_progress_bars()
             return datasets.load_dataset(
                 builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
             )
     except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
         cause = _root_cause(error)
-        raise DataError(
-            f"file has no rows: {path}" if "no data" in cause else f"cannot read {path} as {builder}: {cause}"
-        ) from error
+        told = f"file has no rows: {path}" if "no data" in cause else f"cannot read {path} as {builder}: {cause}"
+        raise DataError(told) from error
 
 
 def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Read a split of a dataset at the commit that its revision is now.
+    """Read a split of a dataset; return its rows, and commit and licence, as far as these are known.
 
-    Of a Hub that does not answer within ten seconds, what `datasets` has in its cache.
-
-    Returns:
-        The rows; and ``commit``, and ``license`` where the dataset's card has one.
+    Of a Hub that does not answer, what `datasets` has in its cache.
 
     Raises:
         DataError: no such dataset, configuration, split or column, no right to it, no answer and not in the cache, or a
@@ -75,10 +74,8 @@ def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]
     dataset, config, split = settings.dataset, settings.config, settings.split
     path = Path(at_home(dataset))
     if path.is_file() or path.suffix.lower() in OTHER_ENDINGS:
-        raise DataError(
-            f"cannot read {path}: expected a file that ends in {', '.join(OTHERS)} or {LAST}; a sheet can be saved as "
-            "CSV, with the texts in one column and their labels in another"
-        )
+        sheet = "a sheet can be saved as CSV, with the texts in one column and their labels in another"
+        raise DataError(f"cannot read {path}: expected a file that ends in {', '.join(OTHERS)} or {LAST}; {sheet}")
     if path.exists():
         raise DataError(
             f"there is a file or folder {dataset!r} here, so the dataset of that id on the Hub cannot be told from it: "
@@ -96,7 +93,10 @@ def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]
     except HubError as error:
         raise DataError(f"{error}{FOR_A_FILE}") from error
     try:
-        with nullcontext() if silence is None else _offline():
+        with ExitStack() as after:
+            if silence is not None:  # `datasets` would wait without a limit
+                after.callback(setattr, datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
+                datasets.config.HF_HUB_OFFLINE = True
             options = {"revision": found.get("commit", settings.revision)}
             if settings.rows is None:
                 return datasets.load_dataset(dataset, config, split=split, **options), found
@@ -154,26 +154,3 @@ def _advice(error: BaseException, dataset: str) -> str:
     if "gated dataset" in str(error):  # everybody may look a gated one up, so that this comes late
         return f" Ask for access at {constants.ENDPOINT}/datasets/{dataset}, then log in with `hf auth login`"
     return FOR_A_FILE if isinstance(error, datasets.exceptions.DatasetNotFoundError | ConnectionError) else ""
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Let `datasets` use its cache alone: it would wait without a limit for a Hub that is silent."""
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Leave out the bars of `datasets`, which are of a moment's work on a local file."""
-    hidden = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not hidden:
-            datasets.enable_progress_bars()

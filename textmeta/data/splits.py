@@ -21,11 +21,7 @@ MIN_CLASSES = 8  # from which on every part of a drawn split has the two classes
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """Disjoint lists of class names.
-
-    Raises:
-        DataError: if a class stands in two parts, or twice in one.
-    """
+    """Disjoint lists of class names; DataError if a class stands in two parts, or twice in one."""
 
     train: tuple[str, ...]
     valid: tuple[str, ...]
@@ -40,15 +36,12 @@ class ClassSplit:
 
 
 def load_parts(sources: Iterable[CorpusSettings], fold: str | None = None, texts: int = 10) -> dict[str, list[Corpus]]:
-    """Load corpora and split each by class: from its file of splits, or drawn.
+    """Load corpora and split each by class, from its file of splits or drawn: one corpus a source in each part.
 
     Args:
         sources: of the corpora.
         fold: which of the splits in their files, where these have several.
         texts: how many different ones a class that is held out (to choose or to test by) needs.
-
-    Returns:
-        ``{"train": [...], "valid": [...], "test": [...]}``, each with one corpus a source.
 
     Raises:
         DataError: if a corpus cannot be loaded, or has too few classes, or too few texts in one that is held out.
@@ -80,12 +73,7 @@ def load_parts(sources: Iterable[CorpusSettings], fold: str | None = None, texts
 def read_class_split(path: str | Path, fold: str | None = None) -> ClassSplit:
     """Read a class split from JSON: ``{"train": [...], "valid": [...], "test": [...]}``, or one such object a fold.
 
-    Args:
-        path: the JSON file.
-        fold: key of the fold, for a file with several (``"01"``).
-
-    Raises:
-        DataError: if the file cannot be read, has no such fold or part, or the parts overlap.
+    DataError if the file cannot be read, has no such fold (as ``"01"``) or part, or the parts overlap.
     """
     path = at_home(Path(path))
     try:
@@ -106,12 +94,7 @@ def read_class_split(path: str | Path, fold: str | None = None) -> ClassSplit:
 def draw_class_split(class_names: Iterable[str], seed: int = 0) -> ClassSplit:
     """Draw a class split at random: half of the classes to train on, a quarter to choose by, a quarter to test on.
 
-    Args:
-        class_names: the classes of the corpus; their order does not matter.
-        seed: of the draw.
-
-    Raises:
-        DataError: if there are fewer than 8 classes, for episodes need two of each part.
+    The order of the classes does not matter. DataError if there are fewer than 8, for episodes need two of each part.
     """
     names = sorted(class_names)
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]

@@ -30,14 +30,12 @@ def text_format(name: str) -> str:
 def open_texts(name: str, form: str | None = None, column: str = "text") -> Iterator[tuple[list[str], Rows]]:
     """Open a file of texts; give its columns, and an iterator of its rows, each a mapping from columns to values.
 
+    DataError, naming the line, if it is not UTF-8 or has no text.
+
     Args:
         name: of the file; "-" is standard input.
         form: "csv", "jsonl" (objects) or "lines"; by default as the file's ending says.
         column: that holds the texts. Lines have no other, JSON Lines any others.
-
-    Raises:
-        DataError: naming the line, if it is not UTF-8 or has no text.
-        OSError: if the file cannot be opened.
     """
     form = form or text_format(name)
     newline = "" if form == "csv" else "\n"
@@ -79,8 +77,7 @@ def _checked(rows: Iterable[Any], place: list[str], column: str) -> Rows:
     try:
         for row in rows:
             if not isinstance(row, dict) or not isinstance(row.get(column), str) or None in row:  # None: further cells
-                told = f"expected a string as {column!r}, and no more cells than columns, given {row!r:.80}"
-                raise DataError(f"{place[0]}: {told}")
+                raise ValueError(f"expected a string as {column!r}, and no more cells than columns, given {row!r:.80}")
             yield row
     except DataError:
         raise
@@ -89,13 +86,7 @@ def _checked(rows: Iterable[Any], place: list[str], column: str) -> Rows:
 
 
 def separator(first: str, columns: set[str], *, tabs: bool) -> str:
-    """Return what stands between the cells of a first row: that which has the columns, or makes most cells.
-
-    Args:
-        first: the row.
-        columns: that are wanted of it.
-        tabs: whether these are likelier than commas.
-    """
+    """Return what stands between the cells of a first row: that which has the columns, or makes most cells."""
     separators: tuple[str, ...] = (*("\t," if tabs else ",\t"), ";", "|")
     rows = {separator: next(csv.reader([first], delimiter=separator), []) for separator in separators}
     return max(separators, key=lambda separator: (columns <= set(rows[separator]), len(rows[separator])))

@@ -37,16 +37,10 @@ LIBRARIES = ("textmeta", "torch", "transformers", "peft")
 
 @dataclass(frozen=True, eq=False)
 class ClassIndex:
-    """The classes of the training corpora, to compare new tasks with; no text.
+    """The classes of the training corpora, to compare new tasks with; no text."""
 
-    Args:
-        classes: corpus → names of its classes.
-        vectors: corpus → (classes, d) float32, of length 1, as
-            :class:`~textmeta.meta.task_embedding.TaskEmbedding` has them.
-    """
-
-    classes: Mapping[str, tuple[str, ...]]
-    vectors: Mapping[str, np.ndarray]
+    classes: Mapping[str, tuple[str, ...]]  # corpus → names of its classes
+    vectors: Mapping[str, np.ndarray]  # corpus → (classes, d) float32, of length 1, as those of a TaskEmbedding
 
 
 @dataclass(frozen=True)
@@ -85,13 +79,7 @@ class Adapter:
 
     @classmethod
     def of(cls, reader: TokenStateReader, learner: LearnerSettings, initialisation: Initialisation) -> "Adapter":
-        """Make the adapter of an encoder in hand, with nothing calibrated yet.
-
-        Args:
-            reader: of the encoder's token states.
-            learner: how tasks are learned.
-            initialisation: where they start.
-        """
+        """Make the adapter of an encoder in hand, with nothing calibrated yet."""
         encoder = reader.encoder
         return cls(
             encoder=encoder.settings,
@@ -132,12 +120,10 @@ class Adapter:
         with as_encoder_errors(name):
             loaded = pretrained or self.load_encoder(model, access)
             if loaded.weights_sha256 != self.weights_sha256:
-                raise AdapterError(
-                    f"the adapter belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…, but the "
-                    f"weights of {name} are {loaded.weights_sha256[:12]}…"
-                )
-            own = replace(self.encoder, model=name, revision=None)
-            encoder = Encoder(own, self.lora, device, precision, access, loaded)
+                own = f"belongs to {self.encoder.model} with weights {self.weights_sha256[:12]}…"
+                raise AdapterError(f"the adapter {own}, but the weights of {name} are {loaded.weights_sha256[:12]}…")
+            settings = replace(self.encoder, model=name, revision=None)
+            encoder = Encoder(settings, self.lora, device, precision, access, loaded)
             encoder.prompt, encoder.first_token = self.prompt, self.first_token
             reader = TokenStateReader(encoder, self.learner.layers)
             shape = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, self.learner, seed=0)
@@ -176,13 +162,10 @@ class Adapter:
 
     def to(self, device: torch.device) -> "Adapter":
         """Return the same adapter with its tensors on a device."""
-        init = self.initialisation
-        scope = self.calibration.scope
-        return replace(
-            self,
-            initialisation=init.with_tensors({name: value.to(device) for name, value in init.tensors().items()}),
-            calibration=Calibration(None if scope is None else scope.to(device)),
-        )
+        init, scope = self.initialisation, self.calibration.scope
+        moved = init.with_tensors({name: value.to(device) for name, value in init.tensors().items()})
+        calibration = Calibration(None if scope is None else scope.to(device))
+        return replace(self, initialisation=moved, calibration=calibration)
 
     @cached_property
     def digest(self) -> str:

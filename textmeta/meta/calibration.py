@@ -31,17 +31,13 @@ def episodes_with_outside(episodes: MixedEpisodes, count: int) -> list[Episode]:
 
 @torch.no_grad()
 def fit_calibration(learner: TaskLearner, episodes: Sequence[Episode], progress: str | None = None) -> Calibration:
-    """Fit the rule that tells texts of a task's classes from others, by logistic regression.
-
-    Texts in scope and out of it weigh alike together.
+    """Fit the rule that tells texts of a task's classes from others, by logistic regression; either weigh alike.
 
     Args:
         learner: as it was trained.
-        episodes: some of whose queries are of no class (:data:`~textmeta.data.episodes.OUTSIDE`).
+        episodes: some of whose queries are of no class (:data:`~textmeta.data.episodes.OUTSIDE`); DataError if no query
+            is, or every one.
         progress: label of a progress bar; None shows none.
-
-    Raises:
-        DataError: if no query is, or every one.
     """
     device = learner.adapter.initialisation.queries.device
     inputs, inside = [], []

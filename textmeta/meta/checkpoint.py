@@ -21,7 +21,7 @@ from torch import Tensor
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.files import write_atomically
 
-__all__ = ["Record", "TrainingState", "restore_state", "save_state", "stop_requests"]
+__all__ = ["TrainingState", "open_record", "restore_state", "save_state", "stop_requests"]
 
 
 @dataclass
@@ -37,13 +37,7 @@ class TrainingState:
 
 
 def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Write a training state as one file, atomically.
-
-    Args:
-        state: to write.
-        path: of the file.
-        fingerprint: settings of the run, JSON-able; only a run with the same ones can go on from the file.
-    """
+    """Write a training state as one file, atomically; only a run with the same fingerprint can go on from it."""
     tensors = {f"parameters/{name}": value for name, value in state.parameters.items()}
     tensors |= {f"best/{name}": value for name, value in state.best.items()}
     for index, moments in state.optimiser.state_dict()["state"].items():
@@ -67,18 +61,15 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
             settings = saved["settings"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"cannot read the checkpoint {path}: {error}") from error
-    if settings != fingerprint:
-        differing = list(_differences(settings, fingerprint))
-        raise SettingsError(
-            f"{path} belongs to a run with other settings ({'; '.join(differing[:5])}); give another output folder, "
-            "or delete this one to start afresh"
-        )
     names = {name.removeprefix("parameters/") for name in tensors if name.startswith("parameters/")}
-    if names != state.parameters.keys():
-        raise SettingsError(
-            f"{path} was written by another version of textmeta: {sorted(names ^ state.parameters.keys())[0]} is not a "
-            "parameter in both; give another output folder, or delete this one to start afresh"
-        )
+    fault = ""
+    if settings != fingerprint:
+        fault = f"belongs to a run with other settings ({'; '.join([*_differences(settings, fingerprint)][:5])})"
+    elif names != state.parameters.keys():
+        odd = min(names ^ state.parameters.keys())
+        fault = f"was written by another version of textmeta: {odd} is not a parameter in both"
+    if fault:
+        raise SettingsError(f"{path} {fault}; give another output folder, or delete this one to start afresh")
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         kind, _, rest = name.partition("/")
@@ -103,37 +94,20 @@ def _differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {saved!r:.60} there, {now!r:.60} now"
 
 
-class Record:
-    """Appends to a JSON Lines file, a row a step; rows after the step that a run goes on from are dropped.
+@contextmanager
+def open_record(path: Path, step: int, *, enabled: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Open a JSON Lines file, a row a step, and give what appends a row; rows after a step are dropped before.
 
-    Args:
-        path: of the file.
-        step: that the run goes on from.
-        enabled: False writes nothing, for all processes but one.
+    Without ``enabled`` nothing is written, as by all processes but one.
     """
-
-    def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
-        self._file = None
-        if enabled:
-            kept = []
-            if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-            self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> "Record":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def write(self, row: Mapping[str, float]) -> None:
-        """Append a row, which must have a ``step``."""
-        if self._file:
-            self._file.write(json.dumps(dict(row)) + "\n")
-            self._file.flush()
+    if not enabled:
+        yield lambda row: None
+        return
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+    with path.open("a", encoding="utf-8", buffering=1) as file:  # a row is on its way when it is written
+        yield lambda row: print(json.dumps(dict(row)), file=file)
 
 
 @contextmanager

@@ -34,35 +34,19 @@ COSINE_SCALE = 10.0  # what frozen prototypes' cosines are multiplied by to beco
 
 @dataclass(frozen=True)
 class EpisodeScores:
-    """Scores of E episodes with Q queries in all; those of no class of their episode are not among them.
+    """Scores of E episodes with Q queries in all; those of no class of their episode are not among them."""
 
-    Args:
-        accuracy: (E,) share of an episode's queries classified right.
-        macro_f1: (E,) mean over its classes of F1.
-        nll: (E,) mean negative log-likelihood of the true class, in nats.
-        confidence: (Q,) probability of the predicted class.
-        correct: (Q,) bool, whether it is the true one.
-    """
-
-    accuracy: np.ndarray
-    macro_f1: np.ndarray
-    nll: np.ndarray
-    confidence: np.ndarray
-    correct: np.ndarray
+    accuracy: np.ndarray  # (E,) share of an episode's queries classified right
+    macro_f1: np.ndarray  # (E,) mean over its classes of F1
+    nll: np.ndarray  # (E,) mean negative log-likelihood of the true class, in nats
+    confidence: np.ndarray  # (Q,) probability of the predicted class
+    correct: np.ndarray  # (Q,) bool, whether it is the true one
 
 
 def score_episodes(learner: TaskLearner, episodes: Sequence[Episode], progress: str | None = None) -> EpisodeScores:
-    """Learn the task of each episode and score its queries, several tasks at once.
+    """Learn the task of each episode and score its queries, several tasks at once; ``progress`` labels a bar.
 
-    Queries of no class of their episode are left out.
-
-    Args:
-        learner: what is judged.
-        episodes: E of them.
-        progress: label of a progress bar; None shows none.
-
-    Raises:
-        DataError: if there are no episodes, or one has no query of its classes.
+    Queries of no class of their episode are left out. DataError if there are no episodes, or one has no other query.
     """
     device = learner.adapter.initialisation.queries.device
 
@@ -78,8 +62,7 @@ def frozen_prototypes(
 ) -> EpisodeScores:
     """Score what needs no training: cosines to the class means of the frozen encoder's last layer, mean pooled.
 
-    A name, where an episode has them, is one more example of its class. Other arguments and errors are those of
-    :func:`score_episodes`.
+    A name, where an episode has them, is one more example of its class. For the rest see :func:`score_episodes`.
     """
     encoder = reader.encoder
     if reader.layers[-1] != encoder.total_layers:
@@ -110,11 +93,7 @@ def summary(scores: EpisodeScores) -> dict[str, float | int]:
 
 
 def paired_difference(after: EpisodeScores, before: EpisodeScores) -> dict[str, float]:
-    """Return the mean ``difference`` of accuracy on the same episodes, and ``low`` and ``high`` of its 95 % interval.
-
-    Raises:
-        DataError: if the two were not scored on as many episodes.
-    """
+    """Return the mean ``difference`` of accuracy on the same episodes; ``low`` and ``high`` of its 95 % interval."""
     if len(after.accuracy) != len(before.accuracy):
         raise DataError(f"cannot pair {len(after.accuracy)} episodes with {len(before.accuracy)}")
     gain = after.accuracy - before.accuracy
@@ -123,11 +102,7 @@ def paired_difference(after: EpisodeScores, before: EpisodeScores) -> dict[str, 
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return results as a table: in percent, but for NLL.
-
-    Args:
-        results: name of each row to its :func:`summary`, where ``paired`` may be its :func:`paired_difference`.
-    """
+    """Return a table, in percent but for NLL, of the :func:`summary` of each name; ``paired`` may be in it, too."""
     rows: list[tuple[str, ...]] = [("", "accuracy", "macro-F1", "NLL", "ECE", "difference, paired 95 %")]
     for name, result in results.items():
         accuracy, half, f1, ece = (100 * result[key] for key in ("accuracy", "accuracy_ci95", "macro_f1", "ece"))

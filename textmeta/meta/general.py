@@ -30,27 +30,17 @@ BY_LAYER = ("view_prior", "log_step_sizes", "loss_view_weights", "name_view_weig
 
 
 def load_any_encoder(
-    numbers: Adapter,
-    model: str | None,
-    *,
-    untrained: bool,
-    max_length: int | None,
-    access: HubAccess,
-    **how: Any,
+    numbers: Adapter, model: str | None, *, untrained: bool, max_length: int | None, access: HubAccess, **how: Any
 ) -> TaskLearner:
     """Load an encoder, and return what learns tasks with it: an adapter if it is its own, else the general numbers.
 
     Args:
-        numbers: the adapter.
-        model: folder or id on the Hub; by default the adapter's own encoder.
+        numbers: the adapter, which has them.
+        model: folder or id on the Hub (EncoderError if it cannot be loaded); by default the adapter's own encoder.
         untrained: whether its own encoder has the general numbers alone, too.
-        max_length: texts are cut after this many tokens; by default the adapter's number, or what the encoder can read.
+        max_length: texts are cut after so many tokens; by default the adapter's number, or what the encoder can read.
         access: how the Hub is reached.
-        how: device and precision, as for :meth:`~textmeta.meta.adapter.Adapter.load_reader`.
-
-    Raises:
-        EncoderError: if it cannot be loaded.
-        SettingsError: if it cannot read texts so long.
+        how: device and precision.
     """
     name = at_home(model or numbers.encoder.model)
     with as_encoder_errors(name):
@@ -76,10 +66,6 @@ def general_adapter(reader: TokenStateReader, numbers: Adapter) -> Adapter:
     LoRA does nothing, the pooling queries are 0, which is the mean, and centres are those of the task alone. Numbers by
     layer are those of the same relative depth, the last layer of the other adapter taken for its encoder's last. The
     rule for what is out of scope is left out: here it would reject nearly all.
-
-    Args:
-        reader: of the encoder's token states.
-        numbers: the other one.
     """
     encoder = reader.encoder
     learner = replace(numbers.learner, layers=reader.layers)

@@ -6,30 +6,26 @@ Numbers that must be positive are kept as logarithms. Shapes: V views, d dimensi
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from textmeta.data.labels import one_of
+from textmeta.data.labels import one_of, whole_number
 from textmeta.encoder.lora import layer_of, zero_start
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.heads import HEADS
 
-__all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings", "whole_number"]
+__all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings"]
 
 Adapt = Literal["none", "pooling", "lora", "pooling+lora", "offset"]
 MAX_STEPS = 50
 LORA = "lora."  # before the names of LoRA's factors
-
-
-def whole_number(name: str, value: Any, least: int, most: float = math.inf) -> int:
-    """Return a setting as an int; SettingsError if it is no whole number in a range."""
-    number = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy or PyTorch
-    if type(number) is not int or not least <= number <= most:
-        to = f" to {most}" if most < math.inf else ""
-        raise SettingsError(f"{name} must be a whole number from {least}{to}, given {value!r:.60}")
-    return number
+POSITIVE = {  # what positive numbers, kept as their logarithms, start from
+    **{"loss_log_scale": 10.0, "log_penalty": 1.0, "log_centre_strength": 1.0, "log_name_centre_strength": 1.0},
+    **{"log_evidence_strength": 4.0, "log_evidence_half": 20.0, "log_evidence_scale": 8.0},
+    **{"log_name_scale": 15.0, "log_zero_shot_scale": 15.0, "log_unlabelled_share": 1.0},
+}
 
 
 @dataclass(frozen=True)
@@ -54,15 +50,12 @@ class LearnerSettings:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.adapt not in get_args(Adapt):
-            raise SettingsError(f"adapt must be one of {get_args(Adapt)}, given {self.adapt!r:.60}")
-        if self.head not in HEADS:
-            raise SettingsError(f"head must be one of {sorted(HEADS)}, given {self.head!r:.60}")
+        one_of("adapt", self.adapt, get_args(Adapt))
+        one_of("head", self.head, sorted(HEADS))
         layers = () if self.layers is None else self.layers
         if not isinstance(layers, Sequence) or not all(type(layer) is int for layer in layers):
             raise SettingsError(f"layers must be numbers, such as (2, 4, 6), given {layers!r:.60}")
-        if not 0 <= self.steps <= MAX_STEPS:
-            raise SettingsError(f"steps must be from 0 to {MAX_STEPS}, given {self.steps}")
+        whole_number("steps", self.steps, 0, MAX_STEPS)
 
     def reduced(self, adapt: Adapt | None, steps: int | None) -> "LearnerSettings":
         """Return the settings with a part of what these adapt, and so many of their first steps; None leaves them.
@@ -78,120 +71,71 @@ class LearnerSettings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is set after training, by other means than its gradients.
+    """What is set after training, by other means than its gradients."""
 
-    Args:
-        scope: (8,) rule of :func:`~textmeta.heads.scope.scope_probability`; None where none was fitted.
-    """
-
-    scope: Tensor | None = None
+    scope: Tensor | None = None  # (8,) rule of heads.scope.scope_probability; None where none was fitted
 
 
 @dataclass(frozen=True)
 class Initialisation:
-    """Everything that is learned by gradient.
+    """Everything that is learned by gradient."""
 
-    Args:
-        lora: LoRA factors by name, shared by all tasks.
-        queries: (V, d) q₀, the pooling queries that tasks start from.
-        log_step_sizes: (J, V) or (J, V, d) log α of the pooling queries.
-        lora_log_step_sizes: (J, layers with LoRA) log α of LoRA's factors.
-        offset_log_step_sizes: (J,) log α of the head's offset.
-        pull: () logit of δ, the share by which each step goes back towards the start.
-        step_gate: (2,) γ₀, γ₁ of γ(k) = sigmoid(γ₀ + γ₁ log(1 + k)).
-        loss_view_weights: (V,) logits of the views' weights in the neighbourhood loss.
-        loss_log_scale: () of the cosines in it.
-        centre: (V, d) μ, the learned mean of texts.
-        log_centre_strength: () log n₀.
-        log_penalty: () log λ.
-        view_prior: (V,) a.
-        log_evidence_strength: () log β.
-        log_evidence_half: () log n_s.
-        log_evidence_scale: () of left-out scores.
-        temperature: (5,) t₀ … t₄.
-        name_view_weights: (V,) logits of the views' weights in names.
-        name_centre: (V, d) the learned mean of names.
-        log_name_centre_strength: ().
-        log_name_scale: () log t_n.
-        log_zero_shot_scale: () the same where names are alone.
-        name_gate: (3,) b₀ … b₂.
-        log_unlabelled_share: () log ν.
-        unlabelled_weight: (3,) r₀ … r₂.
-    """
-
-    lora: dict[str, Tensor]
-    queries: Tensor
-    log_step_sizes: Tensor
-    lora_log_step_sizes: Tensor
-    offset_log_step_sizes: Tensor
-    pull: Tensor
-    step_gate: Tensor
-    loss_view_weights: Tensor
-    loss_log_scale: Tensor
-    centre: Tensor
-    log_centre_strength: Tensor
-    log_penalty: Tensor
-    view_prior: Tensor
-    log_evidence_strength: Tensor
-    log_evidence_half: Tensor
-    log_evidence_scale: Tensor
-    temperature: Tensor
-    name_view_weights: Tensor
-    name_centre: Tensor
-    log_name_centre_strength: Tensor
-    log_name_scale: Tensor
-    log_zero_shot_scale: Tensor
-    name_gate: Tensor
-    log_unlabelled_share: Tensor
-    unlabelled_weight: Tensor
+    lora: dict[str, Tensor]  # LoRA factors by name, shared by all tasks
+    queries: Tensor  # (V, d) q₀, the pooling queries that tasks start from
+    log_step_sizes: Tensor  # (J, V) or (J, V, d) log α of the pooling queries
+    lora_log_step_sizes: Tensor  # (J, layers with LoRA) log α of LoRA's factors
+    offset_log_step_sizes: Tensor  # (J,) log α of the head's offset
+    pull: Tensor  # () logit of δ, the share by which each step goes back towards the start
+    step_gate: Tensor  # (2,) γ₀, γ₁ of γ(k) = sigmoid(γ₀ + γ₁ log(1 + k))
+    loss_view_weights: Tensor  # (V,) logits of the views' weights in the neighbourhood loss
+    loss_log_scale: Tensor  # () of the cosines in it
+    centre: Tensor  # (V, d) μ, the learned mean of texts
+    log_centre_strength: Tensor  # () log n₀
+    log_penalty: Tensor  # () log λ
+    view_prior: Tensor  # (V,) a
+    log_evidence_strength: Tensor  # () log β
+    log_evidence_half: Tensor  # () log n_s
+    log_evidence_scale: Tensor  # () of left-out scores
+    temperature: Tensor  # (5,) t₀ … t₄
+    name_view_weights: Tensor  # (V,) logits of the views' weights in names
+    name_centre: Tensor  # (V, d) the learned mean of names
+    log_name_centre_strength: Tensor  # ()
+    log_name_scale: Tensor  # () log t_n
+    log_zero_shot_scale: Tensor  # () the same where names are alone
+    name_gate: Tensor  # (3,) b₀ … b₂
+    log_unlabelled_share: Tensor  # () log ν
+    unlabelled_weight: Tensor  # (3,) r₀ … r₂
 
     @classmethod
     def start(
         cls, factor_shapes: Mapping[str, tuple[int, ...]], hidden_size: int, settings: LearnerSettings, seed: int
     ) -> "Initialisation":
-        """Return what training begins with: LoRA's usual start, mean pooling, and numbers that are about right.
+        """Return what training begins with: LoRA's usual start, by its seed, mean pooling, and numbers about right.
 
-        Args:
-            factor_shapes: shape of each LoRA factor by name.
-            hidden_size: d.
-            settings: how tasks are learned, its layers known.
-            seed: of LoRA's random A.
+        The settings must say which layers are the views.
         """
         views, steps = len(settings.layers or ()), settings.steps
         last = torch.full((views,), -1.0)  # the last layer is the usual one: it starts with the most weight
         last[-1] = 0.0
         entries = (hidden_size,) if settings.entry_step_sizes else ()
         layers = len({layer_of(name) for name in factor_shapes})
-
-        def log(value: float, *shape: int) -> Tensor:
-            return torch.full(shape, math.log(value))
-
         return cls(
             lora=zero_start(factor_shapes, seed),
             queries=torch.zeros(views, hidden_size),
-            log_step_sizes=log(0.3, steps, views, *entries),
-            lora_log_step_sizes=log(0.005, steps, layers),
-            offset_log_step_sizes=log(0.05, steps),
+            log_step_sizes=torch.full((steps, views, *entries), math.log(0.3)),
+            lora_log_step_sizes=torch.full((steps, layers), math.log(0.005)),
+            offset_log_step_sizes=torch.full((steps,), math.log(0.05)),
             pull=torch.tensor(-3.0),
             step_gate=torch.zeros(2),
             loss_view_weights=last.clone(),
-            loss_log_scale=log(10.0),
             centre=torch.zeros(views, hidden_size),
-            log_centre_strength=log(1.0),
-            log_penalty=log(1.0),
             view_prior=last.clone(),
-            log_evidence_strength=log(4.0),
-            log_evidence_half=log(20.0),
-            log_evidence_scale=log(8.0),
             temperature=torch.tensor([2.6, -0.2, 0.3, 0.0, 0.0]),
             name_view_weights=last.clone(),
             name_centre=torch.zeros(views, hidden_size),
-            log_name_centre_strength=log(1.0),
-            log_name_scale=log(15.0),
-            log_zero_shot_scale=log(15.0),
             name_gate=torch.tensor([-1.4, 0.19, -0.38]),
-            log_unlabelled_share=log(1.0),
             unlabelled_weight=torch.tensor([math.log(0.3), 0.0, 0.0]),
+            **{name: torch.full((), math.log(value)) for name, value in POSITIVE.items()},
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -17,36 +17,24 @@ __all__ = ["LeftOut", "SuspectLabel", "left_out"]
 
 
 class SuspectLabel(NamedTuple):
-    """An example that the others tell to be of another class.
+    """An example that the others tell to be of another class."""
 
-    Args:
-        row: its number among the examples.
-        text: of it; None where it was not stored.
-        label: that it was given.
-        likely: label of the class that it is told to be.
-        probability: of that class, by the others.
-    """
-
-    row: int
-    text: str | None
-    label: Any
-    likely: Any
-    probability: float
+    row: int  # its number among the examples
+    text: str | None  # None where it was not stored
+    label: Any  # that it was given
+    likely: Any  # label of the class that it is told to be
+    probability: float  # of that class, by the others
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What the examples of a task say of one another.
+    """What the examples of a task say of one another."""
 
-    Args:
-        support: text of each example, None where it is not known, and number of its class.
-        labels: of the classes.
-        probabilities: (n, C) of each class for each example, by the others; NaN for an example of no fold.
-    """
-
-    support: Sequence[tuple[str | None, int]]
-    labels: Sequence[Any]
-    probabilities: Tensor
+    support: Sequence[
+        tuple[str | None, int]
+    ]  # text of each example, None where it is not known, and number of its class
+    labels: Sequence[Any]  # of the classes
+    probabilities: Tensor  # (n, C) of each class for each example, by the others; NaN for an example of no fold
 
     @property
     def accuracy(self) -> float | None:
@@ -77,11 +65,6 @@ def left_out(learner: TaskLearner, support: Sequence[tuple[str, int]], labels: S
 
     They are on the views before any step, layers weighed by their prior, so that nothing was chosen by the labels that
     are to be told; without names. A class with one example is not among the classes.
-
-    Args:
-        learner: of the task.
-        support: text of each example, and number of its class.
-        labels: of the classes.
     """
     init = learner.adapter.initialisation
     texts, numbers = [text for text, _ in support], [number for _, number in support]

@@ -14,12 +14,7 @@ _HELD: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 
 
 def shared(key: Hashable, make: Callable[[], T]) -> T:
-    """Return what was made for a key, if somebody still holds it; else make it, once however many threads ask.
-
-    Args:
-        key: all that it depends on.
-        make: makes it.
-    """
+    """Return what was made for a key, if somebody still holds it; else make it, once however many threads ask."""
     with _GUARD:
         lock = _LOCKS.setdefault(key, Lock())
     with lock:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.labels import number, one_of, whole_number
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
@@ -26,7 +27,7 @@ from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.calibration import episodes_with_outside, fit_calibration
-from textmeta.meta.checkpoint import Record, TrainingState, restore_state, save_state, stop_requests
+from textmeta.meta.checkpoint import TrainingState, open_record, restore_state, save_state, stop_requests
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
@@ -36,6 +37,7 @@ __all__ = ["MetaTrainer"]
 RECORD = "record.jsonl"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
 CENTRE_RATE = 1e-3
+LEAST_RATE = 1e-12
 WARMUP = 20  # steps over which the learning rates rise; then they fall to 0, linearly
 MAX_GRADIENT_NORM = 1.0
 VALIDATE_EVERY, CHECKPOINT_EVERY = 100, 50  # steps
@@ -84,24 +86,19 @@ class MetaTrainer:
         if isinstance(self.encoder, str):
             object.__setattr__(self, "encoder", EncoderSettings(self.encoder))
         object.__setattr__(self, "fixed", (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed))
-        if self.algorithm not in ALGORITHMS:
-            raise SettingsError(f"algorithm must be one of {sorted(ALGORITHMS)}, given {self.algorithm!r:.60}")
+        one_of("algorithm", self.algorithm, sorted(ALGORITHMS))
         learner = ALGORITHMS[self.algorithm].learner(self.learner)
         for setting in fields(LearnerSettings):
             given, made = getattr(self.learner, setting.name), getattr(learner, setting.name)
             if given not in (made, setting.default):
                 raise SettingsError(f"{self.algorithm} sets the learner's {setting.name} to {made!r}, given {given!r}")
         for name in ("episodes", "tasks_per_step"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be at least 1, given {getattr(self, name)}")
+            whole_number(name, getattr(self, name), 1)
         for name in ("lora_rate", "number_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise SettingsError(f"{name} must be positive, given {getattr(self, name)}")
+            number(name, getattr(self, name), LEAST_RATE)
         for name in ("names", "unlabelled"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"{name} must be from 0 to 1, given {getattr(self, name)}")
-        if self.seed < 0:
-            raise SettingsError(f"seed must not be negative, given {self.seed}")
+            number(name, getattr(self, name), 0, 1)
+        whole_number("seed", self.seed, 0)
 
     @property
     def steps(self) -> int:
@@ -166,13 +163,10 @@ class MetaTrainer:
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
-        found = run.loop(
-            tensors, judges.take(VALIDATION_EPISODES) if judges else [], at_home(Path(output)), fingerprint
-        )
-        adapter = replace(
-            Adapter.of(reader, learner, shape.with_tensors(found)),
-            record={"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]},
-        )
+        validation = judges.take(VALIDATION_EPISODES) if judges else []
+        found = run.loop(tensors, validation, at_home(Path(output)), fingerprint)
+        record = {"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]}
+        adapter = replace(Adapter.of(reader, learner, shape.with_tensors(found)), record=record)
         outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
         if outside:
             rule = fit_calibration(TaskLearner(reader, adapter), outside, "calibration" if main else None)
@@ -200,20 +194,12 @@ class MetaTrainer:
 
 @dataclass(frozen=True)
 class _Run:
-    """A run in progress.
-
-    Args:
-        trainer: its settings.
-        accelerator: of the processes that share each step's episodes.
-        reader: of token states.
-        adapter: with the shapes of all tensors.
-        episodes: to learn from.
-    """
+    """A run in progress."""
 
     trainer: MetaTrainer
     accelerator: Accelerator
     reader: TokenStateReader
-    adapter: Adapter
+    adapter: Adapter  # with the shapes of all tensors
     episodes: MixedEpisodes
 
     @property
@@ -246,16 +232,14 @@ class _Run:
         self.accelerator.wait_for_everyone()
         with (
             stop_requests() as stop_requested,
-            Record(output / RECORD, state.step, enabled=main) as record,
-            tqdm(
-                total=trainer.steps, initial=state.step, desc=trainer.algorithm, unit="step", disable=not main
-            ) as progress,
+            open_record(output / RECORD, state.step, enabled=main) as write_row,
+            tqdm(None, trainer.algorithm, trainer.steps, unit="step", initial=state.step, disable=not main) as progress,
         ):
             while state.step < trainer.steps:
                 row, stop = self._step(state, stop_requested())
                 if validation and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
                     row["valid_accuracy"] = self._validate(state, validation)
-                record.write(row)
+                write_row(row)
                 shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
                 if state.best:
                     shown["best"] = f"{state.best_accuracy:.3f}"
@@ -267,10 +251,8 @@ class _Run:
                 if main and (stop or state.step % CHECKPOINT_EVERY == 0 or state.step == trainer.steps):
                     save_state(state, output / CHECKPOINT, fingerprint)
                 if stop:
-                    raise TrainingInterrupted(
-                        f"stopped after step {state.step} of {trainer.steps}; the same command goes on from "
-                        f"{output / CHECKPOINT}"
-                    )
+                    told = f"stopped after step {state.step} of {trainer.steps}; the same command goes on from"
+                    raise TrainingInterrupted(f"{told} {output / CHECKPOINT}")
         self.accelerator.wait_for_everyone()
         return {name: value.detach() for name, value in (state.best or state.parameters).items()}
 
@@ -281,14 +263,11 @@ class _Run:
         centres = [name for name in learned if name in CENTRES]
         numbers = [name for name in learned if name not in lora and name not in centres]
         rates = ((lora, trainer.lora_rate), (numbers, trainer.number_rate), (centres, CENTRE_RATE))
-        return [
-            {"params": [parameters[name] for name in part], "lr": rate, "base": rate} for part, rate in rates if part
-        ]
+        return [{"params": [parameters[n] for n in part], "lr": rate, "base": rate} for part, rate in rates if part]
 
     def _step(self, state: TrainingState, stop: bool) -> tuple[dict[str, float], bool]:
         """Take one outer step, in place; return its row of the record, and whether any process was asked to stop."""
-        trainer = self.trainer
-        own = self.learned
+        trainer, own = self.trainer, self.learned
         first = state.step * trainer.tasks_per_step
         numbers = range(first, min(first + trainer.tasks_per_step, trainer.episodes))
         mine = [self.episodes[n] for n in numbers[self.accelerator.process_index :: self.accelerator.num_processes]]
@@ -299,29 +278,24 @@ class _Run:
         totals = flat[-4:]
         mean = flat[:-4] / totals[2]
         norm = mean.norm()
-        if not (norm.isfinite() and totals[0].isfinite()):
+        loss, accuracy = (totals[:2] / totals[2]).tolist()
+        if not (norm.isfinite() and math.isfinite(loss)):
             raise DivergedError(
-                f"step {state.step + 1}, on {[self.episodes[n].corpus for n in numbers]}: loss "
-                f"{float(totals[0] / totals[2])}, gradient norm {float(norm)}; try smaller learning rates (the last "
-                "checkpoint is from before)"
+                f"step {state.step + 1}, on {[self.episodes[n].corpus for n in numbers]}: loss {loss}, gradient norm "
+                f"{float(norm)}; try smaller learning rates (the last checkpoint is from before)"
             )
         mean = mean * (MAX_GRADIENT_NORM / norm.clamp(min=MAX_GRADIENT_NORM))
         for value in state.parameters.values():
             value.grad = None
         for name, piece in zip(own, mean.split([state.parameters[name].numel() for name in own]), strict=True):
             state.parameters[name].grad = piece.view_as(state.parameters[name])
-        scale = self._schedule(state.step)
+        share = min(1.0, (state.step + 1) / WARMUP) * (1 - state.step / trainer.steps)
         for group in state.optimiser.param_groups:
-            group["lr"] = group["base"] * scale
+            group["lr"] = group["base"] * share
         state.optimiser.step()
         state.step += 1
-        row = {
-            "step": state.step,
-            "loss": round(float(totals[0] / totals[2]), 4),
-            "accuracy": round(float(totals[1] / totals[2]), 4),
-            "gradient_norm": round(float(norm), 4),
-        }
-        return row, bool(totals[3] > 0)
+        told = {"loss": loss, "accuracy": accuracy, "gradient_norm": float(norm)}
+        return {"step": state.step, **{name: round(value, 4) for name, value in told.items()}}, bool(totals[3] > 0)
 
     def _own_share(
         self, state: TrainingState, learned: Sequence[str], episodes: Sequence[Episode], where: str
@@ -341,10 +315,6 @@ class _Run:
 
     def _with(self, parameters: Mapping[str, Tensor]) -> Adapter:
         return replace(self.adapter, initialisation=self.adapter.initialisation.with_tensors(parameters))
-
-    def _schedule(self, step: int) -> float:
-        """Return the share of the learning rates in a step: up, then linearly down to 0."""
-        return min(1.0, (step + 1) / WARMUP) * (1 - step / self.trainer.steps)
 
     def _validate(self, state: TrainingState, episodes: Sequence[Episode]) -> float:
         """Return validation accuracy, each process scoring its share; keep the tensors if they are the best yet."""

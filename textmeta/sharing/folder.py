@@ -7,37 +7,43 @@ import hashlib
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from textmeta.errors import AdapterError, DamagedAdapterError
-from textmeta.files import CHECKPOINT, is_folder, sync_folder, write_synced
+from textmeta.files import CHECKPOINT, is_folder, read_json, sync_folder, write_synced
 
 __all__ = [
-    "ENCODER",
-    "IS_ENCODER",
-    "IS_SETFIT",
+    "ADAPTER_FILES",
+    "CARD",
+    "FORMAT",
     "MANIFEST",
-    "SETFIT",
     "check_destination",
     "is_there",
     "manifest_of",
+    "read_adapter_files",
     "read_file",
     "read_folder",
     "write_folder",
 ]
 
+FORMAT = 8  # of what is written, and all that is read
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # LoRA, as PEFT has it
+META, TENSORS = "textmeta.json", "textmeta.safetensors"  # everything else that was learned
+CLASSIFIER, HEAD = "classifier.json", "classifier.safetensors"  # of a fitted classifier
+SUPPORT = "support.safetensors"  # token states of what it was fitted on, if they are stored
+REQUIRED = frozenset({CONFIG, WEIGHTS, META, TENSORS})
+ADAPTER_FILES = REQUIRED | {CLASSIFIER, HEAD, SUPPORT}  # all that a manifest may list
+CARD = "README.md"  # not in the manifest, because people edit it
 MANIFEST = "SHA256SUMS"
 MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)\n")
 MAX_BYTES, MAX_TEXT_BYTES = 2**30, 2**26  # of a file of tensors, and of another; a larger one is not read
-SETFIT = "config_setfit.json"
-IS_SETFIT = (
-    "is a SetFit model and no textmeta adapter. Its head is a pickle, which is never loaded: give the examples that it "
-    "was trained on to FewShotClassifier().fit(texts, labels)"
-)
-ENCODER = "config.json"  # which no adapter has
-IS_ENCODER = "{} is an encoder and no textmeta adapter: write FewShotClassifier(encoder={!r})"
 TRIES = 20  # to read a folder while others write it
+OTHERS = {  # files of what is often taken for an adapter
+    "config_setfit.json": "is a SetFit model and no textmeta adapter. Its head is a pickle, which is never loaded: "
+    "give the examples that it was trained on to FewShotClassifier().fit(texts, labels)",
+    "config.json": "is an encoder and no textmeta adapter: write FewShotClassifier(encoder={!r})",
+}
 # What can run code when it is loaded or imported, by somebody if not by textmeta.
 CODE_ENDINGS = (
     *(".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".skops", ".dill", ".npy", ".npz", ".h5", ".hdf5"),
@@ -59,26 +65,47 @@ def is_there(folder: str | Path) -> bool:
     return is_folder(folder) or (folder != "" and is_folder(_sibling(Path(folder).absolute(), "old")))
 
 
-def read_folder(folder: Path, known: Collection[str] | None = None) -> dict[str, bytes]:
+def read_adapter_files(folder: Path, repo_id: str | None = None) -> dict[str, bytes]:
+    """Read the files of an adapter folder, checked against their hashes: name to content.
+
+    AdapterError if it was made by another version of textmeta, is damaged, or is no adapter; it names the repository
+    on the Hub that the folder is a copy of, if any.
+    """
+    try:
+        found = read_json(read_file(folder, META), folder / META, AdapterError).get("format_version")
+    except AdapterError:
+        found = FORMAT  # whatever is wrong will be found, and named, in its turn
+    # first of all: that another version has other files, too, would else be called damage
+    if type(found) is not int or found != FORMAT:
+        newer = type(found) is int and found > FORMAT
+        raise AdapterError(
+            f"{folder / META} has format version {found!r:.40}, this textmeta reads {FORMAT}: the adapter was "
+            f"made by {'a newer textmeta' if newer else 'textmeta 0.1: train it again'}"
+        )
+    files = read_folder(folder, ADAPTER_FILES, repo_id)
+    required = ADAPTER_FILES - {SUPPORT} if files.keys() - REQUIRED else REQUIRED
+    for name in sorted(required - files.keys()):
+        raise AdapterError(f"{folder} is no whole textmeta adapter: it has no {name}")
+    return files
+
+
+def read_folder(folder: Path, known: Collection[str] | None = None, repo_id: str | None = None) -> dict[str, bytes]:
     """Read every file that a folder's manifest lists, name to content, checked against its hash; nothing is written.
 
     A folder in the Hub's cache may hold links to the cache's own files; any other link out of the folder is refused.
 
-    Args:
-        folder: to read.
-        known: names that the manifest may list; by default any.
-
     Raises:
-        AdapterError: if anything is missing or not what was written, leads out of the folder, or can run code.
+        AdapterError: if anything is missing or not what was written, leads out of the folder, can run code, or is not
+            among the known names, if these are given.
     """
     folder = folder.resolve()
     for _ in range(TRIES):
         source = folder if folder.is_dir() else _sibling(folder, "old")
         before = _identity(source)
-        if before is None and not folder.is_dir():
+        if before is None and repo_id is None and not folder.is_dir():
             raise AdapterError(f"no such adapter folder: {folder}")
         try:
-            return _read_checked(source, known)
+            return _read_checked(source, known, repo_id)
         except (AdapterError, FileNotFoundError):
             # a save may have put another folder into its place between two of our reads
             if _identity(source) == before:
@@ -94,17 +121,16 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_ctime_ns
 
 
-def _read_checked(folder: Path, known: Collection[str] | None) -> dict[str, bytes]:
-    present = sorted(path.name for path in folder.iterdir())
-    if SETFIT in present and MANIFEST not in present:
-        raise AdapterError(f"{folder} {IS_SETFIT}")
-    if ENCODER in present and MANIFEST not in present:
-        raise AdapterError(IS_ENCODER.format(folder, str(folder)))
-    _check_no_code(folder, present)
+def _read_checked(folder: Path, known: Collection[str] | None, repo_id: str | None) -> dict[str, bytes]:
+    present = sorted(path.name for path in folder.glob("*"))  # none, where the Hub has no file that was asked for
     if MANIFEST not in present:
-        run = CHECKPOINT in present  # no adapter, for it is the caller of train who has that
-        hint = "; it is a run's: `FewShotClassifier(adapter).save_pretrained` keeps the adapter that train returns"
-        raise AdapterError(f"{folder} is no textmeta adapter: it has no {MANIFEST}, but {present[:10]}{hint * run}")
+        hint = "one in a folder below it is loaded with subfolder=…"
+        if CHECKPOINT in present:
+            hint = "it is a run's: `FewShotClassifier(adapter).save_pretrained` keeps the adapter that train returns"
+        told = f"is no textmeta adapter: it has no {MANIFEST}, but {present[:10]}; {hint}"
+        told = next((other.format(repo_id or str(folder)) for name, other in OTHERS.items() if name in present), told)
+        raise AdapterError(f"{folder if repo_id is None else f'{repo_id!r} on the Hub'} {told}")
+    _check_no_code(folder)
     contents = {}
     for name, expected in _manifest(read_file(folder, MANIFEST), folder / MANIFEST).items():
         if known is not None and name not in known:
@@ -112,19 +138,17 @@ def _read_checked(folder: Path, known: Collection[str] | None) -> dict[str, byte
         contents[name] = read_file(folder, name)
         found = hashlib.sha256(contents[name]).hexdigest()
         if found != expected:
-            raise DamagedAdapterError(
-                f"{folder / name} is damaged: its sha256 is {found}, but {MANIFEST} says {expected} "
-                f"({len(contents[name])} bytes)"
-            )
+            told = f"is damaged: its sha256 is {found}, but {MANIFEST} says {expected} ({len(contents[name])} bytes)"
+            raise DamagedAdapterError(f"{folder / name} {told}")
     return contents
 
 
-def _check_no_code(folder: Path, names: Iterable[str]) -> None:
-    code = [name for name in names if Path(name).suffix.lower() in CODE_ENDINGS]
+def _check_no_code(folder: Path) -> None:
+    code = sorted(path for path in folder.iterdir() if path.suffix.lower() in CODE_ENDINGS)
     if code:
         raise AdapterError(
-            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, "
-            "which is safetensors and JSON alone: remove it if you know what it is"
+            f"{code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, which is "
+            "safetensors and JSON alone: remove it if you know what it is"
         )
 
 
@@ -135,20 +159,14 @@ def _manifest(content: bytes, path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         match = MANIFEST_LINE.fullmatch(line)
         if match is None or match[2] in entries:
-            raise DamagedAdapterError(
-                f"{path}, line {number}: expected a sha256, two spaces and a plain file name not given "
-                f"before: {line!r:.90}"
-            )
+            told = f"expected a sha256, two spaces and a plain file name not given before: {line!r:.90}"
+            raise DamagedAdapterError(f"{path}, line {number}: {told}")
         entries[match[2]] = match[1]
     return entries
 
 
 def read_file(folder: Path, name: str) -> bytes:
-    """Read a plain file of a folder, following no link out of it but those of the Hub's cache to its own files.
-
-    Raises:
-        AdapterError: if it is missing, no plain file, too large, or lies elsewhere.
-    """
+    """Read a plain file of a folder, following no link out of it but those of the Hub's cache to its own files."""
     path = folder / name
     try:
         target = path.resolve(strict=True)
@@ -189,10 +207,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
     and the old one removed. What a crash between the renames set aside, :func:`read_folder` reads where it lies.
     Other files in the folder (a checkpoint, results, a user's own) are carried over.
 
-    Args:
-        folder: where to.
-        files: name to content.
-        unlisted: names that the manifest leaves out, because people may edit these files.
+    The manifest leaves out ``unlisted`` names, because people may edit these files.
 
     Raises:
         AdapterError: see :func:`check_destination`; or the folder holds what cannot be carried over, or the disk is
@@ -230,21 +245,17 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
 def check_destination(folder: Path) -> None:
     """Check, before long work, that a folder can be replaced as a whole; put back what a crash set aside.
 
-    Raises:
-        AdapterError: if it is a file, the working folder (or holds it), or a mount point, or holds files for which it
-            would be refused when it is read.
+    AdapterError if it is a file, the working folder (or holds it), a mount point, or holds what can run code.
     """
     folder = folder.resolve()
     _put_back(folder)
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"cannot write an adapter folder to {folder}: there is a file of that name")
     if Path.cwd().is_relative_to(folder) or folder.is_mount():
-        raise AdapterError(
-            f"cannot write an adapter to {folder}, which is the working folder or a mount point: it is replaced as a "
-            "whole; give a folder inside it"
-        )
+        told = "which is the working folder or a mount point: it is replaced as a whole; give a folder inside it"
+        raise AdapterError(f"cannot write an adapter to {folder}, {told}")
     if folder.exists():
-        _check_no_code(folder, sorted(path.name for path in folder.iterdir()))
+        _check_no_code(folder)
 
 
 def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
@@ -262,10 +273,8 @@ def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     carried = [path for path in folder.iterdir() if path.name not in replaced]
     folders = sorted(path.name for path in carried if path.is_dir())
     if folders:
-        raise AdapterError(
-            f"cannot write an adapter to {folder}: it holds other folders ({', '.join(folders[:5])}); give a folder of "
-            "its own"
-        )
+        told = f"it holds other folders ({', '.join(folders[:5])}); give a folder of its own"
+        raise AdapterError(f"cannot write an adapter to {folder}: {told}")
     return carried
 
 

@@ -3,15 +3,14 @@
 import logging
 import re
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from textmeta.errors import AdapterError, DamagedAdapterError, HubError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess, fetch_snapshot, is_repo_id
-from textmeta.sharing.folder import ENCODER, IS_ENCODER, IS_SETFIT, MANIFEST, SETFIT, is_there
-from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
+from textmeta.sharing.folder import ADAPTER_FILES, CARD, MANIFEST, OTHERS, is_there, read_adapter_files
 
 __all__ = ["DEFAULT_ADAPTER", "Location", "read_located", "subfolder_prefix"]
 
@@ -22,19 +21,12 @@ SHIPPED_PREFIX = "textmeta/"
 DEFAULT_ADAPTER = "textmeta/minilm-general"
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where an adapter was found.
+class Location(NamedTuple):
+    """Where an adapter was found."""
 
-    Args:
-        folder: on this machine.
-        kind: what its name meant.
-        commit: of a repository on the Hub.
-    """
-
-    folder: Path
-    kind: Literal["folder", "shipped", "hub"]
-    commit: str | None = None
+    folder: Path  # on this machine
+    kind: Literal["folder", "shipped", "hub"]  # what its name meant
+    commit: str | None = None  # of a repository on the Hub
 
 
 def read_located(
@@ -48,31 +40,20 @@ def read_located(
         name: a folder; an adapter that comes with textmeta (``textmeta/minilm-…``); or an id on the Hub.
         revision: branch, tag or commit on the Hub; with one, a name can only mean the Hub.
         subfolder: of the folder or repository.
-        access: how the Hub is reached.
+        access: how the Hub is reached (HubError if it has none of that id and revision, or cannot be).
 
     Raises:
-        AdapterError: if it is no folder and cannot be an id on the Hub, or the subfolder none; if it is no adapter, was
-            made by another version, or is damaged.
-        HubError: if the Hub has none of that id and revision, does not let this user at it, or cannot be reached.
+        AdapterError: if a name means none of these, or what it means is no adapter, of another version, or damaged.
     """
-    where = _locate(name, revision, subfolder, access)
-    if where.kind == "hub" and not (where.folder / MANIFEST).exists():
-        if (where.folder / SETFIT).exists():
-            raise AdapterError(f"{str(name)!r} on the Hub {IS_SETFIT}")
-        if (where.folder / ENCODER).exists():
-            raise AdapterError(IS_ENCODER.format(f"{str(name)!r} on the Hub", str(name)))
-        raise AdapterError(
-            f"{name!r} on the Hub is no textmeta adapter: it has no {MANIFEST} (adapters in its subfolders are loaded "
-            "with subfolder=…)"
-        )
+    where, repo_id = _locate(name, revision, subfolder, access), str(name)
     try:
-        return read_adapter_files(where.folder), where
+        return read_adapter_files(where.folder, repo_id if where.kind == "hub" else None), where
     except DamagedAdapterError as error:
         if where.kind != "hub" or (access and access.local_files_only):
             raise
         logger.warning("%s; downloading it again", error)
         where = _locate(name, where.commit, subfolder, access, force=True)
-        return read_adapter_files(where.folder), where
+        return read_adapter_files(where.folder, repo_id), where
 
 
 def _locate(
@@ -97,7 +78,7 @@ def _locate(
             + (f", which alone has revisions (given {revision!r:.80})" if revision is not None else "")
         )
     try:
-        wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD, SETFIT, ENCODER)]
+        wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD, *OTHERS)]
         snapshot = None
         if not force and re.fullmatch("[0-9a-f]{40}", str(revision)):  # what a commit holds never changes
             with suppress(HubError):
@@ -111,11 +92,7 @@ def _locate(
 
 
 def subfolder_prefix(subfolder: str | None) -> str:
-    """Return what stands before the names of a subfolder's files: nothing, or a path that ends in a slash.
-
-    Raises:
-        AdapterError: if it is no path below.
-    """
+    """Return what stands before the names of a subfolder's files; AdapterError if it is no path below."""
     if subfolder is None:
         return ""
     if not isinstance(subfolder, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", subfolder):

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from textmeta.encoder.lora import LORA_B
 from textmeta.encoder.pretrained import load_pretrained
@@ -23,15 +23,8 @@ def write_merged(folder: str | Path, reader: TokenStateReader, factors: Mapping[
     ``SentenceTransformer(folder)`` makes of a text the mean over the tokens of its last layer, of length 1, or that of
     the first token, where the encoder was made so.
 
-    Source: Hu et al. (2021), "LoRA", section 4.1.
-
-    Args:
-        folder: where to; must not exist, or be empty.
-        reader: whose encoder.
-        factors: every LoRA factor by name, (out, in).
-
-    Raises:
-        AdapterError: if the folder holds anything or cannot be written, or the encoder's files have changed by now.
+    Source: Hu et al. (2021), "LoRA", section 4.1. AdapterError if the folder holds anything or cannot be written, or
+    the encoder's files have changed by now.
     """
     folder, encoder = destination(folder), reader.encoder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -42,10 +35,9 @@ def write_merged(folder: str | Path, reader: TokenStateReader, factors: Mapping[
     scale = encoder.lora.alpha / encoder.lora.rank
     for name, lora_a in factors.items():
         if ".lora_A." in name:
-            linear = model.get_submodule(name.removesuffix(".lora_A.weight"))
-            assert isinstance(linear, nn.Linear), "LoRA is put on linear layers alone"
+            weight = model.get_parameter(name.replace(".lora_A.", "."))
             lora_b = factors[name.replace(".lora_A.", LORA_B)]
-            linear.weight.data += scale * (lora_b.detach().cpu() @ lora_a.detach().cpu())
+            weight.data += scale * (lora_b.detach().cpu() @ lora_a.detach().cpu())
     modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     files = {  # which tell sentence-transformers how a text becomes a vector
         "modules.json": [

@@ -14,8 +14,7 @@ from textmeta.files import at_home, is_folder
 from textmeta.hub import check_reachable, clear_hub_errors, is_repo_id
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing.card import PLACEHOLDER
-from textmeta.sharing.folder import MANIFEST, manifest_of, read_file
-from textmeta.sharing.format import ADAPTER_FILES, CARD, read_adapter_files
+from textmeta.sharing.folder import ADAPTER_FILES, CARD, MANIFEST, manifest_of, read_adapter_files, read_file
 from textmeta.sharing.locate import subfolder_prefix
 from textmeta.sharing.store import Fitted, adapter_files, load_adapter
 
@@ -64,11 +63,8 @@ def push_adapter(
 def push_folder(folder: str | Path, to: Destination, *, base_model: str | None = None) -> CommitInfo:
     """Push an adapter folder as it is, its card with whatever was edited in it; see :func:`push_adapter`.
 
-    With a ``base_model`` the files that name the encoder, and the card, are written anew.
-
-    Raises:
-        AdapterError: if the folder is no whole adapter, or its encoder no id on the Hub.
-        HubError: see :func:`push_adapter`.
+    With a ``base_model`` the files that name the encoder, and the card, are written anew. AdapterError, too, if the
+    folder is no whole adapter.
     """
     folder = at_home(Path(folder))
     adapter, fitted = load_adapter(folder)
@@ -125,10 +121,8 @@ def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
             )
     except HubError as error:
         if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code == 412:
-            raise HubError(
-                f"not pushed: somebody else pushed to {repo_id!r} in the meantime; nothing was changed. Look at what "
-                "they pushed, then push again"
-            ) from error
+            told = "in the meantime; nothing was changed. Look at what they pushed, then push again"
+            raise HubError(f"not pushed: somebody else pushed to {repo_id!r} {told}") from error
         raise
     logger.info("pushed to %s: %s", repo_id, done.commit_url)
     return done

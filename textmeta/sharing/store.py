@@ -7,6 +7,7 @@ name, ``textmeta.json`` settings and record, and ``SHA256SUMS`` the hashes. A fi
 ``classifier.safetensors`` and ``classifier.json``, and ``support.safetensors`` where token states are stored with it.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,8 +32,18 @@ from textmeta.meta.initialisation import LORA, Adapt, Calibration, Initialisatio
 from textmeta.meta.learner import LearnedTask
 from textmeta.meta.shared import shared
 from textmeta.sharing.card import is_edited, model_card
-from textmeta.sharing.folder import write_folder
-from textmeta.sharing.format import CARD, CLASSIFIER, CONFIG, FORMAT, HEAD, META, SUPPORT, TENSORS, WEIGHTS, write_json
+from textmeta.sharing.folder import (
+    CARD,
+    CLASSIFIER,
+    CONFIG,
+    FORMAT,
+    HEAD,
+    META,
+    SUPPORT,
+    TENSORS,
+    WEIGHTS,
+    write_folder,
+)
 from textmeta.sharing.locate import read_located
 from textmeta.sharing.support import FitInputs, StoredSupport, read_support, stored_support
 
@@ -56,23 +67,14 @@ SETTINGS = {"adapt": None, "steps": None, "class_weight": "balanced"}  # of a fi
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What ``fit`` made of one task.
+    """What ``fit`` made of one task."""
 
-    Args:
-        task: as it was learned, T = 1.
-        classes: the labels, in the order of the task's classes.
-        inputs: what it was learned from; None where that is not kept.
-        settings: ``adapt``, ``steps`` and ``class_weight`` that it was learned with, which are stored.
-        weights_sha256: of the encoder that it was learned with.
-        arguments: of the estimator, as they read then.
-    """
-
-    task: LearnedTask
-    classes: list[Any]
-    inputs: FitInputs | None = None
-    settings: Mapping[str, Any] = field(default_factory=lambda: {**SETTINGS})
-    weights_sha256: str = ""
-    arguments: tuple[str, ...] = ()
+    task: LearnedTask  # T = 1
+    classes: list[Any]  # the labels, in the order of the task's classes
+    inputs: FitInputs | None = None  # what it was learned from, where that is kept
+    settings: Mapping[str, Any] = field(default_factory=lambda: {**SETTINGS})  # it was learned with, which are stored
+    weights_sha256: str = ""  # of the encoder that it was learned with
+    arguments: tuple[str, ...] = ()  # of the estimator, as they read then
 
 
 class _Strict(BaseModel):
@@ -120,16 +122,10 @@ class _Classifier(_Strict):
 def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = None) -> None:
     """Write an adapter folder in place of what was there; a crash leaves the old one or the new one, whole.
 
-    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``.
-
-    Args:
-        folder: where to.
-        adapter: to save. The names of the classes in its index are there for everybody who gets the folder to read.
-        fitted: a fitted classifier; its labels, and what it was learned from if it has that, can be read, too.
-
-    Raises:
-        AdapterError: if a value is not finite or cannot be stored, or the folder cannot be replaced
-            (:func:`~textmeta.sharing.folder.write_folder`).
+    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``. Everybody who gets the
+    folder can read the names of the classes in the adapter's index, the labels of a fitted classifier, and what it was
+    learned from, if that is there. AdapterError if a value is not finite or cannot be stored, or the folder cannot be
+    replaced (:func:`~textmeta.sharing.folder.write_folder`).
     """
     folder = destination(folder)
     files = adapter_files(adapter, fitted)
@@ -141,11 +137,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = N
 
 
 def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, bytes]:
-    """Return the files of an adapter folder but its manifest: name to content.
-
-    Raises:
-        AdapterError: if they would not be loaded again.
-    """
+    """Return the files of an adapter folder but its manifest, name to content; AdapterError if none would load them."""
     init, index = adapter.initialisation, adapter.index
     others = {name: value for name, value in init.tensors().items() if not name.startswith(LORA)}
     others[PROBE] = adapter.probe
@@ -171,33 +163,30 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         CONFIG: _config_file(adapter),
         WEIGHTS: _write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
         TENSORS: _write_tensors(others),
-        META: write_json(meta),
+        META: _write_json(meta),
     }
+    content: dict[str, Any] | None = None
     if fitted is not None:
-        task = {**vars(fitted.task)}
-        task |= {LORA + name: value for name, value in task.pop("factors").items()}
-        labels = [label_to_json(label) for label in fitted.classes]
-        files[HEAD] = _write_tensors(task)
-        inputs = fitted.inputs
-        support = None if inputs is None else stored_support(inputs, fitted.classes)
-        settings = dict(fitted.settings)
+        factors = {LORA + name: value for name, value in fitted.task.factors.items()}
+        files[HEAD] = _write_tensors({name: getattr(fitted.task, name) for name in TASK_AXES} | factors)
+        inputs, settings = fitted.inputs, dict(fitted.settings)
         if isinstance(by_class := settings.get("class_weight"), Mapping):
             keys = map(label_to_json, checked_labels(list(by_class), "class_weight, key"))
             settings["class_weight"] = list(zip(keys, map(float, by_class.values()), strict=True))
-        files[CLASSIFIER] = write_json({"classes": labels, "support": support, **settings})
+        support = inputs and stored_support(inputs, fitted.classes)
+        content = {"classes": list(map(label_to_json, fitted.classes)), "support": support, **settings}
+        files[CLASSIFIER] = _write_json(content)
         if inputs and inputs.states:
             files[SUPPORT] = _write_tensors(inputs.states, torch.float16)
     try:
         _parse(files, Path())
     except AdapterError as error:
         raise AdapterError(f"not saved: {error}") from error
-    classes, inputs = (None, None) if fitted is None else (fitted.classes, fitted.inputs)
-    return {**files, CARD: model_card(adapter, classes, inputs).encode("utf-8", "replace")}
+    return {**files, CARD: model_card(meta, content).encode("utf-8", "replace")}
 
 
 def _config_file(adapter: Adapter) -> bytes:
     """Return the content of ``adapter_config.json``."""
-    factors = adapter.initialisation.lora
     config = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
@@ -208,9 +197,17 @@ def _config_file(adapter: Adapter) -> bytes:
         "lora_alpha": adapter.lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({re.sub(r"\.lora_[AB]\.weight$", "", name) for name in factors}),
+        "target_modules": sorted({name.rpartition(".lora_")[0] for name in adapter.initialisation.lora}),
     }
-    return write_json(config)
+    return _write_json(config)
+
+
+def _write_json(content: Any) -> bytes:
+    """Return JSON, sorted, so that equal content has equal bytes."""
+    try:
+        return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:  # no value of JSON, or half of a character
+        raise AdapterError(f"not saved: what is to be stored as JSON cannot be: {error}") from error
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> bytes:
@@ -238,16 +235,10 @@ def load_adapter(
 ) -> tuple[Adapter, Fitted | None]:
     """Load an adapter by its name, checking hashes, settings, and names, shapes and numbers of all tensors.
 
-    The same adapter is one object, however often it is loaded.
-
-    Nothing in it is run or imported, and nothing outside its folder is read but the contents of the Hub's cache. The
-    arguments are those of :func:`~textmeta.sharing.locate.read_located`, and ``encoder``, what the caller will load in
-    place of the encoder that the adapter names, if anything.
-
-    Raises:
-        AdapterError: if it is none, or damaged, naming the file and what is wrong with it; or if it came from the Hub
-            and names a folder of this machine as its encoder.
-        HubError: see :func:`~textmeta.sharing.locate.read_located`.
+    The same adapter is one object, however often it is loaded. Nothing in it is run or imported, and nothing outside
+    its folder is read but the contents of the Hub's cache. Arguments and errors are those of
+    :func:`~textmeta.sharing.locate.read_located`; and ``encoder``, what the caller will load in place of the encoder
+    that the adapter names: one from the Hub that names a folder of this machine is refused without.
     """
     files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
     adapter, fitted = _parse(files, where.folder)
@@ -269,15 +260,27 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
         check_revision(meta.encoder.revision)
     except HubError as error:
         raise AdapterError(f"{folder / META}: encoder.revision: {error}") from error
-    factors = _read_factors(files[WEIGHTS], meta.lora.rank, folder / WEIGHTS)
-    tensors = _read_tensors(files[TENSORS], folder / TENSORS)
-    scope, vectors = tensors.pop(SCOPE, None), tensors.pop(INDEX, None)
-    probe = tensors.pop(PROBE, torch.empty(0))
-    init = _initialisation(factors, tensors, meta.learner, folder / TENSORS)
-    views, hidden = init.queries.shape
-    _check_shape(PROBE, probe, (len(PROBES), views * hidden), folder / TENSORS)
-    if scope is not None:
-        _check_shape(SCOPE, scope, (SCOPE_SIZE,), folder / TENSORS)
+    path, lora = folder / TENSORS, _read_factors(files[WEIGHTS], meta.lora.rank, folder / WEIGHTS)
+    tensors = _read_tensors(files[TENSORS], path)
+    queries = tensors.get("queries", torch.empty(0))
+    if not meta.learner.layers:
+        raise AdapterError(f"{folder / META}: learner.layers names no layer")
+    if queries.ndim != 2:
+        raise AdapterError(f"{path}: queries has shape {tuple(queries.shape)}, expected views and dimensions")
+    with torch.device("meta"):  # shapes alone: a size that somebody made up must not take memory
+        shapes = {name: tuple(value.shape) for name, value in lora.items()}
+        start = Initialisation.start(shapes, queries.shape[1], meta.learner, seed=0)
+    views, hidden = start.queries.shape
+    expected = {name: tuple(value.shape) for name, value in start.tensors().items() if not name.startswith(LORA)}
+    expected |= {PROBE: (len(PROBES), views * hidden), **({SCOPE: (SCOPE_SIZE,)} if SCOPE in tensors else {})}
+    if meta.index is not None:
+        expected[INDEX] = (sum(len(corpus.classes) for corpus in meta.index), hidden)
+    _check_shapes(tensors, expected, path)
+    for name, value in tensors.items():
+        if "log_" in name and not (value.exp().isfinite() & (value.exp() > 0)).all():
+            raise AdapterError(f"{path}: {name}: the exponential of one of its numbers is no positive number")
+    probe, scope, vectors = tensors.pop(PROBE), tensors.pop(SCOPE, None), tensors.pop(INDEX, None)
+    init = start.with_tensors({**{LORA + name: value for name, value in lora.items()}, **tensors})
     adapter = Adapter(
         encoder=meta.encoder,
         weights_sha256=meta.encoder_sha256,
@@ -287,7 +290,7 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
         calibration=Calibration(scope),
         probe=probe,
         commit=meta.encoder_commit,
-        index=_index(meta.index, vectors, hidden, folder / TENSORS),
+        index=None if meta.index is None or vectors is None else _index(meta.index, vectors, path),
         record=meta.record,
         versions=meta.versions,
         prompt=meta.prompt,
@@ -310,11 +313,7 @@ def _read_model(kind: type[M], content: bytes, path: Path) -> M:
 
 
 def _read_tensors(content: bytes, path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; errors name its path.
-
-    Raises:
-        AdapterError: if it is damaged, or a tensor is of another type, or has values that are not finite.
-    """
+    """Return the tensors of a safetensors file, all of one type and finite; AdapterError names its path."""
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
@@ -329,11 +328,7 @@ def _read_tensors(content: bytes, path: Path, dtype: torch.dtype = torch.float32
 
 
 def _read_factors(content: bytes, rank: int, path: Path) -> dict[str, Tensor]:
-    """Return the LoRA factors that ``adapter_model.safetensors`` holds by the encoder's names; errors name its path.
-
-    Raises:
-        AdapterError: if a tensor is none, or of another rank.
-    """
+    """Return the LoRA factors that ``adapter_model.safetensors`` holds by the encoder's names."""
     factors = {}
     for name, value in sorted(_read_tensors(content, path).items()):
         if not re.fullmatch(re.escape(PREFIX) + r".+\.lora_[AB]\.weight", name):
@@ -344,42 +339,18 @@ def _read_factors(content: bytes, rank: int, path: Path) -> dict[str, Tensor]:
     return factors
 
 
-def _initialisation(
-    factors: Mapping[str, Tensor], tensors: Mapping[str, Tensor], learner: LearnerSettings, path: Path
-) -> Initialisation:
-    """Return the initialisation of tensors that have the names and shapes that its settings give."""
-    queries = tensors.get("queries", torch.empty(0))
-    if not learner.layers:
-        raise AdapterError(f"{path.with_name(META)}: learner.layers names no layer")
-    if queries.ndim != 2:
-        raise AdapterError(f"{path}: queries has shape {tuple(queries.shape)}, expected views and dimensions")
-    with torch.device("meta"):  # shapes alone: a size that somebody made up must not take memory
-        shapes = {name: tuple(value.shape) for name, value in factors.items()}
-        start = Initialisation.start(shapes, queries.shape[1], learner, seed=0)
-    try:
-        init = start.with_tensors({**{LORA + name: value for name, value in factors.items()}, **tensors})
-    except AdapterError as error:
-        raise AdapterError(f"{path}: {error}") from error
-    for name, value in tensors.items():
-        if "log_" in name and not (value.exp().isfinite() & (value.exp() > 0)).all():
-            raise AdapterError(f"{path}: {name}: the exponential of one of its numbers is no positive number")
-    return init
+def _check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Check that tensors have the names and shapes that are expected, None for one that is not there."""
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise AdapterError(f"{path}: {name:.200} has shape {found.get(name)}, expected {expected.get(name)}")
 
 
-def _check_shape(name: str, value: Tensor, shape: tuple[int, ...], path: Path) -> None:
-    if value.shape != shape:
-        raise AdapterError(f"{path}: {name} has shape {tuple(value.shape)}, expected {shape}")
-
-
-def _index(corpora: Sequence[_Corpus] | None, vectors: Tensor | None, hidden: int, path: Path) -> ClassIndex | None:
-    if corpora is None or vectors is None:
-        if corpora is None and vectors is None:
-            return None
-        raise AdapterError(f"{path}: it has a tensor {INDEX}, or {META} an index, without the other")
+def _index(corpora: Sequence[_Corpus], vectors: Tensor, path: Path) -> ClassIndex:
     classes = {corpus.name: tuple(corpus.classes) for corpus in corpora}
     if len(classes) < len(corpora) or any(len(set(names)) < len(names) for names in classes.values()):
         raise AdapterError(f"{path.with_name(META)}: a corpus, or a class of one, is in the index twice")
-    _check_shape(INDEX, vectors, (sum(map(len, classes.values())), hidden), path)
     lengths = vectors.float().norm(dim=1, keepdim=True)
     if not lengths.all():
         raise AdapterError(f"{path}: expected no row of zeros in {INDEX}")
@@ -414,10 +385,7 @@ def _learned_task(tensors: Mapping[str, Tensor], ways: int, init: Initialisation
         expected["queries"] = expected["queries"][1:]  # where no step was taken they are the initial ones
     if any(name.startswith(LORA) for name in tensors):  # LoRA was adapted, all of it
         expected |= {LORA + name: (1, *value.shape) for name, value in init.lora.items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise AdapterError(f"{path}: {name:.200} has shape {found.get(name)}, expected {expected.get(name)}")
+    _check_shapes(tensors, expected, path)
     for name in TRUTHS:
         if not ((tensors[name] == 0) | (tensors[name] == 1)).all():
             raise AdapterError(f"{path}: {name} holds something else than 0 and 1")

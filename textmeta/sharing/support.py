@@ -28,9 +28,8 @@ class FitInputs:
     Args:
         examples: text, label and weight of each.
         unlabelled: texts without labels.
-        names: of the classes; None where nothing is read.
-        reads_labels: whether the labels themselves are read; ``names`` then has those that are called otherwise, or
-            have no example.
+        names: of the classes, None where nothing is read; where the labels themselves are read (``reads_labels``), of
+            those that are called otherwise, or have no example.
         states: (lower, length, d) that the frozen layers make of each text, by what stands in its place; none where the
             texts are there.
     """
@@ -103,17 +102,9 @@ def stored_support(inputs: FitInputs, classes: Sequence[Any]) -> dict[str, Any]:
 def read_support(
     stored: StoredSupport, states: Mapping[str, Tensor], classes: Sequence[Any], hidden: int, path: Path
 ) -> FitInputs:
-    """Return what :func:`stored_support` was given.
+    """Return what :func:`stored_support` was given, by what is stored as JSON and the (…, d) states beside it.
 
-    Args:
-        stored: as JSON holds it.
-        states: that are stored beside it.
-        classes: of the fitted task.
-        hidden: d.
-        path: of the JSON file, to name in errors.
-
-    Raises:
-        AdapterError: if the examples are not of that task, or the states not of the examples.
+    AdapterError, naming the path, if the examples are not of a task with these classes, or the states not of them.
     """
     try:
         names = None if stored.names is None else zip(classes, stored.names, strict=True)
@@ -125,14 +116,12 @@ def read_support(
             states,
         )
         checked_texts(inputs.texts, "texts")
-        of_task = inputs.classes()[0] == list(classes)
+        if inputs.classes()[0] != list(classes):
+            raise DataError(f"it is not what the classes {few(classes)} were fitted on")
+        expected = set(inputs.texts) if stored.kind == "states" else set()
+        shaped = all(value.ndim == 3 and value.shape[2] == hidden and value.numel() for value in states.values())
+        if states.keys() != expected or not shaped:
+            raise DataError(f"expected (layers, length, {hidden}) states of {len(expected)} texts beside it")
     except (DataError, IndexError, ValueError) as error:
         raise AdapterError(f"{path}: support: {error}") from error
-    if not of_task:
-        raise AdapterError(f"{path}: support: it is not what the classes {few(classes)} were fitted on")
-    expected = set(inputs.texts) if stored.kind == "states" else set()
-    if states.keys() != expected or any(v.ndim != 3 or v.shape[2] != hidden or not v.numel() for v in states.values()):
-        raise AdapterError(
-            f"{path}: support: expected (layers, length, {hidden}) states of {len(expected)} texts beside it"
-        )
     return inputs
