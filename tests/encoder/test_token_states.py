@@ -66,7 +66,7 @@ def test_a_text_does_not_depend_on_the_others_and_order_is_kept(encoder64: Encod
     assert not any(batch.states.transpose(1, 2)[~batch.mask].any() for batch in states.batches)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 20, 64])
+@pytest.mark.parametrize("max_tokens", [1, 30, 64])
 def test_large_batches_are_cut(encoder: Encoder, max_tokens: int) -> None:
     states = TokenStateReader(encoder, [4]).read(TEXTS).unpadded()
     cut = TokenStates.padded(states, max_tokens)
@@ -81,7 +81,7 @@ def test_no_forward_is_larger_than_memory_allows(encoder: Encoder) -> None:
     fresh = reader.read([text] * 300).batches
     reader.cache([text])
     for batches in (fresh, reader.read([text] * 300).batches):
-        assert [tuple(batch.mask.shape) for batch in batches] == [(128, 32), (128, 32), (44, 32)]
+        assert [tuple(batch.mask.shape) for batch in batches] == [(60, 32)] * 5
 
 
 def test_long_texts_are_cut(encoder: Encoder) -> None:
