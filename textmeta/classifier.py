@@ -27,7 +27,6 @@ from textmeta.errors import AdapterError, DataError
 from textmeta.estimator import NotFittedError
 from textmeta.growing import GrowingEstimator
 from textmeta.heads.scope import scope_probability
-from textmeta.meta.batch import Rows
 from textmeta.meta.initialisation import whole_number
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
@@ -69,7 +68,8 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
             adapter's own way, mostly "cut".
         batch_size: texts answered at once, which bounds the memory that their token states take.
         device: where the encoder runs; None is what there is: cuda, mps or cpu.
-        precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
+        precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32; "auto" takes what is faster:
+            bf16 on GPUs that have it and on CPUs with AMX. What is fitted in one can be used in the other.
         errors: what half of a character in a text does: "raise" an error, or "replace" it.
         progress: whether a bar is shown where predicting takes long.
     """
@@ -272,14 +272,13 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         fitted, learner = by or self._task()  # held from beginning to end, whatever other threads fit
         given = [texts] if isinstance(texts, str) else texts
         texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors)
-        device = learner.adapter.initialisation.queries.device
-        task = fitted.task.to(device)
+        task = fitted.task.to(learner.adapter.initialisation.queries.device)
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
         silent = not self.progress or len(starts) < 2
         with torch.inference_mode(), warning_of(texts, "predict"):
             for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
-                answers = learner.answer(task, Rows.of([texts[start : start + self.batch_size]], device))
+                answers = learner.answer_all(task, texts[start : start + self.batch_size])
                 parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
         return fitted, *(torch.cat(part) for part in zip(*parts, strict=True))
 

@@ -1,18 +1,22 @@
 """Many classifiers on the same texts: what they share is read once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from textmeta.classifier import FewShotClassifier
 from textmeta.data.labels import checked_texts, label_array
 from textmeta.encoder.encoder import warning_of
-from textmeta.encoder.token_states import TokenStateReader, TokenStates
 from textmeta.errors import DataError
-from textmeta.meta.learner import TaskLearner
+from textmeta.meta.learner import LearnedTask
 
 __all__ = ["predict_many"]
+
+MOST_TEXTS = 16384  # at once, times tasks: memory stays bounded
 
 
 def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str]) -> list[np.ndarray]:
@@ -37,39 +41,37 @@ def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str])
             raise DataError(f"predict_many: classifier {number} is {type(one).__name__}, expected a FewShotClassifier")
     errors = "raise" if any(one.errors == "raise" for one in given) else "replace"
     rows = checked_texts([texts] if isinstance(texts, str) else texts, "predict_many", allow_empty=True, errors=errors)
-    readers: dict[tuple[int, int], _ReadOnce] = {}
-    held = []
-    for one in given:
-        fitted, learner = one._task()
-        key = id(learner.reader), id(learner.adapter.initialisation)
-        reader = readers.setdefault(key, _ReadOnce(learner.reader))  # type: ignore[arg-type] # no cache
-        held.append((fitted, TaskLearner(reader, learner.adapter)))
-    size = min((one.batch_size for one in given), default=1)
-    found: list[list[np.ndarray]] = [[] for _ in held]
-    with warning_of(rows, "predict_many"):
-        for start in range(0, max(1, len(rows)), size):
-            for parts, one, by in zip(found, given, held, strict=True):
-                fitted, logits = one._answer(rows[start : start + size], "logits", by=by)
-                parts.append(label_array(fitted.classes)[logits.argmax(-1).numpy()])
-            for reader in readers.values():
-                reader.known.clear()
-    return [np.concatenate(parts) for parts in found]
+    held = [one._task() for one in given]
+    groups = defaultdict(list)
+    for number, (fitted, learner) in enumerate(held):
+        own = number if fitted.task.factors else None
+        groups[id(learner.reader), id(learner.adapter.initialisation), own].append(number)
+    size = max(1, min([MOST_TEXTS // max(1, len(held)), *(one.batch_size for one in given)]))
+    chosen: list[list[Tensor]] = [[] for _ in held]
+    with warning_of(rows, "predict_many"), torch.inference_mode():
+        for numbers in groups.values():
+            learner = held[numbers[0]][1]
+            task = _stacked([held[number][0].task for number in numbers])
+            task = task.to(learner.adapter.initialisation.queries.device)
+            for start in range(0, max(1, len(rows)), size):
+                logits = learner.answer_all(task, rows[start : start + size]).logits
+                for number, labels in zip(numbers, logits.argmax(-1).cpu(), strict=True):
+                    chosen[number].append(labels)
+    return [
+        label_array(fitted.classes)[torch.cat(parts).numpy()] for (fitted, _), parts in zip(held, chosen, strict=True)
+    ]
 
 
-class _ReadOnce(TokenStateReader):
-    """A reader that keeps what it has read without LoRA factors of a task, for others who ask for the same texts."""
-
-    def __init__(self, reader: TokenStateReader) -> None:
-        vars(self).update(vars(reader))
-        self.known: dict[tuple[str, ...], TokenStates] = {}
-
-    def read(
-        self, texts: Sequence[str], factors: Mapping[str, Tensor] | None = None, row_task: Tensor | None = None
-    ) -> TokenStates:
-        """Return the token states of texts, those of a task's own factors read anew."""
-        if row_task is not None:
-            return super().read(texts, factors, row_task)
-        key = tuple(texts)
-        if key not in self.known:
-            self.known[key] = super().read(texts, factors)
-        return self.known[key]
+def _stacked(tasks: Sequence[LearnedTask]) -> LearnedTask:
+    """Return T tasks as one object, padded to the most classes; none but one alone may have factors of its own."""
+    made: dict[str, Tensor] = {}
+    for name in vars(tasks[0]).keys() - {"factors"}:
+        parts = [getattr(task, name) for task in tasks]
+        parts = [part[None] if name == "queries" and part.ndim == 2 else part for part in parts]
+        sizes = [max(axis) for axis in zip(*(part.shape[1:] for part in parts), strict=True)]
+        for number, part in enumerate(parts):
+            if list(part.shape[1:]) != sizes:
+                more = zip(reversed(sizes), reversed(part.shape[1:]), strict=True)
+                parts[number] = pad(part, [n for size, own in more for n in (0, size - own)])
+        made[name] = torch.cat(parts)
+    return LearnedTask(**made, factors=tasks[0].factors)

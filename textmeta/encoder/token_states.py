@@ -201,7 +201,7 @@ class TokenStateReader:
         Of one in windows all their states: whole windows first, so that every ``max_length`` a new one begins.
         """
         found: dict[int, list[Tensor]] = defaultdict(list)
-        for numbers, ids, mask in self._id_batches(texts, range(len(texts))):
+        for numbers, ids, mask in self._id_batches(texts):
             layers = self.encoder.states(ids, mask, adapted=False)
             states = torch.stack([layers[layer] for layer in self._lower], 1)
             # an outlier must not become infinite
@@ -233,18 +233,24 @@ class TokenStateReader:
         encoder, frozen = self.encoder, self.encoder.frozen_layers
         differentiated = factors is not None and any(factor.requires_grad for factor in factors.values())
         folded = {} if differentiated or row_task is not None else self._weights_with(factors or {})
+        kept = [number for number, text in enumerate(texts) if text in self._kept]
         fresh = [number for number, text in enumerate(texts) if text not in self._kept]
+        split = [torch.split(self._kept[texts[number]], encoder.settings.max_length, 1) for number in kept]
+        windows = [number for number, own in zip(kept, split, strict=True) for _ in own]
+        stored = _padded(list(itertools.chain(*split)), encoder.overhead, device=encoder.device)
+        parts = ((windows, stored), (fresh, self._id_batches([texts[number] for number in fresh])))
         batches: list[StateBatch] = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
-            for numbers, given, mask in itertools.chain(self._kept_batches(texts), self._id_batches(texts, fresh)):
-                rows = torch.tensor(numbers, device=encoder.device)
-                found, entering = {}, given
+            for own, (numbers, given, mask) in ((own, batch) for own, part in parts for batch in part):
+                rows = torch.tensor([own[number] for number in numbers], device=encoder.device)
+                found: dict[int, Tensor] = {}
+                entering = given
                 if given.is_floating_point():  # what the frozen layers made of the texts
-                    found = dict(zip(self._lower, given.unbind(1), strict=True))
-                    entering = given[:, -1]
+                    lower = given.to(torch.promote_types(given.dtype, torch.float32)).unbind(1)
+                    found, entering = dict(zip(self._lower, lower, strict=True)), lower[-1]
                 elif frozen is not None:
-                    states = encoder.states(given, mask, adapted=False)
-                    found, entering = dict(enumerate(states)), states[frozen]
+                    lower = encoder.states(given, mask, adapted=False)
+                    found, entering = dict(enumerate(lower)), lower[frozen]
                 if self._adapted:
                     task = None if row_task is None else row_task[rows]
                     with nullcontext() if factors is None else using_factors(factors, task, folded):
@@ -268,40 +274,26 @@ class TokenStateReader:
             self._folded = kept = told, held, {}  # as a whole: other threads may be reading
         return kept[2]
 
-    def _kept_batches(self, texts: Sequence[str]) -> Iterator[Batch]:
-        """Yield in batches what is kept of those texts of which something is."""
-        length, device = self.encoder.settings.max_length, self.encoder.device
-        known = [(number, self._kept[text]) for number, text in enumerate(texts) if text in self._kept]
-        windows = [(number, window) for number, state in known for window in torch.split(state, length, 1)]
-        for numbers, states, mask in _padded([window for _, window in windows], self.encoder.overhead):
-            states = states.to(device, torch.promote_types(states.dtype, torch.float32))
-            yield [windows[number][0] for number in numbers], states, mask.to(device)
-
-    def _id_batches(self, texts: Sequence[str], numbers: Sequence[int]) -> Iterator[Batch]:
-        """Yield the token ids (r, L) of the texts with these numbers in batches."""
-        encoder = self.encoder
-        read = encoder.tokenize([texts[number] for number in numbers]) if numbers else []
-        windows = [(number, ids) for number, own in zip(numbers, read, strict=True) for ids in own]
-        for rows, mask in _batched([len(ids) for _, ids in windows], encoder.overhead):
-            longest = mask.shape[1]
-            ids = torch.tensor([windows[row][1] + [0] * (longest - len(windows[row][1])) for row in rows])
-            yield [windows[row][0] for row in rows], ids.to(encoder.device), mask.to(encoder.device)
+    def _id_batches(self, texts: Sequence[str]) -> Iterator[Batch]:
+        """Yield the token ids (r, L) of texts in batches."""
+        read = self.encoder.tokenize(texts) if texts else []
+        windows = [(number, ids) for number, own in enumerate(read) for ids in own]
+        rows = [torch.tensor(ids).view(1, -1, 1) for _, ids in windows]
+        for numbers, ids, mask in _padded(rows, self.encoder.overhead, device=self.encoder.device):
+            yield [windows[number][0] for number in numbers], ids[:, 0, :, 0], mask
 
 
-def _padded(rows: Sequence[Tensor], overhead: int, max_tokens: int = MAX_TOKENS) -> Iterator[Batch]:
-    """Yield rows (V, length, d) in batches of similar length."""
-    for numbers, mask in _batched([row.shape[1] for row in rows], overhead, max_tokens):
-        own = [pad(rows[number], (0, 0, 0, mask.shape[1] - rows[number].shape[1])) for number in numbers]
-        yield numbers, torch.stack(own), mask.to(own[0].device)
-
-
-def _batched(
-    lengths: Sequence[int], overhead: int, max_tokens: int = MAX_TOKENS
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield the numbers of rows of similar length, and their mask."""
+def _padded(
+    rows: Sequence[Tensor], overhead: int, max_tokens: int = MAX_TOKENS, device: torch.device | None = None
+) -> Iterator[Batch]:
+    """Yield rows (V, length, d) in batches of similar length, on a device, by default their own."""
+    lengths = [row.shape[1] for row in rows]
     for numbers in length_buckets(lengths, overhead, max_tokens):
-        own = torch.tensor([lengths[number] for number in numbers])
-        yield numbers, torch.arange(int(own.max())) < own[:, None]
+        longest = lengths[numbers[-1]]
+        more = [(rows[number], longest - lengths[number]) for number in numbers]
+        batch = torch.stack([pad(row, (0, 0, 0, short)) if short else row for row, short in more]).to(device)
+        own = torch.tensor([lengths[number] for number in numbers], device=batch.device)
+        yield numbers, batch, torch.arange(longest, device=batch.device) < own[:, None]
 
 
 def length_buckets(lengths: Sequence[int], overhead: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
