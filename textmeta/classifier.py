@@ -68,8 +68,8 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
             adapter's own way, mostly "cut".
         batch_size: texts answered at once, which bounds the memory that their token states take.
         device: where the encoder runs; None is what there is: cuda, mps or cpu.
-        precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32; "auto" takes what is faster:
-            bf16 on GPUs that have it and on CPUs with AMX. What is fitted in one can be used in the other.
+        precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32; "auto" is bf16 where that
+            is faster: on GPUs that have it, and CPUs with AMX. What is fitted in one can be used in the other.
         errors: what half of a character in a text does: "raise" an error, or "replace" it.
         progress: whether a bar is shown where predicting takes long.
     """
@@ -111,7 +111,8 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
         """Return (n, classes) float64, the probability of each class, columns in the order of ``classes_``.
 
-        A text's probabilities do not depend on the texts that it is sent with, but for rounding in the last digits.
+        A text's probabilities do not depend on the texts that it is sent with, but for rounding: in the last digits of
+        float32, or some thousandths in bfloat16.
         """
         return np.asarray(self._answer(texts, "logits")[1].softmax(-1))
 
