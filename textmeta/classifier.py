@@ -166,11 +166,11 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         least: Any = reject.item() if getattr(reject, "ndim", None) == 0 else reject  # type: ignore[union-attr]
         if not isinstance(least, Real) or not 0 <= least <= 1:  # type: ignore[operator]
             raise DataError(f"predict: reject must be True, False or a number from 0 to 1, given {reject!r:.60}")
-        fitted, logits, scope_inputs = self._answer(texts, "logits", "scope_inputs")
+        fitted, logits, *scope_inputs = self._answer(texts, "logits", *["scope_inputs"] * (least is not False))
         predicted: np.ndarray = label_array(fitted.classes)[logits.argmax(-1).numpy()]
         if least is False:
             return predicted
-        rejected = self._scope_score(scope_inputs) < (0.5 if least is True else least)
+        rejected = self._scope_score(*scope_inputs) < (0.5 if least is True else least)
         pairs = zip(predicted.tolist(), rejected.tolist(), strict=True)
         return label_array([outside if is_out else label for label, is_out in pairs])
 

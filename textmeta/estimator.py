@@ -204,8 +204,8 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     @property
     def _arguments(self) -> tuple[str, ...]:
         """The arguments as they are compared: an adapter by its content, all others by how they read."""
-        given = (getattr(self, name) for name in ARGUMENTS)
-        return tuple(value.digest if isinstance(value, Adapter) else repr(value) for value in given)
+        given = [getattr(self, name) for name in ARGUMENTS]
+        return tuple([value.digest if isinstance(value, Adapter) else repr(value) for value in given])
 
     @property
     @torch.inference_mode(False)  # no gradient could be taken of what is loaded in it

@@ -1,21 +1,26 @@
 """Many classifiers on the same texts: what they share is read once."""
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from textmeta.classifier import FewShotClassifier
 from textmeta.data.labels import checked_texts, label_array
 from textmeta.encoder.encoder import warning_of
 from textmeta.errors import DataError
-from textmeta.meta.learner import LearnedTask
+from textmeta.meta.learner import LearnedTask, Reader
+from textmeta.sharing.store import Fitted
 
 __all__ = ["predict_many"]
 
+_STACKED: weakref.WeakKeyDictionary[Reader, tuple[Sequence[weakref.ref[Fitted]], LearnedTask]] = (
+    weakref.WeakKeyDictionary()
+)
 MOST_TEXTS = 16384  # at once, times tasks: memory stays bounded
 
 
@@ -47,31 +52,35 @@ def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str])
         own = number if fitted.task.factors else None
         groups[id(learner.reader), id(learner.adapter.initialisation), own].append(number)
     size = max(1, min([MOST_TEXTS // max(1, len(held)), *(one.batch_size for one in given)]))
-    chosen: list[list[Tensor]] = [[] for _ in held]
+    chosen: list[list[np.ndarray]] = [[] for _ in held]
     with warning_of(rows, "predict_many"), torch.inference_mode():
         for numbers in groups.values():
             learner = held[numbers[0]][1]
-            task = _stacked([held[number][0].task for number in numbers])
+            task = _stacked([held[number][0] for number in numbers], learner.reader)
             task = task.to(learner.adapter.initialisation.queries.device)
             for start in range(0, max(1, len(rows)), size):
                 logits = learner.answer_all(task, rows[start : start + size]).logits
-                for number, labels in zip(numbers, logits.argmax(-1).cpu(), strict=True):
-                    chosen[number].append(labels)
-    return [
-        label_array(fitted.classes)[torch.cat(parts).numpy()] for (fitted, _), parts in zip(held, chosen, strict=True)
-    ]
+                for number, best in zip(numbers, logits.argmax(-1).cpu().numpy(), strict=True):
+                    chosen[number].append(best)
+    return [label_array(fitted.classes)[np.concatenate(parts)] for (fitted, _), parts in zip(held, chosen, strict=True)]
 
 
-def _stacked(tasks: Sequence[LearnedTask]) -> LearnedTask:
-    """Return T tasks as one object, padded to the most classes; none but one alone may have factors of its own."""
+def _stacked(tasks: list[Fitted], reader: Reader) -> LearnedTask:
+    """Return T tasks as one object, padded to the most classes; those that a reader was last asked for are kept."""
+    if len(tasks) == 1:
+        return tasks[0].task  # which may have factors of its own
+    refs, kept = _STACKED.get(reader, ((), None))
+    if kept and [ref() for ref in refs] == tasks:
+        return kept
     made: dict[str, Tensor] = {}
-    for name in vars(tasks[0]).keys() - {"factors"}:
-        parts = [getattr(task, name) for task in tasks]
-        parts = [part[None] if name == "queries" and part.ndim == 2 else part for part in parts]
-        sizes = [max(axis) for axis in zip(*(part.shape[1:] for part in parts), strict=True)]
-        for number, part in enumerate(parts):
-            if list(part.shape[1:]) != sizes:
-                more = zip(reversed(sizes), reversed(part.shape[1:]), strict=True)
-                parts[number] = pad(part, [n for size, own in more for n in (0, size - own)])
-        made[name] = torch.cat(parts)
-    return LearnedTask(**made, factors=tasks[0].factors)
+    for name in vars(tasks[0].task).keys() - {"factors"}:
+        given = [getattr(fitted.task, name) for fitted in tasks]
+        if name == "queries":
+            given = [part.expand(1, *part.shape[-2:]) for part in given]
+        by_class = name in ("weights", "class_means")  # whose last axis are the classes; else the first, or none
+        rows = [part[0].movedim(-1, 0) if by_class else part[0] for part in given]
+        padded = pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+        made[name] = padded.movedim(1, -1) if by_class else padded
+    kept = LearnedTask(**made, factors={})
+    _STACKED[reader] = [weakref.ref(fitted) for fitted in tasks], kept
+    return kept
