@@ -31,11 +31,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
+from transformers import AutoModel, AutoTokenizer
 
 from tests.hub.server import TOKEN, HubServer
-from textmeta import Adapter, Corpus, FewShotClassifier, similarity
+from textmeta import Adapter, Corpus, FewShotClassifier, estimator, similarity
 from textmeta.classifier import NotFittedError
-from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.encoder import Encoder, EncoderSettings, best_precision
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, DataError, HubError, SettingsError
@@ -172,6 +173,62 @@ def test_answer_does_not_depend_on_the_other_texts(fitted: FewShotClassifier, co
     np.testing.assert_allclose(fitted.predict_proba(TEXTS[::-1])[::-1], alone, rtol=0, atol=1e-6)
     scores = np.concatenate([fitted.scope_score([text]) for text in TEXTS])
     np.testing.assert_allclose(fitted.scope_score(TEXTS), scores, rtol=0, atol=1e-6)
+
+
+def plain_probabilities(clf: FewShotClassifier, model: Any, tokens: Any) -> torch.Tensor:
+    """Return (classes,) by a forward of one text through transformers' own model, and the formulas of docs/core.md."""
+    task, init = clf._now().task, clf.adapter.initialisation
+    with torch.no_grad():
+        states = model(**tokens, output_hidden_states=True).hidden_states
+    scores = torch.zeros(len(clf.classes_))
+    for view, layer in enumerate(clf.adapter.learner.layers):
+        hidden = states[layer][0]
+        for queries, centre, of_classes in (
+            (task.queries[0], task.centre, task.scale * task.weights[0, view].T),
+            (
+                init.queries,
+                task.name_centre,
+                task.name_scale * init.name_view_weights.softmax(0)[view] * task.names[0, :, view],
+            ),
+        ):
+            normed = hidden / (hidden.square().mean(1, keepdim=True) + 1e-6).sqrt()
+            pooled = (normed @ queries[view] / hidden.shape[1] ** 0.5).softmax(0) @ hidden
+            scores += of_classes @ unit(unit(pooled) - centre[0, view])
+    return scores.softmax(0)
+
+
+def unit(vector: torch.Tensor) -> torch.Tensor:
+    return vector / vector.norm()
+
+
+def test_an_answer_is_that_of_a_plain_forward_of_the_text_alone(
+    tiny_model: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    clf = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS, label_names=NAMES)
+    clf.merge(tmp_path / "merged")
+    texts = [*TEXTS, *corpus.texts[:20]]
+    model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModel, AutoTokenizer))
+    tokens = [tokenizer(text, truncation=True, max_length=32, return_tensors="pt") for text in texts]
+    expected = torch.stack([plain_probabilities(clf, model, own) for own in tokens])
+    for _ in range(2):  # what is kept of the first changes nothing
+        np.testing.assert_allclose(clf.predict_proba(texts), expected, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_is_used_where_it_is_faster(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, expected in (({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "no"), ({}, "no")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        assert best_precision(torch.device("cpu")) == expected
+    monkeypatch.setattr(estimator, "best_precision", lambda device: "bf16")
+    coarse = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
+    exact = FewShotClassifier(coarse.adapter, precision="no").fit(SUPPORT, LABELS)
+    assert (coarse._reader.encoder.precision, exact._reader.encoder.precision) == ("bf16", "no")
+    assert FewShotClassifier(coarse.adapter, precision="bf16")._reader is coarse._reader
+    expected = exact.predict_proba(TEXTS)
+    coarse.save_pretrained(tmp_path / "coarse")
+    elsewhere = FewShotClassifier.from_pretrained(tmp_path / "coarse", precision="no")
+    for clf in (coarse, elsewhere):
+        found = clf.predict_proba(TEXTS)
+        assert 0 < np.abs(found - expected).max() < 0.1
 
 
 def test_answers_beyond_one_chunk_are_in_order(fitted: FewShotClassifier, corpus: Corpus) -> None:
@@ -660,7 +717,7 @@ def test_unusable_arguments_are_named(shared: FewShotClassifier) -> None:
         ({"max_length": 2}, "max_length must be a whole number from 3, given 2"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1, given 0"),
         ({"errors": "ignore"}, "errors must be one of 'raise', 'replace', given 'ignore'"),
-        ({"precision": "fp8"}, "precision must be 'no' or 'bf16'"),
+        ({"precision": "fp8"}, "precision must be one of 'auto', 'bf16', 'no', given 'fp8'"),
     ):
         with pytest.raises(SettingsError, match=message):
             FewShotClassifier(shared.adapter, **given).fit(SUPPORT, LABELS)  # type: ignore[arg-type]

@@ -218,13 +218,13 @@ def test_a_probe_changes_nothing_that_others_read_by(
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The texts that an encoder has read."""
     found: list[str] = []
-    lower = TokenStateReader._lower_batches
+    lower = TokenStateReader._id_batches
 
     def counted(self: TokenStateReader, texts: list[str]) -> Iterator[Any]:
         found.extend(texts)
         return lower(self, texts)
 
-    monkeypatch.setattr(TokenStateReader, "_lower_batches", counted)
+    monkeypatch.setattr(TokenStateReader, "_id_batches", counted)
     return found
 
 

@@ -31,7 +31,6 @@ from textmeta.errors import AdapterError, DataError
 from textmeta.estimator import NotFittedError
 from textmeta.growing import GrowingEstimator
 from textmeta.heads.scope import scope_probability
-from textmeta.meta.batch import Rows
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
@@ -74,7 +73,8 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
             adapter's own way, mostly "cut".
         batch_size: texts answered at once, which bounds the memory that their token states take.
         device: where the encoder runs; None is what there is: cuda, mps or cpu.
-        precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
+        precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32; "auto" is bf16 where that
+            is faster: on GPUs that have it, and CPUs with AMX. What is fitted in one can be used in the other.
         errors: what half of a character in a text does: "raise" an error, or "replace" it.
         progress: whether a bar is shown where predicting takes long.
     """
@@ -116,7 +116,8 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
         """Return (n, classes) float64, the probability of each class, columns in the order of ``classes_``.
 
-        A text's probabilities do not depend on the texts that it is sent with, but for rounding in the last digits.
+        A text's probabilities do not depend on the texts that it is sent with, but for rounding: in the last digits of
+        float32, or some thousandths in bfloat16.
         """
         return np.asarray(self._answer(texts, "logits")[1].softmax(-1))
 
@@ -187,11 +188,11 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         least: Any = reject.item() if getattr(reject, "ndim", None) == 0 else reject  # type: ignore[union-attr]
         if not isinstance(least, Real) or not 0 <= least <= 1:  # type: ignore[operator]
             raise DataError(f"predict: reject must be True, False or a number from 0 to 1, given {reject!r:.60}")
-        fitted, logits, scope_inputs = self._answer(texts, "logits", "scope_inputs")
+        fitted, logits, *scope_inputs = self._answer(texts, "logits", *["scope_inputs"] * (least is not False))
         predicted: np.ndarray = label_array(fitted.classes)[logits.argmax(-1).numpy()]
         if least is False:
             return predicted
-        rejected = self._scope_score(scope_inputs) < (0.5 if least is True else least)
+        rejected = self._scope_score(*scope_inputs) < (0.5 if least is True else least)
         pairs = zip(predicted.tolist(), rejected.tolist(), strict=True)
         return label_array([outside if is_out else label for label, is_out in pairs])
 
@@ -310,14 +311,13 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         fitted, learner = by or self._task()  # held from beginning to end, whatever other threads fit
         given = [texts] if isinstance(texts, str) else texts
         texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors, start=start)
-        device = learner.adapter.initialisation.queries.device
-        task = fitted.task.to(device)
+        task = fitted.task.to(learner.adapter.initialisation.queries.device)
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
         silent = not self.progress or len(starts) < 2
         with torch.inference_mode(), warning_of(texts, "predict", start, told):
             for first in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
-                answers = learner.answer(task, Rows.of([texts[first : first + self.batch_size]], device))
+                answers = learner.answer_all(task, texts[first : first + self.batch_size])
                 parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
         return fitted, *(torch.cat(part) for part in zip(*parts, strict=True))
 

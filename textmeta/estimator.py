@@ -13,7 +13,7 @@ from sklearn import exceptions
 from sklearn.base import BaseEstimator
 
 from textmeta.data.labels import one_of, whole_number
-from textmeta.encoder.encoder import LongTexts, device_of
+from textmeta.encoder.encoder import LongTexts, best_precision, device_of
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, SettingsError, TextMetaError
 from textmeta.files import at_home, is_folder
@@ -71,7 +71,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         long_texts: LongTexts | None = None,
         batch_size: int = 512,
         device: str | torch.device | None = None,
-        precision: str = "no",
+        precision: Literal["auto", "bf16", "no"] = "auto",
         errors: Literal["raise", "replace"] = "raise",
         progress: bool = True,
     ) -> None:
@@ -204,8 +204,8 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     @property
     def _arguments(self) -> tuple[str, ...]:
         """The arguments as they are compared: an adapter by its content, all others by how they read."""
-        given = (getattr(self, name) for name in ARGUMENTS)
-        return tuple(value.digest if isinstance(value, Adapter) else repr(value) for value in given)
+        given = [getattr(self, name) for name in ARGUMENTS]
+        return tuple([value.digest if isinstance(value, Adapter) else repr(value) for value in given])
 
     @property
     @torch.inference_mode(False)  # no gradient could be taken of what is loaded in it
@@ -256,10 +256,12 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         one_of("errors", self.errors, ("raise", "replace"))
         one_of("progress", self.progress, (True, False))
         adapter, device, untrained = self._given, device_of(self.device), self.adapter is None
+        precision = one_of("precision", self.precision, ("auto", "bf16", "no"))
+        precision = best_precision(device) if precision == "auto" else precision
         learner = adapter.learner.reduced(self.adapt, self.steps)
 
         def load() -> TaskLearner:
-            how: dict[str, Any] = {"device": device, "precision": self.precision, "access": self._access}
+            how: dict[str, Any] = {"device": device, "precision": precision, "access": self._access}
             if self._any_encoder:
                 length = adapter.encoder.max_length if self.max_length else None
                 return load_any_encoder(adapter, self.encoder, untrained=untrained, max_length=length, **how)
@@ -267,7 +269,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             return TaskLearner(reader, adapter.to(reader.encoder.device))
 
         place = _state_of(self.encoder or adapter.encoder.model)
-        told = (self._any_encoder, untrained, self.max_length, str(device), self.precision)
+        told = (self._any_encoder, untrained, self.max_length, str(device), precision)
         whole = shared((adapter.digest, place, *told), load)
         own = replace(whole.adapter, learner=replace(learner, layers=whole.adapter.learner.layers))
         return whole, TaskLearner(whole.reader, own)

@@ -57,7 +57,7 @@ def _switched_attention(
 ) -> tuple[Tensor, None]:
     if not _TWICE.get():
         given = {"scaling": scaling, "is_causal": is_causal, **other}
-        if query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
+        if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
             # the fused kernel's backward in bfloat16 is twenty times as slow on a CPU as in float32
             query, key, value = query.float(), key.float(), value.float()
             with torch.autocast("cpu", enabled=False):

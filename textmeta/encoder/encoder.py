@@ -26,7 +26,7 @@ from textmeta.errors import EncoderError, SettingsError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 
-__all__ = ["Encoder", "EncoderSettings", "LongTexts", "device_of", "most_tokens", "warning_of"]
+__all__ = ["Encoder", "EncoderSettings", "LongTexts", "best_precision", "device_of", "most_tokens", "warning_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +112,8 @@ class Encoder:
         settings: which one, and how long texts may be.
         lora: of the adapter.
         device: where it runs; by default the CPU.
-        precision: "bf16" runs the transformer's matrix products in bfloat16 (autocast); its weights, LoRA factors and
-            their gradients stay float32. fp16 would need its gradients scaled in every inner step, and is refused.
+        precision: "bf16" runs the transformer's matrix products in bfloat16 (autocast); weights with LoRA, its factors
+            and their gradients stay float32. fp16 would need its gradients scaled in every inner step, and is refused.
         access: how the Hub is reached.
         pretrained: the transformer, if it has been loaded; its linear maps become those of this encoder.
 
@@ -178,6 +178,10 @@ class Encoder:
         self.factor_shapes = inject(model, self.peft_config.target_modules or (), self.lora)
         model.to(self.device)  # type: ignore[arg-type]
         self._prefix, self._suffix = _split(model, layers_name, first)
+        if precision == "bf16":  # once, as autocast would in each forward; those with LoRA are made of both in float32
+            for module in model.get_submodule(layers_name).modules():
+                if type(module) is nn.Linear:
+                    module.to(torch.bfloat16)
         self.frozen_layers = None if self._prefix is None else first
         self.overhead = 128 if self.device.type == "cpu" else 4096
 
@@ -226,17 +230,25 @@ class Encoder:
             adapted: whether the layers with LoRA are run, with the factors in use; they are all layers of a model that
                 cannot be split.
         """
-        half = self._suffix if adapted else self._prefix
-        assert half is not None, "the model is not split"
+        model = self._suffix if adapted else self._prefix
+        assert model is not None, "the model is not split"
         key = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-        with (
-            torch.set_grad_enabled(adapted and torch.is_grad_enabled()),
-            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"),
-        ):
-            output = half(**{key: inputs, "attention_mask": mask.long()}, output_hidden_states=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            output = model(**{key: inputs, "attention_mask": mask.long()}, output_hidden_states=True)
         # some families report nothing where there is no layer: then the last states are the embeddings
         found = tuple(output.hidden_states) or (output.last_hidden_state,)
         return tuple(states.to(torch.promote_types(states.dtype, torch.float32)) for states in found)
+
+
+def best_precision(device: torch.device) -> str:
+    """Return "bf16" where a device multiplies matrices faster in bfloat16 than in float32, else "no".
+
+    Of CPUs those with AMX do. With AVX512-BF16 alone MiniLM takes 1.7 times as long as in float32.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if device.type == "cpu" and able.get("amx_bf16") else "no"
 
 
 def device_of(device: str | torch.device | None) -> torch.device:

@@ -150,10 +150,14 @@ class LoraLinear(nn.Module):
             return linear(x, self.weight, self.bias)
         first, second = (active.tensors[name] for name in self.names)
         if first.ndim == second.ndim == 2:
-            if (key := self.names[0]) not in active.folded:
+            key, device = self.names[0], x.device.type
+            if key not in active.folded:
                 # not in half precision: an update is small beside the weight
-                with torch.autocast(x.device.type, enabled=False):
-                    active.folded[key] = torch.addmm(self.weight, second, first, alpha=self.scale)
+                with torch.autocast(device, enabled=False):
+                    weight = torch.addmm(self.weight, second, first, alpha=self.scale)
+                if torch.is_autocast_enabled(device) and not weight.requires_grad:  # else gradients add up in float32
+                    weight = weight.to(torch.get_autocast_dtype(device))
+                active.folded[key] = weight
             return linear(x, active.folded[key], self.bias)
         branch = _product(_product(x, first, active.row_task), second, active.row_task)
         return linear(x, self.weight, self.bias) + self.scale * branch

@@ -23,7 +23,7 @@ from textmeta.errors import EncoderError, SettingsError
 
 __all__ = ["StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
 
-MAX_TOKENS = 4096  # of one forward, with padding
+MAX_TOKENS = 2048  # of one forward, with padding: more of MiniLM do not stay in a core's cache
 BAR_AFTER = 5.0  # seconds
 STATE_EPSILON = 1e-6  # the state of padding is 0
 
@@ -135,6 +135,8 @@ class TokenStateReader:
             below = (layer for layer in self.layers if layer < frozen)
             self._lower = (*below, frozen) if self._adapted else self.layers
         self._kept: dict[str, Tensor] = {}  # text -> (len(self._lower), length, d)
+        # the last factors and their versions; weights with them in it
+        self._folded: tuple[list[tuple[int, int]], list[Tensor], dict[str, Tensor]] = [], [], {}
 
     def cache(self, *groups: Sequence[str], folder: Path | None = None, progress: bool = True) -> None:
         """Keep what the frozen layers make of texts, in half precision, for every later :meth:`read` of them.
@@ -199,7 +201,9 @@ class TokenStateReader:
         Of one in windows all their states: whole windows first, so that every ``max_length`` a new one begins.
         """
         found: dict[int, list[Tensor]] = defaultdict(list)
-        for numbers, states, mask in self._lower_batches(texts):
+        for numbers, ids, mask in self._id_batches(texts):
+            layers = self.encoder.states(ids, mask, adapted=False)
+            states = torch.stack([layers[layer] for layer in self._lower], 1)
             # an outlier must not become infinite
             coarse = states if states.dtype == torch.float64 else states.clamp(-65504, 65504).half()
             for number, state, length in zip(numbers, coarse, mask.sum(1).tolist(), strict=True):
@@ -226,59 +230,70 @@ class TokenStateReader:
             factors: every LoRA factor, (out, in) or (tasks, out, in); without LoRA where left out.
             row_task: (n,) int64, task of each text, where a factor has a task dimension.
         """
-        encoder, device, frozen = self.encoder, self.encoder.device, self.encoder.frozen_layers
-        length = encoder.settings.max_length
-        known = [(number, self._kept[text]) for number, text in enumerate(texts) if text in self._kept]
-        windows = [(number, window) for number, state in known for window in torch.split(state, length, 1)]
-        kept = [number for number, _ in windows]
-        fresh = [number for number, text in enumerate(texts) if text not in self._kept]
-        stored = (
-            (numbers, states.to(device, torch.promote_types(states.dtype, torch.float32)), mask.to(device))
-            for numbers, states, mask in _padded([window for _, window in windows], encoder.overhead)
-        )
-        parts = ((kept, stored), (fresh, self._lower_batches([texts[number] for number in fresh])))
+        encoder, frozen = self.encoder, self.encoder.frozen_layers
         differentiated = factors is not None and any(factor.requires_grad for factor in factors.values())
+        folded = {} if differentiated or row_task is not None else self._weights_with(factors or {})
+        kept = [number for number, text in enumerate(texts) if text in self._kept]
+        fresh = [number for number, text in enumerate(texts) if text not in self._kept]
+        split = [torch.split(self._kept[texts[number]], encoder.settings.max_length, 1) for number in kept]
+        windows = [number for number, own in zip(kept, split, strict=True) for _ in own]
+        stored = _padded(list(itertools.chain(*split)), encoder.overhead, device=encoder.device)
+        parts = ((windows, stored), (fresh, self._id_batches([texts[number] for number in fresh])))
         batches: list[StateBatch] = []
-        folded: dict[str, Tensor] = {}  # LoRA in the weights, for all batches
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
-            for own, (numbers, lower, mask) in ((own, batch) for own, part in parts for batch in part):
-                rows = torch.tensor([own[number] for number in numbers], device=device)
-                found = {} if frozen is None else dict(zip(self._lower, lower.unbind(1), strict=True))
+            for own, (numbers, given, mask) in ((own, batch) for own, part in parts for batch in part):
+                rows = torch.tensor([own[number] for number in numbers], device=encoder.device)
+                found: dict[int, Tensor] = {}
+                entering = given
+                if given.is_floating_point():  # what the frozen layers made of the texts
+                    lower = given.to(torch.promote_types(given.dtype, torch.float32)).unbind(1)
+                    found, entering = dict(zip(self._lower, lower, strict=True)), lower[-1]
+                elif frozen is not None:
+                    lower = encoder.states(given, mask, adapted=False)
+                    found, entering = dict(enumerate(lower)), lower[frozen]
                 if self._adapted:
-                    entering = lower if frozen is None else lower[:, -1]
                     task = None if row_task is None else row_task[rows]
                     with nullcontext() if factors is None else using_factors(factors, task, folded):
-                        upper = encoder.states(entering, mask, adapted=True)
-                    found |= dict(zip(itertools.count(frozen or 0), upper, strict=False))
+                        found |= zip(itertools.count(frozen or 0), encoder.states(entering, mask, adapted=True))
                 if encoder.first_token:
                     last = self.layers[-1]
                     found[last] = found[last][:, :1].expand_as(found[last])
                 states = torch.stack([found[layer] for layer in self.layers], 1)
-                batches.append(StateBatch(rows, states.masked_fill(~mask[:, None, :, None], 0), mask))
+                batches.append(StateBatch(rows, states.masked_fill_(~mask[:, None, :, None], 0), mask))
         return TokenStates(len(texts), tuple(batches))
 
-    def _lower_batches(self, texts: Sequence[str]) -> Iterator[Batch]:
-        """Yield batches of texts: what the frozen layers make of them; of a model without any their ids (r, L)."""
-        if not texts:
-            return
-        encoder = self.encoder
-        windows = [(number, ids) for number, own in enumerate(encoder.tokenize(texts)) for ids in own]
+    def _weights_with(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return where the weights with these factors folded in are kept, those of the last factors alone.
+
+        Making them takes longer than reading a short text with them.
+        """
+        held = list(factors.values())
+        told = [(id(factor), factor._version) for factor in held]  # training changes factors in place
+        kept = self._folded
+        if kept[0] != told:
+            self._folded = kept = told, held, {}  # as a whole: other threads may be reading
+        return kept[2]
+
+    def _id_batches(self, texts: Sequence[str]) -> Iterator[Batch]:
+        """Yield the token ids (r, L) of texts in batches."""
+        read = self.encoder.tokenize(texts) if texts else []
+        windows = [(number, ids) for number, own in enumerate(read) for ids in own]
         rows = [torch.tensor(ids).view(1, -1, 1) for _, ids in windows]
-        for numbers, ids, there in _padded(rows, encoder.overhead):
-            inputs, mask = ids[:, 0, :, 0].to(encoder.device), there.to(encoder.device)
-            if encoder.frozen_layers is not None:
-                states = encoder.states(inputs, mask, adapted=False)
-                inputs = torch.stack([states[layer] for layer in self._lower], 1)
-            yield [windows[number][0] for number in numbers], inputs, mask
+        for numbers, ids, mask in _padded(rows, self.encoder.overhead, device=self.encoder.device):
+            yield [windows[number][0] for number in numbers], ids[:, 0, :, 0], mask
 
 
-def _padded(rows: Sequence[Tensor], overhead: int, max_tokens: int = MAX_TOKENS) -> Iterator[Batch]:
-    """Yield rows (V, length, d) in batches of similar length."""
-    for numbers in length_buckets([row.shape[1] for row in rows], overhead, max_tokens):
-        own, device = [rows[number] for number in numbers], rows[0].device
-        lengths = [row.shape[1] for row in own]
-        mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        yield numbers, torch.stack([pad(row, (0, 0, 0, mask.shape[1] - row.shape[1])) for row in own]), mask
+def _padded(
+    rows: Sequence[Tensor], overhead: int, max_tokens: int = MAX_TOKENS, device: torch.device | None = None
+) -> Iterator[Batch]:
+    """Yield rows (V, length, d) in batches of similar length, on a device, by default their own."""
+    lengths = [row.shape[1] for row in rows]
+    for numbers in length_buckets(lengths, overhead, max_tokens):
+        longest = lengths[numbers[-1]]
+        more = [(rows[number], longest - lengths[number]) for number in numbers]
+        batch = torch.stack([pad(row, (0, 0, 0, short)) if short else row for row, short in more]).to(device)
+        own = torch.tensor([lengths[number] for number in numbers], device=batch.device)
+        yield numbers, batch, torch.arange(longest, device=batch.device) < own[:, None]
 
 
 def length_buckets(lengths: Sequence[int], overhead: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
@@ -306,11 +321,9 @@ def length_buckets(lengths: Sequence[int], overhead: int, max_tokens: int = MAX_
     end = len(order)
     while end:
         start = best[end][1]
-        cut: list[list[int]] = [[]]
-        for row in order[start:end]:
-            if cut[-1] and (len(cut[-1]) + 1) * lengths[row] > max_tokens:
-                cut.append([])
-            cut[-1].append(row)
-        buckets = cut + buckets
+        rows = end - start
+        parts = -(-rows // max(1, max_tokens // lengths[order[end - 1]]))
+        cuts = [start + rows * part // parts for part in range(parts + 1)]
+        buckets = [order[one:other] for one, other in itertools.pairwise(cuts)] + buckets
         end = start
     return buckets

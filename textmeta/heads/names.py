@@ -19,7 +19,7 @@ def name_scores(texts: Tensor, names: Tensor, view_weights: Tensor) -> Tensor:
         names: (T, C, V, d) centred views of the names.
         view_weights: (V,), positive, their sum 1.
     """
-    return torch.einsum("tnvd,v,tcvd->tnc", texts, view_weights, names)
+    return (texts * view_weights[:, None]).flatten(2) @ names.flatten(2).mT
 
 
 def name_evidence(logits: Tensor, examples: Examples) -> Tensor:

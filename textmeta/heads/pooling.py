@@ -22,23 +22,30 @@ def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -
     Args:
         states: token states of N texts.
         queries: (V, d), the same for all; or (T, V, d), one a task.
-        row_task: (N,) int64, task of each text, where each task has its own queries.
+        row_task: (N,) int64, task of each text, where each task has its own texts.
 
     Returns:
-        (N, V, d).
+        (N, V, d); (T, N, V, d) where each task has its own queries, and none its own texts.
     """
     if not states.batches:
-        return queries.new_zeros(0, *queries.shape[-2:])
+        return queries.new_zeros(*queries.shape[:-2][: row_task is None], 0, *queries.shape[-2:])
     parts = []
     for batch in states.batches:
         hidden = batch.states  # (r, V, L, d)
-        own = queries if row_task is None else queries.index_select(0, row_task[batch.rows])
-        scores = (hidden @ own[..., None])[..., 0] * batch.inverse_rms / math.sqrt(hidden.shape[-1])  # (r, V, L)
+        if queries.ndim == 3 and row_task is None:
+            found = torch.einsum("rvld,tvd->trvl", hidden, queries)
+        else:
+            own = queries if row_task is None else queries.index_select(0, row_task[batch.rows])
+            found = (hidden @ own[..., None])[..., 0]
+        scores = found * batch.inverse_rms / math.sqrt(hidden.shape[-1])  # (r, V, L), or (T, r, V, L)
         attention = scores.masked_fill(~batch.mask[:, None], -torch.inf).softmax(-1)
-        parts.append((attention[..., None, :] @ hidden)[..., 0, :])
-    rows, pooled = torch.cat([batch.rows for batch in states.batches]), torch.cat(parts)
+        if attention.ndim == 4:
+            parts.append(torch.einsum("trvl,rvld->trvd", attention, hidden))
+        else:
+            parts.append((attention[..., None, :] @ hidden)[..., 0, :])
+    rows, pooled = torch.cat([batch.rows for batch in states.batches]), torch.cat(parts, -3)
     # of a text in windows the sum of theirs, which is their mean once its length is 1
-    pooled = pooled.new_zeros(states.count, *pooled.shape[1:]).index_add(0, rows, pooled)
+    pooled = pooled.new_zeros(*pooled.shape[:-3], states.count, *pooled.shape[-2:]).index_add(-3, rows, pooled)
     return pooled * (pooled.square().sum(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
 
 
