@@ -438,7 +438,7 @@ def test_long_work_has_a_progress_bar_and_short_work_has_none(
 ) -> None:
     fitted.fit(SUPPORT, LABELS).predict(TEXTS)
     assert not capsys.readouterr().err
-    monkeypatch.setattr("textmeta.classifier.BAR_AFTER", 0)
+    monkeypatch.setattr("textmeta.predicting.BAR_AFTER", 0)
     fitted.set_params(batch_size=3).predict(TEXTS)
     assert "predict:   0%" in capsys.readouterr().err
     fitted.set_params(progress=False).predict(TEXTS)

@@ -30,6 +30,8 @@ ORDER = [
     "meta",
     "nearest",
     "sharing",
+    "predicting",
+    "export",
     "estimator",
     "growing",
     "classifier",

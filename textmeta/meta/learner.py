@@ -17,7 +17,7 @@ from textmeta.heads.names import name_evidence, name_gate, name_scores
 from textmeta.heads.neighbours import neighbourhood_loss, with_company
 from textmeta.heads.pooling import centre, centred, pool, to_length_one, with_unlabelled_centre
 from textmeta.heads.prototype import prototypes
-from textmeta.heads.scope import scope_inputs
+from textmeta.heads.scope import scope_inputs, scope_probability
 from textmeta.heads.unlabelled import soft_labelled_ridge, unlabelled_weight
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch, parts_in_turn
@@ -100,11 +100,13 @@ class Answers:
         logits: (T, n, C), -inf for classes that a task does not have.
         scope_inputs: (T, n, 7) what the scope of each query is told by (:data:`~textmeta.heads.scope.SCOPE_INPUTS`).
         views: (T, n, V, d) centred.
+        scope: (T, n) probability that a query belongs to any of the classes; None where the adapter has no rule.
     """
 
     logits: Tensor
     scope_inputs: Tensor
     views: Tensor
+    scope: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ class TaskLearner:
             task.shots,
             task.classes.sum(1),
         )
-        return Answers(logits, inputs, z)
+        rule = self.adapter.calibration.scope
+        return Answers(logits, inputs, z, None if rule is None else scope_probability(rule, inputs))
 
     def _read(self, batch: TaskBatch, factors: Mapping[str, Tensor]) -> tuple[TokenStates, TokenStates, TokenStates]:
         """Read support texts, names and unlabelled texts together; ``factors`` are LoRA's of each task, if adapted."""

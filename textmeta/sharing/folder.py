@@ -18,6 +18,7 @@ __all__ = [
     "IS_ENCODER",
     "IS_SETFIT",
     "MANIFEST",
+    "ONNX",
     "SETFIT",
     "check_destination",
     "is_there",
@@ -37,6 +38,7 @@ IS_SETFIT = (
 )
 ENCODER = "config.json"  # which no adapter has
 IS_ENCODER = "{} is an encoder and no textmeta adapter: write FewShotClassifier(encoder={!r})"
+ONNX = "onnx.json"  # which a classifier as ONNX has
 TRIES = 20  # to read a folder while others write it
 # What can run code when it is loaded or imported, by somebody if not by textmeta.
 CODE_ENDINGS = (
@@ -100,7 +102,10 @@ def _read_checked(folder: Path, known: Collection[str] | None) -> dict[str, byte
         raise AdapterError(f"{folder} {IS_SETFIT}")
     if ENCODER in present and MANIFEST not in present:
         raise AdapterError(IS_ENCODER.format(folder, str(folder)))
-    _check_no_code(folder, present)
+    if ONNX in present and ONNX not in (known or ()):
+        how = f"FewShotClassifier.from_pretrained({str(folder)!r}, backend='onnx')"
+        raise AdapterError(f"{folder} is a classifier as ONNX and no adapter: write {how}")
+    _check_no_code(folder, [name for name in present if name not in (known or ())])
     if MANIFEST not in present:
         run = CHECKPOINT in present  # no adapter, for it is the caller of train who has that
         hint = "; it is a run's: `FewShotClassifier(adapter).save_pretrained` keeps the adapter that train returns"
@@ -157,7 +162,7 @@ def read_file(folder: Path, name: str) -> bytes:
             raise AdapterError(f"{path} is a link out of the folder, to {target}; it is not followed")
         if not stat.S_ISREG(status.st_mode):
             raise AdapterError(f"{path} is no plain file")
-        limit = MAX_BYTES if name.endswith(".safetensors") else MAX_TEXT_BYTES
+        limit = MAX_BYTES if name.endswith((".safetensors", ".onnx")) else MAX_TEXT_BYTES
         if status.st_size > limit:
             raise AdapterError(f"{path} has {status.st_size} bytes, expected at most {limit}")
         return target.read_bytes()
@@ -199,7 +204,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
             full or refuses.
     """
     folder = folder.resolve()
-    check_destination(folder)
+    check_destination(folder, files)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     manifest = manifest_of({name: content for name, content in files.items() if name not in unlisted})
     try:
@@ -227,8 +232,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
         raise
 
 
-def check_destination(folder: Path) -> None:
+def check_destination(folder: Path, known: Collection[str] = ()) -> None:
     """Check, before long work, that a folder can be replaced as a whole; put back what a crash set aside.
+
+    Files of the known names may be of any kind.
 
     Raises:
         AdapterError: if it is a file, the working folder (or holds it), or a mount point, or holds files for which it
@@ -244,7 +251,7 @@ def check_destination(folder: Path) -> None:
             "whole; give a folder inside it"
         )
     if folder.exists():
-        _check_no_code(folder, sorted(path.name for path in folder.iterdir()))
+        _check_no_code(folder, sorted({path.name for path in folder.iterdir()}.difference(known)))
 
 
 def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:

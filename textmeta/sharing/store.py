@@ -36,7 +36,7 @@ from textmeta.sharing.format import CARD, CLASSIFIER, CONFIG, FORMAT, HEAD, META
 from textmeta.sharing.locate import read_located
 from textmeta.sharing.support import FitInputs, StoredSupport, read_support, stored_support
 
-__all__ = ["Fitted", "adapter_files", "load_adapter", "save_adapter"]
+__all__ = ["Fitted", "adapter_files", "load_adapter", "read_model", "save_adapter"]
 
 M = TypeVar("M", bound=BaseModel)
 OLD_CARD = "README.old.md"
@@ -261,7 +261,7 @@ def load_adapter(
 
 
 def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | None]:
-    meta = _read_model(_Meta, files[META], folder / META)
+    meta = read_model(_Meta, files[META], folder / META)
     # what names the encoder leads nowhere else
     if ".." in PurePosixPath(meta.encoder.model).parts:
         raise AdapterError(f"{folder / META}: encoder.model is {meta.encoder.model!r:.80}: no path upwards is followed")
@@ -298,7 +298,7 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
     return adapter, _fitted(files, folder, init)
 
 
-def _read_model(kind: type[M], content: bytes, path: Path) -> M:
+def read_model(kind: type[M], content: bytes, path: Path) -> M:
     """Return JSON as a model; errors name its path."""
     read_json(content, path, AdapterError)  # refuses NaN, too
     try:
@@ -390,7 +390,7 @@ def _index(corpora: Sequence[_Corpus] | None, vectors: Tensor | None, hidden: in
 def _fitted(files: Mapping[str, bytes], folder: Path, init: Initialisation) -> Fitted | None:
     if HEAD not in files:
         return None
-    content = _read_model(_Classifier, files[CLASSIFIER], folder / CLASSIFIER)
+    content = read_model(_Classifier, files[CLASSIFIER], folder / CLASSIFIER)
     classes = read_labels(content.classes, folder / CLASSIFIER)
     task = _learned_task(_read_tensors(files[HEAD], folder / HEAD), len(classes), init, folder / HEAD)
     inputs, hidden = None, init.queries.shape[1]
