@@ -111,7 +111,8 @@ class PredictsTexts:
         silent = not self.progress or len(starts) < 2
         with torch.inference_mode(), warning_of(texts, "predict"):
             for start in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
-                found = [getattr(answer(texts[start : start + self.batch_size]), name) for name in wanted]
+                answers = answer(texts[start : start + self.batch_size])
+                found = [getattr(answers, name) for name in wanted]
                 if any(value is None for value in found):
                     raise AdapterError(f"this adapter has no rule for what is out of scope, as {DEFAULT_ADAPTER} has")
                 parts.append([value[0].cpu().double() for value in found])

@@ -106,7 +106,7 @@ class OnnxClassifier(PredictsTexts, TextTokenizer):
     def _answers(self, texts: list[str]) -> Any:
         """Return the logits (1, n, C) of n texts, and their scope (1, n), None where the graph has no rule."""
         order, parts = [], []
-        for numbers, ids, mask, place in text_batches(self.tokenize(texts) or [[[0]]]):
+        for numbers, ids, mask, place in text_batches(self.tokenize(texts or [""])):
             rows = {"input_ids": ids, "attention_mask": mask, "text": place}
             parts.append(self.session.run(None, {name: rows[name] for name in self.inputs}))
             order += numbers
