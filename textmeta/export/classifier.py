@@ -91,14 +91,15 @@ class OnnxClassifier(PredictsTexts, TextTokenizer):
         meta = read_model(_Meta, files[ONNX], folder / ONNX)
         self.classes = read_labels(meta.labels, folder / ONNX)
         self.classes_ = label_array(self.classes)
+        threads = None if threads is None else whole_number("threads", threads, 1)
         try:
-            tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
+            read = Tokenizer.from_str(files[TOKENIZER].decode())
             self.session = open_session(files[GRAPH], threads)
         except Exception as error:  # the libraries raise anything
             raise AdapterError(f"{folder}: its graph or tokenizer cannot be loaded: {error}") from error
         self.inputs = {given.name for given in self.session.get_inputs()}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **meta.special_tokens)
-        super().__init__(meta.encoder, tokenizer, meta.prompt)
+        tokenizer: Any = PreTrainedTokenizerFast
+        super().__init__(meta.encoder, tokenizer(tokenizer_object=read, **meta.special_tokens), meta.prompt)
 
     def _answerer(self, by: object = None) -> tuple[Any, Callable[[list[str]], Any]]:
         return self, self._answers
@@ -124,7 +125,7 @@ class OnnxClassifier(PredictsTexts, TextTokenizer):
 def open_session(graph: bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
     """Return what runs a graph on the CPU, by default on as many threads as PyTorch has."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() if threads is None else whole_number("threads", threads, 1)
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 

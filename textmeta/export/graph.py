@@ -218,12 +218,19 @@ class _Rows(Rows):
 
 def _exported(module: nn.Module, given: tuple[Tensor, ...], inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
     """Return the graph of a module, with its constants among the weights, where they are quantized, too."""
-    names = {"input_names": inputs, "output_names": outputs, "dynamic_axes": {n: AXES.get(n, TEXTS) for n in inputs + outputs}}
+    names = {
+        "input_names": inputs,
+        "output_names": outputs,
+        "dynamic_axes": {n: AXES.get(n, TEXTS) for n in inputs + outputs},
+    }
     file = io.BytesIO()
     with warnings.catch_warnings(), attention_by(_exported_attention):
         warnings.simplefilter("ignore")  # what a trace gets wrong shows in the comparison
-        # the newer exporter takes ten times as long, and makes no other graph
-        torch.onnx.export(module, given, file, opset_version=OPSET, dynamo=False, **names)  # type: ignore[arg-type]
+        torch.onnx.register_custom_op_symbolic("aten::index_add", _index_add, OPSET)
+        try:  # the newer exporter takes ten times as long, and makes no other graph
+            torch.onnx.export(module, given, file, opset_version=OPSET, dynamo=False, **names)  # type: ignore[arg-type]
+        finally:
+            torch.onnx.unregister_custom_op_symbolic("aten::index_add", OPSET)
     made = onnx.load_from_string(file.getvalue())
     graph, nodes = made.graph, list(made.graph.node)
     del graph.node[:], graph.value_info[:]
@@ -234,6 +241,12 @@ def _exported(module: nn.Module, given: tuple[Tensor, ...], inputs: list[str], o
         else:
             graph.node.append(node)
     return made
+
+
+def _index_add(g: Any, sums: Any, _: Any, rows: Any, values: Any, *__: Any) -> Any:
+    """Add values to rows of sums; PyTorch's own graph of it does so but once for each row."""
+    places = g.op("Unsqueeze", rows, g.op("Constant", value_t=torch.tensor([-1])))
+    return g.op("ScatterND", sums, places, values, reduction_s="add")
 
 
 class _Attention(torch.autograd.Function):
