@@ -25,7 +25,7 @@ SHOTS, VARIANT, INT8, LEAST = (5,), "names", " int8", -0.3  # points that int8 m
 def int8_contestant(folder: Path) -> Contestant:
     """Return an adapter whose states are read by a graph of int8 numbers."""
     who = Contestant(folder)
-    graph = quantized(states_graph(who.reader, who.adapter.initialisation.lora))
+    graph = quantized(states_graph(who.reader, who.adapter.initialisation.lora), who.reader.encoder)
     who.reader = GraphReader(graph, who.reader.encoder)
     return who
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
-from tests.conftest import WORDS
+from tests.conftest import WORDS, save_tiny_model
 from tests.encoder.given import FAMILIES, UNSPLIT, save_family
 from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import Adapter, FewShotClassifier
@@ -188,6 +189,29 @@ def test_the_head_is_fitted_on_what_the_int8_graph_makes(
     _, logits = fitted._answer(TEXTS, "logits", by=(replace(fitted._now(), task=task), learner))
     np.testing.assert_allclose(found.predict_proba(TEXTS), logits.softmax(-1), atol=1e-5)
     np.testing.assert_allclose(found.predict_proba(TEXTS), fitted.predict_proba(TEXTS), atol=0.1)
+
+
+def test_a_few_large_channels_do_not_spoil_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModel.from_pretrained(save_family(tmp_path / "model", "bert"))
+    for layer in model.encoder.layer:  # as trained encoders have them
+        layer.attention.output.LayerNorm.weight.data[3] *= 60
+        layer.intermediate.dense.weight.data[:, 3] /= 60
+        layer.output.dense.weight.data[3] = 0
+    adapter = adapter_of(save_tiny_model(tmp_path / "large", model))
+    reader, factors = adapter.load_reader(), adapter.initialisation.lora
+
+    def states(reader: Any) -> torch.Tensor:
+        return torch.cat([own[..., 4:].flatten() for own in reader.read(SUPPORT, factors).unpadded()])
+
+    def error() -> float:
+        found = states(graph.GraphReader(graph.quantized(whole, reader.encoder), reader.encoder))
+        return float((found - expected).norm() / expected.norm())
+
+    monkeypatch.setattr(graph, "USUAL", 0.9)  # of 32 channels
+    whole, expected = graph.states_graph(reader, factors), states(reader)
+    levelled = error()
+    monkeypatch.setattr(graph, "_levelled", lambda whole, _: whole)
+    assert levelled < 0.5 * error()
 
 
 def test_int8_needs_the_texts(fitted: FewShotClassifier, tmp_path: Path) -> None:

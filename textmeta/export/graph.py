@@ -10,8 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from onnx import helper, numpy_helper
 from onnx.compose import add_prefix
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
@@ -25,7 +27,7 @@ from textmeta.encoder.token_states import StateBatch, TokenStateReader, TokenSta
 from textmeta.errors import AdapterError, EncoderError
 from textmeta.export.classifier import FORMAT, GRAPH, SPECIAL, TOKENIZER, open_session, text_batches
 from textmeta.files import destination
-from textmeta.meta.adapter import Adapter, as_encoder_errors
+from textmeta.meta.adapter import PROBES, Adapter, as_encoder_errors
 from textmeta.meta.batch import Rows
 from textmeta.meta.learner import LearnedTask, TaskLearner
 from textmeta.sharing.folder import MAX_BYTES, ONNX, check_destination, write_folder
@@ -38,6 +40,7 @@ LIBRARIES = ("textmeta", "torch", "transformers", "onnx", "onnxruntime")
 WITHOUT_LORA = {"lora": "none", "pooling+lora": "pooling"}  # what steps adapt where LoRA is folded in
 OPSET = 20  # the first that has Gelu
 HIDDEN = -3e4  # what is added to the score of padding, whose exponential is 0
+USUAL, FAR = 0.99, 0.5  # share of channels that stay as they are; one below this part of its size is far larger
 CLOSE = 1e-3  # how far states of the graph may be from PyTorch's, beside their root mean square
 ROWS, TEXTS = {0: "rows", 1: "length"}, {0: "texts"}
 AXES = {"input_ids": ROWS, "attention_mask": ROWS, "text": {0: "rows"}, "states": {0: "rows", 2: "length"}}
@@ -68,7 +71,7 @@ def write_onnx(folder: str | Path, fitted: Fitted, learner: TaskLearner, learn_b
     factors = {name: value[0].to(encoder.device) for name, value in task.factors.items()}
     states = states_graph(reader, factors or adapter.initialisation.lora)
     if learn_by:
-        states, own = quantized(states), adapter.learner
+        states, own = quantized(states, encoder), adapter.learner
         own = replace(own, adapt=WITHOUT_LORA.get(own.adapt, own.adapt))  # type: ignore[arg-type]
         task = learn_by(TaskLearner(GraphReader(states, encoder), replace(adapter, learner=own)))
     graph = _task_graph(states, adapter, task, encoder.settings.long_texts == "window").SerializeToString()
@@ -118,14 +121,55 @@ def states_graph(reader: TokenStateReader, factors: Mapping[str, Tensor]) -> onn
     return graph
 
 
-def quantized(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a graph whose products with weights are of int8 numbers: weights per column, inputs as they come."""
+def quantized(graph: onnx.ModelProto, encoder: Encoder) -> onnx.ModelProto:
+    """Return a graph of states whose products with weights are of int8 numbers: weights by column, inputs as a whole.
+
+    Weights have 7 bits, because processors without VNNI add up products in 16.
+    """
+    graph = _levelled(graph, encoder)
     add_pre_process_metadata(graph)  # else that is recommended in the log
+    how = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
     options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
     with TemporaryDirectory() as folder:
-        path, kind = Path(folder) / GRAPH, QuantType.QInt8
-        quantize_dynamic(graph, path, ["MatMul"], per_channel=True, weight_type=kind, extra_options=options)
+        quantize_dynamic(graph, path := Path(folder) / GRAPH, ["MatMul"], **how, extra_options=options)
         return onnx.load(path)
+
+
+def _levelled(graph: onnx.ModelProto, encoder: Encoder) -> onnx.ModelProto:
+    """Return the same graph with the few channels of a product's input that are far larger than others scaled down.
+
+    They would leave all others few of 256 steps. Their weights are scaled up; the texts that an encoder is known by
+    tell which they are.
+
+    Source: Xiao et al. (2023), "SmoothQuant", section 4.
+    """
+    weights = {own.name: numpy_helper.to_array(own) for own in graph.graph.initializer}
+    known = [node.input[0] for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    names, made = list(dict.fromkeys(known)), onnx.ModelProto()
+    made.CopyFrom(graph)
+    made.graph.output.extend(map(helper.make_empty_tensor_value_info, names))
+    session = open_session(made.SerializeToString())
+    batches = [next(text_batches(encoder.tokenize([text]))) for text in PROBES]  # one by one, so without padding
+    seen = [session.run(names, {"input_ids": ids, "attention_mask": mask}) for _, ids, mask, _ in batches]
+    most = {name: np.max([abs(one).max((0, 1)) for one in own], 0) for name, *own in zip(names, *seen, strict=True)}
+    factors = {name: np.minimum(1, np.quantile(own, USUAL) / np.maximum(own, 1e-9)) for name, own in most.items()}
+    factors = {name: factor.astype(np.float32) for name, factor in factors.items() if factor.min() < FAR}
+    del made.graph.output[len(graph.graph.output) :], made.graph.node[:], made.graph.initializer[:]
+    for name, factor in factors.items():
+        weights[f"{name}/factor"] = factor
+    for node in graph.graph.node:
+        name, weight = [*node.input, "", ""][:2]
+        if node.op_type == "MatMul" and name in factors and weight in weights:
+            scaled, weights[f"{node.name}/weight"] = f"{name}/scaled", weights[weight] / factors[name][:, None]
+            if not any(scaled in other.output for other in made.graph.node):
+                made.graph.node.append(helper.make_node("Mul", [name, f"{name}/factor"], [scaled]))
+            inputs = [scaled, f"{node.name}/weight"]
+            made.graph.node.append(helper.make_node("MatMul", inputs, node.output, node.name))
+        else:
+            made.graph.node.append(node)
+    used = {name for node in made.graph.node for name in node.input}
+    made.graph.initializer.extend(numpy_helper.from_array(own, name) for name, own in weights.items() if name in used)
+    return made
 
 
 def _task_graph(states: onnx.ModelProto, adapter: Adapter, task: LearnedTask, windows: bool) -> onnx.ModelProto:
