@@ -77,12 +77,7 @@ class OnnxClassifier(PredictsTexts, TextTokenizer):
         progress: bool = True,
     ) -> None:
         self.folder = folder = Path(at_home(folder))
-        self.given: dict[str, Any] = {
-            "threads": threads,
-            "batch_size": batch_size,
-            "errors": errors,
-            "progress": progress,
-        }
+        self.threads = None if threads is None else whole_number("threads", threads, 1)
         self.batch_size = whole_number("batch_size", batch_size, 1)
         self.errors, self.progress = one_of("errors", errors, ("raise", "replace")), progress
         if not (folder / ONNX).is_file():
@@ -91,10 +86,9 @@ class OnnxClassifier(PredictsTexts, TextTokenizer):
         meta = read_model(_Meta, files[ONNX], folder / ONNX)
         self.classes = read_labels(meta.labels, folder / ONNX)
         self.classes_ = label_array(self.classes)
-        threads = None if threads is None else whole_number("threads", threads, 1)
         try:
             read = Tokenizer.from_str(files[TOKENIZER].decode())
-            self.session = open_session(files[GRAPH], threads)
+            self.session = open_session(files[GRAPH], self.threads)
         except Exception as error:  # the libraries raise anything
             raise AdapterError(f"{folder}: its graph or tokenizer cannot be loaded: {error}") from error
         self.inputs = {given.name for given in self.session.get_inputs()}
@@ -119,7 +113,8 @@ class OnnxClassifier(PredictsTexts, TextTokenizer):
         raise NotExportedError(f"{name}: a classifier as ONNX predicts, and does no more: take the one it was made of")
 
     def __reduce__(self) -> Any:
-        return partial(OnnxClassifier, **self.given), (self.folder,)
+        given = {name: getattr(self, name) for name in ("threads", "batch_size", "errors", "progress")}
+        return partial(OnnxClassifier, **given), (self.folder,)
 
 
 def open_session(graph: bytes, threads: int | None = None) -> onnxruntime.InferenceSession:

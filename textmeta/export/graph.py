@@ -3,11 +3,13 @@
 import copy
 import io
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,6 @@ from textmeta.errors import AdapterError, EncoderError
 from textmeta.export.classifier import FORMAT, GRAPH, SPECIAL, TOKENIZER, open_session, text_batches
 from textmeta.files import destination
 from textmeta.meta.adapter import PROBES, Adapter, as_encoder_errors
-from textmeta.meta.batch import Rows
 from textmeta.meta.learner import LearnedTask, TaskLearner
 from textmeta.sharing.folder import MAX_BYTES, ONNX, check_destination, write_folder
 from textmeta.sharing.format import write_json
@@ -124,9 +125,17 @@ def states_graph(reader: TokenStateReader, factors: Mapping[str, Tensor]) -> onn
 def quantized(graph: onnx.ModelProto, encoder: Encoder) -> onnx.ModelProto:
     """Return a graph of states whose products with weights are of int8 numbers: weights by column, inputs as a whole.
 
-    Weights have 7 bits, because processors without VNNI add up products in 16.
+    Weights have 7 bits, because processors without VNNI add up products in 16. The graph that is given is used up.
     """
-    graph = _levelled(graph, encoder)
+
+    def run(names: list[str]) -> list[list[np.ndarray]]:
+        graph.graph.output.extend(map(helper.make_empty_tensor_value_info, names))
+        session = open_session(graph.SerializeToString())
+        del graph.graph.output[1:]
+        batches = (next(text_batches(encoder.tokenize([text]))) for text in PROBES)  # one by one: without padding
+        return [session.run(names, {"input_ids": ids, "attention_mask": mask}) for _, ids, mask, _ in batches]
+
+    _level(graph.graph, run)
     add_pre_process_metadata(graph)  # else that is recommended in the log
     how = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
     options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
@@ -135,41 +144,36 @@ def quantized(graph: onnx.ModelProto, encoder: Encoder) -> onnx.ModelProto:
         return onnx.load(path)
 
 
-def _levelled(graph: onnx.ModelProto, encoder: Encoder) -> onnx.ModelProto:
-    """Return the same graph with the few channels of a product's input that are far larger than others scaled down.
+def _level(graph: onnx.GraphProto, run: Callable[[list[str]], list[list[np.ndarray]]]) -> None:
+    """Scale down those few channels of a product's input that are far larger than all others, in place.
 
-    They would leave all others few of 256 steps. Their weights are scaled up; the texts that an encoder is known by
-    tell which they are.
+    They would leave the others few of 256 steps. Their weights are scaled up.
 
     Source: Xiao et al. (2023), "SmoothQuant", section 4.
+
+    Args:
+        graph: with one output.
+        run: gives of some texts what the graph makes under these names.
     """
-    weights = {own.name: numpy_helper.to_array(own) for own in graph.graph.initializer}
-    known = [node.input[0] for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    names, made = list(dict.fromkeys(known)), onnx.ModelProto()
-    made.CopyFrom(graph)
-    made.graph.output.extend(map(helper.make_empty_tensor_value_info, names))
-    session = open_session(made.SerializeToString())
-    batches = [next(text_batches(encoder.tokenize([text]))) for text in PROBES]  # one by one, so without padding
-    seen = [session.run(names, {"input_ids": ids, "attention_mask": mask}) for _, ids, mask, _ in batches]
-    most = {name: np.max([abs(one).max((0, 1)) for one in own], 0) for name, *own in zip(names, *seen, strict=True)}
-    factors = {name: np.minimum(1, np.quantile(own, USUAL) / np.maximum(own, 1e-9)) for name, own in most.items()}
-    factors = {name: factor.astype(np.float32) for name, factor in factors.items() if factor.min() < FAR}
-    del made.graph.output[len(graph.graph.output) :], made.graph.node[:], made.graph.initializer[:]
-    for name, factor in factors.items():
-        weights[f"{name}/factor"] = factor
-    for node in graph.graph.node:
-        name, weight = [*node.input, "", ""][:2]
-        if node.op_type == "MatMul" and name in factors and weight in weights:
-            scaled, weights[f"{node.name}/weight"] = f"{name}/scaled", weights[weight] / factors[name][:, None]
-            if not any(scaled in other.output for other in made.graph.node):
-                made.graph.node.append(helper.make_node("Mul", [name, f"{name}/factor"], [scaled]))
-            inputs = [scaled, f"{node.name}/weight"]
-            made.graph.node.append(helper.make_node("MatMul", inputs, node.output, node.name))
-        else:
-            made.graph.node.append(node)
-    used = {name for node in made.graph.node for name in node.input}
-    made.graph.initializer.extend(numpy_helper.from_array(own, name) for name, own in weights.items() if name in used)
-    return made
+    weights = {own.name: own for own in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input)
+    products, before = defaultdict(list), {}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights and uses[node.input[1]] == 1:
+            products[node.input[0]].append(node)
+    for (name, own), *inputs in zip(products.items(), *run(list(products)), strict=True):
+        most = np.max([abs(one).max((0, 1)) for one in inputs], 0)
+        factor = np.minimum(1, np.quantile(most, USUAL) / np.maximum(most, 1e-9)).astype(np.float32)
+        if factor.min() < FAR:
+            graph.initializer.append(numpy_helper.from_array(factor, f"{name}/factor"))
+            before[own[0].name] = helper.make_node("Mul", [name, f"{name}/factor"], [f"{name}/scaled"])
+            for node in own:
+                node.input[0], weight = f"{name}/scaled", weights[node.input[1]]
+                scaled = numpy_helper.to_array(weight) / factor[:, None]
+                weight.CopyFrom(numpy_helper.from_array(scaled, weight.name))
+    nodes = [part for node in graph.node for part in (before.get(node.name), node) if part]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _task_graph(states: onnx.ModelProto, adapter: Adapter, task: LearnedTask, windows: bool) -> onnx.ModelProto:
@@ -237,27 +241,14 @@ class _Head(nn.Module):
     def forward(self, states: Tensor, mask: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
         text = torch.arange(states.shape[0], device=states.device) if text is None else text
         count: Any = text.max() + 1
-        reader = _Read(TokenStates(count, (StateBatch(text, states, mask.bool()),)))
-        zeros = torch.zeros(count, dtype=torch.long, device=states.device)
-        found = TaskLearner(reader, self.adapter).answer(self.task, _Rows((), zeros, zeros, zeros))
+        read = TokenStates(count, (StateBatch(text, states, mask.bool()),))
+        reader: Any = SimpleNamespace(read=lambda *_: read)
+        # one task, without padding
+        rows: Any = SimpleNamespace(
+            texts=(), row_task=torch.zeros(count, dtype=torch.long), pad=lambda flat: flat[None]
+        )
+        found = TaskLearner(reader, self.adapter).answer(self.task, rows)
         return tuple(part[0] for part in (found.logits, found.scope) if part is not None)
-
-
-class _Read:
-    """A reader whose texts have been read."""
-
-    def __init__(self, states: TokenStates) -> None:
-        self.states = states
-
-    def read(self, texts: Sequence[str], factors: object = None, row_task: Tensor | None = None) -> TokenStates:
-        return self.states
-
-
-class _Rows(Rows):
-    """The rows of one task, which are not padded."""
-
-    def pad(self, flat: Tensor) -> Tensor:
-        return flat[None]
 
 
 def _exported(module: nn.Module, given: tuple[Tensor, ...], inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
@@ -267,14 +258,15 @@ def _exported(module: nn.Module, given: tuple[Tensor, ...], inputs: list[str], o
         "output_names": outputs,
         "dynamic_axes": {n: AXES.get(n, TEXTS) for n in inputs + outputs},
     }
+    exporter: Any = torch.onnx
     file = io.BytesIO()
     with warnings.catch_warnings(), attention_by(_exported_attention):
         warnings.simplefilter("ignore")  # what a trace gets wrong shows in the comparison
-        torch.onnx.register_custom_op_symbolic("aten::index_add", _index_add, OPSET)
+        exporter.register_custom_op_symbolic("aten::index_add", _index_add, OPSET)
         try:  # the newer exporter takes ten times as long, and makes no other graph
-            torch.onnx.export(module, given, file, opset_version=OPSET, dynamo=False, **names)  # type: ignore[arg-type]
+            exporter.export(module, given, file, opset_version=OPSET, dynamo=False, **names)
         finally:
-            torch.onnx.unregister_custom_op_symbolic("aten::index_add", OPSET)
+            exporter.unregister_custom_op_symbolic("aten::index_add", OPSET)
     made = onnx.load_from_string(file.getvalue())
     graph, nodes = made.graph, list(made.graph.node)
     del graph.node[:], graph.value_info[:]
@@ -321,4 +313,5 @@ def _exported_attention(
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     hidden = torch.where(mask[:, 0, 0], 0.0, HIDDEN / scaling)[:, :, None, None].expand_as(key[..., :1])
     query, key = torch.cat([query, torch.ones_like(hidden)], -1), torch.cat([key, hidden], -1)
-    return _Attention.apply(query, key, value, scaling, int(query.shape[2])), None
+    made: Any = _Attention
+    return made.apply(query, key, value, scaling, int(query.shape[2])), None
