@@ -18,7 +18,7 @@ from textmeta.export import onnx_part
 from textmeta.growing import GrowingEstimator
 from textmeta.meta.batch import Rows
 from textmeta.meta.initialisation import whole_number
-from textmeta.meta.learner import Answers, LearnedTask, TaskLearner
+from textmeta.meta.learner import Answers, TaskLearner
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
@@ -137,16 +137,15 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Growin
             AdapterError: if the folder cannot be written, or the texts are not there.
             EncoderError: if the encoder cannot be exported.
         """
-        write_onnx = onnx_part("graph").write_onnx
-        fitted, learner = self._task()
-
-        def learn_by(other: TaskLearner) -> LearnedTask:
-            if fitted.inputs is None or fitted.inputs.states:
-                told = "int8 learns the task anew, from its texts, which this classifier was saved without: fit it"
-                raise AdapterError(f'{told}, or save it with include_support="texts"')
-            return copy(self)._learn("fit", fitted.inputs, (), by=other)._now().task
-
-        write_onnx(folder, fitted, learner, learn_by if int8 else None)
+        write_onnx, own = onnx_part("graph").write_onnx, copy(self)
+        own.precision = "no"  # whatever this one predicts in
+        fitted, learner = own._task()
+        inputs = fitted.inputs or FitInputs()
+        if int8 and (fitted.inputs is None or inputs.states):
+            told = "int8 learns the task anew, from its texts, which this classifier was saved without: fit it"
+            raise AdapterError(f'{told}, or save it with include_support="texts"')
+        learn = (lambda by: own._learn("fit", inputs, (), by=by)._now().task) if int8 else None
+        write_onnx(folder, fitted, learner, learn)
 
     @property
     def classes_(self) -> np.ndarray:

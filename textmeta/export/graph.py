@@ -1,6 +1,5 @@
 """Exporting a task with its encoder: a graph from token ids to token states, and one from these to logits, as one."""
 
-import copy
 import io
 import warnings
 from collections import Counter, defaultdict
@@ -55,7 +54,7 @@ def write_onnx(folder: str | Path, fitted: Fitted, learner: TaskLearner, learn_b
     Args:
         folder: where to.
         fitted: the task.
-        learner: that it was learned by.
+        learner: that it was learned by, in float32.
         learn_by: for a graph of int8 numbers, what learns the task anew by another learner.
 
     Raises:
@@ -63,12 +62,10 @@ def write_onnx(folder: str | Path, fitted: Fitted, learner: TaskLearner, learn_b
         EncoderError: if the encoder cannot be exported.
     """
     check_destination(folder := destination(folder), {GRAPH})
-    reader: Any = copy.copy(learner.reader)
-    encoder = reader.encoder = copy.copy(reader.encoder)
-    adapter, task, encoder.precision = learner.adapter, fitted.task, "no"
+    reader: Any = learner.reader
+    adapter, task, encoder = learner.adapter, fitted.task, reader.encoder
     if not encoder.tokenizer.is_fast:
         raise EncoderError(f"the tokenizer of {encoder.settings.model} is Python alone: it cannot be exported")
-    encoder.tokenize([""])  # so that it is stored with the length that texts are cut at
     factors = {name: value[0].to(encoder.device) for name, value in task.factors.items()}
     states = states_graph(reader, factors or adapter.initialisation.lora)
     if learn_by:
