@@ -130,8 +130,8 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Growin
 
         Args:
             folder: where to; replaced as a whole, or not at all (AdapterError).
-            int8: whether the encoder's matrix products are of int8 numbers: two to three times as fast, and a little
-                less accurate. The task is learned anew on what they make, for which its texts must be there.
+            int8: whether the encoder's matrix products are of int8 numbers: about twice as fast, probabilities move
+                by a few hundredths. The task is learned anew on what they make, for which its texts must be there.
 
         Raises:
             AdapterError: if the folder cannot be written, or the texts are not there.
