@@ -463,7 +463,7 @@ def test_long_work_has_a_progress_bar_and_short_work_has_none(
 ) -> None:
     fitted.fit(SUPPORT, LABELS).predict(TEXTS)
     assert not capsys.readouterr().err
-    monkeypatch.setattr("textmeta.classifier.BAR_AFTER", 0)
+    monkeypatch.setattr("textmeta.predicting.BAR_AFTER", 0)
     fitted.set_params(batch_size=3).predict(TEXTS)
     assert "predict:   0%" in capsys.readouterr().err
     fitted.set_params(progress=False).predict(TEXTS)
@@ -620,7 +620,8 @@ def test_saved_classifier_gives_the_same_answers_in_another_process(fitted: FewS
     fitted.save_pretrained(tmp_path)
     program = (
         "import json, sys; from textmeta import FewShotClassifier\n"
-        f"print(json.dumps(FewShotClassifier.from_pretrained(sys.argv[1]).predict_proba({TEXTS!r}).tolist()))"
+        f"print(json.dumps(FewShotClassifier.from_pretrained(sys.argv[1], precision='no')"
+        f".predict_proba({TEXTS!r}).tolist()))"
     )
     # as many threads as here: sums are split over threads, and round differently with another number
     environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -904,6 +905,7 @@ def test_pickle_before_fit_and_before_loading(fitted: FewShotClassifier) -> None
 
 
 def test_a_process_that_is_spawned_predicts(fitted: FewShotClassifier) -> None:
+    fitted.set_params(precision="no")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.map(fitted.predict_proba, [TEXTS[:2], TEXTS[2:]])
     np.testing.assert_allclose(np.concatenate(found), fitted.predict_proba(TEXTS), rtol=0, atol=1e-6)

@@ -22,8 +22,7 @@ from tests.hub.server import HubServer
 from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
 from tests.test_long_texts import LONG
 from tests.test_recipes import RECIPES
-from textmeta import FewShotClassifier
-from textmeta import classifier as classifier_module
+from textmeta import FewShotClassifier, predicting
 from textmeta.classifier import NotFittedError
 from textmeta.errors import DataError, SettingsError
 
@@ -99,8 +98,8 @@ def test_warnings_come_once_and_soon(fitted: FewShotClassifier) -> None:
 def test_a_bar_has_rate_and_remaining_time(fitted: FewShotClassifier, capsys: Any, monkeypatch: Any) -> None:
     list(fitted.predict_stream(MANY))
     assert capsys.readouterr().err == "", "not before it takes long"
-    monkeypatch.setattr(classifier_module, "BAR_AFTER", 1e-9)
-    monkeypatch.setattr(classifier_module, "tqdm", partial(tqdm, mininterval=0))
+    monkeypatch.setattr(predicting, "BAR_AFTER", 1e-9)
+    monkeypatch.setattr(predicting, "tqdm", partial(tqdm, mininterval=0))
     for texts, total in ((MANY, None), (map(str, MANY), 36), (map(str, MANY), None)):
         assert len(list(fitted.predict_stream(texts, total=total))) == 36
         shown = capsys.readouterr().err

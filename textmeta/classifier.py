@@ -1,53 +1,35 @@
 """The classifier that users hold: fit on a handful of labelled texts, predict."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import replace
 from functools import wraps
-from itertools import islice
-from numbers import Real
-from operator import length_hint
+from pathlib import Path
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from sklearn.base import ClassifierMixin, TransformerMixin
-from torch import Tensor
-from tqdm import tqdm
 
-from textmeta.data.labels import (
-    Label,
-    LabelNames,
-    checked_labels,
-    checked_texts,
-    checked_weights,
-    column,
-    label_array,
-    task_classes,
-    whole_number,
-)
-from textmeta.encoder.encoder import warning_of
+from textmeta.data.labels import Label, LabelNames, checked_texts, label_array, task_classes, whole_number
 from textmeta.errors import AdapterError, DataError
 from textmeta.estimator import NotFittedError
+from textmeta.export import onnx_part
 from textmeta.growing import GrowingEstimator
-from textmeta.heads.scope import scope_probability
-from textmeta.meta.learner import TaskLearner
+from textmeta.meta.learner import Answers
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
 from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
 from textmeta.nearest import KnownTask, nearest_tasks
-from textmeta.sharing.locate import DEFAULT_ADAPTER
+from textmeta.predicting import PredictsTexts
 from textmeta.sharing.store import Fitted
 from textmeta.sharing.support import FitInputs
 
 __all__ = ["FewShotClassifier", "NotFittedError"]
 
-BAR_AFTER = 5.0  # seconds
-Held = tuple[Fitted, TaskLearner]  # the task, and what answers by it
-Top = list[tuple[Any, float]]  # labels with their probabilities, the most probable first
 _LEFT_OUT: WeakKeyDictionary[Fitted, LeftOut] = WeakKeyDictionary()  # goes with the task, and into no pickle
 
 
-class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  # type: ignore[misc]
+class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, GrowingEstimator):  # type: ignore[misc]
     """Classifies texts by a few labelled examples of each class, by names of the classes, or by both.
 
     ``FewShotClassifier()`` has the adapter that comes with textmeta. It is an estimator of scikit-learn: making one
@@ -113,51 +95,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         names = {} if reads_labels else None if found is None else dict(zip(classes, found, strict=True))
         return self._learn("fit", FitInputs(examples, tuple(more), names, reads_labels), [*given, *more])
 
-    def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
-        """Return (n, classes) float64, the probability of each class, columns in the order of ``classes_``.
-
-        A text's probabilities do not depend on the texts that it is sent with, but for rounding: in the last digits of
-        float32, or some thousandths in bfloat16.
-        """
-        return np.asarray(self._answer(texts, "logits")[1].softmax(-1))
-
-    def predict_log_proba(self, texts: Iterable[str]) -> np.ndarray:
-        """Return (n, classes) float64, the logarithm of each class's probability."""
-        return np.asarray(self._answer(texts, "logits")[1].log_softmax(-1))
-
-    def decision_function(self, texts: Iterable[str]) -> np.ndarray:
-        """Return (n, classes) float64 scores, of which the probabilities are the softmax; of two classes (n,).
-
-        Of two classes it is how far the second is above the first, as scikit-learn has it.
-        """
-        logits = np.asarray(self._answer(texts, "logits")[1])
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
-
-    def predict_top(self, texts: Iterable[str], k: int = 3) -> list[Top]:
-        """Return of each text its k most probable labels with their probabilities, the most probable first."""
-        k = whole_number("predict_top: k", k, 1)
-        return _tops(k, *self._answer(texts, "logits"))
-
-    def predict_stream(self, texts: Iterable[str], k: int = 1, *, total: int | None = None) -> Iterator[Top]:
-        """Yield what :meth:`predict_top` returns of each text, in order and as asked for: of any number of texts.
-
-        ``batch_size`` texts are read ahead and in memory. All answers are of the task that is fitted at the call. A
-        text that is cut, or hardly known, is warned of once, with the first batch that has one.
-
-        Args:
-            texts: also a generator, without end even.
-            k: how many labels of each.
-            total: how many texts there are, for the bar, where ``len`` does not say it.
-
-        Raises:
-            DataError: naming the row of the stream, before an answer of its batch, if a text is no string.
-        """
-        k = whole_number("predict_stream: k", k, 1)
-        given = [texts] if isinstance(texts, str) else texts
-        rows = column(given, "predict_stream", "texts")
-        total = length_hint(given) if total is None else whole_number("predict_stream: total", total, 0)
-        return self._stream(rows, k, total, self._task())
-
     def transform(self, texts: Iterable[str]) -> np.ndarray:
         """Return (n, features) float64: what the task's head sees of each text.
 
@@ -172,49 +109,6 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         layers = self._adapter.learner.layers or range(views)
         return np.array([f"layer{layer}_{number}" for layer in layers for number in range(size)], dtype=object)
 
-    def predict(self, texts: Iterable[str], *, reject: float | bool = False, outside: Any = None) -> np.ndarray:
-        """Return (n,) the most probable label of each text, as given to ``fit``.
-
-        Args:
-            texts: n of them; a string alone is one.
-            reject: whether to reject texts that seem to belong to none of the classes: those whose :meth:`scope_score`
-                is below this number; True is 0.5.
-            outside: what is returned for these.
-
-        Raises:
-            AdapterError: if the adapter has learned no rule to reject by.
-            DataError: if a text is no string, or ``reject`` no number from 0 to 1.
-        """
-        least: Any = reject.item() if getattr(reject, "ndim", None) == 0 else reject  # type: ignore[union-attr]
-        if not isinstance(least, Real) or not 0 <= least <= 1:  # type: ignore[operator]
-            raise DataError(f"predict: reject must be True, False or a number from 0 to 1, given {reject!r:.60}")
-        fitted, logits, *scope_inputs = self._answer(texts, "logits", *["scope_inputs"] * (least is not False))
-        predicted: np.ndarray = label_array(fitted.classes)[logits.argmax(-1).numpy()]
-        if least is False:
-            return predicted
-        rejected = self._scope_score(*scope_inputs) < (0.5 if least is True else least)
-        pairs = zip(predicted.tolist(), rejected.tolist(), strict=True)
-        return label_array([outside if is_out else label for label, is_out in pairs])
-
-    def scope_score(self, texts: Iterable[str]) -> np.ndarray:
-        """Return (n,) float64, the probability that a text belongs to any of the classes.
-
-        The rule was learned over tasks of which some classes had been left out, and is right where as many texts belong
-        to none of the classes as to one; where fewer do, lower the threshold. AdapterError if there is no such rule.
-        """
-        return self._scope_score(self._answer(texts, "scope_inputs")[1])
-
-    def score(
-        self, texts: Iterable[str], labels: Iterable[Label], sample_weight: Iterable[float] | None = None
-    ) -> float:
-        """Return the share of texts whose label is predicted right, each counting 1 or its weight."""
-        rows, predicted = checked_labels(labels), self.predict(texts)
-        if len(predicted) != len(rows) or not rows:
-            raise DataError(f"score: {len(predicted)} texts but {len(rows)} labels, expected as many, and at least 1")
-        weights = None if sample_weight is None else checked_weights(sample_weight, len(rows))
-        right = [given == true for given, true in zip(predicted, rows, strict=True)]
-        return float(np.average(right, weights=weights))
-
     def nearest_tasks(self, count: int = 3) -> list[KnownTask]:
         """Return which of the corpora that the adapter was trained on the fitted task is most like, the nearest first.
 
@@ -225,6 +119,32 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
         if index is None:
             raise AdapterError("this adapter has no index of the classes that it was trained on")
         return nearest_tasks(index, self.task_embedding_, whole_number("count", count, 1))
+
+    def export_onnx(self, folder: str | Path, *, int8: bool = False) -> None:
+        """Write the fitted task with its encoder as one graph of ONNX, with its tokenizer, to a folder.
+
+        ``from_pretrained(folder, backend="onnx")`` predicts by it; so does anything else that runs ONNX, from token
+        ids ``input_ids`` and ``attention_mask`` (rows, length) to ``logits`` (texts, classes) in the order of
+        ``classes_``, and ``scope`` (texts,). It needs the extra ``onnx``.
+
+        Args:
+            folder: where to; replaced as a whole, or not at all (AdapterError).
+            int8: whether the encoder's matrix products are of int8 numbers: about twice as fast, probabilities move
+                by a few hundredths. The task is learned anew on what they make, for which its texts must be there.
+
+        Raises:
+            AdapterError: if the folder cannot be written, or the texts are not there.
+            EncoderError: if the encoder cannot be exported.
+        """
+        write_onnx, own = onnx_part("graph").write_onnx, copy(self)
+        own.precision = "no"  # whatever this one predicts in
+        fitted, learner = own._task()
+        inputs = fitted.inputs or FitInputs()
+        if int8 and (fitted.inputs is None or inputs.states):
+            told = "int8 learns the task anew, from its texts, which this classifier was saved without: fit it"
+            raise AdapterError(f'{told}, or save it with include_support="texts"')
+        learn = (lambda by: own._learn("fit", inputs, (), by=by)._now().task) if int8 else None
+        write_onnx(folder, fitted, learner, learn)
 
     @property
     def classes_(self) -> np.ndarray:
@@ -290,48 +210,10 @@ class FewShotClassifier(ClassifierMixin, TransformerMixin, GrowingEstimator):  #
             _LEFT_OUT[fitted] = replace(found, support=shown)
         return _LEFT_OUT[fitted]
 
-    def _stream(self, rows: Iterator[str], k: int, total: int, by: Held) -> Iterator[Top]:
-        start, told, silent = 0, set[str](), not self.progress
-        with tqdm(
-            total=total or None, desc="predict", unit=" texts", leave=False, delay=BAR_AFTER, disable=silent
-        ) as bar:
-            while batch := list(islice(rows, self.batch_size)):
-                tops = _tops(k, *self._answer(batch, "logits", by=by, start=start, told=told))
-                start += len(batch)
-                bar.update(len(batch))
-                yield from tops
-
-    def _answer(
-        self, texts: Iterable[str], *wanted: str, by: Held | None = None, start: int = 0, told: set[str] | None = None
-    ) -> Any:
-        """Return the fitted task, and what is wanted of its :class:`Answers` to n texts: (n, …) float64 on the CPU.
-
-        Of a batch of a stream, ``start`` is its first row, and ``told`` which warnings there were.
-        """
-        fitted, learner = by or self._task()  # held from beginning to end, whatever other threads fit
-        given = [texts] if isinstance(texts, str) else texts
-        texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors, start=start)
+    def _answerer(self) -> tuple[Fitted, Callable[[list[str]], Answers]]:
+        fitted, learner = self._task()  # held from beginning to end, whatever other threads fit
         task = fitted.task.to(learner.adapter.initialisation.queries.device)
-        parts = []
-        starts = range(0, max(1, len(texts)), self.batch_size)
-        silent = not self.progress or len(starts) < 2
-        with torch.inference_mode(), warning_of(texts, "predict", start, told):
-            for first in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
-                answers = learner.answer_all(task, texts[first : first + self.batch_size])
-                parts.append([getattr(answers, name)[0].cpu().double() for name in wanted])
-        return fitted, *(torch.cat(part) for part in zip(*parts, strict=True))
-
-    def _scope_score(self, scope_inputs: Tensor) -> np.ndarray:
-        rule = self._learner.adapter.calibration.scope
-        if rule is None:
-            raise AdapterError(f"this adapter has no rule for what is out of scope, as {DEFAULT_ADAPTER} has")
-        return np.asarray(scope_probability(rule.cpu().double(), scope_inputs))
-
-
-def _tops(k: int, fitted: Fitted, logits: Tensor) -> list[Top]:
-    top = logits.softmax(-1).sort(descending=True, stable=True)
-    rows = zip(top.indices[:, :k].tolist(), top.values[:, :k].tolist(), strict=True)
-    return [[(fitted.classes[n], p) for n, p in zip(*row, strict=True)] for row in rows]
+        return fitted, lambda texts: learner.answer_all(task, texts)
 
 
 # scikit-learn's wrapper of it calls the texts X, and takes them by no other name

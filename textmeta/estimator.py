@@ -16,6 +16,7 @@ from textmeta.data.labels import one_of, whole_number
 from textmeta.encoder.encoder import LongTexts, best_precision, device_of
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, SettingsError, TextMetaError
+from textmeta.export import onnx_part
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
@@ -23,7 +24,7 @@ from textmeta.meta.general import load_any_encoder
 from textmeta.meta.initialisation import Adapt
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.shared import shared
-from textmeta.sharing.locate import DEFAULT_ADAPTER
+from textmeta.sharing.locate import DEFAULT_ADAPTER, subfolder_prefix
 from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import Destination, push_adapter
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
@@ -99,6 +100,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
+        backend: Literal["torch", "onnx"] = "torch",
         **settings: Any,
     ) -> Self:
         """Load an adapter and its encoder at once; a classifier that was saved fitted comes back fitted.
@@ -112,6 +114,8 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             token: an access token for the Hub; None takes the one that `hf auth login` stored, False none.
             cache_dir: of downloads; by default the Hub library's own.
             local_files_only: use what the cache holds, and ask nobody.
+            backend: "onnx" loads a folder that :meth:`export_onnx` wrote, as a classifier that predicts, by ONNX
+                Runtime, and does no more. Its settings are ``threads``, ``batch_size``, ``errors`` and ``progress``.
             settings: the other arguments of the class, such as ``encoder``; by default ``adapt``, ``steps`` and
                 ``class_weight`` are those that a saved task was fitted with.
 
@@ -120,6 +124,11 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             HubError: if the Hub has no such repository or revision, does not let this user at it, or cannot be reached.
             EncoderError: if the encoder cannot be loaded.
         """
+        if one_of("backend", backend, ("torch", "onnx")) == "onnx":
+            if revision is not None:
+                raise SettingsError(f"backend='onnx' loads a folder, which has no revision (given {revision!r:.60})")
+            loaded: Self = onnx_part("classifier").OnnxClassifier(Path(name) / subfolder_prefix(subfolder), **settings)
+            return loaded
         if "adapter" in settings:
             told = f"given adapter={settings['adapter']!r:.60}: write FewShotClassifier(adapter=None, …) for none"
             raise SettingsError(f"from_pretrained loads the adapter {str(name)!r:.80}, {told}")

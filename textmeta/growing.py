@@ -24,6 +24,7 @@ from textmeta.encoder.encoder import warning_of
 from textmeta.errors import AdapterError, DataError
 from textmeta.estimator import AdapterEstimator
 from textmeta.meta.batch import TaskBatch
+from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import Fitted
 from textmeta.sharing.support import Example, FitInputs
 
@@ -127,8 +128,8 @@ class GrowingEstimator(AdapterEstimator):
             )
         return inputs
 
-    def _learn(self, where: str, inputs: FitInputs, new: Sequence[str]) -> Self:
-        """Learn the task, of whose texts some are new; return the classifier."""
+    def _learn(self, where: str, inputs: FitInputs, new: Sequence[str], by: TaskLearner | None = None) -> Self:
+        """Learn the task, of whose texts some are new, by its own learner or another; return the classifier."""
         classes, names = inputs.classes(where)
         number = {label: i for i, label in enumerate(classes)}
         by_class = checked_class_weight(self.class_weight, classes)
@@ -136,7 +137,7 @@ class GrowingEstimator(AdapterEstimator):
             code = next(label for label in classes if not is_word(label))
             told = f"{where}: {code!r:.60} is no word, so that no label is read as a name from now on"
             warnings.warn(f"{told}; add_class takes a name for it", stacklevel=3)
-        arguments, learner = self._arguments, inputs.read_by(self._learner)
+        arguments, learner = self._arguments, inputs.read_by(by or self._learner)
         device = learner.adapter.initialisation.queries.device
         texts, numbers = [text for text, *_ in inputs.examples], [number[label] for _, label, _ in inputs.examples]
         relative = relative_weights([weight for *_, weight in inputs.examples], where)

@@ -5,8 +5,8 @@ global to the process, so a thread that takes second-order gradients would slow 
 choice is a context variable, read in each attention by a function that transformers calls through its registry.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,21 +18,26 @@ from transformers.masking_utils import sdpa_mask
 
 from textmeta.errors import EncoderError
 
-__all__ = ["twice_differentiable", "use_switched_attention"]
+__all__ = ["attention_by", "plain_attention", "twice_differentiable", "use_switched_attention"]
 
 NAME = "textmeta_switched"
 
-_TWICE: ContextVar[bool] = ContextVar("textmeta_twice_differentiable", default=False)
+_USED: ContextVar[Callable[..., Any] | None] = ContextVar("textmeta_attention", default=None)
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Let attention in this thread use operations that have a second derivative, until the block is left."""
-    token = _TWICE.set(True)
+def attention_by(function: Callable[..., Any]) -> Iterator[None]:
+    """Let attention in this thread be made by a function of transformers' signature, until the block is left."""
+    token = _USED.set(function)
     try:
         yield
     finally:
-        _TWICE.reset(token)
+        _USED.reset(token)
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Let attention in this thread use operations that have a second derivative, until the block is left."""
+    return attention_by(plain_attention)
 
 
 def use_switched_attention(model: PreTrainedModel) -> None:
@@ -46,6 +51,21 @@ def use_switched_attention(model: PreTrainedModel) -> None:
 
 
 def _switched_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, None]:
+    used = _USED.get()
+    if used is not None:
+        return used(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
+        # the fused kernel's backward in bfloat16 is twenty times as slow on a CPU as in float32
+        query, key, value = query.float(), key.float(), value.float()
+        with torch.autocast("cpu", enabled=False):
+            output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+        return output.bfloat16(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+
+
+def plain_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -55,17 +75,11 @@ def _switched_attention(
     is_causal: bool | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    if not _TWICE.get():
-        given = {"scaling": scaling, "is_causal": is_causal, **other}
-        if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
-            # the fused kernel's backward in bfloat16 is twenty times as slow on a CPU as in float32
-            query, key, value = query.float(), key.float(), value.float()
-            with torch.autocast("cpu", enabled=False):
-                output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
-            return output.bfloat16(), None
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+    """Return what attention makes, (rows, length, heads, size), by products and a softmax alone."""
     if other.get("position_bias") is not None:
-        raise EncoderError(f"{type(module).__name__} has a position bias, with which second order is not implemented")
+        raise EncoderError(
+            f"{type(module).__name__} has a position bias, with which plain attention is not implemented"
+        )
     groups = getattr(module, "num_key_value_groups", 1)  # heads that share their keys and values
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

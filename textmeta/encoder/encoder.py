@@ -26,7 +26,16 @@ from textmeta.errors import EncoderError, SettingsError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 
-__all__ = ["Encoder", "EncoderSettings", "LongTexts", "best_precision", "device_of", "most_tokens", "warning_of"]
+__all__ = [
+    "Encoder",
+    "EncoderSettings",
+    "LongTexts",
+    "TextTokenizer",
+    "best_precision",
+    "device_of",
+    "most_tokens",
+    "warning_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +114,45 @@ def warning_of(texts: Sequence[str], where: str, start: int = 0, told: set[str] 
             warnings.warn(f"{where}: {kind}{all_} are {what.format(by)}, {first}; {advice}", stacklevel=5)
 
 
-class Encoder:
+class TextTokenizer:
+    """Makes token ids of texts.
+
+    Args:
+        settings: of the encoder that reads them.
+        tokenizer: of its texts.
+        prompt: what is put before each text.
+    """
+
+    def __init__(self, settings: EncoderSettings, tokenizer: Any, prompt: str = "") -> None:
+        self.settings, self.tokenizer, self.prompt = settings, tokenizer, prompt
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """Return the token ids of each text, in its windows: one, or as many as a long text takes where these are read.
+
+        A window begins with the last quarter of the one before.
+        """
+        length, special = self.settings.max_length, self.tokenizer.num_special_tokens_to_add()
+        # cut in one way whatever is read: the tokenizer keeps it from call to call, and threads share it
+        given, stride = [self.prompt + text for text in texts], max(0, length - special) // 4
+        found = self.tokenizer(given, truncation=True, max_length=length, stride=stride)
+        # a tokenizer that is Python alone does not tell what it cuts
+        parts = [[part, *part.overflowing] for part in found.encodings or ()]
+        whole = self.settings.long_texts == "window"
+        windows = [[part.ids for part in (own if whole else own[:1])] for own in parts]
+        windows = windows or [[ids] for ids in found["input_ids"]]
+        notes = _notes.get()
+        if notes is not None:
+            unknown = {self.tokenizer.unk_token_id} - {None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
+            cut = (text for text, own in zip(texts, parts, strict=False) if len(own) > 1 and not whole)
+            notes.cut.update((text, length) for text in cut)
+            for text, own in zip(texts, windows, strict=True):
+                ids = [number for part in own for number in part]
+                if 2 * sum(map(ids.count, unknown)) > len(ids) - special * len(own):
+                    notes.unknown.add((text, self.settings.model))
+        return windows
+
+
+class Encoder(TextTokenizer):
     """A frozen transformer with LoRA on its upper layers.
 
     Args:
@@ -154,14 +201,15 @@ class Encoder:
         if is_folder(local := at_home(settings.model)):  # a relative path would look like an id on the Hub elsewhere
             settings = replace(settings, model=str(Path(local).resolve()))
         self.device = device_of(device)
-        self.settings, self.lora, self.precision, self.access = settings, lora or LoraSettings(), precision, access
+        self.lora, self.precision, self.access = lora or LoraSettings(), precision, access
         loaded = pretrained or load_pretrained(settings.model, settings.revision, access)
-        model, self.tokenizer, self.commit, self.weights_sha256, _ = loaded
+        model, tokenizer, self.commit, self.weights_sha256, _ = loaded
+        super().__init__(settings, tokenizer)
         if settings.long_texts == "window" and not self.tokenizer.is_fast:
             raise SettingsError(
                 f"the tokenizer of {settings.model} cannot cut texts in windows: long_texts must be 'cut'"
             )
-        self.prompt, self.first_token = "", False
+        self.first_token = False
         self.source = (settings.model, self.commit or settings.revision)
         positions = most_tokens(model)
         if settings.max_length > positions:
@@ -184,31 +232,6 @@ class Encoder:
                     module.to(torch.bfloat16)
         self.frozen_layers = None if self._prefix is None else first
         self.overhead = 128 if self.device.type == "cpu" else 4096
-
-    def tokenize(self, texts: Sequence[str]) -> list[list[list[int]]]:
-        """Return the token ids of each text, in its windows: one, or as many as a long text takes where these are read.
-
-        A window begins with the last quarter of the one before.
-        """
-        length, special = self.settings.max_length, self.tokenizer.num_special_tokens_to_add()
-        # cut in one way whatever is read: the tokenizer keeps it from call to call, and threads share it
-        given, stride = [self.prompt + text for text in texts], max(0, length - special) // 4
-        found = self.tokenizer(given, truncation=True, max_length=length, stride=stride)
-        # a tokenizer that is Python alone does not tell what it cuts
-        parts = [[part, *part.overflowing] for part in found.encodings or ()]
-        whole = self.settings.long_texts == "window"
-        windows = [[part.ids for part in (own if whole else own[:1])] for own in parts]
-        windows = windows or [[ids] for ids in found["input_ids"]]
-        notes = _notes.get()
-        if notes is not None:
-            unknown = {self.tokenizer.unk_token_id} - {None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
-            cut = (text for text, own in zip(texts, parts, strict=False) if len(own) > 1 and not whole)
-            notes.cut.update((text, length) for text in cut)
-            for text, own in zip(texts, windows, strict=True):
-                ids = [number for part in own for number in part]
-                if 2 * sum(map(ids.count, unknown)) > len(ids) - special * len(own):
-                    notes.unknown.add((text, self.settings.model))
-        return windows
 
     def with_length(self, max_length: int) -> "Encoder":
         """Return an encoder of the same weights that cuts texts after so many tokens, with a tokenizer of its own."""

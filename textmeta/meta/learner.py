@@ -17,7 +17,7 @@ from textmeta.heads.names import name_evidence, name_gate, name_scores
 from textmeta.heads.neighbours import neighbourhood_loss, with_company
 from textmeta.heads.pooling import centre, centred, pool, to_length_one, with_unlabelled_centre
 from textmeta.heads.prototype import prototypes
-from textmeta.heads.scope import scope_inputs
+from textmeta.heads.scope import scope_inputs, scope_probability
 from textmeta.heads.unlabelled import soft_labelled_ridge, unlabelled_weight
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch, parts_in_turn
@@ -101,12 +101,14 @@ class Answers:
         logits: (T, n, C), -inf for classes that a task does not have.
         to_names: (T, n, C) cosines to the names of classes, 0 where there are none.
         views: (T, n, V, d) centred.
+        rule: for what is out of scope, if the adapter has one.
     """
 
     task: LearnedTask
     logits: Tensor
     to_names: Tensor
     views: Tensor
+    rule: Tensor | None = None
 
     @property
     def scope_inputs(self) -> Tensor:
@@ -122,6 +124,11 @@ class Answers:
             task.shots,
             task.classes.sum(1),
         )
+
+    @property
+    def scope(self) -> Tensor | None:
+        """Return (T, n) the probability that a query belongs to any of the classes; None without a rule."""
+        return None if self.rule is None else scope_probability(self.rule, self.scope_inputs)
 
 
 @dataclass(frozen=True)
@@ -235,12 +242,7 @@ class TaskLearner:
         return self._answers(task, own, first)
 
     def answer_all(self, task: LearnedTask, texts: Sequence[str]) -> Answers:
-        """Classify n texts, which are read once, by each of T tasks; by one alone where it has factors of its own.
-
-        Args:
-            task: T learned tasks.
-            texts: n of them.
-        """
+        """Classify n texts, which are read once, by each of T tasks; by one alone where it has factors of its own."""
         init, tasks = self.adapter.initialisation, len(task.centre)
         row_task = torch.zeros(len(texts), dtype=torch.long, device=task.centre.device)
         states = self.reader.read(texts, *((task.factors, row_task) if task.factors else (init.lora,)))
@@ -259,7 +261,8 @@ class TaskLearner:
             to_names = name_scores(at_start, task.names, self.adapter.initialisation.name_view_weights.softmax(0))
         scores = z.flatten(2) @ task.weights.flatten(1, 2)  # on a CPU einsum takes 20 times as long
         logits = task.scale[:, None, None] * scores + task.name_scale[:, None, None] * to_names
-        return Answers(task, logits.masked_fill(~task.classes[:, None], -torch.inf), to_names, z)
+        rule = self.adapter.calibration.scope
+        return Answers(task, logits.masked_fill(~task.classes[:, None], -torch.inf), to_names, z, rule)
 
     def _read(self, batch: TaskBatch, factors: Mapping[str, Tensor]) -> tuple[TokenStates, TokenStates, TokenStates]:
         """Read support texts, names and unlabelled texts together; ``factors`` are LoRA's of each task, if adapted."""

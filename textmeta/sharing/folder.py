@@ -7,7 +7,7 @@ import hashlib
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from textmeta.errors import AdapterError, DamagedAdapterError
@@ -18,6 +18,7 @@ __all__ = [
     "CARD",
     "FORMAT",
     "MANIFEST",
+    "ONNX",
     "check_destination",
     "is_there",
     "manifest_of",
@@ -38,6 +39,7 @@ CARD = "README.md"  # not in the manifest, because people edit it
 MANIFEST = "SHA256SUMS"
 MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)\n")
 MAX_BYTES, MAX_TEXT_BYTES = 2**30, 2**26  # of a file of tensors, and of another; a larger one is not read
+ONNX = "onnx.json"  # which a classifier as ONNX has
 TRIES = 20  # to read a folder while others write it
 OTHERS = {  # files of what is often taken for an adapter
     "config_setfit.json": "is a SetFit model and no textmeta adapter. Its head is a pickle, which is never loaded: "
@@ -123,6 +125,9 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _read_checked(folder: Path, known: Collection[str] | None, repo_id: str | None) -> dict[str, bytes]:
     present = sorted(path.name for path in folder.glob("*"))  # none, where the Hub has no file that was asked for
+    if ONNX in present and ONNX not in (known or ()):
+        how = f"FewShotClassifier.from_pretrained({str(folder)!r}, backend='onnx')"
+        raise AdapterError(f"{folder} is a classifier as ONNX and no adapter: write {how}")
     if MANIFEST not in present:
         hint = "one in a folder below it is loaded with subfolder=…"
         if CHECKPOINT in present:
@@ -130,7 +135,7 @@ def _read_checked(folder: Path, known: Collection[str] | None, repo_id: str | No
         told = f"is no textmeta adapter: it has no {MANIFEST}, but {present[:10]}; {hint}"
         told = next((other.format(repo_id or str(folder)) for name, other in OTHERS.items() if name in present), told)
         raise AdapterError(f"{folder if repo_id is None else f'{repo_id!r} on the Hub'} {told}")
-    _check_no_code(folder)
+    _check_no_code(folder, set(present).difference(known or ()))
     contents = {}
     for name, expected in _manifest(read_file(folder, MANIFEST), folder / MANIFEST).items():
         if known is not None and name not in known:
@@ -143,12 +148,12 @@ def _read_checked(folder: Path, known: Collection[str] | None, repo_id: str | No
     return contents
 
 
-def _check_no_code(folder: Path) -> None:
-    code = sorted(path for path in folder.iterdir() if path.suffix.lower() in CODE_ENDINGS)
+def _check_no_code(folder: Path, names: Iterable[str]) -> None:
+    code = sorted(name for name in names if Path(name).suffix.lower() in CODE_ENDINGS)
     if code:
         raise AdapterError(
-            f"{code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, which is "
-            "safetensors and JSON alone: remove it if you know what it is"
+            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, "
+            "which is safetensors and JSON alone: remove it if you know what it is"
         )
 
 
@@ -175,7 +180,7 @@ def read_file(folder: Path, name: str) -> bytes:
             raise AdapterError(f"{path} is a link out of the folder, to {target}; it is not followed")
         if not stat.S_ISREG(status.st_mode):
             raise AdapterError(f"{path} is no plain file")
-        limit = MAX_BYTES if name.endswith(".safetensors") else MAX_TEXT_BYTES
+        limit = MAX_BYTES if name.endswith((".safetensors", ".onnx")) else MAX_TEXT_BYTES
         if status.st_size > limit:
             raise AdapterError(f"{path} has {status.st_size} bytes, expected at most {limit}")
         return target.read_bytes()
@@ -214,7 +219,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
             full or refuses.
     """
     folder = folder.resolve()
-    check_destination(folder)
+    check_destination(folder, files)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     manifest = manifest_of({name: content for name, content in files.items() if name not in unlisted})
     try:
@@ -242,10 +247,11 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
         raise
 
 
-def check_destination(folder: Path) -> None:
+def check_destination(folder: Path, known: Collection[str] = ()) -> None:
     """Check, before long work, that a folder can be replaced as a whole; put back what a crash set aside.
 
-    AdapterError if it is a file, the working folder (or holds it), a mount point, or holds what can run code.
+    AdapterError if it is a file, the working folder (or holds it), a mount point, or holds what can run code; files of
+    the known names may be of any kind.
     """
     folder = folder.resolve()
     _put_back(folder)
@@ -255,7 +261,7 @@ def check_destination(folder: Path) -> None:
         told = "which is the working folder or a mount point: it is replaced as a whole; give a folder inside it"
         raise AdapterError(f"cannot write an adapter to {folder}, {told}")
     if folder.exists():
-        _check_no_code(folder)
+        _check_no_code(folder, {path.name for path in folder.iterdir()}.difference(known))
 
 
 def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:

@@ -47,7 +47,7 @@ from textmeta.sharing.folder import (
 from textmeta.sharing.locate import read_located
 from textmeta.sharing.support import FitInputs, StoredSupport, read_support, stored_support
 
-__all__ = ["Fitted", "adapter_files", "load_adapter", "save_adapter"]
+__all__ = ["Fitted", "adapter_files", "load_adapter", "read_model", "save_adapter", "write_json"]
 
 M = TypeVar("M", bound=BaseModel)
 OLD_CARD = "README.old.md"
@@ -163,7 +163,7 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         CONFIG: _config_file(adapter),
         WEIGHTS: _write_tensors({PREFIX + name: value for name, value in init.lora.items()}),
         TENSORS: _write_tensors(others),
-        META: _write_json(meta),
+        META: write_json(meta),
     }
     content: dict[str, Any] | None = None
     if fitted is not None:
@@ -175,7 +175,7 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
             settings["class_weight"] = list(zip(keys, map(float, by_class.values()), strict=True))
         support = inputs and stored_support(inputs, fitted.classes)
         content = {"classes": list(map(label_to_json, fitted.classes)), "support": support, **settings}
-        files[CLASSIFIER] = _write_json(content)
+        files[CLASSIFIER] = write_json(content)
         if inputs and inputs.states:
             files[SUPPORT] = _write_tensors(inputs.states, torch.float16)
     try:
@@ -199,10 +199,10 @@ def _config_file(adapter: Adapter) -> bytes:
         "bias": "none",
         "target_modules": sorted({name.rpartition(".lora_")[0] for name in adapter.initialisation.lora}),
     }
-    return _write_json(config)
+    return write_json(config)
 
 
-def _write_json(content: Any) -> bytes:
+def write_json(content: Any) -> bytes:
     """Return JSON, sorted, so that equal content has equal bytes."""
     try:
         return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
@@ -252,7 +252,7 @@ def load_adapter(
 
 
 def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | None]:
-    meta = _read_model(_Meta, files[META], folder / META)
+    meta = read_model(_Meta, files[META], folder / META)
     # what names the encoder leads nowhere else
     if ".." in PurePosixPath(meta.encoder.model).parts:
         raise AdapterError(f"{folder / META}: encoder.model is {meta.encoder.model!r:.80}: no path upwards is followed")
@@ -301,7 +301,7 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
     return adapter, _fitted(files, folder, init)
 
 
-def _read_model(kind: type[M], content: bytes, path: Path) -> M:
+def read_model(kind: type[M], content: bytes, path: Path) -> M:
     """Return JSON as a model; errors name its path."""
     read_json(content, path, AdapterError)  # refuses NaN, too
     try:
@@ -361,7 +361,7 @@ def _index(corpora: Sequence[_Corpus], vectors: Tensor, path: Path) -> ClassInde
 def _fitted(files: Mapping[str, bytes], folder: Path, init: Initialisation) -> Fitted | None:
     if HEAD not in files:
         return None
-    content = _read_model(_Classifier, files[CLASSIFIER], folder / CLASSIFIER)
+    content = read_model(_Classifier, files[CLASSIFIER], folder / CLASSIFIER)
     classes = read_labels(content.classes, folder / CLASSIFIER)
     task = _learned_task(_read_tensors(files[HEAD], folder / HEAD), len(classes), init, folder / HEAD)
     inputs, hidden = None, init.queries.shape[1]

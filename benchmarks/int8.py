@@ -1,0 +1,66 @@
+"""What int8 costs: an adapter on the same episodes, its encoder in float32 by PyTorch, and in int8 by ONNX Runtime.
+
+    python benchmarks/int8.py --data-dir DATA --run    # records what is missing, then prints the table
+
+The task is learned on the states of either, as ``export_onnx`` does it. Episodes are those of choose.py: 5 ways and
+shots, 5 queries a class, names read. All tasks have one int8 graph, that of the adapter.
+"""
+
+import argparse
+from pathlib import Path
+
+import scores
+import torch
+from cells import cells_of, choose_corpora
+from choose import RESULTS, SHIPPED
+from contestants import Contestant, contestant_run
+from measure import print_table
+from runs import do_missing, read_lines
+
+from textmeta.export.graph import GraphReader, quantized, states_graph
+
+SHOTS, VARIANT, INT8, LEAST = (5,), "names", " int8", -0.3  # points that int8 may cost
+
+
+def int8_contestant(folder: Path) -> Contestant:
+    """Return an adapter whose states are read by a graph of int8 numbers."""
+    who = Contestant(folder)
+    graph = quantized(states_graph(who.reader, who.adapter.initialisation.lora), who.reader.encoder)
+    who.reader = GraphReader(graph, who.reader.encoder)
+    return who
+
+
+def main() -> None:
+    """Print the table, after recording what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--run", action="store_true", help="record what is missing")
+    parser.add_argument("--adapter", type=Path, default=SHIPPED)
+    parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
+    parser.add_argument("--episodes", type=int, default=24, help="of a corpus")
+    parser.add_argument("--results", type=Path, default=RESULTS / "int8.jsonl")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    lines = read_lines(arguments.results)
+    if arguments.run:
+        sides = {"": Contestant(arguments.adapter), INT8: int8_contestant(arguments.adapter)}
+        for who in sides.values():
+            who.check_alone(lines)
+        corpora = choose_corpora(arguments.data_dir, arguments.corpora)
+        runs = [
+            contestant_run(cell, who, VARIANT, 0, arguments.episodes, suffix)
+            for cell in cells_of(corpora, SHOTS)
+            for suffix, who in sides.items()
+        ]
+        do_missing(runs, lines, arguments.results)
+    found = scores.accuracies(lines)
+    methods = [f"{VARIANT}{suffix} @ {arguments.adapter.name}" for suffix in (INT8, "")]
+    print_table(scores.mean_rows(found, dict(zip(methods, methods, strict=True)), SHOTS))
+    told = scores.differences(found, methods[0], methods[1:], SHOTS)[0]
+    print()
+    print_table([scores.GOALS, scores.goal_row("int8 over float32, points", told, LEAST)])
+
+
+if __name__ == "__main__":
+    main()
