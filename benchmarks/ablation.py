@@ -20,7 +20,7 @@ import scores
 import torch
 from cells import HEADLINE, SHOTS, Cell, cells_of, choose_corpora, report_corpora
 from contestants import Contestant, contestant_run
-from measure import markdown, show
+from measure import NOT_YET, markdown, show
 from runs import do_missing, read_lines
 from train_core import AFTER, ARMS
 
@@ -54,6 +54,14 @@ def run(cells: list[Cell], data_dir: Path, folder: Path, arms: list[str], episod
             for variant in judged(arm)
         )
         do_missing(runs, lines, RESULTS, told)
+
+
+def tables(choose: bool = False) -> dict[str, str]:
+    """Return the table by its name, as Markdown; if nothing is recorded for it, it says so."""
+    found = scores.accuracies(read_lines(RESULTS, mend=False))
+    others = {corpus for cells in found.values() for corpus, _ in cells}.difference(HEADLINE)
+    told = list(rows(found, sorted(others) if choose else list(HEADLINE)))
+    return {"ablation": markdown(told) if len(told) > 1 else NOT_YET}
 
 
 def rows(found: Mapping[str, scores.Cells], corpora: list[str]) -> Iterator[list[str]]:
@@ -90,10 +98,7 @@ def main() -> None:
         corpora = choose_corpora if arguments.choose else lambda data_dir: report_corpora(data_dir, HEADLINE)
         cells = list(cells_of(corpora(arguments.data_dir)))
         run(cells, arguments.data_dir, arguments.folder, arguments.arms, arguments.episodes)
-    found = scores.accuracies(read_lines(RESULTS, mend=False))
-    known = {corpus for cells in found.values() for corpus, _ in cells}
-    corpora = sorted(known.difference(HEADLINE)) if arguments.choose else list(HEADLINE)
-    show({"ablation": markdown(list(rows(found, corpora)))}, arguments.write and not arguments.choose)
+    show(tables(arguments.choose), arguments.write and not arguments.choose)
 
 
 if __name__ == "__main__":

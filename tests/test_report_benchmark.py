@@ -169,7 +169,8 @@ def test_folds_are_trained_and_recorded_once(
 def recorded_tables(benchmark: Callable[[str], ModuleType]) -> dict[str, str]:
     accuracy, unseen, runs = benchmark("accuracy"), benchmark("unseen_classes"), benchmark("runs")
     lines = runs.read_lines(unseen.RESULTS, mend=False)
-    return accuracy.tables(accuracy.recorded(accuracy.RESULTS)) | unseen.tables(lines)
+    made = accuracy.tables(accuracy.recorded(accuracy.RESULTS)) | unseen.tables(lines)
+    return made | benchmark("ablation").tables()
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "benchmarks" / "README.md"], ids=lambda page: page.name)
