@@ -620,8 +620,8 @@ def test_saved_classifier_gives_the_same_answers_in_another_process(fitted: FewS
     fitted.save_pretrained(tmp_path)
     program = (
         "import json, sys; from textmeta import FewShotClassifier\n"
-        f"print(json.dumps(FewShotClassifier.from_pretrained(sys.argv[1], precision='no')"
-        f".predict_proba({TEXTS!r}).tolist()))"
+        "clf = FewShotClassifier.from_pretrained(sys.argv[1], precision='no')\n"
+        f"print(json.dumps(clf.predict_proba({TEXTS!r}).tolist()))"
     )
     # as many threads as here: sums are split over threads, and round differently with another number
     environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -905,7 +905,7 @@ def test_pickle_before_fit_and_before_loading(fitted: FewShotClassifier) -> None
 
 
 def test_a_process_that_is_spawned_predicts(fitted: FewShotClassifier) -> None:
-    fitted.set_params(precision="no")
+    fitted.set_params(precision="no")  # there, too
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.map(fitted.predict_proba, [TEXTS[:2], TEXTS[2:]])
     np.testing.assert_allclose(np.concatenate(found), fitted.predict_proba(TEXTS), rtol=0, atol=1e-6)

@@ -92,13 +92,7 @@ def lora_config(model: PreTrainedModel, layers_name: str, first_layer: int, sett
 
 @dataclass(frozen=True)
 class _Active:
-    """The factors of the forward in progress.
-
-    Args:
-        tensors: by name.
-        row_task: task of each row (rows,), where factors have a task dimension.
-        folded: weights with LoRA in them, by the name of their factor A; those that all tasks share, made once.
-    """
+    """The factors of the forward in progress: what :func:`using_factors` was given."""
 
     tensors: Mapping[str, Tensor]
     row_task: Tensor | None
@@ -117,7 +111,8 @@ def using_factors(
     Args:
         tensors: factor name to weight, (out, in), or (tasks, out, in) for one weight a task.
         row_task: (rows,) int64, the task of each row of the batch; needed where a factor has a task dimension.
-        folded: where weights with LoRA in them are kept, for further forwards with the same factors.
+        folded: where weights with LoRA in them are kept by the name of their factor A, for further forwards with the
+            same factors; those that all tasks share.
     """
     token = _ACTIVE.set(_Active(tensors, row_task, {} if folded is None else folded))
     try:

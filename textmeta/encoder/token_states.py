@@ -96,13 +96,7 @@ class TokenStates:
 
     @classmethod
     def padded(cls, states: Sequence[Tensor], max_tokens: int = MAX_TOKENS, overhead: int = 128) -> "TokenStates":
-        """Return the states (V, length, d) of each text as padded batches.
-
-        Args:
-            states: of each text.
-            max_tokens: most tokens of a batch, with padding.
-            overhead: what one more batch costs, in tokens.
-        """
+        """Return the states (V, length, d) of texts as padded batches, of so many tokens at most."""
         parts = _padded(states, overhead, max_tokens)
         return cls(len(states), tuple(StateBatch(torch.tensor(n, device=m.device), s, m) for n, s, m in parts))
 
@@ -159,11 +153,26 @@ class TokenStateReader:
             for texts in distinct:
                 self._kept.update(zip(texts, self._frozen_states(texts, folder, bar), strict=True))
 
-    def frozen_states(self, texts: Sequence[str]) -> list[Tensor]:
-        """Return what frozen layers make of each text, (lower, length, d) halves; EncoderError if there are none."""
+    @torch.no_grad()
+    def frozen_states(self, texts: Sequence[str], bar: tqdm | None = None) -> list[Tensor]:
+        """Return what frozen layers make of each text, (lower, length, d), halves but for an encoder in float64.
+
+        Of one in windows all their states: whole windows first, so that every ``max_length`` a new one begins.
+        EncoderError if there are no frozen layers.
+        """
         if self.encoder.frozen_layers is None:
             raise EncoderError(f"{self.encoder.settings.model} cannot be split, so that its states cannot be kept")
-        return self._make_frozen_states(texts, tqdm(disable=True))
+        found: dict[int, list[Tensor]] = defaultdict(list)
+        for numbers, ids, mask in self._id_batches(texts):
+            layers = self.encoder.states(ids, mask, adapted=False)
+            states = torch.stack([layers[layer] for layer in self._lower], 1)
+            # an outlier must not become infinite
+            coarse = states if states.dtype == torch.float64 else states.clamp(-65504, 65504).half()
+            for number, state, length in zip(numbers, coarse, mask.sum(1).tolist(), strict=True):
+                found[number].append(state[:, :length].clone())  # a view would keep the whole batch
+            if bar is not None:
+                bar.update(len(set(numbers)))
+        return [torch.cat(sorted(found.pop(n), key=lambda s: -s.shape[1]), 1) for n in range(len(texts))]
 
     def having(self, states: Mapping[str, Tensor]) -> "TokenStateReader":
         """Return a reader that has these :meth:`frozen_states` of texts; EncoderError if they are of another shape."""
@@ -180,12 +189,12 @@ class TokenStateReader:
     def _frozen_states(self, texts: Sequence[str], folder: Path | None, bar: tqdm) -> list[Tensor]:
         """Return the states (lower, length, d) of each text, by way of a file if there is a folder for it."""
         if folder is None:
-            return self._make_frozen_states(texts, bar)
+            return self.frozen_states(texts, bar)
         path = folder / f"{self._digest(texts)}.safetensors"
         if path.exists():
             bar.update(len(texts))
         else:
-            states = self._make_frozen_states(texts, bar)
+            states = self.frozen_states(texts, bar)
             folder.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             lengths = torch.tensor([state.shape[1] for state in states])
@@ -193,23 +202,6 @@ class TokenStateReader:
             os.replace(temporary, path)
         stored = load_file(path)  # mapped into memory, read when it is used
         return list(torch.split(stored["states"], stored["lengths"].tolist(), 1))
-
-    @torch.no_grad()
-    def _make_frozen_states(self, texts: Sequence[str], bar: tqdm) -> list[Tensor]:
-        """Return the states (lower, length, d) of each text, in half precision but for an encoder in float64.
-
-        Of one in windows all their states: whole windows first, so that every ``max_length`` a new one begins.
-        """
-        found: dict[int, list[Tensor]] = defaultdict(list)
-        for numbers, ids, mask in self._id_batches(texts):
-            layers = self.encoder.states(ids, mask, adapted=False)
-            states = torch.stack([layers[layer] for layer in self._lower], 1)
-            # an outlier must not become infinite
-            coarse = states if states.dtype == torch.float64 else states.clamp(-65504, 65504).half()
-            for number, state, length in zip(numbers, coarse, mask.sum(1).tolist(), strict=True):
-                found[number].append(state[:, :length].clone())  # a view would keep the whole batch
-            bar.update(len(set(numbers)))
-        return [torch.cat(sorted(found.pop(n), key=lambda s: -s.shape[1]), 1) for n in range(len(texts))]
 
     def _digest(self, texts: Sequence[str]) -> str:
         """Return what the frozen states of texts are known by: all that they depend on."""

@@ -88,6 +88,8 @@ class LearnedTask:
 
     def to(self, device: torch.device) -> "LearnedTask":
         """Return the same on a device."""
+        if self.queries.device == device:
+            return self
         own = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, factors={name: value.to(device) for name, value in self.factors.items()}, **own)
 
