@@ -21,7 +21,7 @@ __all__ = ["predict_many"]
 _STACKED: weakref.WeakKeyDictionary[Reader, tuple[Sequence[weakref.ref[Fitted]], LearnedTask]] = (
     weakref.WeakKeyDictionary()
 )
-MOST_TEXTS = 16384  # at once, times tasks: memory stays bounded
+MOST_TEXTS = 8192  # at once, times tasks: memory stays bounded
 
 
 def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str]) -> list[np.ndarray]:
