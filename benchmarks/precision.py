@@ -1,8 +1,8 @@
-"""What int8 costs: an adapter on the same episodes, its encoder in float32 by PyTorch, and in int8 by ONNX Runtime.
+"""What bfloat16 and int8 cost: an adapter on the same episodes, its encoder in float32, bfloat16, and int8 by ONNX.
 
-    python benchmarks/int8.py --data-dir DATA --run    # records what is missing, then prints the table
+    python benchmarks/precision.py --data-dir DATA --run    # records what is missing, then prints the table
 
-The task is learned on the states of either, as ``export_onnx`` does it. Episodes are those of choose.py: 5 ways and
+The task is learned on the states of each, as ``export_onnx`` does it. Episodes are those of choose.py: 5 ways and
 shots, 5 queries a class, names read. All tasks have one int8 graph, that of the adapter.
 """
 
@@ -19,7 +19,8 @@ from runs import do_missing, read_lines
 
 from textmeta.export.graph import GraphReader, quantized, states_graph
 
-SHOTS, VARIANT, INT8, LEAST = (5,), "names", " int8", -0.3  # points that int8 may cost
+SHOTS, VARIANT = (5,), "names"
+LEAST = {" bf16": -0.1, " int8": -0.3}  # points that each may cost
 
 
 def int8_contestant(folder: Path) -> Contestant:
@@ -38,13 +39,14 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=SHIPPED)
     parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
     parser.add_argument("--episodes", type=int, default=24, help="of a corpus")
-    parser.add_argument("--results", type=Path, default=RESULTS / "int8.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "precision.jsonl")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     lines = read_lines(arguments.results)
     if arguments.run:
-        sides = {"": Contestant(arguments.adapter), INT8: int8_contestant(arguments.adapter)}
+        bf16, int8 = Contestant(arguments.adapter, precision="bf16"), int8_contestant(arguments.adapter)
+        sides = {"": Contestant(arguments.adapter), " bf16": bf16, " int8": int8}
         for who in sides.values():
             who.check_alone(lines)
         corpora = choose_corpora(arguments.data_dir, arguments.corpora)
@@ -55,11 +57,13 @@ def main() -> None:
         ]
         do_missing(runs, lines, arguments.results)
     found = scores.accuracies(lines)
-    methods = [f"{VARIANT}{suffix} @ {arguments.adapter.name}" for suffix in (INT8, "")]
-    print_table(scores.mean_rows(found, dict(zip(methods, methods, strict=True)), SHOTS))
-    told = scores.differences(found, methods[0], methods[1:], SHOTS)[0]
+    methods = {suffix: f"{VARIANT}{suffix} @ {arguments.adapter.name}" for suffix in ("", *LEAST)}
+    print_table(scores.mean_rows(found, {name: name for name in methods.values()}, SHOTS))
+    told = {name: scores.differences(found, methods[name], [methods[""]], SHOTS)[0] for name in LEAST}
     print()
-    print_table([scores.GOALS, scores.goal_row("int8 over float32, points", told, LEAST)])
+    print_table(
+        [scores.GOALS, *(scores.goal_row(f"{n} over float32, points", told[n], least) for n, least in LEAST.items())]
+    )
 
 
 if __name__ == "__main__":
