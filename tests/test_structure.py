@@ -33,7 +33,6 @@ ORDER = [
     "predicting",
     "export",
     "estimator",
-    "growing",
     "classifier",
     "many",
     "training",

@@ -285,10 +285,9 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
 
     def _now(self) -> Fitted:
         """Return what is fitted, by the arguments as they are."""
-        fitted = self._fitted
-        if fitted is None or fitted.arguments[: len(OF_TASK)] != self._arguments[: len(OF_TASK)]:
+        if not self.__sklearn_is_fitted__():
             raise NotFittedError(NOT_FITTED)
-        return fitted
+        return self._fitted  # type: ignore[return-value]
 
     def _task(self) -> tuple[Fitted, TaskLearner]:
         """Return what is fitted, and what it was learned by; AdapterError if the encoder is another one by now."""
