@@ -181,7 +181,7 @@ def _task_graph(states: onnx.ModelProto, adapter: Adapter, task: LearnedTask, wi
     views, size = adapter.initialisation.queries.shape
     given = [torch.randn(3, views, 5, size), torch.ones(3, 5, dtype=torch.long), torch.arange(3)][: 2 + windows]
     inputs = ["states", "attention_mask", "text"][: 2 + windows]
-    outputs = ["logits", "scope"][: 1 + (adapter.calibration.scope is not None)]
+    outputs = ["logits", "scope"][: 1 + (adapter.scope is not None)]
     with torch.no_grad():
         head = _exported(_Head(adapter, task.to(device)), tuple(own.to(device) for own in given), inputs, outputs)
     head = add_prefix(head, "task/", rename_inputs=False, rename_outputs=False)

@@ -22,7 +22,7 @@ from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
 from textmeta.files import at_home, is_folder
 from textmeta.heads.pooling import pool
 from textmeta.hub import HubAccess
-from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.shared import shared
 
 __all__ = ["Adapter", "ClassIndex", "as_encoder_errors"]
@@ -53,7 +53,7 @@ class Adapter:
         lora: of the adapter.
         learner: how tasks are learned.
         initialisation: what was learned by gradient: where tasks start.
-        calibration: what was set otherwise.
+        scope: (8,) rule of :func:`~textmeta.heads.scope.scope_probability`, set after training; None where none was.
         probe: (3, V·d), what the encoder made of some texts, to know it by (:func:`probe`).
         commit: of the encoder's repository, where it came from the Hub.
         index: of the classes that it was trained on, where it has one.
@@ -68,8 +68,8 @@ class Adapter:
     lora: LoraSettings
     learner: LearnerSettings
     initialisation: Initialisation
-    calibration: Calibration
     probe: Tensor
+    scope: Tensor | None = None
     commit: str | None = None
     index: ClassIndex | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Adapter:
 
     @classmethod
     def of(cls, reader: TokenStateReader, learner: LearnerSettings, initialisation: Initialisation) -> "Adapter":
-        """Make the adapter of an encoder in hand, with nothing calibrated yet."""
+        """Make the adapter of an encoder in hand, without a rule for what is out of scope yet."""
         encoder = reader.encoder
         return cls(
             encoder=encoder.settings,
@@ -87,7 +87,6 @@ class Adapter:
             lora=encoder.lora,
             learner=replace(learner, layers=reader.layers),
             initialisation=initialisation,
-            calibration=Calibration(),
             probe=_probe(reader, initialisation),
             commit=encoder.commit,
             prompt=encoder.prompt,
@@ -162,18 +161,17 @@ class Adapter:
 
     def to(self, device: torch.device) -> "Adapter":
         """Return the same adapter with its tensors on a device."""
-        init, scope = self.initialisation, self.calibration.scope
+        init = self.initialisation
         moved = init.with_tensors({name: value.to(device) for name, value in init.tensors().items()})
-        calibration = Calibration(None if scope is None else scope.to(device))
-        return replace(self, initialisation=moved, calibration=calibration)
+        return replace(self, initialisation=moved, scope=None if self.scope is None else self.scope.to(device))
 
     @cached_property
     def digest(self) -> str:
         """Sha256 over all of it; two of the same are one."""
         vectors = {} if self.index is None else self.index.vectors
         more = {"probe": self.probe, **{f"index.{name}": torch.from_numpy(value) for name, value in vectors.items()}}
-        if self.calibration.scope is not None:
-            more["scope"] = self.calibration.scope
+        if self.scope is not None:
+            more["scope"] = self.scope
         told: list[Any] = [asdict(part) for part in (self.encoder, self.lora, self.learner)]
         told += [self.weights_sha256, self.commit, self.prompt, self.first_token, self.record, self.versions]
         told += [self.index and self.index.classes, tensors_digest({**more, **self.initialisation.tensors()})]

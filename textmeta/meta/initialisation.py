@@ -16,7 +16,7 @@ from textmeta.encoder.lora import layer_of, zero_start
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.heads import HEADS
 
-__all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings"]
+__all__ = ["LORA", "Adapt", "Initialisation", "LearnerSettings"]
 
 Adapt = Literal["none", "pooling", "lora", "pooling+lora", "offset"]
 MAX_STEPS = 50
@@ -67,13 +67,6 @@ class LearnerSettings:
         one_of("adapt, of what this adapter has learned,", adapt, [None, *sorted(learned)])
         steps = self.steps if steps is None else whole_number("steps", steps, 0, self.steps)
         return replace(self, adapt=adapt or self.adapt, steps=steps)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What is set after training, by other means than its gradients."""
-
-    scope: Tensor | None = None  # (8,) rule of heads.scope.scope_probability; None where none was fitted
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ class MetaTrainer:
         outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
         if outside:
             rule = fit_calibration(TaskLearner(reader, adapter), outside, "calibration" if main else None)
-            adapter = replace(adapter, calibration=rule)
+            adapter = replace(adapter, scope=rule)
         return adapter
 
     def _fingerprint(

@@ -28,7 +28,7 @@ from textmeta.errors import AdapterError, HubError
 from textmeta.files import destination, is_folder, read_json
 from textmeta.hub import HubAccess, check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
-from textmeta.meta.initialisation import LORA, Adapt, Calibration, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import LORA, Adapt, Initialisation, LearnerSettings
 from textmeta.meta.learner import LearnedTask
 from textmeta.meta.shared import shared
 from textmeta.sharing.card import is_edited, model_card
@@ -141,8 +141,8 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
     init, index = adapter.initialisation, adapter.index
     others = {name: value for name, value in init.tensors().items() if not name.startswith(LORA)}
     others[PROBE] = adapter.probe
-    if adapter.calibration.scope is not None:
-        others[SCOPE] = adapter.calibration.scope
+    if adapter.scope is not None:
+        others[SCOPE] = adapter.scope
     if index is not None and index.classes:
         vectors = torch.from_numpy(np.concatenate([index.vectors[corpus] for corpus in index.classes]))
         others[INDEX] = (BYTE * vectors / vectors.abs().amax(1, keepdim=True)).nan_to_num().round().to(torch.int8)
@@ -287,8 +287,8 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
         lora=meta.lora,
         learner=meta.learner,
         initialisation=init,
-        calibration=Calibration(scope),
         probe=probe,
+        scope=scope,
         commit=meta.encoder_commit,
         index=None if meta.index is None or vectors is None else _index(meta.index, vectors, path),
         record=meta.record,
