@@ -59,11 +59,9 @@ def soft_labelled_ridge(
 
 
 def soft_labels(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return probabilities p (T, r, C) and confidence 1 - H(p) / log C (T, r), from 0 to 1.
+    """Return probabilities p (T, r, C) and confidence 1 - H(p) / log C (T, r), from 0 to 1, of logits (T, r, C).
 
-    Args:
-        logits: (T, r, C).
-        classes: (T, C) bool, the classes that a task has.
+    ``classes`` (T, C) says which a task has.
     """
     logs = log_softmax(logits.masked_fill(~classes[:, None], -torch.inf), -1).masked_fill(~classes[:, None], 0.0)
     probabilities = logs.exp() * classes[:, None].to(logs)
@@ -73,13 +71,6 @@ def soft_labels(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unlabelled_weight(coefficients: Tensor, shots: Tensor, examples: Examples, number: Tensor) -> Tensor:
-    """Return (T,) ρ, with log ρ = r₀ + r₁ log(1 + k) + r₂ log(1 + r / (n + C)), for r unlabelled texts.
-
-    Args:
-        coefficients: (3,) r₀ … r₂.
-        shots: (T,) log(1 + k).
-        examples: of the T tasks.
-        number: (T,) r.
-    """
+    """Return (T,) ρ, with log ρ = r₀ + r₁ log(1 + k) + r₂ log(1 + r / (n + C)), for r (T,) unlabelled texts."""
     crowd = (number / (examples.total + examples.classes.to(number).sum(1))).log1p()
     return (coefficients @ torch.stack([torch.ones_like(shots), shots, crowd.to(shots)])).exp()
