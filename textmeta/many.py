@@ -30,10 +30,6 @@ def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str])
     They share it if they have the same adapter, encoder, ``max_length``, device and precision. Where LoRA itself is
     adapted to the task (``adapt="lora"``), a classifier reads by itself.
 
-    Args:
-        classifiers: fitted.
-        texts: as for ``predict``.
-
     Raises:
         NotFittedError: if a classifier has not been fitted.
         DataError: if one is no FewShotClassifier, or a text is no string.

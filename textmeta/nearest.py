@@ -43,23 +43,17 @@ def similarity(one: TaskEmbedding, two: TaskEmbedding) -> float:
     """Return how alike two tasks are: 1 for the same classes, about 0 for tasks that have nothing in common.
 
     Each class of one task is paired with a class of the other, no class twice, so that the sum of the cosines of their
-    vectors is largest. The sum is divided by the larger number of classes.
+    vectors is largest. The sum is divided by the larger number of classes. Both are the ``task_embedding_`` of
+    classifiers with the same adapter; DataError if they are of other encoders.
 
     Source: Kuhn (1955), "The Hungarian method for the assignment problem".
-
-    Args:
-        one: ``task_embedding_`` of a fitted classifier.
-        two: that of another with the same adapter, and any number of classes. DataError if it is of another encoder.
     """
     cosines = _best_pairs(one.classes, two.classes)[2]
     return float(cosines.sum()) / max(len(one.classes), len(two.classes))
 
 
 def nearest_tasks(index: ClassIndex, embedding: TaskEmbedding, count: int = 3) -> list[KnownTask]:
-    """Return of each corpus in an index the part that is most like a task, the nearest first, and at most ``count``.
-
-    DataError if the task was learned with another encoder.
-    """
+    """Return of each corpus in an index the part most like a task, the nearest first, at most ``count``."""
     found = []
     for corpus, names in index.classes.items():
         rows, columns, cosines = _best_pairs(embedding.classes, index.vectors[corpus])

@@ -55,9 +55,9 @@ class PredictsTexts:
         return np.asarray(self._answer(texts, "logits")[1].log_softmax(-1))
 
     def decision_function(self, texts: Iterable[str]) -> np.ndarray:
-        """Return (n, classes) float64 scores, of which the probabilities are the softmax; of two classes (n,).
+        """Return (n, classes) float64 scores, of which the probabilities are the softmax.
 
-        Of two classes it is how far the second is above the first, as scikit-learn has it.
+        Of two classes (n,), how far the second is above the first, as scikit-learn has it.
         """
         logits = np.asarray(self._answer(texts, "logits")[1])
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
@@ -70,8 +70,8 @@ class PredictsTexts:
     def predict_stream(self, texts: Iterable[str], k: int = 1, *, total: int | None = None) -> Iterator[Top]:
         """Yield what :meth:`predict_top` returns of each text, in order and as asked for: of any number of texts.
 
-        ``batch_size`` texts are read ahead and in memory. All answers are of the task that is fitted at the call. A
-        text that is cut, or hardly known, is warned of once, with the first batch that has one.
+        ``batch_size`` texts are read ahead. All answers are of the task that is fitted at the call. A text that is cut,
+        or hardly known, is warned of once, with the first batch that has one.
 
         Args:
             texts: also a generator, without end even.

@@ -58,10 +58,6 @@ class OnnxClassifier(PredictsTexts, TextTokenizer):
         errors: what half of a character in a text does: "raise" an error, or "replace" it.
         progress: whether a bar is shown where predicting takes long.
 
-    Attributes:
-        classes: the labels.
-        classes_: the same as an array.
-
     Raises:
         AdapterError: if the folder holds none, is damaged, or its graph cannot be run.
     """
@@ -128,8 +124,7 @@ def text_batches(
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
     """Yield texts of similar length: their numbers, then ids and mask (rows, length), and each row's place among them.
 
-    Args:
-        windows: token ids of each text: one row, or several.
+    Of each text ``windows`` has the token ids: one row, or several.
     """
     for numbers in length_buckets([sum(map(len, own)) for own in windows], OVERHEAD):
         rows = [(place, ids) for place, number in enumerate(numbers) for ids in windows[number]]

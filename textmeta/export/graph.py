@@ -50,11 +50,8 @@ Learn = Callable[[TaskLearner], LearnedTask]
 def write_onnx(folder: str | Path, fitted: Fitted, learner: TaskLearner, learn_by: Learn | None = None) -> None:
     """Write a fitted task with its encoder as one graph, in place of what was in the folder.
 
-    Args:
-        folder: where to.
-        fitted: the task.
-        learner: that it was learned by, in float32.
-        learn_by: for a graph of int8 numbers, what learns the task anew by another learner.
+    The learner is that of the task, in float32; ``learn_by``, for a graph of int8 numbers, learns the task anew by
+    another.
 
     Raises:
         AdapterError: if the folder cannot be replaced, or the graph is too large.
@@ -90,12 +87,8 @@ def write_onnx(folder: str | Path, fitted: Fitted, learner: TaskLearner, learn_b
 def states_graph(reader: TokenStateReader, factors: Mapping[str, Tensor]) -> onnx.ModelProto:
     """Return the graph from ``input_ids`` and ``attention_mask`` (rows, length) to ``states`` (rows, V, length, d).
 
-    Args:
-        reader: of the states.
-        factors: LoRA's, (out, in), which are folded into the weights.
-
-    Raises:
-        EncoderError: if the encoder cannot be exported, or the graph makes other states than PyTorch.
+    LoRA's factors (out, in) are folded into the weights. EncoderError if the encoder cannot be exported, or the graph
+    makes other states than PyTorch.
     """
     encoder, module, random = reader.encoder, _States(reader), torch.Generator().manual_seed(0)
     most = encoder.settings.max_length
@@ -141,15 +134,12 @@ def quantized(graph: onnx.ModelProto, encoder: Encoder) -> onnx.ModelProto:
 
 
 def _level(graph: onnx.GraphProto, run: Callable[[list[str]], list[list[np.ndarray]]]) -> None:
-    """Scale down those few channels of a product's input that are far larger than all others, in place.
+    """Scale down those few channels of a product's input that are far larger than all others, and up their weights.
 
-    They would leave the others few of 256 steps. Their weights are scaled up.
+    They would leave the others few of 256 steps. In place; the graph has one output, and ``run`` gives of some texts
+    what it makes under these names.
 
     Source: Xiao et al. (2023), "SmoothQuant", section 4.
-
-    Args:
-        graph: with one output.
-        run: gives of some texts what the graph makes under these names.
     """
     weights = {own.name: own for own in graph.initializer}
     uses = Counter(name for node in graph.node for name in node.input)
@@ -249,18 +239,14 @@ class _Head(nn.Module):
 
 def _exported(module: nn.Module, given: tuple[Tensor, ...], inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
     """Return the graph of a module, with its constants among the weights, where they are quantized, too."""
-    names = {
-        "input_names": inputs,
-        "output_names": outputs,
-        "dynamic_axes": {n: AXES.get(n, TEXTS) for n in inputs + outputs},
-    }
     exporter: Any = torch.onnx
-    file = io.BytesIO()
+    names = {"input_names": inputs, "output_names": outputs}
+    file, axes = io.BytesIO(), {name: AXES.get(name, TEXTS) for name in inputs + outputs}
     with warnings.catch_warnings(), attention_by(_exported_attention):
         warnings.simplefilter("ignore")  # what a trace gets wrong shows in the comparison
         exporter.register_custom_op_symbolic("aten::index_add", _index_add, OPSET)
         try:  # the newer exporter takes ten times as long, and makes no other graph
-            exporter.export(module, given, file, opset_version=OPSET, dynamo=False, **names)
+            exporter.export(module, given, file, dynamic_axes=axes, opset_version=OPSET, dynamo=False, **names)
         finally:
             exporter.unregister_custom_op_symbolic("aten::index_add", OPSET)
     made = onnx.load_from_string(file.getvalue())

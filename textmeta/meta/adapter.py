@@ -49,7 +49,7 @@ class Adapter:
 
     Args:
         encoder: which one, and how long texts may be.
-        weights_sha256: of its weights (:func:`~textmeta.encoder.pretrained.weights_digest`).
+        weights_sha256: of its weights (:func:`~textmeta.encoder.pretrained.tensors_digest`).
         lora: of the adapter.
         learner: how tasks are learned.
         initialisation: what was learned by gradient: where tasks start.

@@ -31,12 +31,7 @@ class TaskEmbedding:
 
 
 def task_embedding(task: LearnedTask, labels: tuple[Label, ...]) -> TaskEmbedding:
-    """Return the embedding of a single learned task.
-
-    Args:
-        task: T = 1.
-        labels: its classes.
-    """
+    """Return the embedding of a single learned task, T = 1, by the labels of its classes."""
     return TaskEmbedding(
         classes=task.class_vectors[0].float().cpu().numpy(),
         labels=labels,
