@@ -147,14 +147,8 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
     def add_class(self, label: Label, examples: Iterable[str] = (), *, name: str | None = None) -> Self:
         """Learn anew with one more class, from examples, a name, or both.
 
-        Args:
-            label: of the class.
-            examples: of it.
-            name: what it is called; by default the label, where labels are read.
-
-        Raises:
-            DataError: if it is a class already, has neither examples nor a name, or lacks a name that the others have.
-            AdapterError: as in :meth:`partial_fit`.
+        The name is by default the label, where labels are read. DataError if the label is a class already, has neither
+        examples nor a name, or lacks a name that the others have; AdapterError as in :meth:`partial_fit`.
         """
         self._now()
         [label] = checked_labels([label], "add_class, label")
@@ -174,9 +168,7 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
     def remove_class(self, label: Label) -> Self:
         """Learn anew without a class and its examples.
 
-        Raises:
-            DataError: if there is no such class, or fewer than two would be left.
-            AdapterError: as in :meth:`partial_fit`.
+        DataError if there is no such class, or fewer than two would be left; AdapterError as in :meth:`partial_fit`.
         """
         with self._lock:
             before, [label] = self._inputs(), checked_labels([label], "remove_class, label")
@@ -201,11 +193,7 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
         return np.array([f"layer{layer}_{number}" for layer in layers for number in range(size)], dtype=object)
 
     def nearest_tasks(self, count: int = 3) -> list[KnownTask]:
-        """Return which of the corpora that the adapter was trained on the fitted task is most like, the nearest first.
-
-        Args:
-            count: how many corpora, each with its classes that are most like these.
-        """
+        """Return of each training corpus the classes most like this task's, the ``count`` nearest corpora first."""
         index = self._adapter.index
         if index is None:
             raise AdapterError("this adapter has no index of the classes that it was trained on")
@@ -214,14 +202,14 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
     def export_onnx(self, folder: str | Path, *, int8: bool = False) -> None:
         """Write the fitted task with its encoder as one graph of ONNX, with its tokenizer, to a folder.
 
-        ``from_pretrained(folder, backend="onnx")`` predicts by it; so does anything else that runs ONNX, from token
-        ids ``input_ids`` and ``attention_mask`` (rows, length) to ``logits`` (texts, classes) in the order of
-        ``classes_``, and ``scope`` (texts,). It needs the extra ``onnx``.
+        ``from_pretrained(folder, backend="onnx")`` predicts by it; so does anything else that runs ONNX, from token ids
+        ``input_ids`` and ``attention_mask`` (rows, length) to ``logits`` (texts, classes) in the order of ``classes_``,
+        and ``scope`` (texts,). It needs the extra ``onnx``.
 
         Args:
-            folder: where to; replaced as a whole, or not at all (AdapterError).
-            int8: whether the encoder's matrix products are of int8 numbers: about twice as fast, probabilities move
-                by a few hundredths. The task is learned anew on what they make, for which its texts must be there.
+            folder: where to; replaced as a whole, or not at all.
+            int8: whether the encoder's matrix products are of int8 numbers: about twice as fast, probabilities move by
+                a few hundredths. The task is learned anew on what they make, for which its texts must be there.
 
         Raises:
             AdapterError: if the folder cannot be written, or the texts are not there.
@@ -257,8 +245,8 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
     def name_weight_(self) -> float:
         """How much names of classes count in an answer: 0 where none are read, 1 where there is nothing else.
 
-        It is their share of the two factors that answers are made with, of likeness to the names and of the examples'
-        scores. Names that tell the examples well come to some 0.4, those of other classes to 0.
+        It is their share of the two factors, of likeness to the names and of the examples' scores. Names that tell the
+        examples well come to some 0.4, those of other classes to 0.
         """
         task = self._now().task
         by_name, by_examples = float(task.name_scale[0]), float(task.scale[0] * task.weights.any())
@@ -268,19 +256,19 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
     def cv_accuracy_(self) -> float | None:
         """Share of the examples that are told right by others, in at most ten folds; None where there are no folds.
 
-        An estimate for further texts of the same source, made when it is first asked for, by reading the examples once
-        more. It is low where examples are few, for folds leave fewer of them to learn from, and names, unlabelled
-        texts, weights and inner steps are left out; high where examples are near-copies of one another, or easier than
-        the texts to come. Classes with one example take no part, and there must be two others.
+        An estimate for further texts of the same source, for which the examples are read once more. It is low where
+        they are few, for folds leave fewer to learn from, and names, unlabelled texts, weights and inner steps are left
+        out; high where they are near-copies of one another, or easier than the texts to come. Classes with one example
+        take no part, and there must be two others.
         """
         return self._left_out().accuracy
 
     def suspect_labels(self) -> list[SuspectLabel]:
         """Return the examples that the others tell to be of another class than they were labelled, the surest first.
 
-        They are told as for :attr:`cv_accuracy_`; ``row`` counts the examples as they were given, without those that
-        count 0; ``text`` is None where token states were saved in its place. The first are worth a look, the last are
-        hard examples. DataError where there are no two classes with two examples.
+        They are told as for :attr:`cv_accuracy_`; ``row`` counts the examples as given, without those that count 0;
+        ``text`` is None where token states were saved in its place. The first are worth a look, the last are hard
+        examples. DataError where there are no two classes with two examples.
         """
         found = self._left_out()
         if found.accuracy is None:
