@@ -39,9 +39,9 @@ class MixedEpisodes:
     """Draws mixed episodes. Episode ``i`` is a pure function of (corpora, seed, i).
 
     They differ in ways, shots, names, unlabelled texts and queries of other classes; the constants above say how. Each
-    first draws its corpus, all equally likely. Texts that a corpus has in two classes are left out, and so are
-    classes with too few other texts. Names, queries of other classes, and unlabelled texts have random numbers of
-    their own: neither share changes another text of an episode, but names may take support texts away.
+    first draws its corpus, all equally likely. Texts that a corpus has in two classes are left out, and so are classes
+    with too few other texts. Names, queries of other classes, and unlabelled texts have random numbers of their own:
+    neither share changes another text of an episode, but names may take support texts away.
 
     Args:
         corpora: restricted to the classes that may be drawn; DataError if one has fewer than two of enough texts.

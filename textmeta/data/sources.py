@@ -28,11 +28,7 @@ FOR_A_FILE = f". For a local file, give a path that ends in {', '.join(OTHERS)} 
 
 
 def read_file(settings: CorpusSettings) -> datasets.Dataset:
-    """Read a JSON, JSON Lines, CSV, TSV or Parquet file, by its ending.
-
-    Raises:
-        DataError: if there is no such file, it is empty, or cannot be read.
-    """
+    """Read a JSON, JSON Lines, CSV, TSV or Parquet file, by its ending; DataError if it is empty, or cannot be read."""
     path = Path(at_home(settings.dataset))
     if not path.is_file():
         raise DataError(f"no such file: {path}")
@@ -65,11 +61,8 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
 def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Read a split of a dataset; return its rows, and commit and licence, as far as these are known.
 
-    Of a Hub that does not answer, what `datasets` has in its cache.
-
-    Raises:
-        DataError: no such dataset, configuration, split or column, no right to it, no answer and not in the cache, or a
-            dataset that needs a script of its own.
+    Of a Hub that does not answer, what `datasets` has in its cache. DataError: no such dataset, configuration, split or
+    column, no right to it, no answer and not in the cache, or a dataset that needs a script of its own.
     """
     dataset, config, split = settings.dataset, settings.config, settings.split
     path = Path(at_home(dataset))
