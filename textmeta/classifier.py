@@ -142,7 +142,7 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
         names = {label: readable_name(label) for label in known} if all(map(is_word, known)) else {}
         with self._lock:
             before = self._inputs() if self.__sklearn_is_fitted__() else FitInputs(names=names)
-            return self._learn("partial_fit", before.joined(examples), given)
+            return self._learn("partial_fit", replace(before, examples=(*before.examples, *examples)), given)
 
     def add_class(self, label: Label, examples: Iterable[str] = (), *, name: str | None = None) -> Self:
         """Learn anew with one more class, from examples, a name, or both.
@@ -163,7 +163,8 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
                 name = readable_name(str(label))
             if name is not None:
                 before = replace(before, names={**(before.names or {}), label: name})
-            return self._learn("add_class", before.joined([(text, label, 1.0) for text in texts]), texts)
+            more = tuple((text, label, 1.0) for text in texts)
+            return self._learn("add_class", replace(before, examples=before.examples + more), texts)
 
     def remove_class(self, label: Label) -> Self:
         """Learn anew without a class and its examples.

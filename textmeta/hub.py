@@ -61,9 +61,8 @@ def fetch_snapshot(
     """Bring the files of a model repository at one commit into the cache; return the folder, named after the commit.
 
     Offline, or where the Hub does not answer, what is in the cache is taken; what is there is downloaded again if that
-    is forced. No other files are downloaded than those of the patterns, in the manner of a shell, which are not to be
-    ignored. HubError if there is no such repository or revision, or no right to it, HubUnreachableError if there is
-    neither an answer nor a copy in the cache.
+    is forced. Patterns are those of a shell. HubError if there is no such repository or revision, or no right to it,
+    HubUnreachableError if there is neither an answer nor a copy in the cache.
     """
     check_revision(revision)
     access, silence, waits = access or HubAccess(), None, iter(WAITS)

@@ -45,37 +45,21 @@ class ClassIndex:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What meta-training makes, and a classifier takes. It is never changed: a copy is the adapter itself.
-
-    Args:
-        encoder: which one, and how long texts may be.
-        weights_sha256: of its weights (:func:`~textmeta.encoder.pretrained.tensors_digest`).
-        lora: of the adapter.
-        learner: how tasks are learned.
-        initialisation: what was learned by gradient: where tasks start.
-        scope: (8,) rule of :func:`~textmeta.heads.scope.scope_probability`, set after training; None where none was.
-        probe: (3, V·d), what the encoder made of some texts, to know it by (:func:`probe`).
-        commit: of the encoder's repository, where it came from the Hub.
-        index: of the classes that it was trained on, where it has one.
-        record: how it was trained.
-        versions: of the libraries that it was made with.
-        prompt: what is put before each text.
-        first_token: whether the last view is the state of the first token alone, not pooled.
-    """
+    """What meta-training makes, and a classifier takes. It is never changed: a copy is the adapter itself."""
 
     encoder: EncoderSettings
-    weights_sha256: str
+    weights_sha256: str  # of the encoder
     lora: LoraSettings
     learner: LearnerSettings
-    initialisation: Initialisation
-    probe: Tensor
-    scope: Tensor | None = None
-    commit: str | None = None
-    index: ClassIndex | None = None
-    record: Mapping[str, Any] = field(default_factory=dict)
+    initialisation: Initialisation  # what was learned by gradient: where tasks start
+    probe: Tensor  # (3, V·d), what the encoder made of some texts, to know it by
+    scope: Tensor | None = None  # (8,) rule of heads.scope.scope_probability, set after training; None where none was
+    commit: str | None = None  # of the encoder's repository, where it came from the Hub
+    index: ClassIndex | None = None  # of the classes that it was trained on
+    record: Mapping[str, Any] = field(default_factory=dict)  # how it was trained
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
-    prompt: str = ""
-    first_token: bool = False
+    prompt: str = ""  # what is put before each text
+    first_token: bool = False  # whether the last view is the state of the first token alone, not pooled
 
     @classmethod
     def of(cls, reader: TokenStateReader, learner: LearnerSettings, initialisation: Initialisation) -> "Adapter":
@@ -104,12 +88,8 @@ class Adapter:
     ) -> TokenStateReader:
         """Load the encoder that this adapter belongs to, and return what reads its token states.
 
-        Args:
-            device: where it runs.
-            precision: "no" for float32, or "bf16".
-            model: where to load it from, if not from the id or folder that the adapter names.
-            access: how the Hub is reached.
-            pretrained: what :meth:`load_encoder` has returned, if it was called.
+        Precision is "no" for float32, or "bf16"; ``model`` is where to load it from, if not from the id or folder that
+        the adapter names; ``pretrained`` what :meth:`load_encoder` has returned, if it was called.
 
         Raises:
             AdapterError: if its weights are not those that the adapter was trained on, or it makes other features.

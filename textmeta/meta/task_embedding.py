@@ -12,22 +12,13 @@ __all__ = ["TaskEmbedding", "task_embedding"]
 
 @dataclass(frozen=True, eq=False)
 class TaskEmbedding:
-    """What a support set says before any inner step.
+    """What a support set says before any inner step."""
 
-    Args:
-        classes: (C, d) float32, of length 1: the mean of each class's texts in the last view, not centred, and where a
-            class has no example, of its name.
-        labels: the C classes, in the order of the rows.
-        view_nll: (V,) how hard the classes are to tell apart in each view: NLL of left-out examples, in nats.
-        name_evidence: how much better than chance the names tell the examples, in nats; 0 without names.
-        shots: examples a class, on average.
-    """
-
-    classes: np.ndarray
-    labels: tuple[Label, ...]
-    view_nll: np.ndarray
-    name_evidence: float
-    shots: float
+    classes: np.ndarray  # (C, d) float32, of length 1: mean of a class's texts in the last view, or its name where none
+    labels: tuple[Label, ...]  # of the classes
+    view_nll: np.ndarray  # (V,) how hard the classes are to tell in each view: NLL of left-out examples, in nats
+    name_evidence: float  # how much better than chance the names tell the examples, in nats; 0 without names
+    shots: float  # examples a class, on average
 
 
 def task_embedding(task: LearnedTask, labels: tuple[Label, ...]) -> TaskEmbedding:

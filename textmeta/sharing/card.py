@@ -27,12 +27,7 @@ Content = Mapping[str, Any]
 
 
 def model_card(adapter: Content, classifier: Content | None = None) -> str:
-    """Return the model card, Markdown with the Hub's metadata block.
-
-    Args:
-        adapter: content of ``textmeta.json``.
-        classifier: of a fitted classifier, content of ``classifier.json``.
-    """
+    """Return the model card, Markdown with the Hub's metadata block, of the content of an adapter's JSON files."""
     text = _filled("card.md", adapter, classifier, name=PLACEHOLDER)
     return text + SIGNATURE + _digest(text)
 

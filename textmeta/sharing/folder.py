@@ -94,11 +94,8 @@ def read_adapter_files(folder: Path, repo_id: str | None = None) -> dict[str, by
 def read_folder(folder: Path, known: Collection[str] | None = None, repo_id: str | None = None) -> dict[str, bytes]:
     """Read every file that a folder's manifest lists, name to content, checked against its hash; nothing is written.
 
-    A folder in the Hub's cache may hold links to the cache's own files; any other link out of the folder is refused.
-
-    Raises:
-        AdapterError: if anything is missing or not what was written, leads out of the folder, can run code, or is not
-            among the known names, if these are given.
+    A folder in the Hub's cache may hold links to the cache's own files. AdapterError if anything is missing or not what
+    was written, leads elsewhere out of the folder, can run code, or is not among the known names, if these are given.
     """
     folder = folder.resolve()
     for _ in range(TRIES):
@@ -208,15 +205,11 @@ def _allowed_parents(source: Path, target: Path) -> Iterator[Path]:
 def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[str] = frozenset()) -> None:
     """Write files into a folder, in place of those of its old manifest, so that a crash leaves the old or the new.
 
-    The new folder is written and synced beside the old one, the old one set aside, the new one renamed into place,
-    and the old one removed. What a crash between the renames set aside, :func:`read_folder` reads where it lies.
-    Other files in the folder (a checkpoint, results, a user's own) are carried over.
-
-    The manifest leaves out ``unlisted`` names, because people may edit these files.
-
-    Raises:
-        AdapterError: see :func:`check_destination`; or the folder holds what cannot be carried over, or the disk is
-            full or refuses.
+    The new folder is written and synced beside the old one, the old one set aside, the new one renamed into place, and
+    the old one removed. What a crash between the renames set aside, :func:`read_folder` reads where it lies. Other
+    files in the folder (a checkpoint, results, a user's own) are carried over. The manifest leaves out ``unlisted``
+    names, because people may edit these files. AdapterError as :func:`check_destination`; or if the folder holds what
+    cannot be carried over, or the disk is full or refuses.
     """
     folder = folder.resolve()
     check_destination(folder, files)

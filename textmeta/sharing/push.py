@@ -43,9 +43,8 @@ def push_adapter(
 ) -> CommitInfo:
     """Push an adapter, and a fitted classifier if there is one; ``base_model`` is its encoder's id on the Hub.
 
-    Without a ``base_model`` that is what the adapter says, which may be a folder of this machine. Everything goes in
-    one commit on top of the one that was looked at, so readers see the old adapter or the new one. Files of an earlier
-    adapter that the new one does not have are deleted; all else in the repository stays.
+    Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
+    Files of an earlier adapter that the new one does not have are deleted; all else in the repository stays.
 
     Raises:
         AdapterError: if the encoder is no id on the Hub, so that nobody else could load the adapter.

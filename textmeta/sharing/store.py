@@ -2,9 +2,9 @@
 
 ``adapter_config.json`` and ``adapter_model.safetensors`` are LoRA as PEFT has it, so that ``PeftModel.from_pretrained``
 loads it. The former follows from everything else in the folder, so loading compares it with what it must be: it can
-hold nothing that PEFT would act on, such as a module to import. ``textmeta.safetensors`` holds all other tensors by
-name, ``textmeta.json`` settings and record, and ``SHA256SUMS`` the hashes. A fitted classifier adds
-``classifier.safetensors`` and ``classifier.json``, and ``support.safetensors`` where token states are stored with it.
+hold nothing that PEFT would act on. ``textmeta.safetensors`` holds all other tensors by name, ``textmeta.json``
+settings and record, ``SHA256SUMS`` the hashes. A fitted classifier adds ``classifier.safetensors`` and
+``classifier.json``, and ``support.safetensors`` where token states are stored with it.
 """
 
 import json
@@ -122,10 +122,8 @@ class _Classifier(_Strict):
 def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = None) -> None:
     """Write an adapter folder in place of what was there; a crash leaves the old one or the new one, whole.
 
-    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``. Everybody who gets the
-    folder can read the names of the classes in the adapter's index, the labels of a fitted classifier, and what it was
-    learned from, if that is there. AdapterError if a value is not finite or cannot be stored, or the folder cannot be
-    replaced (:func:`~textmeta.sharing.folder.write_folder`).
+    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``. AdapterError if a value
+    is not finite or cannot be stored, or the folder cannot be replaced (:func:`~textmeta.sharing.folder.write_folder`).
     """
     folder = destination(folder)
     files = adapter_files(adapter, fitted)
@@ -237,8 +235,8 @@ def load_adapter(
 
     The same adapter is one object, however often it is loaded. Nothing in it is run or imported, and nothing outside
     its folder is read but the contents of the Hub's cache. Arguments and errors are those of
-    :func:`~textmeta.sharing.locate.read_located`; and ``encoder``, what the caller will load in place of the encoder
-    that the adapter names: one from the Hub that names a folder of this machine is refused without.
+    :func:`~textmeta.sharing.locate.read_located`; without ``encoder``, which the caller will load in place of the
+    adapter's, an adapter from the Hub that names a folder of this machine is refused.
     """
     files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
     adapter, fitted = _parse(files, where.folder)
