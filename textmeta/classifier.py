@@ -273,9 +273,7 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
         """
         found = self._left_out()
         if found.accuracy is None:
-            raise DataError(
-                "suspect_labels: examples are told by others: expected two of each of two classes, at least"
-            )
+            raise DataError("suspect_labels: expected two examples of two classes, at least: they are told by others")
         return found.suspects
 
     def _examples(
@@ -292,10 +290,8 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
         """Return what the classifier was fitted on."""
         inputs = self._task()[0].inputs
         if inputs is None:
-            raise AdapterError(
-                "this classifier was saved without its examples, so that it can be fitted, but not grow: save it with "
-                'include_support="texts", or "states", which are token states instead of texts'
-            )
+            told = "this classifier was saved without its examples, so that it can be fitted, but not grow"
+            raise AdapterError(f'{told}: save it with include_support="texts", or "states", which are no texts')
         return inputs
 
     def _learn(self, where: str, inputs: FitInputs, new: Sequence[str], by: TaskLearner | None = None) -> Self:

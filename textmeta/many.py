@@ -18,9 +18,8 @@ from textmeta.sharing.store import Fitted
 
 __all__ = ["predict_many"]
 
-_STACKED: weakref.WeakKeyDictionary[Reader, tuple[Sequence[weakref.ref[Fitted]], LearnedTask]] = (
-    weakref.WeakKeyDictionary()
-)
+Stack = tuple[Sequence[weakref.ref[Fitted]], LearnedTask]
+_STACKED: weakref.WeakKeyDictionary[Reader, Stack] = weakref.WeakKeyDictionary()
 MOST_TEXTS = 16384  # at once, times tasks: memory stays bounded
 
 

@@ -40,10 +40,9 @@ class EpisodeSettings:
             except (TypeError, ValueError):
                 low, high = 0, -1
             if not least <= low <= high:
-                raise SettingsError(
-                    f"{name} must be a number or a pair low <= high of at least {least}, given {getattr(self, name)!r}"
-                    + ("; 0 shots need label_names 1" if name == "shots" and low == 0 <= high else "")
-                )
+                told = f"a number or a pair low <= high of at least {least}, given {getattr(self, name)!r}"
+                more = "; 0 shots need label_names 1" if name == "shots" and low == 0 <= high else ""
+                raise SettingsError(f"{name} must be {told}{more}")
 
 
 def bounds(given: int | Sequence[int]) -> tuple[int, int]:

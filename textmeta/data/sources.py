@@ -49,9 +49,8 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
             if not datasets.are_progress_bars_disabled():  # of a moment's work
                 after.callback(datasets.enable_progress_bars)
                 datasets.disable_progress_bars()
-            return datasets.load_dataset(
-                builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-            )
+            options |= {"data_files": str(path), "cache_dir": cache, "keep_in_memory": True}
+            return datasets.load_dataset(builder, split="train", **options)
     except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
         cause = _root_cause(error)
         told = f"file has no rows: {path}" if "no data" in cause else f"cannot read {path} as {builder}: {cause}"
@@ -70,10 +69,8 @@ def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]
         sheet = "a sheet can be saved as CSV, with the texts in one column and their labels in another"
         raise DataError(f"cannot read {path}: expected a file that ends in {', '.join(OTHERS)} or {LAST}; {sheet}")
     if path.exists():
-        raise DataError(
-            f"there is a file or folder {dataset!r} here, so the dataset of that id on the Hub cannot be told from it: "
-            "start from another working folder, or give the path of a data file"
-        )
+        told = "from which the dataset of that id on the Hub cannot be told: start from another working folder"
+        raise DataError(f"there is a file or folder {dataset!r} here, {told}, or give the path of a data file")
     if settings.rows is not None and "[" in split:
         raise DataError(f"corpus {dataset!r}: with rows, a split must be a whole one, given {split!r}")
     where = f"dataset {dataset!r} (config {config}, split {split!r}, revision {settings.revision or 'main'})"

@@ -178,10 +178,8 @@ class Encoder(TextTokenizer):
         pretrained: Pretrained | None = None,
     ) -> None:
         if precision not in ("no", "bf16"):
-            raise SettingsError(
-                f"precision must be 'no' or 'bf16', given {precision!r}"
-                + (": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16"))
-            )
+            why = ": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16")
+            raise SettingsError(f"precision must be 'no' or 'bf16', given {precision!r}{why}")
         settings = settings or EncoderSettings()
         if is_folder(local := at_home(settings.model)):  # a relative path would look like an id on the Hub elsewhere
             settings = replace(settings, model=str(Path(local).resolve()))
@@ -328,8 +326,8 @@ def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Mod
             exact = False
     if exact and without_before:
         return prefix, suffix
-    logger.warning(
-        "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower",
-        type(model).__name__,
+    told = (
+        "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower"
     )
+    logger.warning(told, type(model).__name__)
     return None, model

@@ -83,18 +83,17 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, report = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-        )
+        safely = {"use_safetensors": True, "trust_remote_code": False}
+        model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **safely)
     except BaseException as error:  # the libraries raise anything, and a panic of their Rust parts is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".ckpt")))
-        raise EncoderError(
-            f"cannot load the encoder {name!r} (revision {revision}): {error}. Expected a folder with a transformers "
-            "model (safetensors) and its tokenizer, or the id of one on the Hub"
-            + (f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else "")
-        ) from error
+        told = (
+            "Expected a folder with a transformers model (safetensors) and its tokenizer, or the id of one on the Hub"
+        )
+        never = f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else ""
+        raise EncoderError(f"cannot load the encoder {name!r} (revision {revision}): {error}. {told}{never}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if shown:

@@ -230,9 +230,8 @@ class _Head(nn.Module):
         read = TokenStates(count, (StateBatch(text, states, mask.bool()),))
         reader: Any = SimpleNamespace(read=lambda *_: read)
         # one task, without padding
-        rows: Any = SimpleNamespace(
-            texts=(), row_task=torch.zeros(count, dtype=torch.long), pad=lambda flat: flat[None]
-        )
+        of_one = torch.zeros(count, dtype=torch.long)
+        rows: Any = SimpleNamespace(texts=(), row_task=of_one, pad=lambda flat: flat[None])
         found = TaskLearner(reader, self.adapter).answer(self.task, rows)
         return tuple(part[0] for part in (found.logits, found.scope) if part is not None)
 
@@ -279,9 +278,8 @@ class _Attention(torch.autograd.Function):
     def symbolic(g: Any, query: Any, key: Any, value: Any, scaling: float, heads: int) -> Any:
         joined, apart = (g.op("Constant", value_t=torch.tensor(shape)) for shape in ([0, 0, -1], [0, 0, heads, -1]))
         parts = (g.op("Reshape", part, joined) for part in (query, key, value))
-        return g.op(
-            "Reshape", g.op("com.microsoft::MultiHeadAttention", *parts, num_heads_i=heads, scale_f=scaling), apart
-        )
+        made = g.op("com.microsoft::MultiHeadAttention", *parts, num_heads_i=heads, scale_f=scaling)
+        return g.op("Reshape", made, apart)
 
 
 def _exported_attention(

@@ -145,9 +145,8 @@ def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:
     logits = (scale * scores).masked_fill(~examples.present[:, None, None], -torch.inf)
     logits = torch.where(folds.any[:, None, None, None], logits, 0.0)  # rows of -inf alone have no softmax
     own = (examples.weights > 0)[:, None] & folds.any[:, None, None]
-    chosen = log_softmax(logits, -1).gather(
-        -1, examples.member.argmax(-1)[:, None, :, None].expand(*own.shape[:1], scores.shape[1], -1, 1)
-    )
+    label = examples.member.argmax(-1)[:, None, :, None].expand(-1, scores.shape[1], -1, 1)
+    chosen = log_softmax(logits, -1).gather(-1, label)
     nll = mean_over_classes(-torch.where(own, chosen[..., 0], 0.0), examples).to(examples.weights.dtype)
     return torch.where(folds.any[:, None], nll, examples.classes.sum(1, keepdim=True).to(nll).log())
 

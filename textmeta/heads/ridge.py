@@ -37,10 +37,8 @@ def dual_coefficients(kernel: Tensor, targets: Tensor, weights: Tensor, penalty:
     """
     kernel, targets, weights, penalty = float64(kernel, targets, weights, penalty)
     roots = root(weights)
-    system = roots[..., :, None] * kernel * roots[..., None, :] + penalty * torch.eye(
-        kernel.shape[-1], dtype=kernel.dtype, device=kernel.device
-    )
-    factor = torch.linalg.cholesky(system)
+    identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+    factor = torch.linalg.cholesky(roots[..., :, None] * kernel * roots[..., None, :] + penalty * identity)
     return roots[..., None] * torch.cholesky_solve(roots[..., None] * targets, factor)
 
 

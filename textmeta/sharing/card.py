@@ -74,9 +74,8 @@ def _facts(adapter: Content, classifier: Content | None) -> dict[str, Any]:
     labels = [plain(label_from_json(label)) for label in (classifier or {}).get("classes", ())]
     support = classifier and classifier["support"]
     stored = len(support["examples"]) + len(support["unlabelled"]) if support else 0
-    known: list[dict[str, Any]] = [
-        {"name": plain(part["name"]), "classes": len(part["classes"])} for part in adapter["index"] or ()
-    ]
+    index = adapter["index"] or ()
+    known: list[dict[str, Any]] = [{"name": plain(own["name"]), "classes": len(own["classes"])} for own in index]
     own = {name: plain(value) for name, value in {**encoder, **adapter["lora"], **learner}.items()}
     return own | {
         "long_texts": {"cut": "cut at", "window": "read in windows of"}[encoder.get("long_texts", "cut")],

@@ -79,11 +79,9 @@ def read_adapter_files(folder: Path, repo_id: str | None = None) -> dict[str, by
         found = FORMAT  # whatever is wrong will be found, and named, in its turn
     # first of all: that another version has other files, too, would else be called damage
     if type(found) is not int or found != FORMAT:
-        newer = type(found) is int and found > FORMAT
-        raise AdapterError(
-            f"{folder / META} has format version {found!r:.40}, this textmeta reads {FORMAT}: the adapter was "
-            f"made by {'a newer textmeta' if newer else 'textmeta 0.1: train it again'}"
-        )
+        maker = "a newer textmeta" if type(found) is int and found > FORMAT else "textmeta 0.1: train it again"
+        told = f"format version {found!r:.40}, this textmeta reads {FORMAT}: the adapter was made by {maker}"
+        raise AdapterError(f"{folder / META} has {told}")
     files = read_folder(folder, ADAPTER_FILES, repo_id)
     required = ADAPTER_FILES - {SUPPORT} if files.keys() - REQUIRED else REQUIRED
     for name in sorted(required - files.keys()):
@@ -148,10 +146,8 @@ def _read_checked(folder: Path, known: Collection[str] | None, repo_id: str | No
 def _check_no_code(folder: Path, names: Iterable[str]) -> None:
     code = sorted(name for name in names if Path(name).suffix.lower() in CODE_ENDINGS)
     if code:
-        raise AdapterError(
-            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, "
-            "which is safetensors and JSON alone: remove it if you know what it is"
-        )
+        told = "has no place in an adapter, which is safetensors and JSON alone: remove it if you know what it is"
+        raise AdapterError(f"{folder / code[0]} is of a kind that can run code when it is loaded, and {told}")
 
 
 def _manifest(content: bytes, path: Path) -> dict[str, str]:

@@ -67,10 +67,9 @@ def _locate(
         logger.debug("%s comes with textmeta: %s", text, shipped)
         return Location(shipped / prefix, "shipped")
     if isinstance(name, Path) or not is_repo_id(text):
-        raise AdapterError(
-            f"no such adapter folder: {text:.200}; nor is it the id of a repository on the Hub (such as 'owner/name')"
-            + (f", which alone has revisions (given {revision!r:.80})" if revision is not None else "")
-        )
+        told = "nor is it the id of a repository on the Hub (such as 'owner/name')"
+        told += f", which alone has revisions (given {revision!r:.80})" if revision is not None else ""
+        raise AdapterError(f"no such adapter folder: {text:.200}; {told}")
     try:
         wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD, *OTHERS)]
         snapshot = None

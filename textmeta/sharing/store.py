@@ -50,6 +50,7 @@ from textmeta.sharing.support import FitInputs, StoredSupport, read_support, sto
 __all__ = ["Fitted", "adapter_files", "load_adapter", "read_model", "save_adapter", "write_json"]
 
 M = TypeVar("M", bound=BaseModel)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OLD_CARD = "README.old.md"
 PREFIX = "base_model.model."  # of LoRA's factors in PEFT
 PROBE, SCOPE, INDEX = "probe", "scope", "index"  # tensors beside those of the initialisation
@@ -111,9 +112,7 @@ class _Classifier(_Strict):
     support: StoredSupport | None
     adapt: Adapt | None = None  # a task without these three may be older than they are
     steps: Annotated[int, Field(ge=0)] | None = None
-    class_weight: Literal["balanced"] | list[tuple[Any, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] | None = (
-        "balanced"
-    )
+    class_weight: Literal["balanced"] | list[tuple[Any, Positive]] | None = "balanced"
 
 
 # Saving
@@ -242,10 +241,8 @@ def load_adapter(
     adapter, fitted = _parse(files, where.folder)
     model = adapter.encoder.model
     if encoder is None and where.kind == "hub" and (not is_repo_id(model) or is_folder(model)):
-        raise AdapterError(
-            f"the adapter in {where.folder} names {model!r:.80} as its encoder. It came from the Hub, and no folder of "
-            "this machine is opened because somebody else's adapter says so: name the encoder yourself"
-        )
+        told = "no folder of this machine is opened because somebody else's adapter says so: name the encoder yourself"
+        raise AdapterError(f"the adapter in {where.folder}, from the Hub, names {model!r:.80} as its encoder; {told}")
     return shared(adapter.digest, lambda: adapter), fitted
 
 
