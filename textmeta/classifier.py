@@ -274,7 +274,7 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
         found = self._left_out()
         if found.accuracy is None:
             raise DataError("suspect_labels: expected two examples of two classes, at least: they are told by others")
-        return found.suspects
+        return [*found.suspects]
 
     def _examples(
         self, where: str, texts: Any, labels: Any, sample_weight: Any
@@ -323,14 +323,13 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
 
     def _left_out(self) -> LeftOut:
         fitted, learner = self._task()
-        if fitted.inputs is None:
+        inputs = fitted.inputs
+        if inputs is None:
             raise NotFittedError("this classifier was saved without its examples, so they cannot be told: fit it again")
         if fitted not in _LEFT_OUT:
-            numbers = {label: number for number, label in enumerate(fitted.classes)}
-            support = [(text, numbers[label]) for text, label, _ in fitted.inputs.examples]
-            found = left_out(fitted.inputs.read_by(learner), support, fitted.classes)
-            shown = [(None if text in fitted.inputs.states else text, number) for text, number in support]
-            _LEFT_OUT[fitted] = replace(found, support=shown)
+            found = left_out(inputs.read_by(learner), inputs.examples, fitted.classes)
+            shown = [one._replace(text=None if one.text in inputs.states else one.text) for one in found.suspects]
+            _LEFT_OUT[fitted] = found._replace(suspects=shown)
         return _LEFT_OUT[fitted]
 
     def _answerer(self) -> tuple[Fitted, Callable[[list[str]], Answers]]:

@@ -88,7 +88,7 @@ def fetch_snapshot(
 def check_reachable(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> None:
     """Check that the Hub answers, whatever it says of a repository; HubUnreachableError after :data:`DEADLINE` seconds.
 
-    Its library waits without a limit in most places, behind a firewall that swallows packets for ever.
+    Its library waits without a limit in most places.
     """
     with clear_hub_errors(repo_id, revision, token=token):
         try:

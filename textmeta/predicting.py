@@ -88,10 +88,10 @@ class PredictsTexts:
         return self._stream(rows, k, total, self._answerer())
 
     def predict(self, texts: Iterable[str], *, reject: float | bool = False, outside: Any = None) -> np.ndarray:
-        """Return (n,) the most probable label of each text, as given to ``fit``.
+        """Return (n,) the most probable label of each text, as given to ``fit``; a string alone is one text.
 
         Args:
-            texts: n of them; a string alone is one.
+            texts: n of them.
             reject: whether to reject texts that seem to belong to none of the classes: those whose :meth:`scope_score`
                 is below this number; True is 0.5.
             outside: what is returned for these.

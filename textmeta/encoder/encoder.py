@@ -152,17 +152,6 @@ class Encoder(TextTokenizer):
         access: how the Hub is reached.
         pretrained: the transformer, if it has been loaded; its linear maps become those of this encoder.
 
-    Attributes:
-        first_token: whether a text's last view is the state of its first token alone.
-        hidden_size: length of a token's state.
-        total_layers: of the transformer.
-        frozen_layers: how many lie below the lowest LoRA; None where the model cannot be split there.
-        factor_shapes: shape of each LoRA factor by name.
-        weights_sha256: of the transformer's weights, without LoRA.
-        commit: of its repository, where it came from the Hub.
-        source: (model, revision) to load the same transformer from again.
-        overhead: what one more forward costs, in tokens of another: launches on a GPU cost more.
-
     Raises:
         EncoderError: if the model cannot be loaded or has no layers that can carry the adapter.
         SettingsError: if a setting does not fit it.
@@ -190,8 +179,8 @@ class Encoder(TextTokenizer):
         super().__init__(settings, tokenizer)
         if settings.long_texts == "window" and not self.tokenizer.is_fast:
             raise SettingsError(f"long_texts must be 'cut': the tokenizer of {settings.model} cannot cut in windows")
-        self.first_token = False
-        self.source = (settings.model, self.commit or settings.revision)
+        self.first_token = False  # whether a text's last view is the state of its first token alone
+        self.source = (settings.model, self.commit or settings.revision)  # to load the same transformer from again
         positions = most_tokens(model)
         if settings.max_length > positions:
             raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")
@@ -211,7 +200,8 @@ class Encoder(TextTokenizer):
             for module in model.get_submodule(layers_name).modules():
                 if type(module) is nn.Linear:
                     module.to(torch.bfloat16)
-        self.frozen_layers = None if self._prefix is None else first
+        self.frozen_layers = None if self._prefix is None else first  # below the lowest LoRA; None where not split
+        # what one more forward costs, in tokens of another: launches on a GPU cost more
         self.overhead = 128 if self.device.type == "cpu" else 4096
 
     def with_length(self, max_length: int) -> "Encoder":

@@ -1,7 +1,7 @@
 """Loading a pretrained transformer and its tokenizer, from a folder, the Hub, or the copy in the `demo` extra.
 
-An encoder may come from a stranger. ``trust_remote_code=False`` and ``use_safetensors=True`` leave some ways open,
-because a configuration can name other files: so files are checked before transformers reads them.
+An encoder may come from a stranger, and a configuration can name other files than ``trust_remote_code=False`` and
+``use_safetensors=True`` stop: so files are checked before transformers reads them.
 """
 
 import functools

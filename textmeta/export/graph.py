@@ -112,9 +112,9 @@ def states_graph(reader: TokenStateReader, factors: Mapping[str, Tensor]) -> onn
 
 
 def quantized(graph: onnx.ModelProto, encoder: Encoder) -> onnx.ModelProto:
-    """Return a graph of states whose products with weights are of int8 numbers: weights by column, inputs as a whole.
+    """Return a graph of states whose products with weights are of int8 numbers; the one that is given is used up.
 
-    Weights have 7 bits, because processors without VNNI add up products in 16. The graph that is given is used up.
+    Weights, by column, have 7 bits, because processors without VNNI add up products in 16; inputs have one scale.
     """
 
     def run(names: list[str]) -> list[list[np.ndarray]]:

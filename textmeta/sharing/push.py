@@ -25,10 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Destination:
-    """Where to push an adapter: the arguments of :meth:`~textmeta.classifier.FewShotClassifier.push_to_hub`.
-
-    If ``private`` is True, a new repository is made private, and one that is there already must be.
-    """
+    """Where to push an adapter: the arguments of :meth:`~textmeta.classifier.FewShotClassifier.push_to_hub`."""
 
     repo_id: str
     revision: str | None = None
