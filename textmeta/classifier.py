@@ -273,7 +273,7 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Adapte
         """
         found = self._left_out()
         if found.accuracy is None:
-            raise DataError("suspect_labels: expected two examples of two classes, at least: they are told by others")
+            raise DataError("suspect_labels: expected two of each of two classes, at least: they are told by others")
         return [*found.suspects]
 
     def _examples(

@@ -201,9 +201,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """Write the encoder with its LoRA merged, that of the fitted task if it has its own, as a sentence encoder.
 
         ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` load it without textmeta or PEFT.
-
-        Args:
-            folder: where to; must not exist, or be empty (AdapterError).
+        AdapterError if the folder holds anything.
         """
         factors = self._task()[0].task.factors if self.__sklearn_is_fitted__() else {}
         own = {name: value[0] for name, value in factors.items()} or self._adapter.initialisation.lora

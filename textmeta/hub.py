@@ -50,8 +50,8 @@ def fetch_snapshot(
 ) -> Path:
     """Bring the files of a model repository at one commit into the cache; return the folder, named after the commit.
 
-    Offline, or where the Hub does not answer, what is in the cache is taken; what is there is downloaded again if that
-    is forced. Patterns are those of a shell. HubError if there is no such repository or revision, or no right to it,
+    Patterns are those of a shell. Offline, or where the Hub does not answer, what is in the cache is taken; what is
+    there is downloaded again if that is forced. HubError if there is no such repository or revision, or no right to it,
     HubUnreachableError if there is neither an answer nor a copy in the cache.
     """
     check_revision(revision)

@@ -71,15 +71,13 @@ class PredictsTexts:
         """Yield what :meth:`predict_top` returns of each text, in order and as asked for: of any number of texts.
 
         ``batch_size`` texts are read ahead. All answers are of the task that is fitted at the call. A text that is cut,
-        or hardly known, is warned of once, with the first batch that has one.
+        or hardly known, is warned of once, with the first batch that has one. DataError, naming the row of the stream,
+        before an answer of its batch, if a text is no string.
 
         Args:
             texts: also a generator, without end even.
             k: how many labels of each.
             total: how many texts there are, for the bar, where ``len`` does not say it.
-
-        Raises:
-            DataError: naming the row of the stream, before an answer of its batch, if a text is no string.
         """
         k = whole_number("predict_stream: k", k, 1)
         given = [texts] if isinstance(texts, str) else texts

@@ -75,24 +75,13 @@ class CorpusSettings:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Labelled texts.
+    """Labelled texts; DataError, naming the row, if one is missing, empty or no string, or a label is out of range."""
 
-    Args:
-        name: what records and tables call it.
-        texts: n texts.
-        labels: (n,) int64, index into ``class_names``.
-        class_names: name of each class, unique.
-        source: where it came from: its settings but for defaults and this machine's folders; of a Hub dataset its
-            commit, and its licence where known.
-
-    Raises:
-        DataError: if a text is missing, empty or no string, or a label is out of range; the row is named.
-    """
-
-    name: str
+    name: str  # what records and tables call it
     texts: Sequence[str]
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+    labels: np.ndarray  # (n,) int64, index into class_names
+    class_names: tuple[str, ...]  # unique
+    # its settings but for defaults and this machine's folders; of a Hub dataset its commit, and its licence where known
     source: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -183,7 +172,8 @@ class Corpus:
             if column not in dataset.column_names:
                 told = f"has no column {column!r} ({role}); its columns are {dataset.column_names}"
                 raise DataError(f"corpus {name!r} {told}")
-        texts, labels = list(dataset[text_column]), list(dataset[label_column])
+        texts = checked_texts(dataset[text_column], f"corpus {name!r}, column {text_column!r}")
+        labels = list(dataset[label_column])
         class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel
         for row, label in enumerate(labels):
             # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers

@@ -74,15 +74,8 @@ class EpisodeSampler:
     """Draws episodes. Episode ``i`` is a pure function of (corpora, settings, seed, i).
 
     So any process can make any episode, in any order. With several corpora, each episode first draws its corpus, all
-    equally likely; its classes then come from that corpus alone.
-
-    Args:
-        corpora: one corpus or several, restricted to the classes that may be drawn.
-        settings: what episodes look like.
-        seed: of all draws.
-
-    Raises:
-        DataError: if a corpus has fewer than two classes, or a class fewer rows than the most shots and queries.
+    equally likely; its classes then come from that corpus alone. DataError if a corpus has fewer than two classes, or a
+    class fewer rows than the most shots and queries.
     """
 
     def __init__(self, corpora: Corpus | Sequence[Corpus], settings: EpisodeSettings, seed: int) -> None:

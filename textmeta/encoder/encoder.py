@@ -143,18 +143,10 @@ class TextTokenizer:
 class Encoder(TextTokenizer):
     """A frozen transformer with LoRA on its upper layers.
 
-    Args:
-        settings: which one, and how long texts may be.
-        lora: of the adapter.
-        device: where it runs; by default the CPU.
-        precision: "bf16" runs the transformer's matrix products in bfloat16 (autocast); weights with LoRA, its factors
-            and their gradients stay float32.
-        access: how the Hub is reached.
-        pretrained: the transformer, if it has been loaded; its linear maps become those of this encoder.
-
-    Raises:
-        EncoderError: if the model cannot be loaded or has no layers that can carry the adapter.
-        SettingsError: if a setting does not fit it.
+    In "bf16" its matrix products are in bfloat16 (autocast); weights with LoRA, its factors and their gradients stay
+    float32. A transformer that has been loaded (``pretrained``) is taken as it is: its linear maps become those of this
+    encoder. EncoderError if it cannot be loaded or has no layers that can carry LoRA; SettingsError if a setting does
+    not fit.
     """
 
     def __init__(
@@ -216,12 +208,8 @@ class Encoder(TextTokenizer):
         """Return the states (rows, length, hidden) that enter the frozen or the adapted layers, and after each of them.
 
         The adapted layers, all of a model that cannot be split, are run with the factors in use, on the last states of
-        the frozen ones. They are at least float32.
-
-        Args:
-            inputs: (rows, length) token ids, or states (rows, length, hidden).
-            mask: (rows, length) bool, True for tokens.
-            adapted: whether the layers with LoRA are run.
+        the frozen ones; else inputs are token ids (rows, length). The mask (rows, length) is True for tokens. States
+        are at least float32.
         """
         model = self._suffix if adapted else self._prefix
         assert model is not None, "the model is not split"

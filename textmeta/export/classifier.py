@@ -51,15 +51,8 @@ class _Meta(BaseModel):
 class OnnxClassifier(PredictsTexts, TextTokenizer):
     """A classifier that :meth:`~textmeta.FewShotClassifier.export_onnx` wrote: it predicts, and does no more.
 
-    Args:
-        folder: that was written.
-        threads: that a graph is run on; by default as many as PyTorch has.
-        batch_size: texts answered at once.
-        errors: what half of a character in a text does: "raise" an error, or "replace" it.
-        progress: whether a bar is shown where predicting takes long.
-
-    Raises:
-        AdapterError: if the folder holds none, is damaged, or its graph cannot be run.
+    Settings are those of :class:`~textmeta.FewShotClassifier`, and ``threads`` that the graph is run on, by default as
+    many as PyTorch has. AdapterError if the folder holds none, is damaged, or its graph cannot be run.
     """
 
     def __init__(

@@ -51,11 +51,8 @@ def write_onnx(folder: str | Path, fitted: Fitted, learner: TaskLearner, learn_b
     """Write a fitted task with its encoder as one graph, in place of what was in the folder.
 
     The learner is that of the task, in float32; ``learn_by``, for a graph of int8 numbers, learns the task anew by
-    another.
-
-    Raises:
-        AdapterError: if the folder cannot be replaced, or the graph is too large.
-        EncoderError: if the encoder cannot be exported.
+    another. AdapterError if the folder cannot be replaced, or the graph is too large; EncoderError if the encoder
+    cannot be exported.
     """
     check_destination(folder := destination(folder), {GRAPH})
     reader: Any = learner.reader

@@ -55,15 +55,8 @@ def left_out_scores(
     """Return (T, M, n, C) float64: of each example the scores by ridge regressions that have not seen its fold.
 
     Centre and weights are made anew from what stays; an example of no fold has scores of 0. By default there is a
-    regression on each view alone, M = V.
-
-    Args:
-        views: (T, n, V, d) of length 1, not centred.
-        folds: of the T tasks.
-        prior: (V, d) μ.
-        strength: () n₀.
-        penalty: () λ.
-        mixed: (T, V) weights of the views in one regression, M = 1.
+    regression on each view alone, M = V; with ``mixed`` (T, V), the weights of the views, one, M = 1. Views (T, n, V,
+    d) are of length 1, not centred; μ is the prior (V, d), n₀ the strength (), λ the penalty ().
     """
     views, prior, strength, penalty = float64(views, prior, strength, penalty)
     mixed = None if mixed is None else float64(mixed)[0]

@@ -19,11 +19,8 @@ def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -
     p_ℓ(x) = Σ_t softmax_t(q_ℓ · ĥ_ℓt / √d) h_ℓt with ĥ = h / √(mean(h²) + 1e-6), then u = p / √(|p|² + 1e-12). A query
     of zeros is mean pooling. Of a text that is read in windows p is the mean of theirs.
 
-    Queries (V, d) are the same for all texts. Of queries (T, V, d), one a task, each text is pooled by that of its
-    ``row_task`` (N,) int64, or by all.
-
-    Returns:
-        (N, V, d); (T, N, V, d) where each text is pooled by all tasks' queries.
+    Queries are (V, d) for all texts, or (T, V, d), one a task: then each text is pooled by that of its ``row_task``
+    (N,), or by all, which gives (T, N, V, d); else it is (N, V, d).
     """
     if not states.batches:
         return queries.new_zeros(*queries.shape[:-2][: row_task is None], 0, *queries.shape[-2:])

@@ -32,17 +32,9 @@ def soft_labelled_ridge(
     ridge is fitted to all texts: unlabelled ones with targets p - 1/C and weights ρ c, labelled ones with one-hot - 1/C
     and weights as before, where there are two classes of them.
 
-    Args:
-        weights: (T, V, d, C) of the ridge on the labelled texts, 0 where there are none.
-        views: (T, n, V, d) centred views of the labelled texts.
-        unlabelled: (T, r, V, d) of the unlabelled texts.
-        there: (T, r), 1 for a text, 0 for padding.
-        mixture: (T, V).
-        examples: of the T tasks.
-        penalty: () λ.
-        share: (T,) ρ.
-        logits: weights (T, V, d, C) → (T, r, C) logits of the unlabelled texts, those by names included.
-        rounds: how many.
+    Weights are 0 at first, where no text is labelled. Centred views are (T, n, V, d) of labelled and (T, r, V, d) of
+    unlabelled texts, of which ``there`` (T, r) is 0 for padding; the mixture is (T, V), λ the penalty (), ρ the share
+    (T,). ``logits`` makes (T, r, C) of weights, for the unlabelled texts, those by names included.
     """
     classes = examples.classes.to(views)
     chance = classes / classes.sum(1, keepdim=True)

@@ -88,12 +88,9 @@ class Adapter:
     ) -> TokenStateReader:
         """Load the encoder that this adapter belongs to, and return what reads its token states.
 
-        Precision is "no" for float32, or "bf16"; ``model`` is where to load it from, if not from the id or folder that
-        the adapter names; ``pretrained`` what :meth:`load_encoder` has returned, if it was called.
-
-        Raises:
-            AdapterError: if its weights are not those that the adapter was trained on, or it makes other features.
-            EncoderError: if it cannot be loaded.
+        It comes from ``model``, by default the id or folder that the adapter names, or it has been loaded
+        (``pretrained``). AdapterError if its weights are not those that the adapter was trained on, or it makes other
+        features; EncoderError if it cannot be loaded.
         """
         name = at_home(model or self.encoder.model)
         with as_encoder_errors(name):

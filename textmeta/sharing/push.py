@@ -42,11 +42,8 @@ def push_adapter(
 
     Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
     Files of an earlier adapter that the new one does not have are deleted; all else in the repository stays.
-
-    Raises:
-        AdapterError: if the encoder is no id on the Hub, so that nobody else could load the adapter.
-        HubError: no right to write, no answer, or somebody else pushed in between; no file is changed then (but a
-            repository or branch that was made for it stays).
+    AdapterError if the encoder is no id on the Hub. HubError: no right to write, no answer, or somebody else pushed in
+    between; no file is changed then (but a repository or branch that was made for it stays).
     """
     if base_model is not None:
         if not is_repo_id(base_model):
