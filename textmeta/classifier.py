@@ -36,8 +36,7 @@ from textmeta.export import onnx_part
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.learner import Answers, TaskLearner
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
-from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
-from textmeta.nearest import KnownTask, nearest_tasks
+from textmeta.nearest import KnownTask, TaskEmbedding, nearest_tasks, task_embedding
 from textmeta.predicting import PredictsTexts
 from textmeta.sharing.store import Fitted
 from textmeta.sharing.support import Example, FitInputs

@@ -179,7 +179,7 @@ class Corpus:
             # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
             if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
                 given = "null" if label is None else f"{type(label).__name__} {label!r}"
-                told = f"label in column {label_column!r} is {given}, expected a string or an integer, and none empty"
+                told = f"label in column {label_column!r} is {given}, expected a string or an integer; none is empty"
                 raise DataError(f"corpus {name!r}, row {row}: {told}")
         if class_names is not None:
             return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(class_names))

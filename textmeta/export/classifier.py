@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import onnxruntime
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +21,7 @@ from textmeta.files import at_home
 from textmeta.predicting import PredictsTexts
 from textmeta.sharing.folder import ONNX, read_folder
 from textmeta.sharing.store import read_model
+from textmeta.sharing.support import Strict
 
 __all__ = ["OnnxClassifier", "open_session", "text_batches"]
 
@@ -34,10 +35,8 @@ class NotExportedError(AdapterError, AttributeError):
     """A classifier as ONNX was asked for more than predictions."""
 
 
-class _Meta(BaseModel):
+class _Meta(Strict):
     """The content of ``onnx.json``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     format_version: Literal[1]  # FORMAT
     versions: dict[str, str]

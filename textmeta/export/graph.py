@@ -226,10 +226,7 @@ class _Head(nn.Module):
         count: Any = text.max() + 1
         read = TokenStates(count, (StateBatch(text, states, mask.bool()),))
         reader: Any = SimpleNamespace(read=lambda *_: read)
-        # one task, without padding
-        of_one = torch.zeros(count, dtype=torch.long)
-        rows: Any = SimpleNamespace(texts=(), row_task=of_one, pad=lambda flat: flat[None])
-        found = TaskLearner(reader, self.adapter).answer(self.task, rows)
+        found = TaskLearner(reader, self.adapter).answer_all(self.task, ())
         return tuple(part[0] for part in (found.logits, found.scope) if part is not None)
 
 

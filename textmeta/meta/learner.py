@@ -56,7 +56,7 @@ class LearnedTask:
         name_scale: (T,) factor on the cosines to names; 0 where a task has none.
         class_means: (T, V, d, C) prototypes, for the scope.
         class_vectors: (T, C, d) of length 1, for comparing tasks; see
-            :class:`~textmeta.meta.task_embedding.TaskEmbedding`.
+            :class:`~textmeta.nearest.TaskEmbedding`.
         mixture: (T, V) weights of the views.
         classes: (T, C) bool, those that a task has.
         present: (T, C) bool, those that have examples.

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -45,11 +45,11 @@ from textmeta.sharing.folder import (
     write_folder,
 )
 from textmeta.sharing.locate import read_located
-from textmeta.sharing.support import FitInputs, StoredSupport, read_support, stored_support
+from textmeta.sharing.support import FitInputs, StoredSupport, Strict, read_support, stored_support
 
 __all__ = ["Fitted", "adapter_files", "load_adapter", "read_model", "save_adapter", "write_json"]
 
-M = TypeVar("M", bound=BaseModel)
+M = TypeVar("M", bound=Strict)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OLD_CARD = "README.old.md"
 PREFIX = "base_model.model."  # of LoRA's factors in PEFT
@@ -78,18 +78,12 @@ class Fitted:
     arguments: tuple[str, ...] = ()  # of the estimator, as they read then
 
 
-class _Strict(BaseModel):
-    """JSON of which every member is known and of exactly the type that is declared."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Corpus(_Strict):
+class _Corpus(Strict):
     name: Annotated[str, Field(min_length=1)]
     classes: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
-class _Meta(_Strict):
+class _Meta(Strict):
     """The content of ``textmeta.json``."""
 
     format_version: int
@@ -105,7 +99,7 @@ class _Meta(_Strict):
     index: Annotated[list[_Corpus], Field(min_length=1)] | None
 
 
-class _Classifier(_Strict):
+class _Classifier(Strict):
     """The content of ``classifier.json``."""
 
     classes: Annotated[list[Any], Field(min_length=2)]

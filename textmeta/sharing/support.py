@@ -15,7 +15,7 @@ from textmeta.errors import AdapterError, DataError
 from textmeta.meta.batch import text_order
 from textmeta.meta.learner import TaskLearner
 
-__all__ = ["Example", "FitInputs", "StoredSupport", "read_support", "stored_support"]
+__all__ = ["Example", "FitInputs", "StoredSupport", "Strict", "read_support", "stored_support"]
 
 
 Example = tuple[str, Any, float]  # text, label, and weight, above 0
@@ -64,10 +64,14 @@ class FitInputs:
         return replace(self, examples=examples, unlabelled=unlabelled, states=kept)
 
 
-class StoredSupport(BaseModel):
-    """What ``classifier.json`` holds of it."""
+class Strict(BaseModel):
+    """JSON of which every member is known and of exactly the type that is declared."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StoredSupport(Strict):
+    """What ``classifier.json`` holds of it."""
 
     kind: Literal["states", "texts"]
     examples: list[tuple[str, Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, allow_inf_nan=False)]]]
