@@ -146,10 +146,9 @@ def relative_weights(weights: Sequence[float], where: str) -> list[float] | None
 def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | None:
     """Return how much an example of each class counts, as scikit-learn has it; None where classes weigh alike.
 
-    Given is "balanced", where classes weigh alike; None, where each example counts 1; or a mapping from labels to what
-    one of that class counts, 1 where nothing is said. SettingsError if it is something else; DataError if a weight is
-    no number above 0, or none is of a class. Where some are, others may be of classes to come, or gone; a warning, if a
-    class has none.
+    Given is "balanced", where they do; None, where each example counts 1; or a mapping from labels to numbers above 0,
+    1 where nothing is said. Labels may be of classes to come, or gone; a warning, if a class has no weight then.
+    SettingsError or DataError if it is something else, or no label is of a class.
     """
     if isinstance(given, str) and given == "balanced":
         return None
@@ -195,19 +194,17 @@ def task_classes(
 ) -> tuple[list[Any], list[str] | None]:
     """Return the classes of a task, sorted where they can be, and their names in the same order, or None without.
 
-    Names are, "auto", the labels themselves, if all of them are strings with a letter in them; a mapping, which names
-    every class that has examples, and whose further labels are classes too; a list, in the order of the sorted classes;
-    or None.
-
-    DataError if there are fewer than two classes, a class lacks its name or a name is no text, a label is equal to
-    another but of another type, or ``label_names`` is something else.
+    Names are, "auto", the labels themselves, if all are words; a mapping, which names every class that has examples,
+    and whose further labels are classes too; a list, in the order of the sorted classes; or None. DataError if there
+    are fewer than two classes, a class lacks its name or a name is no text, a label is equal to another but of another
+    type, or ``label_names`` is something else.
     """
     automatic = isinstance(label_names, str) and label_names == "auto"
     listed = isinstance(label_names, Sequence | np.ndarray) and not isinstance(label_names, str)
     if not (label_names is None or automatic or listed or isinstance(label_names, Mapping)):
         told = "'auto', a mapping from labels to names, a list of names in the order of the sorted labels, or None"
-        given = f"{type(label_names).__name__} {label_names!r:.60}"
-        raise DataError(f"{where}: label_names must be {told}, given {given}")
+        kind = type(label_names).__name__
+        raise DataError(f"{where}: label_names must be {told}, given {kind} {label_names!r:.60}")
     keys = checked_labels(list(label_names), f"{where}, label_names, key") if isinstance(label_names, Mapping) else []
     if not len(labels) and not keys:
         raise DataError(f"{where} without examples needs label_names: a mapping from at least 2 labels to their names")

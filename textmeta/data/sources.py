@@ -69,8 +69,8 @@ def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]
         sheet = "a sheet can be saved as CSV, with the texts in one column and their labels in another"
         raise DataError(f"cannot read {path}: expected a file that ends in {', '.join(OTHERS)} or {LAST}; {sheet}")
     if path.exists():
-        told = "from which the dataset of that id on the Hub cannot be told: start from another working folder"
-        raise DataError(f"there is a file or folder {dataset!r} here, {told}, or give the path of a data file")
+        from_it = "the dataset of that id on the Hub cannot be told from it: start from another working folder"
+        raise DataError(f"there is a file or folder {dataset!r} here, so {from_it}, or give the path of a data file")
     if settings.rows is not None and "[" in split:
         raise DataError(f"corpus {dataset!r}: with rows, a split must be a whole one, given {split!r}")
     where = f"dataset {dataset!r} (config {config}, split {split!r}, revision {settings.revision or 'main'})"

@@ -1,8 +1,7 @@
 """Attention that can be differentiated twice where that is asked for, and is fast everywhere else.
 
-The fused kernels of scaled dot-product attention have no second derivative, and PyTorch's own switch between kernels is
-global to the process. Here the choice is a context variable, read in each attention by a function that transformers
-calls through its registry.
+Fused kernels have no second derivative, and PyTorch's own switch between kernels is global to the process. Here the
+choice is a context variable, read in each attention by a function that transformers calls through its registry.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,6 @@
-"""The encoder: a frozen transformer whose upper layers carry LoRA.
+"""The encoder: a frozen transformer whose upper layers carry LoRA, split, exactly, in two.
 
-The layers below the lowest LoRA give every task the same, so they can be run once per text and their states kept. The
-layers above run for any LoRA factors, of one task or of many. So the transformer is split, exactly, in two.
+The layers below the lowest LoRA give every task the same, so they can be run once per text and their states kept.
 """
 
 import copy

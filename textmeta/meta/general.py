@@ -59,9 +59,9 @@ def load_any_encoder(
 def general_adapter(reader: TokenStateReader, numbers: Adapter) -> Adapter:
     """Return an adapter of an encoder that nothing was trained on, with the general numbers of another one.
 
-    LoRA does nothing, the pooling queries are 0, which is the mean, and centres are those of the task alone. Numbers by
-    layer are those of the same relative depth, the last layer of the other adapter taken for its encoder's last. The
-    rule for what is out of scope is left out: here it would reject nearly all.
+    LoRA does nothing, pooling is the mean, and centres are those of the task alone. Numbers by layer are those of the
+    same relative depth, the last layer of the other adapter taken for its encoder's last. The rule for what is out of
+    scope is left out: here it would reject nearly all.
     """
     encoder = reader.encoder
     learner = replace(numbers.learner, layers=reader.layers)

@@ -280,10 +280,8 @@ class _Run:
         norm = mean.norm()
         loss, accuracy = (totals[:2] / totals[2]).tolist()
         if not (norm.isfinite() and math.isfinite(loss)):
-            told = (
-                f"loss {loss}, gradient norm {float(norm)}; try smaller learning rates (the last checkpoint is older)"
-            )
-            raise DivergedError(f"step {state.step + 1}, on {[self.episodes[n].corpus for n in numbers]}: {told}")
+            why = f"loss {loss}, gradient norm {float(norm)}; try smaller learning rates (the last checkpoint is older)"
+            raise DivergedError(f"step {state.step + 1}, on {[self.episodes[n].corpus for n in numbers]}: {why}")
         mean = mean * (MAX_GRADIENT_NORM / norm.clamp(min=MAX_GRADIENT_NORM))
         for value in state.parameters.values():
             value.grad = None

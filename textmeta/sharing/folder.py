@@ -201,11 +201,10 @@ def _allowed_parents(source: Path, target: Path) -> Iterator[Path]:
 def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[str] = frozenset()) -> None:
     """Write files into a folder, in place of those of its old manifest, so that a crash leaves the old or the new.
 
-    The new folder is written and synced beside the old one, the old one set aside, the new one renamed into place, and
-    the old one removed. What a crash between the renames set aside, :func:`read_folder` reads where it lies. Other
-    files in the folder (a checkpoint, results, a user's own) are carried over. The manifest leaves out ``unlisted``
-    names, because people may edit these files. AdapterError as :func:`check_destination`; or if the folder holds what
-    cannot be carried over, or the disk is full or refuses.
+    The new folder is written and synced beside the old one, the old one set aside, the new one renamed into place. What
+    a crash between the renames set aside, :func:`read_folder` reads where it lies. Other files in the folder are
+    carried over. The manifest leaves out ``unlisted`` names, because people may edit these files. AdapterError as
+    :func:`check_destination`; or if something cannot be carried over, or the disk is full or refuses.
     """
     folder = folder.resolve()
     check_destination(folder, files)

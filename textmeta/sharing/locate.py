@@ -34,10 +34,9 @@ def read_located(
 ) -> tuple[dict[str, bytes], Location]:
     """Read the files of an adapter by its name, checked against their hashes; the log says what the name meant.
 
-    It is a folder; an adapter that comes with textmeta (``textmeta/minilm-…``); or an id on the Hub, which alone it can
-    be with a revision. What is damaged in the Hub's cache is downloaded again, once. AdapterError if a name means none
-    of these, or what it means is no adapter, of another version, or damaged; HubError if the Hub has no such revision,
-    or cannot be reached.
+    It is a folder; an adapter that comes with textmeta; or, with a revision always, an id on the Hub. What is damaged
+    in the Hub's cache is downloaded again, once. AdapterError if a name means none of these, or what it means is no
+    adapter, of another version, or damaged; HubError if the Hub has no such revision, or cannot be reached.
     """
     where, repo_id = _locate(name, revision, subfolder, access), str(name)
     try:

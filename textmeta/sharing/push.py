@@ -41,9 +41,8 @@ def push_adapter(
     """Push an adapter, and a fitted classifier if there is one; ``base_model`` is its encoder's id on the Hub.
 
     Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
-    Files of an earlier adapter that the new one does not have are deleted; all else in the repository stays.
-    AdapterError if the encoder is no id on the Hub. HubError: no right to write, no answer, or somebody else pushed in
-    between; no file is changed then (but a repository or branch that was made for it stays).
+    Files of an earlier adapter are deleted; all else in the repository stays. AdapterError if the encoder is no id on
+    the Hub; HubError as for ``push_to_hub``, though a repository or branch that was made for it stays.
     """
     if base_model is not None:
         if not is_repo_id(base_model):

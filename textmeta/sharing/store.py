@@ -1,9 +1,8 @@
 """The adapter folder: all that meta-training makes, and a fitted classifier with it, as safetensors and JSON alone.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` are LoRA as PEFT has it, so that ``PeftModel.from_pretrained``
-loads it. The former follows from everything else in the folder, so loading compares it with what it must be: it can
-hold nothing that PEFT would act on. ``textmeta.safetensors`` holds all other tensors by name, ``textmeta.json``
-settings and record, ``SHA256SUMS`` the hashes. A fitted classifier adds ``classifier.safetensors`` and
+``adapter_config.json`` and ``adapter_model.safetensors`` are LoRA as PEFT has it. The former follows from everything
+else, so loading compares it with what it must be: it can hold nothing that PEFT would act on. ``textmeta.safetensors``
+holds all other tensors, ``textmeta.json`` settings and record. A fitted classifier adds ``classifier.safetensors`` and
 ``classifier.json``, and ``support.safetensors`` where token states are stored with it.
 """
 
