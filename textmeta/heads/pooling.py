@@ -41,7 +41,7 @@ def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -
     rows, pooled = torch.cat([batch.rows for batch in states.batches]), torch.cat(parts, -3)
     # of a text in windows the sum of theirs, which is their mean once its length is 1
     pooled = pooled.new_zeros(*pooled.shape[:-3], states.count, *pooled.shape[-2:]).index_add(-3, rows, pooled)
-    return to_length_one(pooled)
+    return pooled * (pooled.square().sum(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
 
 
 def centre(views: Tensor, examples: Examples, prior: Tensor, strength: Tensor) -> Tensor:
