@@ -120,7 +120,7 @@ def probabilities(learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.
 @torch.no_grad()
 def scope_scores(learner: TaskLearner, episode: Episode) -> tuple[np.ndarray, np.ndarray]:
     """Return how far each query seems to be in scope, by the adapter's rule and by the largest class probability."""
-    rule = learner.adapter.calibration.scope
+    rule = learner.adapter.scope
     if rule is None:
         raise SystemExit("the adapter has no rule for what is out of scope")
     task = learner.learn(TaskBatch.of_episodes([episode]))

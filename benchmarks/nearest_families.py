@@ -18,8 +18,7 @@ from choose import SHIPPED
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.learner import TaskLearner
-from textmeta.meta.task_embedding import task_embedding
-from textmeta.nearest import index_corpora
+from textmeta.nearest import index_corpora, task_embedding
 from textmeta.sharing.store import load_adapter
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))

@@ -15,7 +15,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta import trainer as trainer_module
-from textmeta.meta.initialisation import Calibration, LearnerSettings
+from textmeta.meta.initialisation import LearnerSettings
 from textmeta.sharing.store import load_adapter, save_adapter
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -100,6 +100,6 @@ def test_scope_scores_tell_other_classes(
     _, name, _, scope, largest, _ = capsys.readouterr().out.splitlines()[2].split("|")
     assert name.strip() == "toy"
     assert scope == largest != " 50.0 "
-    save_adapter(tmp_path / "adapter", replace(adapter, calibration=Calibration()))
+    save_adapter(tmp_path / "adapter", replace(adapter, scope=None))
     with pytest.raises(SystemExit):
         run(benchmark("out_of_scope"), monkeypatch, *arguments)

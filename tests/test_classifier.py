@@ -42,7 +42,7 @@ from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, DataError, HubError, SettingsError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import Rows, TaskBatch
-from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.nearest import index_corpora
 from textmeta.sharing import locate
 from textmeta.sharing.store import load_adapter, save_adapter
@@ -68,7 +68,7 @@ def adapter_of(model: str, *, scope: torch.Tensor | None = RULE, **settings: Any
         if ".lora_B." in name or name in ("queries", "centre", "name_centre")
     }
     adapter = Adapter.of(reader, learner, start.with_tensors({**start.tensors(), **learned}))
-    return replace(adapter, calibration=Calibration(scope), record={"episodes": 7})
+    return replace(adapter, scope=scope, record={"episodes": 7})
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +544,7 @@ def test_unusable_threshold_is_named(fitted: FewShotClassifier, reject: Any) -> 
 
 def test_an_adapter_without_a_rule_says_so(shared: FewShotClassifier) -> None:
     assert isinstance(shared.adapter, Adapter)
-    fitted = of(replace(shared.adapter, calibration=Calibration()), shared).fit(SUPPORT, LABELS)
+    fitted = of(replace(shared.adapter, scope=None), shared).fit(SUPPORT, LABELS)
     assert fitted.predict(TEXTS).tolist() == shared.predict(TEXTS).tolist()
     for call in (lambda: fitted.scope_score(TEXTS), lambda: fitted.predict(TEXTS, reject=0.3)):
         with pytest.raises(AdapterError, match=r"no rule for what is out of scope.*minilm-general"):

@@ -88,7 +88,7 @@ def test_train_on_a_file_makes_an_adapter(
 
     made, fitted = load_adapter(output)
     assert fitted is None
-    assert made.calibration.scope is not None
+    assert made.scope is not None
     assert made.record["settings"]["episodes"] == 4
     assert made.record["results"].keys() == {"1 shot", "1 shot, class names"}
     assert made.index is not None

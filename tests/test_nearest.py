@@ -14,8 +14,15 @@ from textmeta.errors import DataError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.learner import TaskLearner
-from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
-from textmeta.nearest import ClassMatch, KnownTask, index_corpora, nearest_tasks, similarity
+from textmeta.nearest import (
+    ClassMatch,
+    KnownTask,
+    TaskEmbedding,
+    index_corpora,
+    nearest_tasks,
+    similarity,
+    task_embedding,
+)
 
 SIZE = 8
 

@@ -131,7 +131,7 @@ def test_the_general_adapter_is_made_again_byte_for_byte(
     for file in ("adapter_model.safetensors", "textmeta.safetensors"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     adapter = load_adapter(tmp_path / "first")[0]
-    assert adapter.calibration.scope is not None
+    assert adapter.scope is not None
     assert adapter.index is not None
     assert set(adapter.index.classes) == {"one", "two", "three", "everyday"}
     card = (tmp_path / "first" / "README.md").read_text()

@@ -33,7 +33,6 @@ ORDER = [
     "predicting",
     "export",
     "estimator",
-    "growing",
     "classifier",
     "many",
     "training",
@@ -222,8 +221,8 @@ def classifier(tiny_model: str) -> FewShotClassifier:
 def test_fit_is_short_to_follow(classifier: FewShotClassifier, unlabelled: list[str]) -> None:
     found = entered(lambda: classifier.fit(SUPPORT, LABELS, unlabelled=unlabelled))
     assert "classifier.FewShotClassifier.fit" in found.names
-    assert len(found.functions) <= 81, found.names
-    assert len(found.files) <= 20, found.files
+    assert len(found.functions) <= 80, found.names
+    assert len(found.files) <= 19, found.files
     assert found.deepest <= 9
 
 

@@ -1,6 +1,7 @@
-"""The classifier that users hold: fit on a handful of labelled texts, predict."""
+"""The classifier that users hold: fit on a handful of labelled texts, predict, let classes come and go."""
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import wraps
@@ -9,27 +10,44 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from sklearn.base import ClassifierMixin, TransformerMixin
+from torch import Tensor
 
-from textmeta.data.labels import Label, LabelNames, checked_texts, label_array, task_classes, whole_number
+from textmeta.data.labels import (
+    Label,
+    LabelNames,
+    checked_class_weight,
+    checked_labels,
+    checked_texts,
+    checked_weights,
+    few,
+    is_word,
+    label_array,
+    readable_name,
+    relative_weights,
+    task_classes,
+    whole_number,
+)
+from textmeta.encoder.encoder import warning_of
 from textmeta.errors import AdapterError, DataError
-from textmeta.estimator import NotFittedError
+from textmeta.estimator import AdapterEstimator, NotFittedError
 from textmeta.export import onnx_part
-from textmeta.growing import GrowingEstimator
-from textmeta.meta.learner import Answers
+from textmeta.meta.batch import TaskBatch
+from textmeta.meta.learner import Answers, TaskLearner
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out
-from textmeta.meta.task_embedding import TaskEmbedding, task_embedding
-from textmeta.nearest import KnownTask, nearest_tasks
+from textmeta.nearest import KnownTask, TaskEmbedding, nearest_tasks, task_embedding
 from textmeta.predicting import PredictsTexts
 from textmeta.sharing.store import Fitted
-from textmeta.sharing.support import FitInputs
+from textmeta.sharing.support import Example, FitInputs
 
 __all__ = ["FewShotClassifier", "NotFittedError"]
 
+NOT_FINITE = "the adapter makes numbers of this task that are not finite; it is not usable"
 _LEFT_OUT: WeakKeyDictionary[Fitted, LeftOut] = WeakKeyDictionary()  # goes with the task, and into no pickle
 
 
-class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, GrowingEstimator):  # type: ignore[misc]
+class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, AdapterEstimator):  # type: ignore[misc]
     """Classifies texts by a few labelled examples of each class, by names of the classes, or by both.
 
     ``FewShotClassifier()`` has the adapter that comes with textmeta. It is an estimator of scikit-learn: making one
@@ -87,13 +105,78 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Growin
                 or equal to one of another type, ``label_names`` is something else, or there are fewer than two classes.
             AdapterError: if the adapter cannot be loaded, or makes numbers of this task that are not finite.
         """
-        given = checked_texts(texts, "fit", errors=self.errors)
-        examples = self._examples("fit", given, labels, sample_weight)
+        given, examples = self._examples("fit", texts, labels, sample_weight)
         more = () if unlabelled is None else checked_texts(unlabelled, "unlabelled", errors=self.errors)
         classes, found = task_classes([label for _, label, _ in examples], label_names)
         reads_labels = isinstance(label_names, str)
         names = {} if reads_labels else None if found is None else dict(zip(classes, found, strict=True))
         return self._learn("fit", FitInputs(examples, tuple(more), names, reads_labels), [*given, *more])
+
+    def partial_fit(
+        self,
+        texts: Iterable[str],
+        labels: Iterable[Label],
+        classes: Iterable[Label] | None = None,
+        *,
+        sample_weight: Iterable[float] | None = None,
+    ) -> Self:
+        """Learn anew from these examples and all earlier ones, as one ``fit`` of all would; the first call fits.
+
+        Args:
+            texts: further examples, of classes that are there or of new ones.
+            labels: of each.
+            classes: all labels that may come, as scikit-learn has it. If they are words, all are classes from the first
+                call on, by their names; else each is when it has an example.
+            sample_weight: as in ``fit``.
+
+        Raises:
+            DataError: as in ``fit``, or if a label is none of ``classes``.
+            AdapterError: if the classifier was saved without its examples; see :meth:`save_pretrained`.
+        """
+        given, examples = self._examples("partial_fit", texts, labels, sample_weight)
+        known = [] if classes is None else checked_labels(classes, "partial_fit, classes, row")
+        other = [] if classes is None else [label for _, label, _ in examples if label not in known]
+        if other:
+            raise DataError(f"partial_fit: {few(other)} is none of classes, {few(known)}")
+        names = {label: readable_name(label) for label in known} if all(map(is_word, known)) else {}
+        with self._lock:
+            before = self._inputs() if self.__sklearn_is_fitted__() else FitInputs(names=names)
+            return self._learn("partial_fit", replace(before, examples=(*before.examples, *examples)), given)
+
+    def add_class(self, label: Label, examples: Iterable[str] = (), *, name: str | None = None) -> Self:
+        """Learn anew with one more class, from examples, a name, or both.
+
+        The name is by default the label, where labels are read. DataError if the label is a class already, has neither
+        examples nor a name, or lacks a name that the others have; AdapterError as in :meth:`partial_fit`.
+        """
+        self._now()
+        [label] = checked_labels([label], "add_class, label")
+        texts = checked_texts(examples, "add_class", errors=self.errors)
+        with self._lock:
+            before = self._inputs()
+            if label in self._now().classes:
+                raise DataError(f"add_class: {label!r:.60} is a class already; partial_fit takes further examples")
+            if name is None and not texts:
+                if not before.reads_labels or not is_word(label):
+                    raise DataError(f"add_class: the class {label!r:.60} needs examples or a name")
+                name = readable_name(str(label))
+            if name is not None:
+                before = replace(before, names={**(before.names or {}), label: name})
+            more = tuple((text, label, 1.0) for text in texts)
+            return self._learn("add_class", replace(before, examples=before.examples + more), texts)
+
+    def remove_class(self, label: Label) -> Self:
+        """Learn anew without a class and its examples.
+
+        DataError if there is no such class, or fewer than two would be left; AdapterError as in :meth:`partial_fit`.
+        """
+        with self._lock:
+            before, [label] = self._inputs(), checked_labels([label], "remove_class, label")
+            if label not in self._now().classes:
+                raise DataError(f"remove_class: expected one of {few(self._now().classes)}, given {label!r:.60}")
+            kept = tuple(example for example in before.examples if example[1] != label)
+            names = before.names and {own: name for own, name in before.names.items() if own != label}
+            return self._learn("remove_class", replace(before, examples=kept, names=names), [])
 
     def transform(self, texts: Iterable[str]) -> np.ndarray:
         """Return (n, features) float64: what the task's head sees of each text.
@@ -110,11 +193,7 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Growin
         return np.array([f"layer{layer}_{number}" for layer in layers for number in range(size)], dtype=object)
 
     def nearest_tasks(self, count: int = 3) -> list[KnownTask]:
-        """Return which of the corpora that the adapter was trained on the fitted task is most like, the nearest first.
-
-        Args:
-            count: how many corpora, each with its classes that are most like these.
-        """
+        """Return of each training corpus the classes most like this task's, the ``count`` nearest corpora first."""
         index = self._adapter.index
         if index is None:
             raise AdapterError("this adapter has no index of the classes that it was trained on")
@@ -123,14 +202,14 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Growin
     def export_onnx(self, folder: str | Path, *, int8: bool = False) -> None:
         """Write the fitted task with its encoder as one graph of ONNX, with its tokenizer, to a folder.
 
-        ``from_pretrained(folder, backend="onnx")`` predicts by it; so does anything else that runs ONNX, from token
-        ids ``input_ids`` and ``attention_mask`` (rows, length) to ``logits`` (texts, classes) in the order of
-        ``classes_``, and ``scope`` (texts,). It needs the extra ``onnx``.
+        ``from_pretrained(folder, backend="onnx")`` predicts by it; so does anything else that runs ONNX, from token ids
+        ``input_ids`` and ``attention_mask`` (rows, length) to ``logits`` (texts, classes) in the order of ``classes_``,
+        and ``scope`` (texts,). It needs the extra ``onnx``.
 
         Args:
-            folder: where to; replaced as a whole, or not at all (AdapterError).
-            int8: whether the encoder's matrix products are of int8 numbers: about twice as fast, probabilities move
-                by a few hundredths. The task is learned anew on what they make, for which its texts must be there.
+            folder: where to; replaced as a whole, or not at all.
+            int8: whether the encoder's matrix products are of int8 numbers: about twice as fast, probabilities move by
+                a few hundredths. The task is learned anew on what they make, for which its texts must be there.
 
         Raises:
             AdapterError: if the folder cannot be written, or the texts are not there.
@@ -166,8 +245,8 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Growin
     def name_weight_(self) -> float:
         """How much names of classes count in an answer: 0 where none are read, 1 where there is nothing else.
 
-        It is their share of the two factors that answers are made with, of likeness to the names and of the examples'
-        scores. Names that tell the examples well come to some 0.4, those of other classes to 0.
+        It is their share of the two factors, of likeness to the names and of the examples' scores. Names that tell the
+        examples well come to some 0.4, those of other classes to 0.
         """
         task = self._now().task
         by_name, by_examples = float(task.name_scale[0]), float(task.scale[0] * task.weights.any())
@@ -177,37 +256,79 @@ class FewShotClassifier(PredictsTexts, ClassifierMixin, TransformerMixin, Growin
     def cv_accuracy_(self) -> float | None:
         """Share of the examples that are told right by others, in at most ten folds; None where there are no folds.
 
-        An estimate for further texts of the same source, made when it is first asked for, by reading the examples once
-        more. It is low where examples are few, for folds leave fewer of them to learn from, and names, unlabelled
-        texts, weights and inner steps are left out; high where examples are near-copies of one another, or easier than
-        the texts to come. Classes with one example take no part, and there must be two others.
+        An estimate for further texts of the same source, for which the examples are read once more. It is low where
+        they are few, for folds leave fewer to learn from, and names, unlabelled texts, weights and inner steps are left
+        out; high where they are near-copies of one another, or easier than the texts to come. Classes with one example
+        take no part, and there must be two others.
         """
         return self._left_out().accuracy
 
     def suspect_labels(self) -> list[SuspectLabel]:
         """Return the examples that the others tell to be of another class than they were labelled, the surest first.
 
-        They are told as for :attr:`cv_accuracy_`; ``row`` counts the examples as they were given, without those that
-        count 0; ``text`` is None where token states were saved in its place. The first are worth a look, the last are
-        hard examples. DataError where there are no two classes with two examples.
+        They are told as for :attr:`cv_accuracy_`; ``row`` counts the examples as given, without those that count 0;
+        ``text`` is None where token states were saved in its place. The first are worth a look, the last are hard
+        examples. DataError where there are no two classes with two examples.
         """
         found = self._left_out()
         if found.accuracy is None:
-            raise DataError(
-                "suspect_labels: examples are told by others: expected two of each of two classes, at least"
-            )
-        return found.suspects
+            raise DataError("suspect_labels: expected two of each of two classes, at least: they are told by others")
+        return [*found.suspects]
+
+    def _examples(
+        self, where: str, texts: Any, labels: Any, sample_weight: Any
+    ) -> tuple[list[str], tuple[Example, ...]]:
+        """Return texts, checked, and the examples that they make, without those that count 0."""
+        given, rows = checked_texts(texts, where, errors=self.errors), checked_labels(labels)
+        if len(given) != len(rows):
+            raise DataError(f"{where}: {len(given)} texts but {len(rows)} labels")
+        weights = [1.0] * len(given) if sample_weight is None else checked_weights(sample_weight, len(given))
+        return given, tuple(example for example in zip(given, rows, weights, strict=True) if example[2])
+
+    def _inputs(self) -> FitInputs:
+        """Return what the classifier was fitted on."""
+        inputs = self._task()[0].inputs
+        if inputs is None:
+            told = "this classifier was saved without its examples, so that it can be fitted, but not grow"
+            raise AdapterError(f'{told}: save it with include_support="texts", or "states", which are no texts')
+        return inputs
+
+    def _learn(self, where: str, inputs: FitInputs, new: Sequence[str], by: TaskLearner | None = None) -> Self:
+        """Learn the task, of whose texts some are new, by its own learner or another; return the classifier."""
+        classes, names = inputs.classes(where)
+        number = {label: i for i, label in enumerate(classes)}
+        by_class = checked_class_weight(self.class_weight, classes)
+        if where != "fit" and names is None and self.__sklearn_is_fitted__() and self._now().task.name_scale.any():
+            code = next(label for label in classes if not is_word(label))
+            told = f"{where}: {code!r:.60} is no word, so that no label is read as a name from now on"
+            warnings.warn(f"{told}; add_class takes a name for it", stacklevel=3)
+        arguments, learner = self._arguments, inputs.read_by(by or self._learner)
+        device = learner.adapter.initialisation.queries.device
+        texts, numbers = [text for text, *_ in inputs.examples], [number[label] for _, label, _ in inputs.examples]
+        relative = relative_weights([weight for *_, weight in inputs.examples], where)
+        shares = [part if part is None else [part] for part in (relative, by_class)]
+        try:
+            # the inner steps take gradients
+            with self._lock, torch.inference_mode(False), torch.no_grad(), warning_of(new, where):
+                batch = TaskBatch.of([texts], [numbers], [len(classes)], [names], [inputs.unlabelled], device, *shares)
+                task = learner.learn(batch).to(torch.device("cpu"))  # any device takes it from there
+                if not all(value.isfinite().all() for value in vars(task).values() if isinstance(value, Tensor)):
+                    raise AdapterError(NOT_FINITE)
+                weights = learner.adapter.weights_sha256
+                self._fitted = Fitted(task, classes, inputs, weights_sha256=weights, arguments=arguments)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise AdapterError(NOT_FINITE) from error
+        return self
 
     def _left_out(self) -> LeftOut:
         fitted, learner = self._task()
-        if fitted.inputs is None:
+        inputs = fitted.inputs
+        if inputs is None:
             raise NotFittedError("this classifier was saved without its examples, so they cannot be told: fit it again")
         if fitted not in _LEFT_OUT:
-            numbers = {label: number for number, label in enumerate(fitted.classes)}
-            support = [(text, numbers[label]) for text, label, _ in fitted.inputs.examples]
-            found = left_out(fitted.inputs.read_by(learner), support, fitted.classes)
-            shown = [(None if text in fitted.inputs.states else text, number) for text, number in support]
-            _LEFT_OUT[fitted] = replace(found, support=shown)
+            found = left_out(inputs.read_by(learner), inputs.examples, fitted.classes)
+            shown = [one._replace(text=None if one.text in inputs.states else one.text) for one in found.suspects]
+            _LEFT_OUT[fitted] = found._replace(suspects=shown)
         return _LEFT_OUT[fitted]
 
     def _answerer(self) -> tuple[Fitted, Callable[[list[str]], Answers]]:

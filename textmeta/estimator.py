@@ -114,10 +114,10 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             token: an access token for the Hub; None takes the one that `hf auth login` stored, False none.
             cache_dir: of downloads; by default the Hub library's own.
             local_files_only: use what the cache holds, and ask nobody.
-            backend: "onnx" loads a folder that :meth:`export_onnx` wrote, as a classifier that predicts, by ONNX
-                Runtime, and does no more. Its settings are ``threads``, ``batch_size``, ``errors`` and ``progress``.
-            settings: the other arguments of the class, such as ``encoder``; by default ``adapt``, ``steps`` and
-                ``class_weight`` are those that a saved task was fitted with.
+            backend: "onnx" loads a folder that :meth:`export_onnx` wrote, as a classifier that only predicts, by ONNX
+                Runtime. Its settings are ``threads``, ``batch_size``, ``errors`` and ``progress``.
+            settings: the other arguments of the class, such as ``encoder``; ``adapt``, ``steps`` and ``class_weight``
+                are by default those of the saved task.
 
         Raises:
             AdapterError: if the adapter is missing or damaged, of another format, or does not belong to the encoder.
@@ -154,11 +154,11 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """Write the adapter, and the fitted task if there is one, to a folder.
 
         Args:
-            folder: where to; replaced as a whole, or not at all (AdapterError).
-            include_support: what to store of that which ``fit`` was given, which classes can be added and removed by
-                after loading; the model card says so. False is nothing; "states" the token states of all texts, from
-                which these can be guessed; "texts" the texts themselves, for everybody who gets the folder to read.
-                Labels, weights and names of classes are stored with either.
+            folder: where to; replaced as a whole, or not at all.
+            include_support: what to store of what ``fit`` was given, so that classes can be added and removed after
+                loading: nothing; "states", token states, from which texts can be guessed; or "texts", for everybody who
+                gets the folder to read. Labels, weights and names of classes are stored with either, and the model card
+                says so.
 
         Raises:
             AdapterError: if the folder cannot be written, or there is nothing of that to store.
@@ -185,8 +185,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             revision: branch; made if there is none.
             subfolder: of the repository.
             token: an access token that may write; None takes the one that `hf auth login` stored.
-            private: whether a new repository is private; None leaves that to the owner's default. One that is there
-                already must be private, if this is True.
+            private: whether a new repository is private (None is the owner's default), and an old one has to be.
             commit_message: of the commit.
             include_support: see :meth:`save_pretrained`.
             base_model: id on the Hub of the encoder, where it was loaded from a folder.
@@ -202,9 +201,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """Write the encoder with its LoRA merged, that of the fitted task if it has its own, as a sentence encoder.
 
         ``SentenceTransformer(folder)`` and ``AutoModel.from_pretrained(folder)`` load it without textmeta or PEFT.
-
-        Args:
-            folder: where to; must not exist, or be empty (AdapterError).
+        AdapterError if the folder holds anything.
         """
         factors = self._task()[0].task.factors if self.__sklearn_is_fitted__() else {}
         own = {name: value[0] for name, value in factors.items()} or self._adapter.initialisation.lora
@@ -285,10 +282,9 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
 
     def _now(self) -> Fitted:
         """Return what is fitted, by the arguments as they are."""
-        fitted = self._fitted
-        if fitted is None or fitted.arguments[: len(OF_TASK)] != self._arguments[: len(OF_TASK)]:
+        if not self.__sklearn_is_fitted__():
             raise NotFittedError(NOT_FITTED)
-        return fitted
+        return self._fitted  # type: ignore[return-value]
 
     def _task(self) -> tuple[Fitted, TaskLearner]:
         """Return what is fitted, and what it was learned by; AdapterError if the encoder is another one by now."""

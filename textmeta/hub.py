@@ -8,17 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from textmeta.errors import HubError, HubUnreachableError
@@ -60,10 +50,9 @@ def fetch_snapshot(
 ) -> Path:
     """Bring the files of a model repository at one commit into the cache; return the folder, named after the commit.
 
-    Offline, or where the Hub does not answer, what is in the cache is taken; what is there is downloaded again if that
-    is forced. No other files are downloaded than those of the patterns, in the manner of a shell, which are not to be
-    ignored. HubError if there is no such repository or revision, or no right to it, HubUnreachableError if there is
-    neither an answer nor a copy in the cache.
+    Patterns are those of a shell. Offline, or where the Hub does not answer, what is in the cache is taken; what is
+    there is downloaded again if that is forced. HubError if there is no such repository or revision, or no right to it,
+    HubUnreachableError if there is neither an answer nor a copy in the cache.
     """
     check_revision(revision)
     access, silence, waits = access or HubAccess(), None, iter(WAITS)
@@ -87,7 +76,7 @@ def fetch_snapshot(
                 )
                 return Path(found)
             except Exception as error:
-                if silence is not None and not isinstance(error, IncompleteSnapshotError):
+                if silence is not None and not isinstance(error, errors.IncompleteSnapshotError):
                     raise silence from error  # says more than that the cache lacks it
                 wait = next(waits, None) if _may_pass(error) else None
                 if wait is None:
@@ -99,13 +88,13 @@ def fetch_snapshot(
 def check_reachable(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> None:
     """Check that the Hub answers, whatever it says of a repository; HubUnreachableError after :data:`DEADLINE` seconds.
 
-    Its library waits without a limit in most places, behind a firewall that swallows packets for ever.
+    Its library waits without a limit in most places.
     """
     with clear_hub_errors(repo_id, revision, token=token):
         try:
             HfApi(token=token).repo_info(repo_id, timeout=DEADLINE)
         except Exception as error:
-            if isinstance(error, OfflineModeIsEnabled) or _is_network_error(error):
+            if isinstance(error, errors.OfflineModeIsEnabled) or _is_network_error(error):
                 raise
 
 
@@ -113,7 +102,7 @@ def is_repo_id(name: str) -> bool:
     """Whether a name can be a repository's id on the Hub."""
     try:
         validate_repo_id(name)
-    except HFValidationError:
+    except errors.HFValidationError:
         return False
     return True
 
@@ -151,23 +140,23 @@ def _explain(
     lacking = "the token given has no right to it"
     if not has_token:
         lacking = "no token was given: log in with `hf auth login`, or give a token"
-    if isinstance(error, GatedRepoError):  # before its base class
+    if isinstance(error, errors.GatedRepoError):  # before its base class
         return HubError(f"{what} is gated: ask for access at {where}; {lacking}")
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return HubError(f"there is no {kind} {repo_id!r} on the Hub ({where}), or it is private and {lacking}")
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return HubError(f"{what} has no revision {revision!r} (branch, tag or commit): see {where}")
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return HubError(f"{repo_id!r} is no id of a {kind} on the Hub (such as 'name' or 'owner/name'): {error}")
-    if isinstance(error, IncompleteSnapshotError):
+    if isinstance(error, errors.IncompleteSnapshotError):
         lost = "is in the cache, and the Hub cannot be asked for the rest"
         return HubUnreachableError(f"only a part of {what} {at} {lost}: {error}")
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         said = f"the Hub answers status {status} for {what}: {_first_line(error)}"
         return HubError(f"{said}; {lacking}" if status in (401, 403) else said)
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or _is_network_error(error):
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) or _is_network_error(error):
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
         reason = f"{type(cause).__name__}: {_first_line(cause)}" if cause else "only local files were asked for"
         silent = f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason})"
         return HubUnreachableError(f"{silent}, and {what} {at} is not in the cache")
@@ -178,9 +167,9 @@ def _explain(
 
 def _may_pass(error: BaseException | None) -> bool:
     """Whether the Hub had trouble of its own (it does not try the first request of a download again by itself)."""
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, LocalEntryNotFoundError) and _may_pass(error.__cause__)
+    return isinstance(error, errors.LocalEntryNotFoundError) and _may_pass(error.__cause__)
 
 
 def _is_network_error(error: BaseException) -> bool:

@@ -18,25 +18,17 @@ from textmeta.sharing.store import Fitted
 
 __all__ = ["predict_many"]
 
-_STACKED: weakref.WeakKeyDictionary[Reader, tuple[Sequence[weakref.ref[Fitted]], LearnedTask]] = (
-    weakref.WeakKeyDictionary()
-)
+Stack = tuple[Sequence[weakref.ref[Fitted]], LearnedTask]
+_STACKED: weakref.WeakKeyDictionary[Reader, Stack] = weakref.WeakKeyDictionary()
 MOST_TEXTS = 8192  # at once, times tasks: memory stays bounded
 
 
 def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str]) -> list[np.ndarray]:
     """Return what the ``predict`` of each classifier returns, with each text read once by all that share an encoder.
 
-    They share it if they have the same adapter, encoder, ``max_length``, device and precision. Where LoRA itself is
-    adapted to the task (``adapt="lora"``), a classifier reads by itself.
-
-    Args:
-        classifiers: fitted.
-        texts: as for ``predict``.
-
-    Raises:
-        NotFittedError: if a classifier has not been fitted.
-        DataError: if one is no FewShotClassifier, or a text is no string.
+    They share it if they have the same adapter, encoder, ``max_length``, device and precision; where LoRA itself is
+    adapted to the task (``adapt="lora"``), a classifier reads by itself. NotFittedError if one has not been fitted,
+    DataError if one is no FewShotClassifier, or a text is no string.
     """
     if not isinstance(classifiers, Iterable):
         raise DataError(f"predict_many: expected a list of classifiers, given {type(classifiers).__name__}")

@@ -1,6 +1,7 @@
 """How alike two tasks are, and which training corpus a new task is nearest to."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +13,31 @@ from textmeta.data.labels import Label, plain
 from textmeta.errors import DataError
 from textmeta.heads.pooling import pool, to_length_one
 from textmeta.meta.adapter import ClassIndex
-from textmeta.meta.learner import TaskLearner
-from textmeta.meta.task_embedding import TaskEmbedding
+from textmeta.meta.learner import LearnedTask, TaskLearner
 
-__all__ = ["ClassMatch", "KnownTask", "index_corpora", "nearest_tasks", "similarity"]
+__all__ = ["ClassMatch", "KnownTask", "TaskEmbedding", "index_corpora", "nearest_tasks", "similarity", "task_embedding"]
+
+
+@dataclass(frozen=True, eq=False)
+class TaskEmbedding:
+    """What a support set says before any inner step."""
+
+    classes: np.ndarray  # (C, d) float32, of length 1: mean of a class's texts in the last view, or its name where none
+    labels: tuple[Label, ...]  # of the classes
+    view_nll: np.ndarray  # (V,) how hard the classes are to tell in each view: NLL of left-out examples, in nats
+    name_evidence: float  # how much better than chance the names tell the examples, in nats; 0 without names
+    shots: float  # examples a class, on average
+
+
+def task_embedding(task: LearnedTask, labels: tuple[Label, ...]) -> TaskEmbedding:
+    """Return the embedding of a single learned task, T = 1, by the labels of its classes."""
+    return TaskEmbedding(
+        classes=task.class_vectors[0].float().cpu().numpy(),
+        labels=labels,
+        view_nll=task.view_nll[0].float().cpu().numpy(),
+        name_evidence=float(task.name_evidence[0]),
+        shots=float(task.shots[0].expm1()),
+    )
 
 
 class ClassMatch(NamedTuple):
@@ -43,23 +65,17 @@ def similarity(one: TaskEmbedding, two: TaskEmbedding) -> float:
     """Return how alike two tasks are: 1 for the same classes, about 0 for tasks that have nothing in common.
 
     Each class of one task is paired with a class of the other, no class twice, so that the sum of the cosines of their
-    vectors is largest. The sum is divided by the larger number of classes.
+    vectors is largest. The sum is divided by the larger number of classes. Both are the ``task_embedding_`` of
+    classifiers with the same adapter; DataError if they are of other encoders.
 
     Source: Kuhn (1955), "The Hungarian method for the assignment problem".
-
-    Args:
-        one: ``task_embedding_`` of a fitted classifier.
-        two: that of another with the same adapter, and any number of classes. DataError if it is of another encoder.
     """
     cosines = _best_pairs(one.classes, two.classes)[2]
     return float(cosines.sum()) / max(len(one.classes), len(two.classes))
 
 
 def nearest_tasks(index: ClassIndex, embedding: TaskEmbedding, count: int = 3) -> list[KnownTask]:
-    """Return of each corpus in an index the part that is most like a task, the nearest first, and at most ``count``.
-
-    DataError if the task was learned with another encoder.
-    """
+    """Return of each corpus in an index the part most like a task, the nearest first, at most ``count``."""
     found = []
     for corpus, names in index.classes.items():
         rows, columns, cosines = _best_pairs(embedding.classes, index.vectors[corpus])

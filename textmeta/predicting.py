@@ -55,9 +55,9 @@ class PredictsTexts:
         return np.asarray(self._answer(texts, "logits")[1].log_softmax(-1))
 
     def decision_function(self, texts: Iterable[str]) -> np.ndarray:
-        """Return (n, classes) float64 scores, of which the probabilities are the softmax; of two classes (n,).
+        """Return (n, classes) float64 scores, of which the probabilities are the softmax.
 
-        Of two classes it is how far the second is above the first, as scikit-learn has it.
+        Of two classes (n,), how far the second is above the first, as scikit-learn has it.
         """
         logits = np.asarray(self._answer(texts, "logits")[1])
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
@@ -70,16 +70,14 @@ class PredictsTexts:
     def predict_stream(self, texts: Iterable[str], k: int = 1, *, total: int | None = None) -> Iterator[Top]:
         """Yield what :meth:`predict_top` returns of each text, in order and as asked for: of any number of texts.
 
-        ``batch_size`` texts are read ahead and in memory. All answers are of the task that is fitted at the call. A
-        text that is cut, or hardly known, is warned of once, with the first batch that has one.
+        ``batch_size`` texts are read ahead. All answers are of the task that is fitted at the call. A text that is cut,
+        or hardly known, is warned of once, with the first batch that has one. DataError, naming the row of the stream,
+        before an answer of its batch, if a text is no string.
 
         Args:
             texts: also a generator, without end even.
             k: how many labels of each.
             total: how many texts there are, for the bar, where ``len`` does not say it.
-
-        Raises:
-            DataError: naming the row of the stream, before an answer of its batch, if a text is no string.
         """
         k = whole_number("predict_stream: k", k, 1)
         given = [texts] if isinstance(texts, str) else texts
@@ -88,10 +86,10 @@ class PredictsTexts:
         return self._stream(rows, k, total, self._answerer())
 
     def predict(self, texts: Iterable[str], *, reject: float | bool = False, outside: Any = None) -> np.ndarray:
-        """Return (n,) the most probable label of each text, as given to ``fit``.
+        """Return (n,) the most probable label of each text, as given to ``fit``; a string alone is one text.
 
         Args:
-            texts: n of them; a string alone is one.
+            texts: n of them.
             reject: whether to reject texts that seem to belong to none of the classes: those whose :meth:`scope_score`
                 is below this number; True is 0.5.
             outside: what is returned for these.

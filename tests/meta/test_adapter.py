@@ -17,7 +17,7 @@ from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.meta.adapter import Adapter
-from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import Initialisation, LearnerSettings
 
 TEXTS = ["bal bel", "bim bal fer bel fit"]
 
@@ -46,7 +46,7 @@ def test_an_adapter_knows_its_encoder(encoder: Encoder, adapter: Adapter) -> Non
     assert adapter.learner.layers == (2, 3, 4)  # which the settings left open
     assert adapter.probe.shape == (3, 3 * 32)
     torch.testing.assert_close(adapter.probe.norm(dim=1), torch.ones(3))
-    assert adapter.calibration.scope is None
+    assert adapter.scope is None
     assert set(adapter.versions) == {"textmeta", "torch", "transformers", "peft"}
 
 
@@ -118,13 +118,13 @@ def test_tensors_that_do_not_fit_the_encoder_are_refused(adapter: Adapter) -> No
 
 
 def test_an_adapter_goes_to_a_device_with_all_of_its_tensors(adapter: Adapter) -> None:
-    calibrated = replace(adapter, calibration=Calibration(torch.zeros(8)))
+    calibrated = replace(adapter, scope=torch.zeros(8))
     moved = calibrated.to(torch.device("meta"))
     assert all(value.is_meta for value in moved.initialisation.tensors().values())
-    assert moved.calibration.scope is not None
-    assert moved.calibration.scope.is_meta
+    assert moved.scope is not None
+    assert moved.scope.is_meta
     assert not any(value.is_meta for value in calibrated.initialisation.tensors().values())
-    assert replace(moved, initialisation=calibrated.initialisation, calibration=calibrated.calibration) == calibrated
+    assert replace(moved, initialisation=calibrated.initialisation, scope=calibrated.scope) == calibrated
 
 
 def test_training_begins_at_the_frozen_encoder_and_mean_pooling(encoder: Encoder, adapter: Adapter) -> None:

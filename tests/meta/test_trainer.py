@@ -81,7 +81,7 @@ def assert_same(one: Adapter, two: Adapter) -> None:
     left, right = one.initialisation.tensors(), two.initialisation.tensors()
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    assert torch.equal(one.calibration.scope, two.calibration.scope)  # type: ignore[arg-type]
+    assert torch.equal(one.scope, two.scope)  # type: ignore[arg-type]
     assert one.record == two.record
 
 
@@ -200,8 +200,8 @@ def test_an_adapter_says_how_it_was_trained(tiny_model: str, corpus: Corpus) -> 
     told = adapter.record["settings"]
     assert (told["algorithm"], told["episodes"], told["learner"]["adapt"]) == ("anil", 1, "offset")
     assert [each["name"] for each in told["corpora"]] == ["toy"]
-    assert adapter.calibration.scope is not None
-    assert adapter.calibration.scope.shape == (8,)
+    assert adapter.scope is not None
+    assert adapter.scope.shape == (8,)
     reader = adapter.load_reader()
     assert reader.layers == (2, 3, 4)
 

@@ -18,7 +18,7 @@ from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.meta.adapter import Adapter, ClassIndex
 from textmeta.meta.batch import Rows, TaskBatch
-from textmeta.meta.initialisation import Adapt, Calibration, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import Adapt, Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.folder import MANIFEST
 from textmeta.sharing.store import Fitted, save_adapter
@@ -45,7 +45,7 @@ def make_adapter(reader: TokenStateReader, seed: int = 0, adapt: Adapt = "poolin
         name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.tensors().items()
     }
     adapter = Adapter.of(reader, settings, start.with_tensors(random))
-    return replace(adapter, calibration=Calibration(torch.arange(8.0)), index=make_index(), record=RECORD)
+    return replace(adapter, scope=torch.arange(8.0), index=make_index(), record=RECORD)
 
 
 def make_index() -> ClassIndex:

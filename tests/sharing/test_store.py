@@ -34,7 +34,6 @@ from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.meta.adapter import Adapter, ClassIndex
-from textmeta.meta.initialisation import Calibration
 from textmeta.meta.learner import LearnedTask
 from textmeta.sharing.folder import FORMAT, MANIFEST
 from textmeta.sharing.store import adapter_files, load_adapter, save_adapter
@@ -63,8 +62,8 @@ def same_tensors(found: Adapter, expected: Adapter) -> bool:
 def test_adapter_comes_back_to_the_bit(saved: Path, adapter: Adapter) -> None:
     found, _ = load_adapter(saved)
     assert same_tensors(found, adapter)
-    assert found.calibration.scope is not None
-    assert torch.equal(found.calibration.scope, torch.arange(8.0))
+    assert found.scope is not None
+    assert torch.equal(found.scope, torch.arange(8.0))
     assert torch.equal(found.probe, adapter.probe)
     for name in ("encoder", "weights_sha256", "lora", "learner", "commit", "record", "versions"):
         assert getattr(found, name) == getattr(adapter, name), name
@@ -102,11 +101,11 @@ def test_settings_that_are_not_the_defaults_come_back(tiny_model: str, tmp_path:
     lora = LoraSettings(layers=1, rank=2, alpha=3, targets=("attention.self.key",))
     reader = TokenStateReader(Encoder(EncoderSettings(tiny_model, max_length=16), lora), (1, 4))
     adapter = make_adapter(reader, adapt="pooling+lora", head="prototype", entry_step_sizes=entry_step_sizes)
-    adapter = replace(adapter, index=None, calibration=Calibration())
+    adapter = replace(adapter, index=None, scope=None)
     save_adapter(tmp_path / "adapter", adapter)
     found, fitted = load_adapter(tmp_path / "adapter")
     assert (found.encoder, found.lora, found.learner) == (adapter.encoder, lora, adapter.learner)
-    assert (found.index, found.calibration.scope, fitted) == (None, None, None)
+    assert (found.index, found.scope, fitted) == (None, None, None)
     assert found.load_reader().encoder.factor_shapes == reader.encoder.factor_shapes
 
 

@@ -75,24 +75,13 @@ class CorpusSettings:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Labelled texts.
+    """Labelled texts; DataError, naming the row, if one is missing, empty or no string, or a label is out of range."""
 
-    Args:
-        name: what records and tables call it.
-        texts: n texts.
-        labels: (n,) int64, index into ``class_names``.
-        class_names: name of each class, unique.
-        source: where it came from: its settings but for defaults and this machine's folders; of a Hub dataset its
-            commit, and its licence where known.
-
-    Raises:
-        DataError: if a text is missing, empty or no string, or a label is out of range; the row is named.
-    """
-
-    name: str
+    name: str  # what records and tables call it
     texts: Sequence[str]
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+    labels: np.ndarray  # (n,) int64, index into class_names
+    class_names: tuple[str, ...]  # unique
+    # its settings but for defaults and this machine's folders; of a Hub dataset its commit, and its licence where known
     source: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -146,8 +135,7 @@ class Corpus:
     def restrict(self, class_names: Iterable[str]) -> "Corpus":
         """Return the corpus of these classes alone, in the order given, without rows of equal text.
 
-        Raises:
-            DataError: if a class is not in the corpus, or none is given.
+        DataError if a class is not in the corpus, or none is given.
         """
         wanted = tuple(class_names)
         if not wanted:
@@ -155,21 +143,15 @@ class Corpus:
         index = {name: i for i, name in enumerate(self.class_names)}
         missing = [name for name in wanted if name not in index]
         if missing:
-            raise DataError(
-                f"corpus {self.name!r} has no class {missing[0]!r} ({len(missing)} of the {len(wanted)} asked for "
-                f"are missing); it has {len(self.class_names)}: {few(self.class_names)}"
-            )
+            told = f"({len(missing)} of the {len(wanted)} asked for are missing); it has {len(index)}: {few([*index])}"
+            raise DataError(f"corpus {self.name!r} has no class {missing[0]!r} {told}")
         rows = [self.rows_of(index[name]) for name in wanted]
         labels = np.repeat(np.arange(len(wanted)), [len(r) for r in rows])
         return Corpus(self.name, [self.texts[row] for part in rows for row in part], labels, wanted, self.source)
 
     @classmethod
     def from_pairs(cls, name: str, texts: Sequence[str], labels: Sequence[str]) -> "Corpus":
-        """Make a corpus of texts and label names; classes are sorted by name.
-
-        Raises:
-            DataError: naming the row, if a label is no string.
-        """
+        """Make a corpus of texts and label names, of which the classes are sorted; DataError if one is no string."""
         for row, label in enumerate(labels):
             if not isinstance(label, str):
                 raise DataError(f"corpus {name!r}, row {row}: label is {label!r:.60}, expected a string")
@@ -184,9 +166,7 @@ class Corpus:
         """Make a corpus of a ``datasets.Dataset`` in hand.
 
         ``ClassLabel`` features give the class names; strings are kept as they are; other integers become strings.
-
-        Raises:
-            DataError: for a missing column, null or non-string text, or a label that is null or no string or integer.
+        DataError for a missing column, null or non-string text, or a label that is null or no string or integer.
         """
         for role, column in (("text_column", text_column), ("label_column", label_column)):
             if column not in dataset.column_names:
@@ -199,9 +179,7 @@ class Corpus:
             # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
             if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
                 given = "null" if label is None else f"{type(label).__name__} {label!r}"
-                told = (
-                    f"label in column {label_column!r} is {given}, expected a string or an integer, and none is empty"
-                )
+                told = f"label in column {label_column!r} is {given}, expected a string or an integer; none is empty"
                 raise DataError(f"corpus {name!r}, row {row}: {told}")
         if class_names is not None:
             return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(class_names))
@@ -211,8 +189,7 @@ class Corpus:
 def load_corpus(settings: CorpusSettings | str) -> Corpus:
     """Load a corpus from a local file or from the Hub; a string names the dataset alone.
 
-    Raises:
-        DataError: if it cannot be read, is empty, lacks a column, or has a row that cannot be used.
+    DataError if it cannot be read, is empty, lacks a column, or has a row that cannot be used.
     """
     from textmeta.data.sources import read_file, read_hub  # noqa: PLC0415 - they load `datasets`
 

@@ -40,10 +40,9 @@ class EpisodeSettings:
             except (TypeError, ValueError):
                 low, high = 0, -1
             if not least <= low <= high:
-                raise SettingsError(
-                    f"{name} must be a number or a pair low <= high of at least {least}, given {getattr(self, name)!r}"
-                    + ("; 0 shots need label_names 1" if name == "shots" and low == 0 <= high else "")
-                )
+                told = f"a number or a pair low <= high of at least {least}, given {getattr(self, name)!r}"
+                more = "; 0 shots need label_names 1" if name == "shots" and low == 0 <= high else ""
+                raise SettingsError(f"{name} must be {told}{more}")
 
 
 def bounds(given: int | Sequence[int]) -> tuple[int, int]:
@@ -54,27 +53,16 @@ def bounds(given: int | Sequence[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """A task (label set and support set) and the query set that judges it.
+    """A task (label set and support set) and the query set that judges it."""
 
-    Args:
-        corpus: name of the corpus.
-        class_names: names of the ways, in the order of the labels.
-        support_texts: texts of the support set.
-        support_labels: (support,) int64, index into ``class_names``.
-        query_texts: texts of the query set, shuffled.
-        query_labels: (query,) int64; :data:`OUTSIDE` (-1) for a text that belongs to none of the classes.
-        label_names: ``class_names`` as words, where the support set comes with names; else None.
-        unlabelled_texts: texts of the same source without labels, neither in the support nor in the query set.
-    """
-
-    corpus: str
-    class_names: tuple[str, ...]
+    corpus: str  # its name
+    class_names: tuple[str, ...]  # of the ways, in the order of the labels
     support_texts: tuple[str, ...]
-    support_labels: np.ndarray
-    query_texts: tuple[str, ...]
-    query_labels: np.ndarray
-    label_names: tuple[str, ...] | None = None
-    unlabelled_texts: tuple[str, ...] = ()
+    support_labels: np.ndarray  # (support,) int64, index into class_names
+    query_texts: tuple[str, ...]  # shuffled
+    query_labels: np.ndarray  # (query,) int64; OUTSIDE for a text that belongs to none of the classes
+    label_names: tuple[str, ...] | None = None  # class_names as words, where the support set comes with names
+    unlabelled_texts: tuple[str, ...] = ()  # of the same source, in neither set
 
     @property
     def ways(self) -> int:
@@ -85,17 +73,9 @@ class Episode:
 class EpisodeSampler:
     """Draws episodes. Episode ``i`` is a pure function of (corpora, settings, seed, i).
 
-    So any process can make any episode, in any order, without having made the others. With several corpora,
-    each episode first draws its corpus, all equally likely; its classes then come from that corpus alone.
-
-    Args:
-        corpora: one corpus or several, restricted to the classes that may be drawn.
-        settings: what episodes look like.
-        seed: of all draws.
-
-    Raises:
-        DataError: if a corpus has fewer than two classes, or a class has fewer rows than the largest number of shots
-            and queries.
+    So any process can make any episode, in any order. With several corpora, each episode first draws its corpus, all
+    equally likely; its classes then come from that corpus alone. DataError if a corpus has fewer than two classes, or a
+    class fewer rows than the most shots and queries.
     """
 
     def __init__(self, corpora: Corpus | Sequence[Corpus], settings: EpisodeSettings, seed: int) -> None:
@@ -109,11 +89,9 @@ class EpisodeSampler:
             if len(corpus.class_names) < 2:
                 raise DataError(f"corpus {corpus.name!r} has {len(corpus.class_names)} classes, expected at least 2")
             for index, name in enumerate(corpus.class_names):
-                if len(corpus.rows_of(index)) < shots + queries:
-                    raise DataError(
-                        f"corpus {corpus.name!r}, class {name!r} has {len(corpus.rows_of(index))} rows, but {shots} "
-                        f"shots and {queries} queries need {shots + queries}"
-                    )
+                if (rows := len(corpus.rows_of(index))) < shots + queries:
+                    told = f"{rows} rows, but {shots} shots and {queries} queries need {shots + queries}"
+                    raise DataError(f"corpus {corpus.name!r}, class {name!r} has {told}")
 
     def __getitem__(self, index: int) -> Episode:
         """Return episode ``index`` (0, 1, 2, … without end)."""

@@ -81,12 +81,9 @@ def checked_texts(
 ) -> list[str]:
     """Return texts, whatever :func:`column` takes, as a list of strings that a tokenizer can read.
 
-    With ``errors="replace"`` the replacement character stands in the place of half of a character (a lone surrogate);
-    the first text is of row ``start``, or each of what ``of`` lists.
-
-    Raises:
-        DataError: naming the row, or what ``of`` says that the text is of, if it is missing, no string, empty, or has
-            half of a character.
+    With ``errors="replace"`` the replacement character stands for half of a character (a lone surrogate). DataError if
+    a text is missing, no string, empty, or has such a half; it names the row, the first being ``start``, or what ``of``
+    lists.
     """
     checked = list(column(texts, where, "texts"))
     for row, text in enumerate(checked):
@@ -108,8 +105,8 @@ def checked_texts(
 def checked_labels(labels: Any, where: str = "row") -> list[Any]:
     """Return labels, whatever :func:`column` takes, as Python's own strings, whole numbers, floats and truth values.
 
-    Scalars of NumPy and PyTorch may stand for Python's. DataError, naming the row, if one is missing or of another
-    type.
+    DataError, naming the row, if one is missing or of another type; scalars of NumPy and PyTorch may stand for
+    Python's.
     """
     checked = list(column(labels, "labels", "labels"))
     for row, given in enumerate(checked):
@@ -117,10 +114,8 @@ def checked_labels(labels: Any, where: str = "row") -> list[Any]:
         if type(label) not in (str, int, bool) and _is_missing(label):
             raise DataError(f"{where} {row}: the label is missing ({label})")
         if type(label) not in (str, int, float, bool):
-            raise DataError(
-                f"{where} {row}: label {given!r:.60} is of type {type(given).__name__}; labels are strings, whole "
-                "numbers, floats or truth values"
-            )
+            told = f"of type {type(given).__name__}; labels are strings, whole numbers, floats or truth values"
+            raise DataError(f"{where} {row}: label {given!r:.60} is {told}")
         checked[row] = label
     return checked
 
@@ -151,10 +146,9 @@ def relative_weights(weights: Sequence[float], where: str) -> list[float] | None
 def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | None:
     """Return how much an example of each class counts, as scikit-learn has it; None where classes weigh alike.
 
-    Given is "balanced", where classes weigh alike; None, where each example counts 1; or a mapping from labels to what
-    one of that class counts, 1 where nothing is said. SettingsError if it is something else. DataError, naming the
-    label, if a weight is no number above 0, or none is of a class. Where some are, others may be of classes to come, or
-    gone; a warning, if a class has none.
+    Given is "balanced", where they do; None, where each example counts 1; or a mapping from labels to numbers above 0,
+    1 where nothing is said. Labels may be of classes to come, or gone; a warning, if a class has no weight then.
+    SettingsError or DataError if it is something else, or no label is of a class.
     """
     if isinstance(given, str) and given == "balanced":
         return None
@@ -168,8 +162,8 @@ def checked_class_weight(given: Any, classes: Sequence[Any]) -> list[float] | No
             raise DataError(f"class_weight of {label!r:.60}: {told}")
     other = [label for label in weights if label not in classes]
     if other and set(classes) - weights.keys():
-        told = f"class_weight: {other[0]!r:.60} is no class of this task, the nearest is "
-        told += f"{_nearest(other[0], classes)!r:.60}"
+        nearest = _nearest(other[0], classes)
+        told = f"class_weight: {other[0]!r:.60} is no class of this task, the nearest is {nearest!r:.60}"
         if len(other) == len(weights):
             raise DataError(told)
         warnings.warn(told, stacklevel=4)
@@ -200,25 +194,17 @@ def task_classes(
 ) -> tuple[list[Any], list[str] | None]:
     """Return the classes of a task, sorted where they can be, and their names in the same order, or None without.
 
-    Args:
-        labels: of the examples, checked.
-        label_names: what the classes are called. "auto" reads the labels themselves, if all of them are strings with a
-            letter in them; else none. A mapping from labels to names names every class that has examples; its further
-            labels are classes too, known by their names alone. A list has the names in the order of the sorted classes.
-            None reads nothing.
-        where: what messages call it.
-
-    Raises:
-        DataError: if there are fewer than two classes, a class lacks its name or a name is no text, a label is equal to
-            another but of another type, or ``label_names`` is something else.
+    Names are, "auto", the labels themselves, if all are words; a mapping, which names every class that has examples,
+    and whose further labels are classes too; a list, in the order of the sorted classes; or None. DataError if there
+    are fewer than two classes, a class lacks its name or a name is no text, a label is equal to another but of another
+    type, or ``label_names`` is something else.
     """
     automatic = isinstance(label_names, str) and label_names == "auto"
     listed = isinstance(label_names, Sequence | np.ndarray) and not isinstance(label_names, str)
     if not (label_names is None or automatic or listed or isinstance(label_names, Mapping)):
-        raise DataError(
-            f"{where}: label_names must be 'auto', a mapping from labels to names, a list of names in the order of the "
-            f"sorted labels, or None, given {type(label_names).__name__} {label_names!r:.60}"
-        )
+        told = "'auto', a mapping from labels to names, a list of names in the order of the sorted labels, or None"
+        kind = type(label_names).__name__
+        raise DataError(f"{where}: label_names must be {told}, given {kind} {label_names!r:.60}")
     keys = checked_labels(list(label_names), f"{where}, label_names, key") if isinstance(label_names, Mapping) else []
     if not len(labels) and not keys:
         raise DataError(f"{where} without examples needs label_names: a mapping from at least 2 labels to their names")
@@ -226,10 +212,8 @@ def task_classes(
     for place, given in (("row", labels), ("label_names, key", keys)):
         for row, label in enumerate(given):
             if type(found.setdefault(label, label)) is not type(label):  # 1 equals 1.0 and True
-                raise DataError(
-                    f"{where}, {place} {row}: label {label!r} equals {found[label]!r} but is of another type; a class "
-                    "needs one label"
-                )
+                told = f"equals {found[label]!r} but is of another type; a class needs one label"
+                raise DataError(f"{where}, {place} {row}: label {label!r} {told}")
     try:
         classes = sorted(found)
     except TypeError:
@@ -243,10 +227,8 @@ def task_classes(
     else:
         names = None if label_names is None else list(label_names)
     if len(classes) < 2:
-        raise DataError(
-            f"{where} needs at least 2 classes, found {len(classes)}: {classes}; "
-            "classes without examples can be given as label_names, a mapping from labels to names"
-        )
+        told = "classes without examples can be given as label_names, a mapping from labels to names"
+        raise DataError(f"{where} needs at least 2 classes, found {len(classes)}: {classes}; {told}")
     if names is not None and len(names) != len(classes):
         raise DataError(f"{where}: label_names has {len(names)} names for {len(classes)} classes: {few(classes)}")
     return classes, None if names is None else checked_texts(names, f"{where}, label_names", of=classes)
@@ -325,10 +307,7 @@ def label_from_json(stored: Any) -> Any:
 
 
 def read_labels(stored: Sequence[Any], path: Path) -> list[Any]:
-    """Return the labels that :func:`label_to_json` was given; AdapterError, naming the path, if one is none, or twice.
-
-    Equal ones of other types count as twice, too.
-    """
+    """Return the labels that :func:`label_to_json` was given; AdapterError if one is none, or equal to another."""
     labels = list(map(label_from_json, stored))
     seen = set()
     for label in labels:

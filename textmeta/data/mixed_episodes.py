@@ -38,17 +38,11 @@ MIXTURE_SHARES = (0.4, 0.3, 0.3)  # of the episodes with unlabelled texts
 class MixedEpisodes:
     """Draws mixed episodes. Episode ``i`` is a pure function of (corpora, seed, i).
 
-    They differ in ways, shots, names, unlabelled texts and queries of other classes; the constants above say how. Each
-    first draws its corpus, all equally likely. Texts that a corpus has in two classes are left out, and so are
-    classes with too few other texts. Names, queries of other classes, and unlabelled texts have random numbers of
-    their own: neither share changes another text of an episode, but names may take support texts away.
-
-    Args:
-        corpora: restricted to the classes that may be drawn; DataError if one has fewer than two of enough texts.
-        seed: of all draws.
-        names: share of the episodes with names, true or not.
-        unlabelled: share of the episodes with unlabelled texts.
-        outside: share of the episodes with queries of other classes. No training loss sees them.
+    They differ in ways, shots, names, unlabelled texts and queries of other classes; the constants above say how, and
+    the arguments in which share of the episodes these three come. Each first draws its corpus, all equally likely.
+    Texts that a corpus has in two classes are left out, and so are classes with too few other texts; DataError if fewer
+    than two are left. Names, queries of other classes, which no training loss sees, and unlabelled texts have random
+    numbers of their own: neither share changes another text of an episode, but names may take support texts away.
     """
 
     def __init__(

@@ -28,11 +28,7 @@ FOR_A_FILE = f". For a local file, give a path that ends in {', '.join(OTHERS)} 
 
 
 def read_file(settings: CorpusSettings) -> datasets.Dataset:
-    """Read a JSON, JSON Lines, CSV, TSV or Parquet file, by its ending.
-
-    Raises:
-        DataError: if there is no such file, it is empty, or cannot be read.
-    """
+    """Read a JSON, JSON Lines, CSV, TSV or Parquet file, by its ending; DataError if it is empty, or cannot be read."""
     path = Path(at_home(settings.dataset))
     if not path.is_file():
         raise DataError(f"no such file: {path}")
@@ -53,9 +49,8 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
             if not datasets.are_progress_bars_disabled():  # of a moment's work
                 after.callback(datasets.enable_progress_bars)
                 datasets.disable_progress_bars()
-            return datasets.load_dataset(
-                builder, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options
-            )
+            options |= {"data_files": str(path), "cache_dir": cache, "keep_in_memory": True}
+            return datasets.load_dataset(builder, split="train", **options)
     except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
         cause = _root_cause(error)
         told = f"file has no rows: {path}" if "no data" in cause else f"cannot read {path} as {builder}: {cause}"
@@ -65,11 +60,8 @@ def read_file(settings: CorpusSettings) -> datasets.Dataset:
 def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Read a split of a dataset; return its rows, and commit and licence, as far as these are known.
 
-    Of a Hub that does not answer, what `datasets` has in its cache.
-
-    Raises:
-        DataError: no such dataset, configuration, split or column, no right to it, no answer and not in the cache, or a
-            dataset that needs a script of its own.
+    Of a Hub that does not answer, what `datasets` has in its cache. DataError: no such dataset, configuration, split or
+    column, no right to it, no answer and not in the cache, or a dataset that needs a script of its own.
     """
     dataset, config, split = settings.dataset, settings.config, settings.split
     path = Path(at_home(dataset))
@@ -77,10 +69,8 @@ def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]
         sheet = "a sheet can be saved as CSV, with the texts in one column and their labels in another"
         raise DataError(f"cannot read {path}: expected a file that ends in {', '.join(OTHERS)} or {LAST}; {sheet}")
     if path.exists():
-        raise DataError(
-            f"there is a file or folder {dataset!r} here, so the dataset of that id on the Hub cannot be told from it: "
-            "start from another working folder, or give the path of a data file"
-        )
+        from_it = "the dataset of that id on the Hub cannot be told from it: start from another working folder"
+        raise DataError(f"there is a file or folder {dataset!r} here, so {from_it}, or give the path of a data file")
     if settings.rows is not None and "[" in split:
         raise DataError(f"corpus {dataset!r}: with rows, a split must be a whole one, given {split!r}")
     where = f"dataset {dataset!r} (config {config}, split {split!r}, revision {settings.revision or 'main'})"

@@ -38,13 +38,8 @@ class ClassSplit:
 def load_parts(sources: Iterable[CorpusSettings], fold: str | None = None, texts: int = 10) -> dict[str, list[Corpus]]:
     """Load corpora and split each by class, from its file of splits or drawn: one corpus a source in each part.
 
-    Args:
-        sources: of the corpora.
-        fold: which of the splits in their files, where these have several.
-        texts: how many different ones a class that is held out (to choose or to test by) needs.
-
-    Raises:
-        DataError: if a corpus cannot be loaded, or has too few classes, or too few texts in one that is held out.
+    Where these files have several splits, ``fold`` says which. DataError if a corpus cannot be loaded, has too few
+    classes, or fewer than so many different ``texts`` in one that is held out (to choose or to test by).
     """
     parts: dict[str, list[Corpus]] = {part: [] for part in PARTS}
     for source in sources:
@@ -92,9 +87,9 @@ def read_class_split(path: str | Path, fold: str | None = None) -> ClassSplit:
 
 
 def draw_class_split(class_names: Iterable[str], seed: int = 0) -> ClassSplit:
-    """Draw a class split at random: half of the classes to train on, a quarter to choose by, a quarter to test on.
+    """Draw a class split: half of the classes to train on, a quarter to choose by, a quarter to test on, in any order.
 
-    The order of the classes does not matter. DataError if there are fewer than 8, for episodes need two of each part.
+    DataError if there are fewer than 8, for episodes need two of each part.
     """
     names = sorted(class_names)
     shuffled = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]

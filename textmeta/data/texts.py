@@ -30,12 +30,8 @@ def text_format(name: str) -> str:
 def open_texts(name: str, form: str | None = None, column: str = "text") -> Iterator[tuple[list[str], Rows]]:
     """Open a file of texts; give its columns, and an iterator of its rows, each a mapping from columns to values.
 
-    DataError, naming the line, if it is not UTF-8 or has no text.
-
-    Args:
-        name: of the file; "-" is standard input.
-        form: "csv", "jsonl" (objects) or "lines"; by default as the file's ending says.
-        column: that holds the texts. Lines have no other, JSON Lines any others.
+    "-" is standard input. The form is "csv", "jsonl" (objects) or "lines", by default as the ending says; lines have no
+    column but that of the texts, JSON Lines any others. DataError, naming the line, if it is not UTF-8 or has no text.
     """
     form = form or text_format(name)
     newline = "" if form == "csv" else "\n"

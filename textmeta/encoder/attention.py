@@ -1,7 +1,6 @@
 """Attention that can be differentiated twice where that is asked for, and is fast everywhere else.
 
-The fused kernels of scaled dot-product attention have no second derivative. PyTorch's own switch between kernels is
-global to the process, so a thread that takes second-order gradients would slow down, or break, the others. Here the
+Fused kernels have no second derivative, and PyTorch's own switch between kernels is global to the process. Here the
 choice is a context variable, read in each attention by a function that transformers calls through its registry.
 """
 
@@ -43,8 +42,7 @@ def twice_differentiable() -> AbstractContextManager[None]:
 def use_switched_attention(model: PreTrainedModel) -> None:
     """Let a model's attention follow :func:`twice_differentiable`, in place.
 
-    A model without fused attention (its implementation is "eager": MPNet, DeBERTa) has second derivatives anyway and is
-    left alone.
+    One without fused attention (its implementation is "eager": MPNet, DeBERTa) has second derivatives anyway.
     """
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
@@ -53,16 +51,18 @@ def use_switched_attention(model: PreTrainedModel) -> None:
 def _switched_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    used = _USED.get()
-    if used is not None:
-        return used(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
+    used: Any = _USED.get() or sdpa_attention_forward
+    if (
+        used is sdpa_attention_forward
+        and query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and query.requires_grad
+    ):
         # the fused kernel's backward in bfloat16 is twenty times as slow on a CPU as in float32
-        query, key, value = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
-            output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+            output, _ = used(module, query.float(), key.float(), value.float(), attention_mask, **given)
         return output.bfloat16(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+    return used(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
 
 
 def plain_attention(
@@ -77,9 +77,7 @@ def plain_attention(
 ) -> tuple[Tensor, None]:
     """Return what attention makes, (rows, length, heads, size), by products and a softmax alone."""
     if other.get("position_bias") is not None:
-        raise EncoderError(
-            f"{type(module).__name__} has a position bias, with which plain attention is not implemented"
-        )
+        raise EncoderError(f"{type(module).__name__} has a position bias, for which there is no plain attention")
     groups = getattr(module, "num_key_value_groups", 1)  # heads that share their keys and values
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -1,7 +1,6 @@
-"""The encoder: a frozen transformer whose upper layers carry LoRA.
+"""The encoder: a frozen transformer whose upper layers carry LoRA, split, exactly, in two.
 
-The layers below the lowest LoRA give every task the same, so they can be run once per text and their states kept. The
-layers above run for any LoRA factors, of one task or of many at once. So the transformer is split, exactly, in two.
+The layers below the lowest LoRA give every task the same, so they can be run once per text and their states kept.
 """
 
 import copy
@@ -11,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -70,38 +69,32 @@ class EncoderSettings:
             raise SettingsError(f"max_length must be at least 3 tokens, given {self.max_length}")
 
 
-@dataclass
-class _Notes:
-    """Texts that were cut, and those of which most tokens were unknown, when they were tokenized."""
-
-    cut: set[tuple[str, int]] = field(default_factory=set)  # after how many tokens
-    unknown: set[tuple[str, str]] = field(default_factory=set)  # to which encoder
-
-
-_notes: ContextVar[_Notes | None] = ContextVar("notes", default=None)
+# texts that were cut when they were tokenized, and after how many tokens; mostly unknown ones, and to which encoder
+_noted: ContextVar[tuple[set[tuple[str, int]], set[tuple[str, str]]] | None] = ContextVar("noted", default=None)
 
 
 @contextmanager
 def warning_of(texts: Sequence[str], where: str, start: int = 0, told: set[str] | None = None) -> Iterator[None]:
     """Warn of those texts that are found to be cut, or mostly unknown to the tokenizer, when they are read meanwhile.
 
-    One warning of each kind, at the line that called the caller's caller. Outside of it, as in training, there is none;
-    within another one, that one warns. Of a batch of a stream, which begins in row ``start``, those that have been
-    ``told`` are not told again.
+    One warning of each kind, at the line that called the caller's caller; outside of it there is none, within another
+    one that one warns. Of a batch of a stream, which begins in row ``start``, those that have been ``told`` are left
+    out.
     """
-    if _notes.get() is not None:
+    if _noted.get() is not None:
         yield
         return
-    token = _notes.set(notes := _Notes())
+    cut, unknown = set[tuple[str, int]](), set[tuple[str, str]]()
+    token = _noted.set((cut, unknown))
     try:
         yield
     finally:
-        _notes.reset(token)
+        _noted.reset(token)
     more = "a larger max_length reads more of them, long_texts='window' all"
     other = "it hardly tells such texts apart, and may be of another language"  # as Chinese ones to an English encoder
     for kind, noted, what, advice in (
-        ("", notes.cut, "cut at {} tokens", more),
-        ("most tokens of ", notes.unknown, "unknown to the encoder {}", other),
+        ("", cut, "cut at {} tokens", more),
+        ("most tokens of ", unknown, "unknown to the encoder {}", other),
     ):
         found = {text for text, _ in noted}.intersection(texts)
         rows = [row for row, text in enumerate(texts) if text in found]
@@ -115,13 +108,7 @@ def warning_of(texts: Sequence[str], where: str, start: int = 0, told: set[str] 
 
 
 class TextTokenizer:
-    """Makes token ids of texts.
-
-    Args:
-        settings: of the encoder that reads them.
-        tokenizer: of its texts.
-        prompt: what is put before each text.
-    """
+    """Makes token ids of texts, each with a prompt before it, by a tokenizer and as an encoder's settings say."""
 
     def __init__(self, settings: EncoderSettings, tokenizer: Any, prompt: str = "") -> None:
         self.settings, self.tokenizer, self.prompt = settings, tokenizer, prompt
@@ -140,47 +127,25 @@ class TextTokenizer:
         whole = self.settings.long_texts == "window"
         windows = [[part.ids for part in (own if whole else own[:1])] for own in parts]
         windows = windows or [[ids] for ids in found["input_ids"]]
-        notes = _notes.get()
-        if notes is not None:
+        noted = _noted.get()
+        if noted is not None:
             unknown = {self.tokenizer.unk_token_id} - {None, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id}
             cut = (text for text, own in zip(texts, parts, strict=False) if len(own) > 1 and not whole)
-            notes.cut.update((text, length) for text in cut)
+            noted[0].update((text, length) for text in cut)
             for text, own in zip(texts, windows, strict=True):
                 ids = [number for part in own for number in part]
                 if 2 * sum(map(ids.count, unknown)) > len(ids) - special * len(own):
-                    notes.unknown.add((text, self.settings.model))
+                    noted[1].add((text, self.settings.model))
         return windows
 
 
 class Encoder(TextTokenizer):
     """A frozen transformer with LoRA on its upper layers.
 
-    Args:
-        settings: which one, and how long texts may be.
-        lora: of the adapter.
-        device: where it runs; by default the CPU.
-        precision: "bf16" runs the transformer's matrix products in bfloat16 (autocast); weights with LoRA, its factors
-            and their gradients stay float32. fp16 would need its gradients scaled in every inner step, and is refused.
-        access: how the Hub is reached.
-        pretrained: the transformer, if it has been loaded; its linear maps become those of this encoder.
-
-    Attributes:
-        tokenizer: of the transformer.
-        prompt: what is put before each text.
-        first_token: whether a text's last view is the state of its first token alone.
-        hidden_size: length of a token's state.
-        total_layers: of the transformer.
-        frozen_layers: how many lie below the lowest LoRA; None where the model cannot be split there.
-        factor_shapes: shape of each LoRA factor by name.
-        peft_config: PEFT's configuration of the adapter.
-        weights_sha256: of the transformer's weights, without LoRA.
-        commit: of its repository, where it came from the Hub.
-        source: (model, revision) to load the same transformer from again.
-        overhead: what one more forward costs, in tokens of another: launches on a GPU cost more.
-
-    Raises:
-        EncoderError: if the model cannot be loaded or has no layers that can carry the adapter.
-        SettingsError: if a setting does not fit it.
+    In "bf16" its matrix products are in bfloat16 (autocast); weights with LoRA, its factors and their gradients stay
+    float32. A transformer that has been loaded (``pretrained``) is taken as it is: its linear maps become those of this
+    encoder. EncoderError if it cannot be loaded or has no layers that can carry LoRA; SettingsError if a setting does
+    not fit.
     """
 
     def __init__(
@@ -193,10 +158,8 @@ class Encoder(TextTokenizer):
         pretrained: Pretrained | None = None,
     ) -> None:
         if precision not in ("no", "bf16"):
-            raise SettingsError(
-                f"precision must be 'no' or 'bf16', given {precision!r}"
-                + (": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16"))
-            )
+            why = ": the inner loop's gradients vanish in half precision; bf16 has the range" * (precision == "fp16")
+            raise SettingsError(f"precision must be 'no' or 'bf16', given {precision!r}{why}")
         settings = settings or EncoderSettings()
         if is_folder(local := at_home(settings.model)):  # a relative path would look like an id on the Hub elsewhere
             settings = replace(settings, model=str(Path(local).resolve()))
@@ -206,11 +169,9 @@ class Encoder(TextTokenizer):
         model, tokenizer, self.commit, self.weights_sha256, _ = loaded
         super().__init__(settings, tokenizer)
         if settings.long_texts == "window" and not self.tokenizer.is_fast:
-            raise SettingsError(
-                f"the tokenizer of {settings.model} cannot cut texts in windows: long_texts must be 'cut'"
-            )
-        self.first_token = False
-        self.source = (settings.model, self.commit or settings.revision)
+            raise SettingsError(f"long_texts must be 'cut': the tokenizer of {settings.model} cannot cut in windows")
+        self.first_token = False  # whether a text's last view is the state of its first token alone
+        self.source = (settings.model, self.commit or settings.revision)  # to load the same transformer from again
         positions = most_tokens(model)
         if settings.max_length > positions:
             raise SettingsError(f"max_length is {settings.max_length}, but {settings.model} has {positions} positions")
@@ -230,7 +191,8 @@ class Encoder(TextTokenizer):
             for module in model.get_submodule(layers_name).modules():
                 if type(module) is nn.Linear:
                     module.to(torch.bfloat16)
-        self.frozen_layers = None if self._prefix is None else first
+        self.frozen_layers = None if self._prefix is None else first  # below the lowest LoRA; None where not split
+        # what one more forward costs, in tokens of another: launches on a GPU cost more
         self.overhead = 128 if self.device.type == "cpu" else 4096
 
     def with_length(self, max_length: int) -> "Encoder":
@@ -244,14 +206,9 @@ class Encoder(TextTokenizer):
     def states(self, inputs: Tensor, mask: Tensor, *, adapted: bool) -> tuple[Tensor, ...]:
         """Return the states (rows, length, hidden) that enter the frozen or the adapted layers, and after each of them.
 
-        They are at least float32.
-
-        Args:
-            inputs: (rows, length) token ids; for the adapted layers of a model that is split, the last states of the
-                frozen ones.
-            mask: (rows, length) bool, True for tokens.
-            adapted: whether the layers with LoRA are run, with the factors in use; they are all layers of a model that
-                cannot be split.
+        The adapted layers, all of a model that cannot be split, are run with the factors in use, on the last states of
+        the frozen ones; else inputs are token ids (rows, length). The mask (rows, length) is True for tokens. States
+        are at least float32.
         """
         model = self._suffix if adapted else self._prefix
         assert model is not None, "the model is not split"
@@ -277,13 +234,11 @@ def best_precision(device: torch.device) -> str:
 def device_of(device: str | torch.device | None) -> torch.device:
     """Return a device by its name; None is what there is: cuda, mps or cpu, in this order.
 
-    Raises:
-        SettingsError: if there is no such kind of device, or none of it on this machine.
+    SettingsError if there is no such kind of device, or none of it on this machine.
     """
     if device is None:
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return torch.device(next(name for name, found in there.items() if found))
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()
@@ -309,11 +264,7 @@ class _PassThrough(nn.Module):
 
 
 def _find_layers(model: PreTrainedModel) -> str:
-    """Return the name of the list of a transformer's layers (``encoder.layer``).
-
-    Raises:
-        EncoderError: if it has none.
-    """
+    """Return the name of the list of a transformer's layers (``encoder.layer``); EncoderError if it has none."""
     total: int = model.config.num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
@@ -322,11 +273,10 @@ def _find_layers(model: PreTrainedModel) -> str:
 
 
 def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Module | None, nn.Module]:
-    """Split a transformer below layer ``first`` into (prefix, suffix), or (None, model) where that is not exact.
+    """Split a transformer below layer ``first`` into (prefix, suffix); (None, model) where a probe shows a difference.
 
     Both halves are the model's own class: the prefix with fewer layers and nothing after them, the suffix with its
-    embeddings passed through, so each family's masks and positions are its own code. A probe decides whether the split
-    is exact.
+    embeddings passed through, so each family's masks and positions are its own code.
     """
     layers: nn.ModuleList = model.get_submodule(layers_name)  # type: ignore[assignment]
     # deepcopy with these answers given: all weights that both halves use stay shared
@@ -353,8 +303,8 @@ def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Mod
             exact = False
     if exact and without_before:
         return prefix, suffix
-    logger.warning(
-        "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower",
-        type(model).__name__,
+    told = (
+        "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower"
     )
+    logger.warning(told, type(model).__name__)
     return None, model

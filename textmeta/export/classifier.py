@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import onnxruntime
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +21,7 @@ from textmeta.files import at_home
 from textmeta.predicting import PredictsTexts
 from textmeta.sharing.folder import ONNX, read_folder
 from textmeta.sharing.store import read_model
+from textmeta.sharing.support import Strict
 
 __all__ = ["OnnxClassifier", "open_session", "text_batches"]
 
@@ -34,10 +35,8 @@ class NotExportedError(AdapterError, AttributeError):
     """A classifier as ONNX was asked for more than predictions."""
 
 
-class _Meta(BaseModel):
+class _Meta(Strict):
     """The content of ``onnx.json``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     format_version: Literal[1]  # FORMAT
     versions: dict[str, str]
@@ -51,19 +50,8 @@ class _Meta(BaseModel):
 class OnnxClassifier(PredictsTexts, TextTokenizer):
     """A classifier that :meth:`~textmeta.FewShotClassifier.export_onnx` wrote: it predicts, and does no more.
 
-    Args:
-        folder: that was written.
-        threads: that a graph is run on; by default as many as PyTorch has.
-        batch_size: texts answered at once.
-        errors: what half of a character in a text does: "raise" an error, or "replace" it.
-        progress: whether a bar is shown where predicting takes long.
-
-    Attributes:
-        classes: the labels.
-        classes_: the same as an array.
-
-    Raises:
-        AdapterError: if the folder holds none, is damaged, or its graph cannot be run.
+    Settings are those of :class:`~textmeta.FewShotClassifier`, and ``threads`` that the graph is run on, by default as
+    many as PyTorch has. AdapterError if the folder holds none, is damaged, or its graph cannot be run.
     """
 
     def __init__(
@@ -128,8 +116,7 @@ def text_batches(
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
     """Yield texts of similar length: their numbers, then ids and mask (rows, length), and each row's place among them.
 
-    Args:
-        windows: token ids of each text: one row, or several.
+    Of each text ``windows`` has the token ids: one row, or several.
     """
     for numbers in length_buckets([sum(map(len, own)) for own in windows], OVERHEAD):
         rows = [(place, ids) for place, number in enumerate(numbers) for ids in windows[number]]

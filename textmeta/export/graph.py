@@ -50,15 +50,9 @@ Learn = Callable[[TaskLearner], LearnedTask]
 def write_onnx(folder: str | Path, fitted: Fitted, learner: TaskLearner, learn_by: Learn | None = None) -> None:
     """Write a fitted task with its encoder as one graph, in place of what was in the folder.
 
-    Args:
-        folder: where to.
-        fitted: the task.
-        learner: that it was learned by, in float32.
-        learn_by: for a graph of int8 numbers, what learns the task anew by another learner.
-
-    Raises:
-        AdapterError: if the folder cannot be replaced, or the graph is too large.
-        EncoderError: if the encoder cannot be exported.
+    The learner is that of the task, in float32; ``learn_by``, for a graph of int8 numbers, learns the task anew by
+    another. AdapterError if the folder cannot be replaced, or the graph is too large; EncoderError if the encoder
+    cannot be exported.
     """
     check_destination(folder := destination(folder), {GRAPH})
     reader: Any = learner.reader
@@ -90,12 +84,8 @@ def write_onnx(folder: str | Path, fitted: Fitted, learner: TaskLearner, learn_b
 def states_graph(reader: TokenStateReader, factors: Mapping[str, Tensor]) -> onnx.ModelProto:
     """Return the graph from ``input_ids`` and ``attention_mask`` (rows, length) to ``states`` (rows, V, length, d).
 
-    Args:
-        reader: of the states.
-        factors: LoRA's, (out, in), which are folded into the weights.
-
-    Raises:
-        EncoderError: if the encoder cannot be exported, or the graph makes other states than PyTorch.
+    LoRA's factors (out, in) are folded into the weights. EncoderError if the encoder cannot be exported, or the graph
+    makes other states than PyTorch.
     """
     encoder, module, random = reader.encoder, _States(reader), torch.Generator().manual_seed(0)
     most = encoder.settings.max_length
@@ -119,9 +109,9 @@ def states_graph(reader: TokenStateReader, factors: Mapping[str, Tensor]) -> onn
 
 
 def quantized(graph: onnx.ModelProto, encoder: Encoder) -> onnx.ModelProto:
-    """Return a graph of states whose products with weights are of int8 numbers: weights by column, inputs as a whole.
+    """Return a graph of states whose products with weights are of int8 numbers; the one that is given is used up.
 
-    Weights have 7 bits, because processors without VNNI add up products in 16. The graph that is given is used up.
+    Weights, by column, have 7 bits, because processors without VNNI add up products in 16; inputs have one scale.
     """
 
     def run(names: list[str]) -> list[list[np.ndarray]]:
@@ -141,15 +131,12 @@ def quantized(graph: onnx.ModelProto, encoder: Encoder) -> onnx.ModelProto:
 
 
 def _level(graph: onnx.GraphProto, run: Callable[[list[str]], list[list[np.ndarray]]]) -> None:
-    """Scale down those few channels of a product's input that are far larger than all others, in place.
+    """Scale down those few channels of a product's input that are far larger than all others, and up their weights.
 
-    They would leave the others few of 256 steps. Their weights are scaled up.
+    They would leave the others few of 256 steps. In place; the graph has one output, and ``run`` gives of some texts
+    what it makes under these names.
 
     Source: Xiao et al. (2023), "SmoothQuant", section 4.
-
-    Args:
-        graph: with one output.
-        run: gives of some texts what the graph makes under these names.
     """
     weights = {own.name: own for own in graph.initializer}
     uses = Counter(name for node in graph.node for name in node.input)
@@ -181,7 +168,7 @@ def _task_graph(states: onnx.ModelProto, adapter: Adapter, task: LearnedTask, wi
     views, size = adapter.initialisation.queries.shape
     given = [torch.randn(3, views, 5, size), torch.ones(3, 5, dtype=torch.long), torch.arange(3)][: 2 + windows]
     inputs = ["states", "attention_mask", "text"][: 2 + windows]
-    outputs = ["logits", "scope"][: 1 + (adapter.calibration.scope is not None)]
+    outputs = ["logits", "scope"][: 1 + (adapter.scope is not None)]
     with torch.no_grad():
         head = _exported(_Head(adapter, task.to(device)), tuple(own.to(device) for own in given), inputs, outputs)
     head = add_prefix(head, "task/", rename_inputs=False, rename_outputs=False)
@@ -239,28 +226,20 @@ class _Head(nn.Module):
         count: Any = text.max() + 1
         read = TokenStates(count, (StateBatch(text, states, mask.bool()),))
         reader: Any = SimpleNamespace(read=lambda *_: read)
-        # one task, without padding
-        rows: Any = SimpleNamespace(
-            texts=(), row_task=torch.zeros(count, dtype=torch.long), pad=lambda flat: flat[None]
-        )
-        found = TaskLearner(reader, self.adapter).answer(self.task, rows)
+        found = TaskLearner(reader, self.adapter).answer_all(self.task, ())
         return tuple(part[0] for part in (found.logits, found.scope) if part is not None)
 
 
 def _exported(module: nn.Module, given: tuple[Tensor, ...], inputs: list[str], outputs: list[str]) -> onnx.ModelProto:
     """Return the graph of a module, with its constants among the weights, where they are quantized, too."""
-    names = {
-        "input_names": inputs,
-        "output_names": outputs,
-        "dynamic_axes": {n: AXES.get(n, TEXTS) for n in inputs + outputs},
-    }
     exporter: Any = torch.onnx
-    file = io.BytesIO()
+    names = {"input_names": inputs, "output_names": outputs}
+    file, axes = io.BytesIO(), {name: AXES.get(name, TEXTS) for name in inputs + outputs}
     with warnings.catch_warnings(), attention_by(_exported_attention):
         warnings.simplefilter("ignore")  # what a trace gets wrong shows in the comparison
         exporter.register_custom_op_symbolic("aten::index_add", _index_add, OPSET)
         try:  # the newer exporter takes ten times as long, and makes no other graph
-            exporter.export(module, given, file, opset_version=OPSET, dynamo=False, **names)
+            exporter.export(module, given, file, dynamic_axes=axes, opset_version=OPSET, dynamo=False, **names)
         finally:
             exporter.unregister_custom_op_symbolic("aten::index_add", OPSET)
     made = onnx.load_from_string(file.getvalue())
@@ -293,9 +272,8 @@ class _Attention(torch.autograd.Function):
     def symbolic(g: Any, query: Any, key: Any, value: Any, scaling: float, heads: int) -> Any:
         joined, apart = (g.op("Constant", value_t=torch.tensor(shape)) for shape in ([0, 0, -1], [0, 0, heads, -1]))
         parts = (g.op("Reshape", part, joined) for part in (query, key, value))
-        return g.op(
-            "Reshape", g.op("com.microsoft::MultiHeadAttention", *parts, num_heads_i=heads, scale_f=scaling), apart
-        )
+        made = g.op("com.microsoft::MultiHeadAttention", *parts, num_heads_i=heads, scale_f=scaling)
+        return g.op("Reshape", made, apart)
 
 
 def _exported_attention(

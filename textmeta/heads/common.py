@@ -16,35 +16,20 @@ __all__ = ["Examples", "float64", "log_shots", "mean_over_classes", "root", "tem
 
 @dataclass(frozen=True)
 class Examples:
-    """Which example is in which class, and how much it counts, of T tasks.
+    """Which example is in which class, and how much it counts, of T tasks."""
 
-    Args:
-        member: (T, n, C), 1 where an example is in a class; rows of 0 for padding.
-        weights: (T, n), how much each example counts; 0 for padding.
-        classes: (T, C) bool, whether a task has that class.
-        class_weights: (T, C), how much an example of each class counts in the head; None where classes weigh alike.
-
-    Attributes:
-        counts: (T, C), how much the examples of each class count together.
-        total: (T,), n: how much all examples count together.
-        present: (T, C) bool, the classes that have examples.
-        number: (T,), C₁: number of classes that have examples; 1 at least, so that it can be divided by.
-        balanced: (T, n), ω_i = n / (C₁ n_c): weights by which classes weigh alike, and which add up to n.
-        row_weights: (T, n), ω_i in the head: balanced, or by weights and class weights; they add up to n, too.
-        targets: (T, n, C), one-hot - 1/C₁ over the classes that have examples; 0 for other classes and for padding.
-    """
-
-    member: Tensor
-    weights: Tensor
-    classes: Tensor
-    class_weights: Tensor | None = None
-    counts: Tensor = field(init=False)
-    total: Tensor = field(init=False)
-    present: Tensor = field(init=False)
-    number: Tensor = field(init=False)
-    balanced: Tensor = field(init=False)
-    row_weights: Tensor = field(init=False)
-    targets: Tensor = field(init=False)
+    member: Tensor  # (T, n, C), 1 where an example is in a class; rows of 0 for padding
+    weights: Tensor  # (T, n), how much each example counts; 0 for padding
+    classes: Tensor  # (T, C) bool, whether a task has that class
+    class_weights: Tensor | None = None  # (T, C), of an example of each class in the head; None where they weigh alike
+    # made of these:
+    counts: Tensor = field(init=False)  # (T, C), how much the examples of each class count together
+    total: Tensor = field(init=False)  # (T,), n: how much all examples count together
+    present: Tensor = field(init=False)  # (T, C) bool, the classes that have examples
+    number: Tensor = field(init=False)  # (T,), C₁: how many these are; 1 at least, so that it can be divided by
+    balanced: Tensor = field(init=False)  # (T, n), ω_i = n / (C₁ n_c), by which classes weigh alike; they add up to n
+    row_weights: Tensor = field(init=False)  # (T, n), ω_i in the head: balanced, or by class weights; up to n, too
+    targets: Tensor = field(init=False)  # (T, n, C), one-hot - 1/C₁ over the classes that have examples; else 0
 
     def __post_init__(self) -> None:
         """Make what every head asks for."""
@@ -83,11 +68,9 @@ def log_shots(examples: Examples) -> Tensor:
 
 
 def mean_over_classes(values: Tensor, examples: Examples) -> Tensor:
-    """Return (T, …): the mean over classes of the mean of each class's values, by the examples' weights.
+    """Return (T, …): the mean over classes of the mean of each class's values (T, …, n), by the examples' weights.
 
-    Args:
-        values: (T, …, n) of each example, finite where its weight is 0 too.
-        examples: of the T tasks; a task without any gives 0.
+    Values are finite where the weight is 0, too; a task without examples gives 0.
     """
     share = examples.balanced / torch.where(examples.total > 0, examples.total, 1.0)[:, None]
     return (values * share.view(len(share), *[1] * (values.ndim - 2), -1)).sum(-1)
@@ -96,12 +79,8 @@ def mean_over_classes(values: Tensor, examples: Examples) -> Tensor:
 def temperature(coefficients: Tensor, shots: Tensor, ways: Tensor, stepped: Tensor, nll: Tensor) -> Tensor:
     """Return (T,) t, with log t = t₀ + t₁ log(1 + k) + t₂ log(C/5) + t₃ [steps taken] + t₄ NLL.
 
-    Args:
-        coefficients: (5,) t₀ … t₄.
-        shots: (T,) log(1 + k).
-        ways: (T,) C.
-        stepped: (T,) whether the inner loop took steps.
-        nll: (T,) of the mixture before the steps.
+    It is of the coefficients (5,) t₀ … t₄, and of (T,) log(1 + k), C, whether steps were taken, and the mixture's NLL
+    before them.
     """
     inputs = torch.stack([torch.ones_like(shots), shots, (ways.to(shots) / 5).log(), stepped.to(shots.dtype), nll])
     return (coefficients @ inputs).exp()
@@ -113,9 +92,6 @@ def float64(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def root(squares: Tensor) -> Tensor:
-    """Return square roots whose derivative at 0 is 0, where that of the root is infinite.
-
-    So a weight of 0 has a gradient, and g / (root(mean(g²)) + ε) has its own at g = 0, 1 / ε.
-    """
+    """Return square roots whose derivative at 0 is 0, so that a weight of 0 has a gradient, and not infinite."""
     positive = squares > 0
     return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)

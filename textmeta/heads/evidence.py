@@ -22,19 +22,12 @@ MOST_FOLDS = 10
 
 @dataclass(frozen=True)
 class Folds:
-    """Which examples are left out together, of T tasks.
+    """Which examples are left out together, of T tasks."""
 
-    Args:
-        of: (T, n) int64, the fold that leaves an example out; -1 for examples of classes that have no others.
-        examples: those of classes with two examples or more; the others' weights are 0.
-        any: (T,) bool, whether there are two such classes; without, there is no evidence.
-        number: the most folds of any task.
-    """
-
-    of: Tensor
-    examples: Examples
-    any: Tensor
-    number: int
+    of: Tensor  # (T, n) int64, the fold that leaves an example out; -1 for those of classes that have no others
+    examples: Examples  # those of classes with two examples or more; the others' weights are 0
+    any: Tensor  # (T,) bool, whether there are two such classes; without, there is no evidence
+    number: int  # the most folds of any task
 
 
 def folds_of(examples: Examples) -> Folds:
@@ -61,16 +54,9 @@ def left_out_scores(
 ) -> Tensor:
     """Return (T, M, n, C) float64: of each example the scores by ridge regressions that have not seen its fold.
 
-    Centre and weights are made anew from what stays, as :func:`~textmeta.heads.pooling.centre` and
-    :attr:`~textmeta.heads.common.Examples.balanced` make them.
-
-    Args:
-        views: (T, n, V, d) of length 1, not centred.
-        folds: of the T tasks; scores of examples in none are 0.
-        prior: (V, d) μ.
-        strength: () n₀.
-        penalty: () λ.
-        mixed: (T, V) weights of the views in one regression, M = 1; by default one for each view alone, M = V.
+    Centre and weights are made anew from what stays; an example of no fold has scores of 0. By default there is a
+    regression on each view alone, M = V; with ``mixed`` (T, V), the weights of the views, one, M = 1. Views (T, n, V,
+    d) are of length 1, not centred; μ is the prior (V, d), n₀ the strength (), λ the penalty ().
     """
     views, prior, strength, penalty = float64(views, prior, strength, penalty)
     mixed = None if mixed is None else float64(mixed)[0]
@@ -94,7 +80,7 @@ def _dual_scores(
 ) -> Callable[[Examples], Tensor]:
     """Return what makes scores (T, M, n, C) of some of the examples, from the products of all views.
 
-    All kernels of centred views follow from these, so the views are read once, whatever the number of folds.
+    Kernels of centred views follow from these, so the views are read once, whatever the number of folds.
     """
     grams = torch.einsum("tnvd,tmvd->tvnm", views, views)
     with_prior = torch.einsum("tnvd,vd->tvn", views, prior)
@@ -145,19 +131,15 @@ def _expanded(rest: Examples, number: int) -> tuple[Tensor, Tensor]:
 def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:
     """Return (T, M) the mean over classes of the mean cross entropy of left-out examples; log C where there are none.
 
-    Args:
-        scores: (T, M, n, C) of :func:`left_out_scores`.
-        folds: of the T tasks.
-        scale: () factor on the scores.
+    Their :func:`left_out_scores` (T, M, n, C) are multiplied by the scale ().
     """
     examples = folds.examples
     scores = scores.to(scale)
     logits = (scale * scores).masked_fill(~examples.present[:, None, None], -torch.inf)
     logits = torch.where(folds.any[:, None, None, None], logits, 0.0)  # rows of -inf alone have no softmax
     own = (examples.weights > 0)[:, None] & folds.any[:, None, None]
-    chosen = log_softmax(logits, -1).gather(
-        -1, examples.member.argmax(-1)[:, None, :, None].expand(*own.shape[:1], scores.shape[1], -1, 1)
-    )
+    label = examples.member.argmax(-1)[:, None, :, None].expand(-1, scores.shape[1], -1, 1)
+    chosen = log_softmax(logits, -1).gather(-1, label)
     nll = mean_over_classes(-torch.where(own, chosen[..., 0], 0.0), examples).to(examples.weights.dtype)
     return torch.where(folds.any[:, None], nll, examples.classes.sum(1, keepdim=True).to(nll).log())
 
@@ -165,12 +147,8 @@ def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:
 def mixture(prior: Tensor, strength: Tensor, half: Tensor, nll: Tensor, folds: Folds) -> Tensor:
     """Return (T, V) w = softmax(a_v - β s NLL_v) with s = n₂ / (n₂ + n_s): the more examples, the more evidence counts.
 
-    Args:
-        prior: (V,) a.
-        strength: () β.
-        half: () n_s > 0, so many examples count half.
-        nll: (T, V) of each view alone.
-        folds: of the T tasks; n₂ examples take part in them.
+    It is of the prior (V,) a, the strength () β, the half () n_s > 0, the NLL (T, V) of each view alone, and the n₂
+    examples that take part in the folds.
     """
     number = folds.examples.total
     return (prior - strength * (number / (number + half))[:, None] * nll).softmax(-1)

@@ -21,18 +21,12 @@ def neighbourhood_loss(
 ) -> Tensor:
     """Return (T,) the loss of neighbourhood components; log C₁ where neighbours tell nothing.
 
-    Each text is told by the softmax over the others' cosines, Σ_v w_v u_v · u_v times a scale. Classes weigh alike in
-    the vote and in the mean. A text that is alone in its class votes and is not told; 0 where fewer than two classes
-    have two texts.
+    Each text is told by the softmax over the others' cosines, Σ_v w_v u_v · u_v times the scale (). Classes weigh alike
+    in the vote and in the mean. All examples vote; those that are told (:func:`with_company`) have company, without any
+    of them the loss is 0. Views (T, n, V, d) are of length 1, not centred, and their weights (V,) positive, their sum
+    1.
 
     Source: Goldberger et al. (2005), "Neighbourhood Components Analysis", eq. 2 and 3, with cosines.
-
-    Args:
-        views: (T, n, V, d) of length 1, not centred.
-        examples: of the T tasks, all of which vote.
-        told: those of them that are told (:func:`with_company`).
-        view_weights: (V,), positive, their sum 1.
-        scale: () factor on the cosines.
     """
     if not views.shape[1]:
         return views.sum((1, 2, 3))  # 0

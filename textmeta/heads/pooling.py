@@ -14,18 +14,13 @@ LENGTH_EPSILON = 1e-12
 
 
 def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -> Tensor:
-    """Pool the tokens of each text by a query a view, and scale the result to length 1.
+    """Pool the tokens of each of N texts by a query a view, and scale the result to length 1.
 
     p_ℓ(x) = Σ_t softmax_t(q_ℓ · ĥ_ℓt / √d) h_ℓt with ĥ = h / √(mean(h²) + 1e-6), then u = p / √(|p|² + 1e-12). A query
     of zeros is mean pooling. Of a text that is read in windows p is the mean of theirs.
 
-    Args:
-        states: token states of N texts.
-        queries: (V, d), the same for all; or (T, V, d), one a task.
-        row_task: (N,) int64, task of each text, where each task has its own texts.
-
-    Returns:
-        (N, V, d); (T, N, V, d) where each task has its own queries, and none its own texts.
+    Queries are (V, d) for all texts, or (T, V, d), one a task: then each text is pooled by that of its ``row_task``
+    (N,), or by all, which gives (T, N, V, d); else it is (N, V, d).
     """
     if not states.batches:
         return queries.new_zeros(*queries.shape[:-2][: row_task is None], 0, *queries.shape[-2:])
@@ -52,27 +47,17 @@ def pool(states: TokenStates, queries: Tensor, row_task: Tensor | None = None) -
 def centre(views: Tensor, examples: Examples, prior: Tensor, strength: Tensor) -> Tensor:
     """Return (T, V, d) m = (n c̄ + n₀ μ) / (n + n₀): the mean of the class means, drawn to a learned one.
 
-    0 where n + n₀ is 0.
-
-    Args:
-        views: (T, n, V, d) of length 1.
-        examples: of the T tasks; classes weigh alike.
-        prior: (V, d) μ.
-        strength: () n₀ ≥ 0.
+    Views are (T, n, V, d), the prior μ (V, d), its strength n₀ (). 0 where n + n₀ is 0.
     """
     total = torch.einsum("tn,tnvd->tvd", examples.balanced, views) + strength * prior
     return _divided(total, examples.total + strength)
 
 
 def with_unlabelled_centre(middle: Tensor, number: Tensor, unlabelled: Tensor, there: Tensor, share: Tensor) -> Tensor:
-    """Return the centre (T, V, d) that unlabelled texts have joined: the mean of all, each of them weighing ν.
+    """Return the centre (T, V, d) that unlabelled texts have joined: the mean of all, each weighing ν = ``share``.
 
-    Args:
-        middle: (T, V, d) without them.
-        number: (T,) n + n₀, what it weighs.
-        unlabelled: (T, r, V, d) their views.
-        there: (T, r), 1 for a text, 0 for padding.
-        share: () ν ≥ 0.
+    The centre without them weighs ``number`` (T,) n + n₀; their views are (T, r, V, d), and ``there`` (T, r) is 0 for
+    padding.
     """
     total = number[:, None, None] * middle + share * torch.einsum("tr,trvd->tvd", there, unlabelled)
     return _divided(total, number + share * there.sum(1))
@@ -80,8 +65,7 @@ def with_unlabelled_centre(middle: Tensor, number: Tensor, unlabelled: Tensor, t
 
 def centred(views: Tensor, middle: Tensor) -> Tensor:
     """Return (T, n, V, d) z = (u - m) / √(|u - m|² + 1e-12), of views (T, n, V, d) and centres (T, V, d)."""
-    z = views - middle[:, None]
-    return z * (z.square().sum(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
+    return to_length_one(views - middle[:, None])
 
 
 def to_length_one(vectors: Tensor) -> Tensor:

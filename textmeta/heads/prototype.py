@@ -12,14 +12,9 @@ __all__ = ["prototypes"]
 def prototypes(views: Tensor, mixture: Tensor, examples: Examples) -> Tensor:
     """Return (T, V, d, C) weights by which a text's score for a class is Σ_v w_v cos(z_v, mean of the class's z_v).
 
-    0 for a class without examples.
+    Views z (T, n, V, d) are centred, the mixture w is (T, V); 0 for a class without examples.
 
     Source: Snell et al. (2017), "Prototypical Networks for Few-shot Learning", here with a cosine a view.
-
-    Args:
-        views: (T, n, V, d) centred views z.
-        mixture: (T, V) w.
-        examples: of the T tasks.
     """
     sums = torch.einsum("tn,tnc,tnvd->tvdc", examples.weights, examples.member, views)
     return mixture[..., None, None] * sums * (sums.square().sum(2, keepdim=True) + LENGTH_EPSILON).rsqrt()

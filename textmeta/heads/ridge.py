@@ -9,16 +9,10 @@ __all__ = ["dual_coefficients", "primal_weights", "ridge", "weighted_ridge"]
 
 
 def ridge(views: Tensor, mixture: Tensor, examples: Examples, penalty: Tensor) -> Tensor:
-    """Return (T, V, d, C) weights W: a text's score for class c is Σ_v z_v · W_vc.
+    """Return (T, V, d, C) weights W: a text's score for class c is Σ_v z_v · W_vc; 0 for a class without examples.
 
     The regression of one-hot labels - 1/C₁ with the kernel Σ_v w_v Z_v Z_vᵀ, every class weighing alike, or as much as
-    is said of it; 0 for a class without examples.
-
-    Args:
-        views: (T, n, V, d) centred views z.
-        mixture: (T, V) w.
-        examples: of the T tasks.
-        penalty: () λ > 0.
+    is said of it. Views z (T, n, V, d) are centred, the mixture w is (T, V), the penalty λ > 0.
     """
     return weighted_ridge(views, mixture, examples.targets, examples.row_weights, penalty)
 
@@ -39,18 +33,12 @@ def weighted_ridge(views: Tensor, mixture: Tensor, targets: Tensor, weights: Ten
 def dual_coefficients(kernel: Tensor, targets: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:
     """Return α (…, n, C) = Ω^½ (Ω^½ K Ω^½ + λI)⁻¹ Ω^½ Y in float64, so that weights of 0 are allowed.
 
-    Args:
-        kernel: (…, n, n).
-        targets: (…, n, C).
-        weights: (…, n) ≥ 0, the diagonal of Ω.
-        penalty: () λ > 0.
+    K is the kernel (…, n, n), Y the targets (…, n, C), Ω the diagonal of the weights (…, n) ≥ 0, λ the penalty > 0.
     """
     kernel, targets, weights, penalty = float64(kernel, targets, weights, penalty)
     roots = root(weights)
-    system = roots[..., :, None] * kernel * roots[..., None, :] + penalty * torch.eye(
-        kernel.shape[-1], dtype=kernel.dtype, device=kernel.device
-    )
-    factor = torch.linalg.cholesky(system)
+    identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+    factor = torch.linalg.cholesky(roots[..., :, None] * kernel * roots[..., None, :] + penalty * identity)
     return roots[..., None] * torch.cholesky_solve(roots[..., None] * targets, factor)
 
 

@@ -21,14 +21,8 @@ def scope_inputs(
 ) -> Tensor:
     """Return (T, n, 7) of each text what its scope is told by, in the order of :data:`SCOPE_INPUTS`.
 
-    Args:
-        logits: (T, n, C), -inf for classes that a task does not have.
-        to_means: (T, n, C) cosines to the class means, -inf for classes without; no class at all gives 0.
-        to_names: (T, n, C) cosines to the names, likewise.
-        has_names: (T,) bool.
-        nll: (T,) of the mixture.
-        shots: (T,) log(1 + k).
-        ways: (T,) C.
+    Of the texts these are logits and cosines to the class means and to the names, (T, n, C), -inf for a class without;
+    of the tasks (T,) whether there are names, the mixture's NLL, log(1 + k) and C.
     """
     largest = logits.softmax(-1).amax(-1)
     nearest = [torch.nan_to_num(part.amax(-1), neginf=0.0) for part in (to_means, to_names)]

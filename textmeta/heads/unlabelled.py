@@ -32,17 +32,9 @@ def soft_labelled_ridge(
     ridge is fitted to all texts: unlabelled ones with targets p - 1/C and weights ρ c, labelled ones with one-hot - 1/C
     and weights as before, where there are two classes of them.
 
-    Args:
-        weights: (T, V, d, C) of the ridge on the labelled texts, 0 where there are none.
-        views: (T, n, V, d) centred views of the labelled texts.
-        unlabelled: (T, r, V, d) of the unlabelled texts.
-        there: (T, r), 1 for a text, 0 for padding.
-        mixture: (T, V).
-        examples: of the T tasks.
-        penalty: () λ.
-        share: (T,) ρ.
-        logits: weights (T, V, d, C) → (T, r, C) logits of the unlabelled texts, those by names included.
-        rounds: how many.
+    Weights are 0 at first, where no text is labelled. Centred views are (T, n, V, d) of labelled and (T, r, V, d) of
+    unlabelled texts, of which ``there`` (T, r) is 0 for padding; the mixture is (T, V), λ the penalty (), ρ the share
+    (T,). ``logits`` makes (T, r, C) of weights, for the unlabelled texts, those by names included.
     """
     classes = examples.classes.to(views)
     chance = classes / classes.sum(1, keepdim=True)
@@ -59,11 +51,9 @@ def soft_labelled_ridge(
 
 
 def soft_labels(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return probabilities p (T, r, C) and confidence 1 - H(p) / log C (T, r), from 0 to 1.
+    """Return probabilities p (T, r, C) and confidence 1 - H(p) / log C (T, r), from 0 to 1, of logits (T, r, C).
 
-    Args:
-        logits: (T, r, C).
-        classes: (T, C) bool, the classes that a task has.
+    ``classes`` (T, C) says which a task has.
     """
     logs = log_softmax(logits.masked_fill(~classes[:, None], -torch.inf), -1).masked_fill(~classes[:, None], 0.0)
     probabilities = logs.exp() * classes[:, None].to(logs)
@@ -73,13 +63,6 @@ def soft_labels(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unlabelled_weight(coefficients: Tensor, shots: Tensor, examples: Examples, number: Tensor) -> Tensor:
-    """Return (T,) ρ, with log ρ = r₀ + r₁ log(1 + k) + r₂ log(1 + r / (n + C)), for r unlabelled texts.
-
-    Args:
-        coefficients: (3,) r₀ … r₂.
-        shots: (T,) log(1 + k).
-        examples: of the T tasks.
-        number: (T,) r.
-    """
+    """Return (T,) ρ, with log ρ = r₀ + r₁ log(1 + k) + r₂ log(1 + r / (n + C)), for r (T,) unlabelled texts."""
     crowd = (number / (examples.total + examples.classes.to(number).sum(1))).log1p()
     return (coefficients @ torch.stack([torch.ones_like(shots), shots, crowd.to(shots)])).exp()

@@ -22,7 +22,7 @@ from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
 from textmeta.files import at_home, is_folder
 from textmeta.heads.pooling import pool
 from textmeta.hub import HubAccess
-from textmeta.meta.initialisation import Calibration, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.shared import shared
 
 __all__ = ["Adapter", "ClassIndex", "as_encoder_errors"]
@@ -45,41 +45,25 @@ class ClassIndex:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What meta-training makes, and a classifier takes. It is never changed: a copy is the adapter itself.
-
-    Args:
-        encoder: which one, and how long texts may be.
-        weights_sha256: of its weights (:func:`~textmeta.encoder.pretrained.weights_digest`).
-        lora: of the adapter.
-        learner: how tasks are learned.
-        initialisation: what was learned by gradient: where tasks start.
-        calibration: what was set otherwise.
-        probe: (3, V·d), what the encoder made of some texts, to know it by (:func:`probe`).
-        commit: of the encoder's repository, where it came from the Hub.
-        index: of the classes that it was trained on, where it has one.
-        record: how it was trained.
-        versions: of the libraries that it was made with.
-        prompt: what is put before each text.
-        first_token: whether the last view is the state of the first token alone, not pooled.
-    """
+    """What meta-training makes, and a classifier takes. It is never changed: a copy is the adapter itself."""
 
     encoder: EncoderSettings
-    weights_sha256: str
+    weights_sha256: str  # of the encoder
     lora: LoraSettings
     learner: LearnerSettings
-    initialisation: Initialisation
-    calibration: Calibration
-    probe: Tensor
-    commit: str | None = None
-    index: ClassIndex | None = None
-    record: Mapping[str, Any] = field(default_factory=dict)
+    initialisation: Initialisation  # what was learned by gradient: where tasks start
+    probe: Tensor  # (3, V·d), what the encoder made of some texts, to know it by
+    scope: Tensor | None = None  # (8,) rule of heads.scope.scope_probability, set after training; None where none was
+    commit: str | None = None  # of the encoder's repository, where it came from the Hub
+    index: ClassIndex | None = None  # of the classes that it was trained on
+    record: Mapping[str, Any] = field(default_factory=dict)  # how it was trained
     versions: Mapping[str, str] = field(default_factory=lambda: {name: version(name) for name in LIBRARIES})
-    prompt: str = ""
-    first_token: bool = False
+    prompt: str = ""  # what is put before each text
+    first_token: bool = False  # whether the last view is the state of the first token alone, not pooled
 
     @classmethod
     def of(cls, reader: TokenStateReader, learner: LearnerSettings, initialisation: Initialisation) -> "Adapter":
-        """Make the adapter of an encoder in hand, with nothing calibrated yet."""
+        """Make the adapter of an encoder in hand, without a rule for what is out of scope yet."""
         encoder = reader.encoder
         return cls(
             encoder=encoder.settings,
@@ -87,7 +71,6 @@ class Adapter:
             lora=encoder.lora,
             learner=replace(learner, layers=reader.layers),
             initialisation=initialisation,
-            calibration=Calibration(),
             probe=_probe(reader, initialisation),
             commit=encoder.commit,
             prompt=encoder.prompt,
@@ -105,16 +88,9 @@ class Adapter:
     ) -> TokenStateReader:
         """Load the encoder that this adapter belongs to, and return what reads its token states.
 
-        Args:
-            device: where it runs.
-            precision: "no" for float32, or "bf16".
-            model: where to load it from, if not from the id or folder that the adapter names.
-            access: how the Hub is reached.
-            pretrained: what :meth:`load_encoder` has returned, if it was called.
-
-        Raises:
-            AdapterError: if its weights are not those that the adapter was trained on, or it makes other features.
-            EncoderError: if it cannot be loaded.
+        It comes from ``model``, by default the id or folder that the adapter names, or it has been loaded
+        (``pretrained``). AdapterError if its weights are not those that the adapter was trained on, or it makes other
+        features; EncoderError if it cannot be loaded.
         """
         name = at_home(model or self.encoder.model)
         with as_encoder_errors(name):
@@ -132,9 +108,9 @@ class Adapter:
             found = _probe(reader, self.initialisation)
             likeness = (found * self.probe).sum(1).min() if found.shape == self.probe.shape else torch.tensor(0.0)
             if not likeness >= LIKENESS:  # which NaN is not, either
+                told = f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
                 raise AdapterError(
-                    f"{name} has the adapter's weights, but makes other features of the same texts "
-                    f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
+                    f"{name} has the adapter's weights, but makes other features of the same texts {told}"
                 )
             # wherever this copy of it came from
             encoder.settings, encoder.commit = self.encoder, self.commit
@@ -162,18 +138,17 @@ class Adapter:
 
     def to(self, device: torch.device) -> "Adapter":
         """Return the same adapter with its tensors on a device."""
-        init, scope = self.initialisation, self.calibration.scope
+        init = self.initialisation
         moved = init.with_tensors({name: value.to(device) for name, value in init.tensors().items()})
-        calibration = Calibration(None if scope is None else scope.to(device))
-        return replace(self, initialisation=moved, calibration=calibration)
+        return replace(self, initialisation=moved, scope=None if self.scope is None else self.scope.to(device))
 
     @cached_property
     def digest(self) -> str:
         """Sha256 over all of it; two of the same are one."""
         vectors = {} if self.index is None else self.index.vectors
         more = {"probe": self.probe, **{f"index.{name}": torch.from_numpy(value) for name, value in vectors.items()}}
-        if self.calibration.scope is not None:
-            more["scope"] = self.calibration.scope
+        if self.scope is not None:
+            more["scope"] = self.scope
         told: list[Any] = [asdict(part) for part in (self.encoder, self.lora, self.learner)]
         told += [self.weights_sha256, self.commit, self.prompt, self.first_token, self.record, self.versions]
         told += [self.index and self.index.classes, tensors_digest({**more, **self.initialisation.tensors()})]

@@ -1,8 +1,7 @@
 """Meta-learning algorithms: each a function of one signature, and a row of :data:`ALGORITHMS`.
 
 A function takes a task learner, some episodes, and the tensors that are learned (leaves of the learner's
-initialisation); it returns the gradient of each, or a pseudo-gradient, summed over the episodes. A new algorithm is
-one function and one row.
+initialisation); it returns the gradient of each, or a pseudo-gradient, summed over the episodes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +23,11 @@ __all__ = ["ALGORITHMS", "Algorithm", "MetaGradient", "query_losses"]
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """What an algorithm returns for T episodes.
+    """What an algorithm returns for T episodes."""
 
-    Args:
-        gradient: of every learned tensor by name, summed over the episodes.
-        loss: (T,) cross entropy of each episode's queries, after the inner steps.
-        accuracy: (T,) share of them that are right.
-    """
-
-    gradient: dict[str, Tensor]
-    loss: Tensor
-    accuracy: Tensor
+    gradient: dict[str, Tensor]  # of every learned tensor by name, summed over the episodes
+    loss: Tensor  # (T,) cross entropy of each episode's queries, after the inner steps
+    accuracy: Tensor  # (T,) share of them that are right
 
 
 def query_losses(learner: TaskLearner, episodes: Sequence[Episode], second_order: bool) -> tuple[Tensor, Tensor]:
@@ -122,15 +115,10 @@ def _gradient(
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A row of :data:`ALGORITHMS`.
-
-    Args:
-        gradient: the function.
-        learner: from the learner's settings as given, those that the algorithm learns for.
-    """
+    """A row of :data:`ALGORITHMS`."""
 
     gradient: Callable[[TaskLearner, Sequence[Episode], Mapping[str, Tensor]], MetaGradient]
-    learner: Callable[[LearnerSettings], LearnerSettings]
+    learner: Callable[[LearnerSettings], LearnerSettings]  # from the settings given, those that it learns for
 
 
 ALGORITHMS: dict[str, Algorithm] = {

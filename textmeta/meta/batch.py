@@ -21,19 +21,12 @@ STAND_IN = re.compile("[0-9a-f]{72}")  # CRC-32 of a text, and SHA-256 of its to
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts of T tasks one after the other, and where each stands in a padded (T, n) layout.
+    """Texts of T tasks one after the other, and where each stands in a padded (T, n) layout."""
 
-    Args:
-        texts: N of them.
-        row_task: (N,) int64, task of each text.
-        place: (N,) int64, position of each text in its task.
-        there: (T, n) bool, whether a place holds a text.
-    """
-
-    texts: tuple[str, ...]
-    row_task: Tensor
-    place: Tensor
-    there: Tensor
+    texts: tuple[str, ...]  # N of them
+    row_task: Tensor  # (N,) int64, task of each text
+    place: Tensor  # (N,) int64, position of each text in its task
+    there: Tensor  # (T, n) bool, whether a place holds a text
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[str]], device: torch.device) -> "Rows":
@@ -57,28 +50,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """T tasks: their support sets, the names of their classes, and unlabelled texts.
+    """T tasks: their support sets, the names of their classes, and unlabelled texts."""
 
-    Args:
-        support: the labelled texts, in an order that depends on the texts alone, so that what is learned does not
-            depend on the order they were given in.
-        labels: (T, n) int64, -1 for padding.
-        ways: (T,) int64.
-        names: of the classes, in the order of the labels; none for a task that comes without.
-        unlabelled: of each task.
-        weights: (T, n), how much each labelled text counts, 0 for padding; None where all count 1.
-        class_weights: (T, C), how much a text of each class counts in the head; None where classes weigh alike.
-        order: of each labelled text, its number among those that were given of its task.
-    """
-
-    support: Rows
-    labels: Tensor
-    ways: Tensor
-    names: Rows
+    support: Rows  # ordered by the texts alone, so that what is learned does not depend on the order they came in
+    labels: Tensor  # (T, n) int64, -1 for padding
+    ways: Tensor  # (T,) int64
+    names: Rows  # of the classes, in the order of the labels; none for a task that comes without
     unlabelled: Rows
-    weights: Tensor | None = None
-    class_weights: Tensor | None = None
-    order: tuple[int, ...] = ()
+    weights: Tensor | None = None  # (T, n), how much each labelled text counts; None where all count 1
+    class_weights: Tensor | None = None  # (T, C), of a text of each class in the head; None where they weigh alike
+    order: tuple[int, ...] = ()  # of each labelled text, its number among those that were given of its task
 
     @classmethod
     def of(
@@ -92,31 +73,24 @@ class TaskBatch:
         weights: Sequence[Sequence[float]] | None = None,
         class_weights: Sequence[Sequence[float]] | None = None,
     ) -> "TaskBatch":
-        """Lay out T tasks.
+        """Lay out T tasks: of each its labelled texts, their labels from 0 to its ways - 1, and its unlabelled texts.
 
-        Args:
-            texts: labelled texts of each task.
-            labels: of each task, from 0 to its ways - 1.
-            ways: of each task.
-            names: of each task the names of all its classes, or None.
-            unlabelled: texts of each task.
-            device: of the tensors.
-            weights: how much each labelled text counts, above 0; by default 1.
-            class_weights: how much a text of each class counts in the head; by default classes weigh alike.
+        Names are of all classes of a task, or None. Weights, above 0, say how much each labelled text counts, class
+        weights how much a text of each class does in the head; by default all are alike.
         """
         device = torch.device(device)
         for number, (part, count) in enumerate(zip(names or [None] * len(ways), ways, strict=True)):
             if part is not None and len(part) != count:
                 raise DataError(f"task {number}: {len(part)} names for {count} classes; expected one each, or none")
+        all_weights = weights or [[1.0] * len(part) for part in texts]
         sorted_tasks = [
             sorted(zip(part, numbers, count, range(len(part)), strict=True), key=lambda row: (text_order(row[0]), row))
-            for part, numbers, count in zip(
-                texts, labels, weights or [[1.0] * len(part) for part in texts], strict=True
-            )
+            for part, numbers, count in zip(texts, labels, all_weights, strict=True)
         ]
         support = Rows.of([[text for text, *_ in task] for task in sorted_tasks], device)
         flat = torch.tensor([label for task in sorted_tasks for _, label, *_ in task], dtype=torch.long, device=device)
         counts = [count for task in sorted_tasks for *_, count, _ in task]
+        by_class = [torch.tensor(part, device=device) for part in class_weights or ()]
         return cls(
             support,
             support.pad(flat + 1) - 1,
@@ -124,9 +98,7 @@ class TaskBatch:
             Rows.of([part or () for part in names or [()] * len(texts)], device),
             Rows.of(unlabelled or [()] * len(texts), device),
             None if weights is None else support.pad(torch.tensor(counts, device=device)),
-            None
-            if class_weights is None
-            else pad_sequence([torch.tensor(part) for part in class_weights], True).to(device),
+            pad_sequence(by_class, batch_first=True) if by_class else None,
             tuple(number for task in sorted_tasks for *_, number in task),
         )
 
@@ -151,10 +123,7 @@ def text_order(text: str) -> int:
 def parts_in_turn(batch: TaskBatch, examples: Examples, steps: int) -> list[tuple[Rows, Tensor, Tensor | None]]:
     """Return of each inner step its support rows, their labels (T, m), and their numbers (M,) among all, None for all.
 
-    Args:
-        batch: T tasks.
-        examples: of these.
-        steps: how many; which rows a step sees is said in :func:`rows_in_turn`.
+    Which rows a step sees is said in :func:`rows_in_turn`.
     """
     rows = batch.support
     if int(rows.there.sum(1).max()) <= MOST_ROWS:
@@ -172,17 +141,10 @@ def parts_in_turn(batch: TaskBatch, examples: Examples, steps: int) -> list[tupl
 
 
 def rows_in_turn(examples: Examples, step: int) -> Tensor:
-    """Choose the support rows of one inner step: all of a small task; classes and their texts in turn of a large one.
+    """Choose the support rows (T, n) bool of one inner step: of a large task, classes and their texts in turn.
 
     Of a task with more than 128 texts a step sees at most 64 classes of two texts or more, at least two texts of each,
-    and about 128 texts in all.
-
-    Args:
-        examples: of the T tasks.
-        step: its number; each sees the next classes, and of a class the next texts.
-
-    Returns:
-        (T, n) bool.
+    and about 128 texts in all; the next step the next classes, and of a class the next texts.
     """
     member = examples.member
     counts = member.sum(1)  # (T, C)

@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 from tqdm import tqdm
 
 from textmeta.data.episodes import OUTSIDE, Episode
@@ -13,7 +14,6 @@ from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.errors import DataError
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import in_parts
-from textmeta.meta.initialisation import Calibration
 from textmeta.meta.learner import TaskLearner
 
 __all__ = ["episodes_with_outside", "fit_calibration"]
@@ -30,14 +30,10 @@ def episodes_with_outside(episodes: MixedEpisodes, count: int) -> list[Episode]:
 
 
 @torch.no_grad()
-def fit_calibration(learner: TaskLearner, episodes: Sequence[Episode], progress: str | None = None) -> Calibration:
-    """Fit the rule that tells texts of a task's classes from others, by logistic regression; either weigh alike.
+def fit_calibration(learner: TaskLearner, episodes: Sequence[Episode], progress: str | None = None) -> Tensor:
+    """Return the rule (8,) that tells texts of a task's classes from others, of which either weigh alike.
 
-    Args:
-        learner: as it was trained.
-        episodes: some of whose queries are of no class (:data:`~textmeta.data.episodes.OUTSIDE`); DataError if no query
-            is, or every one.
-        progress: label of a progress bar; None shows none.
+    DataError if no query of the episodes is of no class (:data:`~textmeta.data.episodes.OUTSIDE`), or every one.
     """
     device = learner.adapter.initialisation.queries.device
     inputs, inside = [], []
@@ -52,4 +48,4 @@ def fit_calibration(learner: TaskLearner, episodes: Sequence[Episode], progress:
     if labels.all() or not labels.any():
         raise DataError(f"a scope rule needs texts in scope and out of it, given {len(labels)} of one kind")
     fitted = LogisticRegression(class_weight="balanced", max_iter=5000).fit(torch.cat(inputs).numpy(), labels)
-    return Calibration(torch.tensor([*fitted.coef_[0], fitted.intercept_[0]], dtype=torch.float32))
+    return torch.tensor([*fitted.coef_[0], fitted.intercept_[0]], dtype=torch.float32)

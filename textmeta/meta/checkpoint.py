@@ -48,11 +48,9 @@ def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any])
 
 
 def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Read a training state, in place.
+    """Read a training state, in place; AdapterError if the file is damaged.
 
-    Raises:
-        SettingsError: if the file belongs to a run with other settings, or of a textmeta with other parameters.
-        AdapterError: if it is damaged.
+    SettingsError if it belongs to a run with other settings, or of a textmeta with other parameters.
     """
     try:
         with safe_open(path, framework="pt") as file:

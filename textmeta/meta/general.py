@@ -34,13 +34,9 @@ def load_any_encoder(
 ) -> TaskLearner:
     """Load an encoder, and return what learns tasks with it: an adapter if it is its own, else the general numbers.
 
-    Args:
-        numbers: the adapter, which has them.
-        model: folder or id on the Hub (EncoderError if it cannot be loaded); by default the adapter's own encoder.
-        untrained: whether its own encoder has the general numbers alone, too.
-        max_length: texts are cut after so many tokens; by default the adapter's number, or what the encoder can read.
-        access: how the Hub is reached.
-        how: device and precision.
+    The adapter ``numbers`` has them; if it is to be ``untrained``, its own encoder has them alone, too. Without a model
+    that is the one that is loaded. By default texts are cut after the adapter's number of tokens, or what the encoder
+    can read. EncoderError if it cannot be loaded.
     """
     name = at_home(model or numbers.encoder.model)
     with as_encoder_errors(name):
@@ -63,9 +59,9 @@ def load_any_encoder(
 def general_adapter(reader: TokenStateReader, numbers: Adapter) -> Adapter:
     """Return an adapter of an encoder that nothing was trained on, with the general numbers of another one.
 
-    LoRA does nothing, the pooling queries are 0, which is the mean, and centres are those of the task alone. Numbers by
-    layer are those of the same relative depth, the last layer of the other adapter taken for its encoder's last. The
-    rule for what is out of scope is left out: here it would reject nearly all.
+    LoRA does nothing, pooling is the mean, and centres are those of the task alone. Numbers by layer are those of the
+    same relative depth, the last layer of the other adapter taken for its encoder's last. The rule for what is out of
+    scope is left out: here it would reject nearly all.
     """
     encoder = reader.encoder
     learner = replace(numbers.learner, layers=reader.layers)

@@ -16,7 +16,7 @@ from textmeta.encoder.lora import layer_of, zero_start
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.heads import HEADS
 
-__all__ = ["LORA", "Adapt", "Calibration", "Initialisation", "LearnerSettings"]
+__all__ = ["LORA", "Adapt", "Initialisation", "LearnerSettings"]
 
 Adapt = Literal["none", "pooling", "lora", "pooling+lora", "offset"]
 MAX_STEPS = 50
@@ -60,20 +60,12 @@ class LearnerSettings:
     def reduced(self, adapt: Adapt | None, steps: int | None) -> "LearnerSettings":
         """Return the settings with a part of what these adapt, and so many of their first steps; None leaves them.
 
-        Raises:
-            SettingsError: if that is not what was learned with these.
+        SettingsError if that is not what was learned with these.
         """
         learned = {"none", self.adapt, *self.adapt.split("+")}
         one_of("adapt, of what this adapter has learned,", adapt, [None, *sorted(learned)])
         steps = self.steps if steps is None else whole_number("steps", steps, 0, self.steps)
         return replace(self, adapt=adapt or self.adapt, steps=steps)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What is set after training, by other means than its gradients."""
-
-    scope: Tensor | None = None  # (8,) rule of heads.scope.scope_probability; None where none was fitted
 
 
 @dataclass(frozen=True)
@@ -144,11 +136,7 @@ class Initialisation:
         return {**{LORA + name: value for name, value in self.lora.items()}, **plain}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Initialisation":
-        """Return one like this, made of other tensors; the inverse of :meth:`tensors`.
-
-        Raises:
-            AdapterError: if a tensor is missing, unknown, or of another shape than here.
-        """
+        """Return one like this, made of other tensors; AdapterError if one is missing, unknown, or of another shape."""
         own = self.tensors()
         for name in sorted(own.keys() | tensors.keys()):
             if name not in own or name not in tensors:

@@ -27,7 +27,7 @@ def inner_steps(
     second_order_steps: int = 0,
     checkpointed: bool = True,
 ) -> Iterator[dict[str, Tensor]]:
-    """Take inner steps by any rule: the loop that all adaptation goes through.
+    """Take inner steps by any rule, the loop of all adaptation; yield the changed tensors after 0, 1, …, all steps.
 
     Args:
         loss: (number of the step, from 0; tensors by name, those of ``start`` and ``shared``) → (T,) losses; a task's
@@ -37,12 +37,9 @@ def inner_steps(
             is differentiated through, too, in steps of second order that are not checkpointed.
         update: (number of the step, changed tensors, their gradients, losses (T,)) → the tensors after the step.
         steps: how many.
-        second_order_steps: the last so many steps are differentiated through; in those before, gradients and losses are
+        second_order_steps: the last so many steps are differentiated through; before, gradients and losses are
             constants.
         checkpointed: whether a step that is differentiated through is computed again in the backward pass.
-
-    Yields:
-        The changed tensors after 0, 1, …, ``steps`` steps.
     """
     fast = dict(start)
     shared = {name: value for name, value in shared.items() if name not in start}

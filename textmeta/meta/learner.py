@@ -56,7 +56,7 @@ class LearnedTask:
         name_scale: (T,) factor on the cosines to names; 0 where a task has none.
         class_means: (T, V, d, C) prototypes, for the scope.
         class_vectors: (T, C, d) of length 1, for comparing tasks; see
-            :class:`~textmeta.meta.task_embedding.TaskEmbedding`.
+            :class:`~textmeta.nearest.TaskEmbedding`.
         mixture: (T, V) weights of the views.
         classes: (T, C) bool, those that a task has.
         present: (T, C) bool, those that have examples.
@@ -263,7 +263,7 @@ class TaskLearner:
             to_names = name_scores(at_start, task.names, self.adapter.initialisation.name_view_weights.softmax(0))
         scores = z.flatten(2) @ task.weights.flatten(1, 2)  # on a CPU einsum takes 20 times as long
         logits = task.scale[:, None, None] * scores + task.name_scale[:, None, None] * to_names
-        rule = self.adapter.calibration.scope
+        rule = self.adapter.scope
         return Answers(task, logits.masked_fill(~task.classes[:, None], -torch.inf), to_names, z, rule)
 
     def _read(self, batch: TaskBatch, factors: Mapping[str, Tensor]) -> tuple[TokenStates, TokenStates, TokenStates]:

@@ -170,7 +170,7 @@ class MetaTrainer:
         outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
         if outside:
             rule = fit_calibration(TaskLearner(reader, adapter), outside, "calibration" if main else None)
-            adapter = replace(adapter, calibration=rule)
+            adapter = replace(adapter, scope=rule)
         return adapter
 
     def _fingerprint(
@@ -280,10 +280,8 @@ class _Run:
         norm = mean.norm()
         loss, accuracy = (totals[:2] / totals[2]).tolist()
         if not (norm.isfinite() and math.isfinite(loss)):
-            raise DivergedError(
-                f"step {state.step + 1}, on {[self.episodes[n].corpus for n in numbers]}: loss {loss}, gradient norm "
-                f"{float(norm)}; try smaller learning rates (the last checkpoint is from before)"
-            )
+            why = f"loss {loss}, gradient norm {float(norm)}; try smaller learning rates (the last checkpoint is older)"
+            raise DivergedError(f"step {state.step + 1}, on {[self.episodes[n].corpus for n in numbers]}: {why}")
         mean = mean * (MAX_GRADIENT_NORM / norm.clamp(min=MAX_GRADIENT_NORM))
         for value in state.parameters.values():
             value.grad = None

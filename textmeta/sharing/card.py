@@ -27,12 +27,7 @@ Content = Mapping[str, Any]
 
 
 def model_card(adapter: Content, classifier: Content | None = None) -> str:
-    """Return the model card, Markdown with the Hub's metadata block.
-
-    Args:
-        adapter: content of ``textmeta.json``.
-        classifier: of a fitted classifier, content of ``classifier.json``.
-    """
+    """Return the model card, Markdown with the Hub's metadata block, of the content of an adapter's JSON files."""
     text = _filled("card.md", adapter, classifier, name=PLACEHOLDER)
     return text + SIGNATURE + _digest(text)
 
@@ -79,9 +74,8 @@ def _facts(adapter: Content, classifier: Content | None) -> dict[str, Any]:
     labels = [plain(label_from_json(label)) for label in (classifier or {}).get("classes", ())]
     support = classifier and classifier["support"]
     stored = len(support["examples"]) + len(support["unlabelled"]) if support else 0
-    known: list[dict[str, Any]] = [
-        {"name": plain(part["name"]), "classes": len(part["classes"])} for part in adapter["index"] or ()
-    ]
+    index = adapter["index"] or ()
+    known: list[dict[str, Any]] = [{"name": plain(own["name"]), "classes": len(own["classes"])} for own in index]
     own = {name: plain(value) for name, value in {**encoder, **adapter["lora"], **learner}.items()}
     return own | {
         "long_texts": {"cut": "cut at", "window": "read in windows of"}[encoder.get("long_texts", "cut")],

@@ -79,11 +79,9 @@ def read_adapter_files(folder: Path, repo_id: str | None = None) -> dict[str, by
         found = FORMAT  # whatever is wrong will be found, and named, in its turn
     # first of all: that another version has other files, too, would else be called damage
     if type(found) is not int or found != FORMAT:
-        newer = type(found) is int and found > FORMAT
-        raise AdapterError(
-            f"{folder / META} has format version {found!r:.40}, this textmeta reads {FORMAT}: the adapter was "
-            f"made by {'a newer textmeta' if newer else 'textmeta 0.1: train it again'}"
-        )
+        maker = "a newer textmeta" if type(found) is int and found > FORMAT else "textmeta 0.1: train it again"
+        told = f"format version {found!r:.40}, this textmeta reads {FORMAT}: the adapter was made by {maker}"
+        raise AdapterError(f"{folder / META} has {told}")
     files = read_folder(folder, ADAPTER_FILES, repo_id)
     required = ADAPTER_FILES - {SUPPORT} if files.keys() - REQUIRED else REQUIRED
     for name in sorted(required - files.keys()):
@@ -94,11 +92,8 @@ def read_adapter_files(folder: Path, repo_id: str | None = None) -> dict[str, by
 def read_folder(folder: Path, known: Collection[str] | None = None, repo_id: str | None = None) -> dict[str, bytes]:
     """Read every file that a folder's manifest lists, name to content, checked against its hash; nothing is written.
 
-    A folder in the Hub's cache may hold links to the cache's own files; any other link out of the folder is refused.
-
-    Raises:
-        AdapterError: if anything is missing or not what was written, leads out of the folder, can run code, or is not
-            among the known names, if these are given.
+    A folder in the Hub's cache may hold links to the cache's own files. AdapterError if anything is missing or not what
+    was written, leads elsewhere out of the folder, can run code, or is not among the known names, if these are given.
     """
     folder = folder.resolve()
     for _ in range(TRIES):
@@ -151,10 +146,8 @@ def _read_checked(folder: Path, known: Collection[str] | None, repo_id: str | No
 def _check_no_code(folder: Path, names: Iterable[str]) -> None:
     code = sorted(name for name in names if Path(name).suffix.lower() in CODE_ENDINGS)
     if code:
-        raise AdapterError(
-            f"{folder / code[0]} is of a kind that can run code when it is loaded, and has no place in an adapter, "
-            "which is safetensors and JSON alone: remove it if you know what it is"
-        )
+        told = "has no place in an adapter, which is safetensors and JSON alone: remove it if you know what it is"
+        raise AdapterError(f"{folder / code[0]} is of a kind that can run code when it is loaded, and {told}")
 
 
 def _manifest(content: bytes, path: Path) -> dict[str, str]:
@@ -208,15 +201,10 @@ def _allowed_parents(source: Path, target: Path) -> Iterator[Path]:
 def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[str] = frozenset()) -> None:
     """Write files into a folder, in place of those of its old manifest, so that a crash leaves the old or the new.
 
-    The new folder is written and synced beside the old one, the old one set aside, the new one renamed into place,
-    and the old one removed. What a crash between the renames set aside, :func:`read_folder` reads where it lies.
-    Other files in the folder (a checkpoint, results, a user's own) are carried over.
-
-    The manifest leaves out ``unlisted`` names, because people may edit these files.
-
-    Raises:
-        AdapterError: see :func:`check_destination`; or the folder holds what cannot be carried over, or the disk is
-            full or refuses.
+    The new folder is written and synced beside the old one, the old one set aside, the new one renamed into place. What
+    a crash between the renames set aside, :func:`read_folder` reads where it lies. Other files in the folder are
+    carried over. The manifest leaves out ``unlisted`` names, because people may edit these files. AdapterError as
+    :func:`check_destination`; or if something cannot be carried over, or the disk is full or refuses.
     """
     folder = folder.resolve()
     check_destination(folder, files)

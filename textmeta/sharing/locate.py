@@ -34,16 +34,9 @@ def read_located(
 ) -> tuple[dict[str, bytes], Location]:
     """Read the files of an adapter by its name, checked against their hashes; the log says what the name meant.
 
-    What is damaged in the Hub's cache is downloaded again, once.
-
-    Args:
-        name: a folder; an adapter that comes with textmeta (``textmeta/minilm-…``); or an id on the Hub.
-        revision: branch, tag or commit on the Hub; with one, a name can only mean the Hub.
-        subfolder: of the folder or repository.
-        access: how the Hub is reached (HubError if it has none of that id and revision, or cannot be).
-
-    Raises:
-        AdapterError: if a name means none of these, or what it means is no adapter, of another version, or damaged.
+    It is a folder; an adapter that comes with textmeta; or, with a revision always, an id on the Hub. What is damaged
+    in the Hub's cache is downloaded again, once. AdapterError if a name means none of these, or what it means is no
+    adapter, of another version, or damaged; HubError if the Hub has no such revision, or cannot be reached.
     """
     where, repo_id = _locate(name, revision, subfolder, access), str(name)
     try:
@@ -73,10 +66,9 @@ def _locate(
         logger.debug("%s comes with textmeta: %s", text, shipped)
         return Location(shipped / prefix, "shipped")
     if isinstance(name, Path) or not is_repo_id(text):
-        raise AdapterError(
-            f"no such adapter folder: {text:.200}; nor is it the id of a repository on the Hub (such as 'owner/name')"
-            + (f", which alone has revisions (given {revision!r:.80})" if revision is not None else "")
-        )
+        told = "nor is it the id of a repository on the Hub (such as 'owner/name')"
+        told += f", which alone has revisions (given {revision!r:.80})" if revision is not None else ""
+        raise AdapterError(f"no such adapter folder: {text:.200}; {told}")
     try:
         wanted = [prefix + file for file in (*sorted(ADAPTER_FILES), MANIFEST, CARD, *OTHERS)]
         snapshot = None

@@ -20,11 +20,10 @@ __all__ = ["write_merged"]
 def write_merged(folder: str | Path, reader: TokenStateReader, factors: Mapping[str, Tensor]) -> None:
     """Write the encoder with LoRA merged into it, W + (alpha / rank) · B A in place of W, as a sentence encoder.
 
-    ``SentenceTransformer(folder)`` makes of a text the mean over the tokens of its last layer, of length 1, or that of
-    the first token, where the encoder was made so.
+    A text's vector is the mean over the tokens of its last layer, or the first of them, where the encoder was made so.
+    AdapterError if the folder holds anything or cannot be written, or the encoder's files have changed by now.
 
-    Source: Hu et al. (2021), "LoRA", section 4.1. AdapterError if the folder holds anything or cannot be written, or
-    the encoder's files have changed by now.
+    Source: Hu et al. (2021), "LoRA", section 4.1.
     """
     folder, encoder = destination(folder), reader.encoder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -25,10 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Destination:
-    """Where to push an adapter: the arguments of :meth:`~textmeta.classifier.FewShotClassifier.push_to_hub`.
-
-    If ``private`` is True, a new repository is made private, and one that is there already must be.
-    """
+    """Where to push an adapter: the arguments of :meth:`~textmeta.classifier.FewShotClassifier.push_to_hub`."""
 
     repo_id: str
     revision: str | None = None
@@ -43,14 +40,9 @@ def push_adapter(
 ) -> CommitInfo:
     """Push an adapter, and a fitted classifier if there is one; ``base_model`` is its encoder's id on the Hub.
 
-    Without a ``base_model`` that is what the adapter says, which may be a folder of this machine. Everything goes in
-    one commit on top of the one that was looked at, so readers see the old adapter or the new one. Files of an earlier
-    adapter that the new one does not have are deleted; all else in the repository stays.
-
-    Raises:
-        AdapterError: if the encoder is no id on the Hub, so that nobody else could load the adapter.
-        HubError: no right to write, no answer, or somebody else pushed in between; no file is changed then (but a
-            repository or branch that was made for it stays).
+    Everything goes in one commit on top of the one that was looked at, so readers see the old adapter or the new one.
+    Files of an earlier adapter are deleted; all else in the repository stays. AdapterError if the encoder is no id on
+    the Hub; HubError as for ``push_to_hub``, though a repository or branch that was made for it stays.
     """
     if base_model is not None:
         if not is_repo_id(base_model):

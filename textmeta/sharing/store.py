@@ -1,10 +1,9 @@
 """The adapter folder: all that meta-training makes, and a fitted classifier with it, as safetensors and JSON alone.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` are LoRA as PEFT has it, so that ``PeftModel.from_pretrained``
-loads it. The former follows from everything else in the folder, so loading compares it with what it must be: it can
-hold nothing that PEFT would act on, such as a module to import. ``textmeta.safetensors`` holds all other tensors by
-name, ``textmeta.json`` settings and record, and ``SHA256SUMS`` the hashes. A fitted classifier adds
-``classifier.safetensors`` and ``classifier.json``, and ``support.safetensors`` where token states are stored with it.
+``adapter_config.json`` and ``adapter_model.safetensors`` are LoRA as PEFT has it. The former follows from everything
+else, so loading compares it with what it must be: it can hold nothing that PEFT would act on. ``textmeta.safetensors``
+holds all other tensors, ``textmeta.json`` settings and record. A fitted classifier adds ``classifier.safetensors`` and
+``classifier.json``, and ``support.safetensors`` where token states are stored with it.
 """
 
 import json
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -28,7 +27,7 @@ from textmeta.errors import AdapterError, HubError
 from textmeta.files import destination, is_folder, read_json
 from textmeta.hub import HubAccess, check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
-from textmeta.meta.initialisation import LORA, Adapt, Calibration, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import LORA, Adapt, Initialisation, LearnerSettings
 from textmeta.meta.learner import LearnedTask
 from textmeta.meta.shared import shared
 from textmeta.sharing.card import is_edited, model_card
@@ -45,11 +44,12 @@ from textmeta.sharing.folder import (
     write_folder,
 )
 from textmeta.sharing.locate import read_located
-from textmeta.sharing.support import FitInputs, StoredSupport, read_support, stored_support
+from textmeta.sharing.support import FitInputs, StoredSupport, Strict, read_support, stored_support
 
 __all__ = ["Fitted", "adapter_files", "load_adapter", "read_model", "save_adapter", "write_json"]
 
-M = TypeVar("M", bound=BaseModel)
+M = TypeVar("M", bound=Strict)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OLD_CARD = "README.old.md"
 PREFIX = "base_model.model."  # of LoRA's factors in PEFT
 PROBE, SCOPE, INDEX = "probe", "scope", "index"  # tensors beside those of the initialisation
@@ -77,18 +77,12 @@ class Fitted:
     arguments: tuple[str, ...] = ()  # of the estimator, as they read then
 
 
-class _Strict(BaseModel):
-    """JSON of which every member is known and of exactly the type that is declared."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Corpus(_Strict):
+class _Corpus(Strict):
     name: Annotated[str, Field(min_length=1)]
     classes: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
-class _Meta(_Strict):
+class _Meta(Strict):
     """The content of ``textmeta.json``."""
 
     format_version: int
@@ -104,16 +98,14 @@ class _Meta(_Strict):
     index: Annotated[list[_Corpus], Field(min_length=1)] | None
 
 
-class _Classifier(_Strict):
+class _Classifier(Strict):
     """The content of ``classifier.json``."""
 
     classes: Annotated[list[Any], Field(min_length=2)]
     support: StoredSupport | None
     adapt: Adapt | None = None  # a task without these three may be older than they are
     steps: Annotated[int, Field(ge=0)] | None = None
-    class_weight: Literal["balanced"] | list[tuple[Any, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] | None = (
-        "balanced"
-    )
+    class_weight: Literal["balanced"] | list[tuple[Any, Positive]] | None = "balanced"
 
 
 # Saving
@@ -122,10 +114,8 @@ class _Classifier(_Strict):
 def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = None) -> None:
     """Write an adapter folder in place of what was there; a crash leaves the old one or the new one, whole.
 
-    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``. Everybody who gets the
-    folder can read the names of the classes in the adapter's index, the labels of a fitted classifier, and what it was
-    learned from, if that is there. AdapterError if a value is not finite or cannot be stored, or the folder cannot be
-    replaced (:func:`~textmeta.sharing.folder.write_folder`).
+    A model card that somebody wrote or edited is kept beside the new one, as ``README.old.md``. AdapterError if a value
+    is not finite or cannot be stored, or the folder cannot be replaced (:func:`~textmeta.sharing.folder.write_folder`).
     """
     folder = destination(folder)
     files = adapter_files(adapter, fitted)
@@ -141,8 +131,8 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
     init, index = adapter.initialisation, adapter.index
     others = {name: value for name, value in init.tensors().items() if not name.startswith(LORA)}
     others[PROBE] = adapter.probe
-    if adapter.calibration.scope is not None:
-        others[SCOPE] = adapter.calibration.scope
+    if adapter.scope is not None:
+        others[SCOPE] = adapter.scope
     if index is not None and index.classes:
         vectors = torch.from_numpy(np.concatenate([index.vectors[corpus] for corpus in index.classes]))
         others[INDEX] = (BYTE * vectors / vectors.abs().amax(1, keepdim=True)).nan_to_num().round().to(torch.int8)
@@ -237,17 +227,15 @@ def load_adapter(
 
     The same adapter is one object, however often it is loaded. Nothing in it is run or imported, and nothing outside
     its folder is read but the contents of the Hub's cache. Arguments and errors are those of
-    :func:`~textmeta.sharing.locate.read_located`; and ``encoder``, what the caller will load in place of the encoder
-    that the adapter names: one from the Hub that names a folder of this machine is refused without.
+    :func:`~textmeta.sharing.locate.read_located`; without ``encoder``, which the caller will load in place of the
+    adapter's, an adapter from the Hub that names a folder of this machine is refused.
     """
     files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
     adapter, fitted = _parse(files, where.folder)
     model = adapter.encoder.model
     if encoder is None and where.kind == "hub" and (not is_repo_id(model) or is_folder(model)):
-        raise AdapterError(
-            f"the adapter in {where.folder} names {model!r:.80} as its encoder. It came from the Hub, and no folder of "
-            "this machine is opened because somebody else's adapter says so: name the encoder yourself"
-        )
+        told = "no folder of this machine is opened because somebody else's adapter says so: name the encoder yourself"
+        raise AdapterError(f"the adapter in {where.folder}, from the Hub, names {model!r:.80} as its encoder; {told}")
     return shared(adapter.digest, lambda: adapter), fitted
 
 
@@ -287,8 +275,8 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
         lora=meta.lora,
         learner=meta.learner,
         initialisation=init,
-        calibration=Calibration(scope),
         probe=probe,
+        scope=scope,
         commit=meta.encoder_commit,
         index=None if meta.index is None or vectors is None else _index(meta.index, vectors, path),
         record=meta.record,

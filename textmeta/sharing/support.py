@@ -15,7 +15,7 @@ from textmeta.errors import AdapterError, DataError
 from textmeta.meta.batch import text_order
 from textmeta.meta.learner import TaskLearner
 
-__all__ = ["Example", "FitInputs", "StoredSupport", "read_support", "stored_support"]
+__all__ = ["Example", "FitInputs", "StoredSupport", "Strict", "read_support", "stored_support"]
 
 
 Example = tuple[str, Any, float]  # text, label, and weight, above 0
@@ -23,21 +23,14 @@ Example = tuple[str, Any, float]  # text, label, and weight, above 0
 
 @dataclass(frozen=True, eq=False)
 class FitInputs:
-    """What ``fit`` was given, checked.
-
-    Args:
-        examples: text, label and weight of each.
-        unlabelled: texts without labels.
-        names: of the classes, None where nothing is read; where the labels themselves are read (``reads_labels``), of
-            those that are called otherwise, or have no example.
-        states: (lower, length, d) that the frozen layers make of each text, by what stands in its place; none where the
-            texts are there.
-    """
+    """What ``fit`` was given, checked."""
 
     examples: tuple[Example, ...] = ()
     unlabelled: tuple[str, ...] = ()
+    # of the classes, None where nothing is read; where labels are read, of those called otherwise or without examples
     names: Mapping[Any, str] | None = field(default_factory=dict)
     reads_labels: bool = True
+    # (lower, length, d) of the frozen layers, by what stands in a text's place; none where the texts are there
     states: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -57,10 +50,6 @@ class FitInputs:
         reader: Any = learner.reader
         return TaskLearner(reader.having(self.states), learner.adapter) if self.states else learner
 
-    def joined(self, more: Sequence[Example]) -> "FitInputs":
-        """Return the same with more examples."""
-        return replace(self, examples=(*self.examples, *more))
-
     def as_states(self, reader: TokenStateReader) -> "FitInputs":
         """Return the same with token states in the place of texts."""
         new = list(dict.fromkeys(text for text in self.texts if text not in self.states))
@@ -75,10 +64,14 @@ class FitInputs:
         return replace(self, examples=examples, unlabelled=unlabelled, states=kept)
 
 
-class StoredSupport(BaseModel):
-    """What ``classifier.json`` holds of it."""
+class Strict(BaseModel):
+    """JSON of which every member is known and of exactly the type that is declared."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StoredSupport(Strict):
+    """What ``classifier.json`` holds of it."""
 
     kind: Literal["states", "texts"]
     examples: list[tuple[str, Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, allow_inf_nan=False)]]]
