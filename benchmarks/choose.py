@@ -8,20 +8,19 @@ Episodes are the same for every method: 5 ways (all classes of a corpus with few
 at its own 64). Differences are paired by episode; intervals are of 95 %, over episodes, of means over corpora.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import scores
-import torch
 from cells import SHOTS, VARIANTS, cells_of, choose_corpora
 from contestants import Contestant, contestant_run
-from measure import markdown
+from measure import Options, markdown
 from runs import Run, do_missing, read_lines
 
 from textmeta.data.corpus import Corpus
+from textmeta.export.graph import GraphReader, quantized, states_graph
 from textmeta.sharing.store import load_adapter, save_adapter
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,6 +69,9 @@ def table(found: Mapping[str, scores.Cells]) -> Iterator[str]:
             rivals = {other: [f"{other} @ {adapter}"]}
         if variant == "names-alone":
             rivals = {"cosine of text and name": ["names-last-256"]}
+        if " " in variant:  # what is done otherwise is compared with what is usual
+            usual = variant.partition(" ")[0]
+            rivals = {usual: [f"{usual} @ {adapter}"]}
         if not adapter.startswith("first"):
             rivals["the first meta-training"] = [f"{variant} @ {FIRST}"]
         for title, others in rivals.items():
@@ -103,8 +105,7 @@ def results_of(found: Mapping[str, scores.Cells], errors: Mapping[tuple[str, int
 
 def main() -> None:
     """Print the table, after recording what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = Options(__doc__)
     parser.add_argument("--run", action="store_true", help="record what is missing of the adapters and variants named")
     parser.add_argument(
         "--adapters", type=Path, nargs="+", help="folders, or names of recorded ones; by default the shipped one"
@@ -117,14 +118,13 @@ def main() -> None:
         "--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own"
     )
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the encoder's matrix products")
+    parser.add_argument("--int8", action="store_true", help="the encoder is a graph of int8 numbers, of all tasks one")
     parser.add_argument("--cache", type=Path, help="folder for the states of the frozen layers, which adapters share")
     parser.add_argument("--by-corpus", action="store_true")
     parser.add_argument("--measure", choices=("accuracy", "f1", "nll"), default="accuracy")
     parser.add_argument("--results", type=Path, default=CORE)
     parser.add_argument("--card", type=Path, help="adapter folder whose card shall have its recorded figures")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     lines = read_lines(arguments.results)
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
@@ -133,6 +133,11 @@ def main() -> None:
         for who in contestants:
             who.check_alone(lines)
         suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
+        if arguments.int8:
+            suffix += " int8"
+            for who in contestants:
+                graph = states_graph(who.reader, who.adapter.initialisation.lora)
+                who.reader = GraphReader(quantized(graph, who.reader.encoder), who.reader.encoder)
         corpora = choose_corpora(arguments.data_dir, arguments.corpora)
         do_missing(
             list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),
