@@ -80,7 +80,6 @@ def encoder(tiny_model: str) -> Encoder:
 @pytest.fixture
 def encoder64(encoder: Encoder) -> Encoder:
     """The same in float64, for checks of gradients."""
-    assert encoder._prefix is not None
     encoder._prefix.double()
     encoder._suffix.double()
     return encoder

@@ -91,7 +91,6 @@ def test_train_on_a_file_makes_an_adapter(
     assert made.calibration.scope is not None
     assert made.record["settings"]["episodes"] == 4
     assert made.record["results"].keys() == {"1 shot", "1 shot, class names"}
-    assert made.index is not None
     known = set(made.index.classes["toy"])
     assert len(known) == 6
     assert known < set(corpus.class_names), "the others are held out"
@@ -130,7 +129,6 @@ def test_nothing_may_be_held_out_and_another_corpus_choose(
     valid = json.dumps([{"dataset": str(data), "name": "other"}])
     for number, how in enumerate((["--hold_out", "false"], ["--valid", valid])):
         made, _ = load_adapter(run(tmp_path / str(number), "--data", data, *how))
-        assert made.index is not None
         assert made.index.classes["toy"] == corpus.class_names
         assert "results" not in made.record
         assert len(made.record["settings"]["valid"]) == number

@@ -31,8 +31,6 @@ CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 def recipe(name: str) -> ModuleType:
     """Import a recipe."""
     spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -132,7 +130,6 @@ def test_the_general_adapter_is_made_again_byte_for_byte(
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     adapter = load_adapter(tmp_path / "first")[0]
     assert adapter.calibration.scope is not None
-    assert adapter.index is not None
     assert set(adapter.index.classes) == {"one", "two", "three", "everyday"}
     card = (tmp_path / "first" / "README.md").read_text()
     assert "| three | " in card

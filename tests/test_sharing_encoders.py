@@ -116,7 +116,6 @@ def other_precision(fitted: FewShotClassifier, tmp_path: Path) -> FewShotClassif
 
 
 def other_adapter(fitted: FewShotClassifier, tmp_path: Path) -> FewShotClassifier:
-    assert isinstance(fitted.adapter, Adapter)
     init = replace(fitted.adapter.initialisation, log_penalty=torch.tensor(0.3))
     return FewShotClassifier(replace(fitted.adapter, initialisation=init))
 

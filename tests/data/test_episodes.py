@@ -149,7 +149,6 @@ def test_a_class_may_have_a_name_and_no_examples() -> None:
         assert episode.support_texts == ()
         assert episode.support_labels.dtype == np.int64
         assert len(episode.query_texts) == 8
-        assert episode.label_names is not None
         assert len(episode.label_names) == 4
 
 

@@ -239,7 +239,6 @@ def test_steps_on_the_head_or_on_pooling_read_each_text_once(
     monkeypatch.setattr(learner.reader, "read", lambda texts, *rest: read.extend(texts) or original(texts, *rest))
     episode = mixed_episodes(corpus)[0]
     meta_gradient(f"{name}-{learner.adapter.learner.adapt}", learner, [episode])
-    assert episode.label_names is not None
     every = [*episode.support_texts, *episode.label_names, *episode.unlabelled_texts, *episode.query_texts]
     assert sorted(read) == sorted(every)
 

@@ -206,7 +206,6 @@ def test_the_order_of_texts_and_classes_changes_nothing(
     task = make_task(corpus, sizes, names=True, unlabelled=3)
     rng = np.random.default_rng(0)
     to, rows = rng.permutation(len(sizes)), rng.permutation(len(task.texts))
-    assert task.names is not None
     other = Task(
         [task.texts[row] for row in rows],
         [int(to[task.labels[row]]) for row in rows],

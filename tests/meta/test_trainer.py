@@ -144,7 +144,6 @@ def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
     assert row["accuracy"] == pytest.approx(float(last[0].accuracy + last[1].accuracy) / 2, abs=1e-4)
     assert mean.keys() == leaves.keys()
     for name, value in mean.items():
-        assert leaves[name].grad is not None
         torch.testing.assert_close(leaves[name].grad, value / norm, rtol=1e-3, atol=1e-5)
 
 
@@ -200,7 +199,6 @@ def test_an_adapter_says_how_it_was_trained(tiny_model: str, corpus: Corpus) -> 
     told = adapter.record["settings"]
     assert (told["algorithm"], told["episodes"], told["learner"]["adapt"]) == ("anil", 1, "offset")
     assert [each["name"] for each in told["corpora"]] == ["toy"]
-    assert adapter.calibration.scope is not None
     assert adapter.calibration.scope.shape == (8,)
     reader = adapter.load_reader()
     assert reader.layers == (2, 3, 4)

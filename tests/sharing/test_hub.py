@@ -69,7 +69,6 @@ def push(adapter: Adapter, fitted: Fitted | None = None, to: str = ADAPTER, **op
 def loaded_logits(name: str = ADAPTER, access: HubAccess | None = None, **options: Any) -> torch.Tensor:
     """Load a fitted classifier with its encoder; return what it makes of the queries."""
     adapter, fitted = load_adapter(name, access=access, **options)
-    assert fitted is not None
     return logits(adapter.load_reader(access=access), adapter, fitted)
 
 
@@ -90,7 +89,6 @@ def test_round_trip_through_the_hub_is_exact_to_the_bit(
     adapter, found = load_adapter(ADAPTER)
     where = found_at(ADAPTER)
     assert (where.kind, where.commit, adapter.commit) == ("hub", done.oid, encoder_on_hub)
-    assert found is not None
     assert vars(found.inputs) == vars(fitted.inputs)
     push(adapter, found, "tester/again")
     again = hub.files("tester/again")

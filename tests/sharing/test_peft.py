@@ -71,7 +71,6 @@ def test_peft_and_transformers_load_it_from_the_hub(
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_sentence_transformers_loads_the_merged_encoder(tiny_model: str, tmp_path: Path, adapt: Any) -> None:
     one = FewShotClassifier(adapter_of(tiny_model, adapt=adapt), max_length=6).fit(SUPPORT, LABELS)
-    assert one._fitted is not None
     factors = {name: value[0] for name, value in one._fitted.task.factors.items()} or one._adapter.initialisation.lora
     expected = our_features(one._reader, factors)
     one.merge(tmp_path / "merged")

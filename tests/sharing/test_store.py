@@ -63,12 +63,10 @@ def same_tensors(found: Adapter, expected: Adapter) -> bool:
 def test_adapter_comes_back_to_the_bit(saved: Path, adapter: Adapter) -> None:
     found, _ = load_adapter(saved)
     assert same_tensors(found, adapter)
-    assert found.calibration.scope is not None
     assert torch.equal(found.calibration.scope, torch.arange(8.0))
     assert torch.equal(found.probe, adapter.probe)
     for name in ("encoder", "weights_sha256", "lora", "learner", "commit", "record", "versions"):
         assert getattr(found, name) == getattr(adapter, name), name
-    assert found.index is not None
     expected = make_index()
     assert list(found.index.classes.items()) == list(expected.classes.items()), "in the order of training"
     for name, value in expected.vectors.items():  # in bytes, and each of length 1 again
@@ -84,7 +82,6 @@ def test_fitted_classifier_comes_back_to_the_bit(reader: TokenStateReader, tmp_p
     assert bool(fitted.task.factors) is (adapt == "lora")
     save_adapter(tmp_path / "adapter", adapter, fitted)
     loaded, found = load_adapter(tmp_path / "adapter")
-    assert found is not None
     assert (found.classes, vars(found.inputs)) == (LABELS, vars(fitted.inputs))
     for field in fields(LearnedTask):
         ours, theirs = getattr(found.task, field.name), getattr(fitted.task, field.name)
