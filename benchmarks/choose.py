@@ -137,7 +137,7 @@ def main() -> None:
             suffix += " int8"
             for who in contestants:
                 graph = states_graph(who.reader, who.adapter.initialisation.lora)
-                who.reader = GraphReader(quantized(graph, who.reader.encoder), who.reader.encoder)
+                who.reader, who.cache = GraphReader(quantized(graph, who.reader.encoder), who.reader.encoder), None
         corpora = choose_corpora(arguments.data_dir, arguments.corpora)
         do_missing(
             list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),

@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import write_rows
 from textmeta.data.corpus import Corpus
 from textmeta.data.splits import read_class_split
 from textmeta.encoder.encoder import Encoder, EncoderSettings
@@ -95,10 +95,8 @@ def test_the_general_adapter_is_made_again_byte_for_byte(
 ) -> None:
     """Its scope is told by a run without some corpora, and its card names all with their licences."""
     general = recipe("general")
-    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
-    (tmp_path / "train").mkdir()
     for name in ("train/one", "train/two", "three"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", corpus)
     (tmp_path / "corpora.csv").write_text("corpus,source,licence\none,here,MIT\ntwo,here,CC0\nthree,here,Apache-2.0\n")
     tiny = EncoderSettings(tiny_model, max_length=32)
     for name, value in {

@@ -48,30 +48,6 @@ def test_evidence_is_a_plain_refit_of_each_fold(alone: bool, d: int):
             torch.testing.assert_close(nll[task, m], loss, **EXACT)
 
 
-@pytest.mark.parametrize("labels", [[], [0], [0, 0, 0], [0, 0, 1, 2], [0, 1, 2]])
-def test_without_two_classes_of_two_examples_nothing_is_known(labels: list[int]):
-    folds = folds_of(examples_of([labels, [0, 0, 1, 1]], [3, 2]))
-    views = reference.unit(random(2, 4, V, D)).requires_grad_()
-    numbers = (torch.zeros(V, D, dtype=torch.float64), number(0.0), number(1.0))
-    mixed = torch.full((2, V), 0.5, dtype=torch.float64)
-    nll = fold_nll(left_out_scores(views, folds, *numbers, mixed), folds, number(8.0))
-    assert float(nll[0].detach()) == pytest.approx(math.log(3))
-    (gradient,) = torch.autograd.grad(nll.sum(), views)
-    assert gradient.isfinite().all()
-    assert not gradient[0].any()
-
-
-def test_each_fold_has_a_near_equal_part_of_every_class():
-    labels = [0] * 23 + [1] * 11 + [2]
-    folds = folds_of(examples_of([labels], [3]))
-    assert folds.number == 10
-    for rows in (range(23), range(23, 34)):
-        sizes = folds.of[0, list(rows)].bincount(minlength=10)
-        assert int(sizes.min()) >= 1
-        assert int(sizes.max() - sizes.min()) <= 1
-    assert int(folds.of[0, 34]) == -1
-
-
 def macro_accuracy(views: Tensor, examples: Examples, folds: Folds) -> Tensor:
     """Return (T,): how many left-out examples a class are told, mean over the classes of two examples or more."""
     prior = torch.zeros(1, views.shape[-1], dtype=torch.float64)

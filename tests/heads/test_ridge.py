@@ -1,7 +1,5 @@
-import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge
 
 from tests.heads import reference
 from tests.heads.given import examples_of, random
@@ -58,18 +56,6 @@ def test_both_forms_agree_in_a_batch(rows: slice):
     found = ridge(views[rows, : examples.member.shape[1]], mixture[rows], examples, PENALTY)[0]
     targets, omega = reference.one_hot_targets(LABELS[0], 4), reference.balanced_weights(LABELS[0])
     torch.testing.assert_close(found, reference.ridge_fit(views[0, :6], mixture[0], targets, omega, PENALTY))
-
-
-def test_ridge_is_scikit_learns():
-    labels = [0, 0, 1, 1, 1, 1, 2]
-    z, mixture = random(1, 7, V, D), torch.tensor([[0.3, 0.7]], dtype=torch.float64)
-    found = ridge(z, mixture, examples_of([labels], [3]), PENALTY)
-    design = (z[0] * mixture[0].sqrt()[:, None]).flatten(1).numpy()
-    targets = np.eye(3)[labels] - 1 / 3
-    omega = np.array([7 / 3 / labels.count(label) for label in labels])
-    fitted = Ridge(float(PENALTY), fit_intercept=False).fit(design, targets, sample_weight=omega)
-    scores = torch.einsum("nvd,vdc->nc", z[0], found[0]).numpy()
-    np.testing.assert_allclose(scores, fitted.predict(design), atol=1e-10)
 
 
 def test_prototypes_are_cosines_to_class_means():

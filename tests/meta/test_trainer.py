@@ -456,14 +456,6 @@ def test_a_trained_adapter_beats_frozen_prototypes_and_its_own_start(tiny_model:
     assert paired_difference(trained, frozen_prototypes(reader, episodes))["low"] > 0.15
 
 
-def test_bfloat16_trains_as_float32_does(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    losses = []
-    for precision in ("no", "bf16"):
-        train(tiny_model, corpus, tmp_path / precision, precision=precision, episodes=1)
-        losses.append(np.array([row["loss"] for row in rows_of(tmp_path / precision)]))
-    assert 0 < np.abs(losses[0] - losses[1]).max() < 0.1
-
-
 # -------------------------------------------------------------------------------------------- what goes wrong
 
 

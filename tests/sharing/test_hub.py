@@ -314,14 +314,6 @@ def test_push_in_between_is_noticed_and_nothing_changed(hub: HubServer, pushed: 
     assert load_adapter(ADAPTER)[1] is not None
 
 
-def test_damaged_folder_is_not_pushed(hub: HubServer, pushed: Adapter, tmp_path: Path) -> None:
-    save_adapter(tmp_path / "adapter", pushed)
-    os.truncate(tmp_path / "adapter" / WEIGHTS, 100)
-    with pytest.raises(AdapterError, match="damaged"):
-        push_folder(tmp_path / "adapter", Destination(ADAPTER, token=TOKEN))
-    assert ("model", ADAPTER) not in hub.repos
-
-
 def test_card_that_the_hub_refuses_is_not_pushed(hub: HubServer, pushed: Adapter, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", pushed)
     card = tmp_path / "adapter" / "README.md"
