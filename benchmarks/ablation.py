@@ -8,7 +8,6 @@ Differences are to the base arm, paired by episode, pooled over 1, 2, 5 and 10 s
 encoder in bfloat16, and the states of its frozen layers, which are read once for all arms, in half precision.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,10 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import scores
-import torch
 from cells import HEADLINE, SHOTS, Cell, cells_of, choose_corpora, report_corpora
 from contestants import Contestant, contestant_run
-from measure import NOT_YET, markdown, show
+from measure import NOT_YET, Options, markdown, show
 from runs import do_missing, read_lines
 from train_core import AFTER, ARMS
 
@@ -81,20 +79,15 @@ def rows(found: Mapping[str, scores.Cells], corpora: list[str]) -> Iterator[list
 
 def main() -> None:
     """Print the table, after running what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
+    parser = Options(__doc__, needs_data=False)
     parser.add_argument("--run", action="store_true")
     parser.add_argument("--choose", action="store_true", help="judge on the choose corpora")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--episodes", type=int, default=EPISODES, help="of a cell")
     parser.add_argument("--folder", type=Path, default=Path("runs/arms"), help="of the adapters")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write the table into benchmarks/README.md")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     if arguments.run:
-        if arguments.data_dir is None:
-            parser.error("--run needs --data-dir")
         corpora = choose_corpora if arguments.choose else lambda data_dir: report_corpora(data_dir, HEADLINE)
         cells = list(cells_of(corpora(arguments.data_dir)))
         run(cells, arguments.data_dir, arguments.folder, arguments.arms, arguments.episodes)

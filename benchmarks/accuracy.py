@@ -18,12 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import scores
-import torch
 from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import HEADLINE, REPORT, SHOTS, Cell, cells_of, report_corpora, result_of
 from choose import LAST_LAYER, SHIPPED
 from contestants import Contestant, contestant_run
-from measure import NOT_YET, markdown, show
+from measure import NOT_YET, Options, markdown, show
 from runs import Line, Run, do_missing, read_lines
 
 RESULTS = Path(__file__).parent / "results"
@@ -212,8 +211,7 @@ def goals(
 
 def main() -> None:
     """Print the tables, after recording what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
+    parser = Options(__doc__, needs_data=False)
     parser.add_argument("--run", action="store_true", help="record what is missing")
     parser.add_argument(
         "--quick", action="store_true", help="record few episodes of the seven corpora, beside the others"
@@ -223,14 +221,10 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=SHIPPED)
     parser.add_argument("--device", default="cpu", help="that SetFit runs on")
     parser.add_argument("--results", type=Path, help="folder")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write the tables into README.md and benchmarks/README.md")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     results = arguments.results or (Path("runs/quick") if arguments.quick else RESULTS)
     if arguments.run or arguments.quick:
-        if arguments.data_dir is None:
-            parser.error("--run and --quick need --data-dir")
         record(arguments, results)
     lines = recorded(results, arguments.adapter.name)
     if arguments.draw:

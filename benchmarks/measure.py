@@ -1,7 +1,10 @@
-"""What the benchmarks share: timing sides in turn, reading memory, printing a table."""
+"""What the benchmarks share: options, timing sides in turn, memory, printing a table."""
 
+import argparse
 import ctypes
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +14,23 @@ from tqdm import tqdm
 
 NOT_YET = "Not run yet."  # of a table
 PAGES = (Path(__file__).with_name("README.md"), Path(__file__).parents[1] / "README.md")
+
+
+class Options(argparse.ArgumentParser):
+    """The options of a script: its own, and those that most have."""
+
+    def __init__(self, doc: str, *, needs_data: bool = True, threads: int = 1) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--data-dir", type=Path, required=needs_data)
+        self.add_argument("--threads", type=int, default=threads)
+
+    def parsed(self) -> argparse.Namespace:
+        """Parse the command line and set the threads; --run and --quick need data."""
+        found = self.parse_args()
+        torch.set_num_threads(found.threads)
+        if found.data_dir is None and (getattr(found, "run", False) or getattr(found, "quick", False)):
+            self.error("--run and --quick need --data-dir")
+        return found
 
 
 def alternate(sides: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, list[float]]:
@@ -43,6 +63,12 @@ def resident(kind: str) -> int:
     """Return VmRSS or VmHWM, the resident memory now or at its peak, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+def peak_of(*command: object) -> str:
+    """Return, in MiB, what a process of Python prints last in KiB."""
+    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
+    return f"{int(done.stdout.split()[-1]) / 1024:.0f}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -8,12 +8,12 @@ its own classes left out: is a class of a relative the nearest to a class of the
 it, what a class drawn at random would be.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 from choose import SHIPPED
+from measure import Options
 
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.meta.batch import TaskBatch
@@ -36,10 +36,9 @@ def relatives(name: str, others: list[str]) -> list[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = Options(__doc__)
     parser.add_argument("--adapter", type=Path, default=SHIPPED)
-    arguments = parser.parse_args()
+    arguments = parser.parsed()
     adapter, _ = load_adapter(arguments.adapter)
     learner = TaskLearner(adapter.load_reader(), adapter)
     corpora = training_corpora(arguments.data_dir)

@@ -7,15 +7,14 @@ classes and at least one left out, 5 queries a class and as many texts of the cl
 scope score it is that of the largest class probability.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from cells import EPISODE_SEED, cells_of, choose_corpora
 from choose import SHIPPED
 from contestants import scope_scores
+from measure import Options
 from sklearn.metrics import roc_auc_score
 
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
@@ -28,13 +27,10 @@ OTHER_DRAWS = 4  # third number of the seed that texts of other classes are draw
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = Options(__doc__)
     parser.add_argument("--adapter", type=Path, default=SHIPPED)
     parser.add_argument("--episodes", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     adapter, _ = load_adapter(arguments.adapter)
     learner = TaskLearner(adapter.load_reader(), adapter)
     print("| corpus | classes | scope score | largest probability |\n|---|---|---|---|")

@@ -6,15 +6,13 @@ The task is learned on the states of each, as ``export_onnx`` does it. Episodes 
 shots, 5 queries a class, names read. All tasks have one int8 graph, that of the adapter.
 """
 
-import argparse
 from pathlib import Path
 
 import scores
-import torch
 from cells import cells_of, choose_corpora
 from choose import RESULTS, SHIPPED
 from contestants import Contestant, contestant_run
-from measure import print_table
+from measure import Options, print_table
 from runs import do_missing, read_lines
 
 from textmeta.export.graph import GraphReader, quantized, states_graph
@@ -33,16 +31,13 @@ def int8_contestant(folder: Path) -> Contestant:
 
 def main() -> None:
     """Print the table, after recording what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = Options(__doc__)
     parser.add_argument("--run", action="store_true", help="record what is missing")
     parser.add_argument("--adapter", type=Path, default=SHIPPED)
     parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
     parser.add_argument("--episodes", type=int, default=24, help="of a corpus")
     parser.add_argument("--results", type=Path, default=RESULTS / "precision.jsonl")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     lines = read_lines(arguments.results)
     if arguments.run:
         bf16, int8 = Contestant(arguments.adapter, precision="bf16"), int8_contestant(arguments.adapter)

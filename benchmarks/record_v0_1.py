@@ -9,16 +9,15 @@ and 50 (20 at 20 shots) of those to report by. On the choose corpora the baselin
 tokens). Each chunk of episodes is a line of the results, and is not repeated.
 """
 
-import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import SHOTS, Cell, cells_of, choose_corpora, report_corpora, result_of
+from measure import Options
 from runs import Run, do_missing, read_lines
 
 from textmeta import FewShotClassifier
@@ -53,15 +52,12 @@ def old_runs(cells: Sequence[Cell], episodes: int) -> Iterator[Run]:
 
 def main() -> None:
     """Do the runs that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = Options(__doc__)
     parser.add_argument("--commit", required=True, help="of the installed textmeta, told in every line")
     parser.add_argument("--report", action="store_true", help="on the corpora to report by")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--parts", nargs="+", choices=("baselines", "old"), default=["baselines", "old"])
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     warnings.filterwarnings("ignore", category=FutureWarning)
     output = arguments.output or RESULTS / ("report_v0_1.jsonl" if arguments.report else "v0_1.jsonl")
     runs: list[Run] = []

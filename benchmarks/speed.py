@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from baselines import encoder_folder
 from cells import choose_corpora
-from measure import alternate, print_table, resident
+from measure import Options, alternate, peak_of, print_table, resident
 
 from textmeta import FewShotClassifier
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
@@ -33,7 +33,7 @@ Fit = Callable[[list[str], list[str]], Predict]
 
 SIZES = ((2, 2), (5, 5), (5, 10), (20, 10), (77, 10), (150, 10))  # classes x examples
 TEXTS, LONG_WORDS, CALLS = 512, 180, 50  # of a column; words of a long text; of one text each
-ENCODE, DEFAULT, SETFIT = "sentence-transformers, encode", "textmeta", "SetFit"
+ENCODE, DEFAULT, LONG = "sentence-transformers, encode", "textmeta", ("PEFT LoRA, fine-tuned", "SetFit")
 COLD = {  # what a new process runs before it has its first answer; names in braces are folders
     ENCODE: "from sentence_transformers import SentenceTransformer; SentenceTransformer({encoder!r}).encode(['a'])",
     DEFAULT: "from textmeta import FewShotClassifier; FewShotClassifier.from_pretrained({fitted!r}).predict(['a'])",
@@ -140,8 +140,8 @@ def sides(device: str, names: Sequence[str] | None = None) -> dict[str, Fit]:
         "sentence-transformers, logistic regression": lambda: logistic_fit(device),
         "textmeta, ONNX": lambda: onnx_fit(int8=False),
         "textmeta, ONNX, int8": lambda: onnx_fit(int8=True),
-        "PEFT LoRA, fine-tuned": lambda: peft_fit(device),
-        SETFIT: lambda: setfit_fit(device),
+        LONG[0]: lambda: peft_fit(device),
+        LONG[1]: lambda: setfit_fit(device),
     }
     if device != "cpu":
         made = {name: side for name, side in made.items() if "ONNX" not in name}
@@ -183,9 +183,7 @@ def fit_rows(
     for ways, shots in sizes:
         texts, labels = examples(data_dir, ways, shots)
         runs = {name: partial(fits[name], texts, labels) for name in cells if name not in slow}
-        once = {
-            name: runs.pop(name) for name in ("PEFT LoRA, fine-tuned", SETFIT) if name in runs
-        }  # too long for turns
+        once = {name: runs.pop(name) for name in LONG if name in runs}  # too long for turns
         times = {name: median(values) for name, values in alternate(runs, repeats, f"{ways} x {shots}").items()}
         for name, run in once.items():
             start = time.perf_counter()
@@ -241,12 +239,11 @@ def memory_rows(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator
     for name in names:
         row = []
         for size in ("5x5", "77x10"):
-            if size == "77x10" and name in (SETFIT, "PEFT LoRA, fine-tuned"):
+            if size == "77x10" and name in LONG:
                 row.append("–")  # too long
                 continue
-            command = [sys.executable, __file__, "--data-dir", str(arguments.data_dir), "--memory-of", name, size]
-            done = subprocess.run([*command, "--device", arguments.device], capture_output=True, text=True, check=True)
-            row.append(f"{int(done.stdout.split()[-1]) / 1024:.0f}")
+            command = (__file__, "--data-dir", arguments.data_dir, "--memory-of", name, size)
+            row.append(peak_of(*command, "--device", arguments.device))
         yield [name, *row]
 
 
@@ -277,15 +274,12 @@ def share_rows(data_dir: Path, texts: int, repeats: int) -> Iterator[list[str]]:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = Options(__doc__, threads=2)
     parser.add_argument("--quick", action="store_true", help="few repeats; SetFit at 2 x 2 alone, no fine-tuning")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120)
     parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "SIZE"), help="print the peak of one side, in KiB")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     if arguments.memory_of:
         name, size = arguments.memory_of
         texts, labels = examples(arguments.data_dir, *map(int, size.split("x")))
@@ -296,8 +290,8 @@ def main() -> None:
     fits = sides(arguments.device)
     sizes, repeats = (SIZES[:5:2], 3) if quick else (SIZES, 7)
     if quick:
-        fits.pop("PEFT LoRA, fine-tuned")
-    short = {name: fit for name, fit in fits.items() if name not in ("PEFT LoRA, fine-tuned", SETFIT)}
+        fits.pop(LONG[0])
+    short = {name: fit for name, fit in fits.items() if name not in LONG}
     print_table(list(fit_rows(data_dir, fits, sizes, repeats, 5 if quick else arguments.limit)))
     print_table(list(predict_rows(data_dir, short if quick else fits, 128 if quick else TEXTS, repeats)))
     print_table(list(share_rows(data_dir, 128 if quick else TEXTS, repeats)))

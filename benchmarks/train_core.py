@@ -5,7 +5,6 @@
 An arm is a row of ARMS, or of SEARCH. A run resumes where it was; its adapter is written into the output folder.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import Options
 
 from textmeta.errors import TrainingInterrupted
 from textmeta.meta.initialisation import Initialisation
@@ -72,8 +72,7 @@ CORPORA = {"corpora-5": 5, "corpora-20": 20}  # how many corpora an arm is train
 
 def main() -> None:
     """Train an arm."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser = Options(__doc__)
     parser.add_argument("--arm", choices=(*ARMS, *SEARCH), default="base")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
@@ -81,11 +80,9 @@ def main() -> None:
     )
     parser.add_argument("--start", type=Path, help="adapter of the arm that this one comes after")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parsed()
     if arguments.arm in AFTER and not arguments.start:
         parser.error(f"{arguments.arm} needs --start, the adapter of {AFTER[arguments.arm]}")
-    torch.set_num_threads(arguments.threads)
     trainer = replace((ARMS | SEARCH)[arguments.arm], seed=arguments.seed)
     start = load_adapter(arguments.start)[0] if arguments.arm in AFTER else STARTS.get(arguments.arm)
     corpora = training_corpora(arguments.data_dir)

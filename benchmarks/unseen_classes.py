@@ -10,7 +10,6 @@ Texts are cut at 256 tokens, by 0.1 at 64. No validation: the last tensors are t
 episodes.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +21,10 @@ from typing import Any
 
 import numpy as np
 import scores
-import torch
 from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import EPISODE_SEED, Cell, cells_of
 from contestants import Contestant, contestant_run, scope_scores
-from measure import NOT_YET, markdown, show
+from measure import NOT_YET, Options, markdown, show
 from runs import Line, Run, do_missing, missing, read_lines
 from sklearn.metrics import roc_auc_score
 
@@ -259,20 +257,15 @@ def goals(five: Mapping[str, scores.Cells], scope: Mapping[str, scores.Cells]) -
 
 def main() -> None:
     """Print the tables, after recording what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
+    parser = Options(__doc__, needs_data=False)
     parser.add_argument("--run", action="store_true", help="train and record what is missing")
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
     parser.add_argument("--folder", type=Path, default=Path("runs/folds"), help="of the adapters")
     parser.add_argument("--cache", type=Path, default=Path("runs/frozen"), help="states of the frozen layers")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="write the tables into README.md and benchmarks/README.md")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parsed()
     if arguments.run:
-        if arguments.data_dir is None:
-            parser.error("--run needs --data-dir")
         record(arguments.data_dir, arguments.results, arguments.folder, arguments.cache, arguments.corpora)
     show(tables(read_lines(arguments.results, mend=False)), arguments.write)
 

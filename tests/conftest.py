@@ -1,8 +1,12 @@
 """Shared fixtures: a tiny random encoder with a tokenizer of its own, and a corpus in its words."""
 
+import importlib
 import itertools
+import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 # before any library reads them: no test may reach a network
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,7 +84,6 @@ def encoder(tiny_model: str) -> Encoder:
 @pytest.fixture
 def encoder64(encoder: Encoder) -> Encoder:
     """The same in float64, for checks of gradients."""
-    assert encoder._prefix is not None
     encoder._prefix.double()
     encoder._suffix.double()
     return encoder
@@ -104,3 +107,19 @@ def corpus() -> Corpus:
 def sampler(corpus: Corpus) -> EpisodeSampler:
     """3-way 3-shot episodes of the toy corpus."""
     return EpisodeSampler(corpus, EpisodeSettings(3, 3, 4), seed=0)
+
+
+def write_rows(path: Path, corpus: Corpus, names: Sequence[str] | None = None) -> Path:
+    """Write a corpus as JSON Lines, into a folder that is made; its classes may have other names."""
+    names = names or corpus.class_names
+    rows = [{"text": t, "label": names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a benchmark by its name, as it finds others when it is run."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module

@@ -1,7 +1,5 @@
 """The benchmarks run on the tiny encoder: the engine beside the plain loop, speed, training of an arm."""
 
-import importlib
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.conftest import write_rows
 from tests.test_classifier import adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
@@ -18,22 +17,11 @@ from textmeta.meta import trainer as trainer_module
 from textmeta.meta.initialisation import LearnerSettings
 from textmeta.sharing.store import load_adapter, save_adapter
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch):
-    """Import a benchmark by its name, as it finds others when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
 
 @pytest.fixture
 def toy(corpus: Corpus, tmp_path: Path) -> Path:
     """The toy corpus as a file."""
-    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
-    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "toy.jsonl"
+    return write_rows(tmp_path / "toy.jsonl", corpus)
 
 
 def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -1,10 +1,8 @@
 """The benchmark that designs are chosen by: records episodes, resumes, prints paired differences."""
 
 import hashlib
-import importlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.data.test_episodes import content, numbered
+from tests.conftest import write_rows
+from tests.data.test_episodes import numbered
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
 from textmeta.encoder.encoder import Encoder
@@ -25,28 +24,20 @@ from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import load_adapter, save_adapter
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+@pytest.fixture
+def choose(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("choose")
 
 
 @pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("choose")
-
-
-@pytest.fixture
-def cells(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("cells")
+def cells(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("cells")
 
 
 @pytest.fixture
 def data_dir(corpus: Corpus, tmp_path: Path) -> Path:
-    (tmp_path / "data" / "choose").mkdir(parents=True)
-    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
-    path = tmp_path / "data" / "choose" / "toy.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path / "data"
+    return write_rows(tmp_path / "data" / "choose" / "toy.jsonl", corpus).parents[1]
 
 
 @pytest.fixture
@@ -55,14 +46,6 @@ def adapter(encoder: Encoder, tmp_path: Path) -> Path:
     start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
     save_adapter(tmp_path / "tiny", Adapter.of(TokenStateReader(encoder, settings.layers), settings, start))
     return tmp_path / "tiny"
-
-
-def run(
-    choose: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> str:
-    monkeypatch.setattr(sys, "argv", ["choose.py", *arguments])
-    choose.main()
-    return capsys.readouterr().out
 
 
 @pytest.fixture
@@ -77,7 +60,13 @@ def record(
     """Record 6 episodes a cell in results.jsonl, 3 a line, with further options; return what is printed."""
     monkeypatch.setattr(choose, "CHUNK", 3)
     command = ["--data-dir", str(data_dir), "--results", str(tmp_path / "results.jsonl"), "--episodes", "6", "--run"]
-    return lambda *more: run(choose, monkeypatch, capsys, *command, "--adapters", str(adapter), *more)
+
+    def run(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["choose.py", *command, "--adapters", str(adapter), *more])
+        choose.main()
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_every_variant_is_recorded_once_and_told(
@@ -121,17 +110,16 @@ def test_what_is_recorded_is_what_evaluation_says(
 def test_what_is_changed_without_training_is_another_method(
     choose: ModuleType, record: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # put back after the test
-    monkeypatch.setattr(choose.learner_module, "soft_labelled_ridge", choose.soft_labelled_ridge)
     monkeypatch.setattr(choose, "CHUNK", 6)
     results = tmp_path / "results.jsonl"
     options = ("--shots", "5", "--variants", "unlabelled", "--cache", str(tmp_path / "frozen"))
-    for more in ([], ["--precision", "bf16"], ["--rounds", "0"], ["--rounds", "3", "--evidence-after"]):
-        record(*options, *more)
+    for more in ([], ["--precision", "bf16"], ["--adapt", "none"]):
+        shown = record(*options, *more)
+    assert "unlabelled adapt=none @ tiny over unlabelled" in shown
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    methods = ["unlabelled", "unlabelled rounds=0", "unlabelled rounds=3 evidence-after"]
+    methods = ["unlabelled", "unlabelled adapt=none"]
     assert [line["key"]["method"] for line in lines] == methods
-    assert len({tuple(line["result"]["nll"]) for line in lines}) == 3
+    assert len({tuple(line["result"]["nll"]) for line in lines}) == 2
 
 
 def test_differences_are_paired_by_episode(choose: ModuleType) -> None:
@@ -154,9 +142,8 @@ def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
     assert found["plain @ x"]["a", 1].tolist() == [20, 40]
 
 
-def test_arms_are_compared_with_the_base_arm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    ablation = importlib.import_module("ablation")
+def test_arms_are_compared_with_the_base_arm(benchmark: Callable[[str], ModuleType]) -> None:
+    ablation = benchmark("ablation")
     rng = np.random.default_rng(0)
     hard = rng.uniform(20, 90, 200)
     keys = [("a", shots) for shots in (1, 2, 5, 10)]
@@ -182,41 +169,6 @@ def test_unlabelled_texts_never_change_with_the_code(cells: ModuleType) -> None:
     drawn = repr([episode.unlabelled_texts for episode in more])
     expected = "4752f727dd2b9a4e2e4e28f18c797069288dd0f59322471c6f280c0e07389a46"
     assert hashlib.sha256(drawn.encode()).hexdigest() == expected
-
-
-def unlabelled_of(episode: Episode) -> Counter:
-    """Number of unlabelled texts of each class, which their texts tell."""
-    return Counter(text.rpartition(" ")[0] for text in episode.unlabelled_texts)
-
-
-@pytest.mark.parametrize("mixture", ["same", "skewed", "others"])
-def test_unlabelled_texts_are_in_no_other_set(cells: ModuleType, mixture: str) -> None:
-    corpus = numbered(rows=8)
-    for number, episode in enumerate(EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(20)):
-        more = cells.with_unlabelled(episode, corpus, 0, number, mixture=mixture)
-        texts = more.support_texts + more.query_texts + more.unlabelled_texts
-        assert len(set(texts)) == len(texts) > 20
-        assert content(more) == content(episode)
-        assert (
-            cells.with_unlabelled(episode, corpus, 0, number, mixture=mixture).unlabelled_texts == more.unlabelled_texts
-        )
-        for seed, other in ((1, number), (0, number + 1)):
-            again = cells.with_unlabelled(episode, corpus, seed, other, mixture=mixture)
-            assert again.unlabelled_texts != more.unlabelled_texts
-
-
-def test_unlabelled_texts_are_mixed_as_asked(cells: ModuleType) -> None:
-    corpus = numbered(rows=40)
-    for number, episode in enumerate(EpisodeSampler(corpus, EpisodeSettings(4, 3, 2), seed=0).take(20)):
-        same = cells.with_unlabelled(episode, corpus, 0, number)
-        assert unlabelled_of(same) == dict.fromkeys(episode.class_names, 15)
-        assert list(same.unlabelled_texts) != sorted(same.unlabelled_texts)
-        skewed = unlabelled_of(cells.with_unlabelled(episode, corpus, 0, number, mixture="skewed"))
-        assert sorted(skewed.values()) == [1, 1, 1, 27]
-        assert set(skewed) == set(episode.class_names)
-        others = unlabelled_of(cells.with_unlabelled(episode, corpus, 0, number, per_class=10, mixture="others"))
-        assert sum(others.values()) == 40
-        assert sum(others[name] for name in episode.class_names) == 20
 
 
 def test_a_text_of_two_classes_is_drawn_once_and_not_if_it_has_a_label(cells: ModuleType) -> None:

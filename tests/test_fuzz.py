@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.sharing.made import make_index
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of, of
+from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import FewShotClassifier, TextMetaError
 
 TRIES = 300
@@ -158,7 +158,7 @@ def test_odd_inputs_get_an_answer_or_an_error_of_ours(
     good, ends, wrong = GOOD[method], Counter[str](), dict[str, int]()
     for number in range(TRIES):
         rng = random.Random(f"{method} {number}")
-        classifier = of(shared.adapter, shared)  # type: ignore[arg-type]
+        classifier = FewShotClassifier(shared.adapter)  # type: ignore[arg-type]
         classifier._fitted = None if method == "partial_fit" and number % 2 else shared._fitted
         given = {name: value for name, value in good.items() if name in ALWAYS or rng.random() < 0.6}
         for name in rng.sample(list(good), min(len(good), rng.choice([1, 1, 2]))):

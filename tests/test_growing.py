@@ -14,7 +14,7 @@ import torch
 from sklearn.base import clone
 
 from tests.sharing.made import rewrite_json, rewrite_tensors
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of, of
+from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import FewShotClassifier
 from textmeta.classifier import NotFittedError
 from textmeta.cli import main
@@ -33,7 +33,7 @@ def shared(tiny_model: str) -> FewShotClassifier:
 @pytest.fixture
 def make(shared: FewShotClassifier) -> Callable[..., FewShotClassifier]:
     """Return what fits a classifier that has its encoder."""
-    return lambda *given, **more: of(shared.adapter, shared).fit(*given, **more)  # type: ignore[arg-type]
+    return lambda *given, **more: FewShotClassifier(shared.adapter).fit(*given, **more)  # type: ignore[arg-type]
 
 
 Make = Callable[..., FewShotClassifier]
@@ -126,7 +126,7 @@ def test_labels_without_letters(make: Make) -> None:
 
 def test_the_first_call_fits_and_may_name_all_classes(make: Make, shared: FewShotClassifier) -> None:
     def first(*given: Any, **more: Any) -> FewShotClassifier:
-        return of(shared.adapter, shared).partial_fit(*given, **more)  # type: ignore[arg-type]
+        return FewShotClassifier(shared.adapter).partial_fit(*given, **more)  # type: ignore[arg-type]
 
     same(first(SUPPORT, LABELS), make(SUPPORT, LABELS))
     named = {label: label for label in "bfkg"}

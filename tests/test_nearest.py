@@ -66,21 +66,6 @@ def test_tasks_of_different_encoders_are_not_compared() -> None:
         nearest_tasks(ClassIndex({"x": ("a",)}, {"x": unit(1, 0, size=9)}), task(3, 0))
 
 
-def test_nearest_finds_the_corpus_and_its_classes() -> None:
-    index = ClassIndex(
-        {name: tuple(f"{name}{i}" for i in range(6)) for name in "xyz"},
-        {name: unit(6, seed) for seed, name in enumerate("xyz")},
-    )
-    given = replace(task(3, 0), classes=index.vectors["y"][[4, 0, 3]], labels=("p", "q", "r"))
-    found = nearest_tasks(index, given)
-    assert found[0].corpus == "y"
-    assert found[0].similarity == pytest.approx(1, abs=1e-5)
-    assert {match.label: match.known for match in found[0].matches} == {"p": "y4", "q": "y0", "r": "y3"}
-    assert [one.similarity for one in found] == sorted((one.similarity for one in found), reverse=True)
-    assert str(found[0]).startswith("y (1.00): ")
-    assert [len(nearest_tasks(index, task(3, 9), count)) for count in (0, 1, 2, 5)] == [0, 1, 2, 3]
-
-
 def test_classes_that_a_corpus_has_too_few_of_are_missing() -> None:
     index = ClassIndex({"x": ("a", "b")}, {"x": unit(2, 0)})
     given = replace(task(4, 0), classes=np.concatenate([unit(2, 0), unit(2, 1)]))

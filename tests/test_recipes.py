@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import write_rows
 from textmeta.data.corpus import Corpus
 from textmeta.data.splits import read_class_split
 from textmeta.encoder.encoder import Encoder, EncoderSettings
@@ -31,8 +31,6 @@ CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 def recipe(name: str) -> ModuleType:
     """Import a recipe."""
     spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -97,10 +95,8 @@ def test_the_general_adapter_is_made_again_byte_for_byte(
 ) -> None:
     """Its scope is told by a run without some corpora, and its card names all with their licences."""
     general = recipe("general")
-    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
-    (tmp_path / "train").mkdir()
     for name in ("train/one", "train/two", "three"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / f"{name}.jsonl", corpus)
     (tmp_path / "corpora.csv").write_text("corpus,source,licence\none,here,MIT\ntwo,here,CC0\nthree,here,Apache-2.0\n")
     tiny = EncoderSettings(tiny_model, max_length=32)
     for name, value in {
@@ -132,7 +128,6 @@ def test_the_general_adapter_is_made_again_byte_for_byte(
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     adapter = load_adapter(tmp_path / "first")[0]
     assert adapter.scope is not None
-    assert adapter.index is not None
     assert set(adapter.index.classes) == {"one", "two", "three", "everyday"}
     card = (tmp_path / "first" / "README.md").read_text()
     assert "| three | " in card

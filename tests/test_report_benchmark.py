@@ -1,6 +1,5 @@
 """The benchmarks that report: recorded once and resumed, equal to what users get; figures in documents are theirs."""
 
-import importlib
 import json
 import re
 import sys
@@ -12,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from tests.conftest import WORDS
+from tests.conftest import WORDS, write_rows
 from tests.test_classifier import adapter_of
 from textmeta import FewShotClassifier
 from textmeta.data.corpus import Corpus
@@ -26,23 +25,20 @@ ROOT = Path(__file__).parents[1]
 FIGURE = r"[+−-]?\d+\.\d+"
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch, tiny_model: str) -> Callable[[str], ModuleType]:
-    """Import a benchmark by its name; the baselines are on the tiny encoder."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr(importlib.import_module("baselines"), "encoder_folder", lambda: tiny_model)
-    return importlib.import_module
+@pytest.fixture(autouse=True)
+def tiny_baselines(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tiny_model: str) -> None:
+    monkeypatch.setattr(benchmark("baselines"), "encoder_folder", lambda: tiny_model)
 
 
 @pytest.fixture
 def data_dir(corpus: Corpus, tmp_path: Path) -> Path:
     names = WORDS[::12]  # that the tiny encoder knows
-    rows = [{"text": t, "label": names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
     split = {"train": names[:3], "valid": names[3:6], "test": names[6:]}
     (tmp_path / "clinc150.splits.json").write_text(json.dumps({"01": split, "02": split}))
     outside = [{"text": f"{text} {text}", "label": "oos", "split": "test"} for text in corpus.texts[:40]]
-    for name, part in (("toy", rows), ("clinc150", rows), ("clinc150_oos", outside)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for name in ("toy", "clinc150"):
+        write_rows(tmp_path / f"{name}.jsonl", corpus, names)
+    (tmp_path / "clinc150_oos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in outside))
     return tmp_path
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_rows
 from tests.test_recipes import recipe
 from textmeta import Corpus
 from textmeta.meta import trainer as trainer_module
@@ -28,8 +29,7 @@ def test_a_search_goes_on_in_the_middle_of_a_trial(
     corpus: Corpus, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     search, output, data = recipe("search"), tmp_path / "search", tmp_path / "toy.jsonl"
-    rows = [{"text": t, "label": corpus.class_names[c]} for t, c in zip(corpus.texts, corpus.labels, strict=True)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(data, corpus)
     for name, value in {"CALIBRATION_EPISODES": 5, "WARMUP": 1, "VALIDATE_EVERY": 1, "VALIDATION_EPISODES": 4}.items():
         monkeypatch.setattr(trainer_module, name, value)
 

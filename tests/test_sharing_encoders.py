@@ -71,14 +71,9 @@ def tensors(*held: object) -> dict[int, int]:
     return found
 
 
-def saved(fitted: FewShotClassifier, folder: Path) -> FewShotClassifier:
+def saved(fitted: FewShotClassifier, folder: Path, **how: Any) -> FewShotClassifier:
     fitted.save_pretrained(folder)
-    return FewShotClassifier.from_pretrained(folder)
-
-
-def with_token(fitted: FewShotClassifier, folder: Path) -> FewShotClassifier:
-    fitted.save_pretrained(folder)
-    return FewShotClassifier.from_pretrained(folder, token="hf_mine", cache_dir=folder)
+    return FewShotClassifier.from_pretrained(folder, **how)
 
 
 WAYS: dict[str, Same] = {
@@ -88,7 +83,7 @@ WAYS: dict[str, Same] = {
     "copy": lambda fitted, _: copy.deepcopy(fitted),
     "pickle": lambda fitted, _: pickle.loads(pickle.dumps(fitted)),  # noqa: S301
     "folder": saved,
-    "token": with_token,
+    "token": lambda fitted, folder: saved(fitted, folder, token="hf_mine", cache_dir=folder),
 }
 
 
@@ -107,27 +102,19 @@ def test_all_that_two_of_a_kind_have_of_their_own_is_what_was_fitted(
     assert sum(size for _, size in own) < 10_000
 
 
-def longer(fitted: FewShotClassifier, tmp_path: Path) -> FewShotClassifier:
-    return FewShotClassifier(fitted.adapter, max_length=31)
+OTHERS: dict[str, Same] = {
+    "longer": lambda first, _: FewShotClassifier(first.adapter, max_length=31),
+    "precision": lambda first, _: FewShotClassifier(first.adapter, precision="bf16"),
+    "adapter": lambda first, _: FewShotClassifier(
+        replace(first.adapter, initialisation=replace(first.adapter.initialisation, log_penalty=torch.tensor(0.3)))
+    ),
+    "elsewhere": lambda first, folder: FewShotClassifier(
+        first.adapter, encoder=str(shutil.copytree(first._adapter.encoder.model, folder / "e"))
+    ),
+}
 
 
-def other_precision(fitted: FewShotClassifier, tmp_path: Path) -> FewShotClassifier:
-    return FewShotClassifier(fitted.adapter, precision="bf16")
-
-
-def other_adapter(fitted: FewShotClassifier, tmp_path: Path) -> FewShotClassifier:
-    assert isinstance(fitted.adapter, Adapter)
-    init = replace(fitted.adapter.initialisation, log_penalty=torch.tensor(0.3))
-    return FewShotClassifier(replace(fitted.adapter, initialisation=init))
-
-
-def elsewhere(fitted: FewShotClassifier, tmp_path: Path) -> FewShotClassifier:
-    return FewShotClassifier(
-        fitted.adapter, encoder=str(shutil.copytree(fitted._adapter.encoder.model, tmp_path / "e"))
-    )
-
-
-@pytest.mark.parametrize("other", [longer, other_precision, other_adapter, elsewhere])
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_others_have_an_encoder_of_their_own(other: Same, adapter: Adapter, tmp_path: Path, loads: list[str]) -> None:
     first = FewShotClassifier(adapter).fit(SUPPORT, LABELS)
     expected = first.predict_proba(TEXTS)

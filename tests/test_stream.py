@@ -105,6 +105,8 @@ def test_a_bar_has_rate_and_remaining_time(fitted: FewShotClassifier, capsys: An
         shown = capsys.readouterr().err
         assert " texts/s" in shown
         assert ("/36 [" in shown) == (texts is MANY or total is not None)
+    fitted.predict(MANY)
+    assert "predict:" in capsys.readouterr().err
     list(fitted.set_params(progress=False).predict_stream(MANY))
     assert capsys.readouterr().err == ""
 

@@ -31,7 +31,6 @@ def test_the_digest_is_of_the_transformer_without_lora(tiny_model: str, tmp_path
 
 
 def test_nothing_but_the_factors_gets_a_gradient(encoder: Encoder) -> None:
-    assert encoder._prefix is not None
     for half in (encoder._prefix, encoder._suffix):
         assert not any(parameter.requires_grad for parameter in half.parameters())
         assert not half.training
@@ -88,13 +87,3 @@ def test_more_tokens_than_positions_are_refused(family: str, positions: int, tmp
     assert TokenStateReader(encoder).read([" ".join(TEXTS)]).batches[0].mask.shape == (1, positions)
     with pytest.raises(SettingsError, match=rf"max_length is {positions + 1}, but .* has {positions} positions"):
         Encoder(EncoderSettings(folder, max_length=positions + 1))
-
-
-def test_an_unknown_device_is_named(tiny_model: str) -> None:
-    with pytest.raises(SettingsError, match="no such device: 'gpu'"):
-        Encoder(EncoderSettings(tiny_model), device="gpu")
-
-
-def test_a_length_without_room_for_a_token_is_refused() -> None:
-    with pytest.raises(SettingsError, match="max_length must be at least 3 tokens, given 2"):
-        EncoderSettings(max_length=2)

@@ -91,27 +91,6 @@ def test_second_derivatives_are_exact(family: str, tmp_path: Path) -> None:
     assert abs((above - below) / (2 * h) - norm) < tolerance * norm
 
 
-def test_grouped_heads_have_the_derivatives_of_eager_attention(tmp_path: Path) -> None:
-    """EuroBERT's queries share keys and values in groups."""
-    encoder = make_encoder(tmp_path, "eurobert")
-    reader = TokenStateReader(encoder, [4])
-    along = moved_factors(encoder, 1)
-
-    def derivatives() -> list[Tensor]:
-        leaves = {name: value.requires_grad_() for name, value in moved_factors(encoder).items()}
-        with twice_differentiable():
-            states = reader.read(TEXTS, leaves).unpadded()
-        loss = torch.stack([state.sin().mean() for state in states]).sum()
-        first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-        slope = torch.stack([(g * a).sum() for g, a in zip(first, along.values(), strict=True)]).sum()
-        return [part.detach() for part in (*first, *torch.autograd.grad(slope, list(leaves.values())))]
-
-    switched = derivatives()
-    encoder._suffix.set_attn_implementation("eager")  # type: ignore[operator]
-    for one, other in zip(switched, derivatives(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
-
-
 def test_a_family_without_default_targets_says_what_there_is(tmp_path: Path) -> None:
     folder = save_family(tmp_path, "megatron-bert")
     with pytest.raises(EncoderError, match=r"set lora targets to endings of these: encoder\.layer\.2"):

@@ -25,14 +25,6 @@ def test_by_default_the_upper_half_and_what_enters_it(encoder: Encoder) -> None:
     assert reader.read(TEXTS[:1]).batches[0].states.shape[:2] == (1, 3)
 
 
-def test_lora_changes_the_states_above_it_alone(encoder: Encoder) -> None:
-    reader = TokenStateReader(encoder, ALL)
-    plain, adapted = (reader.read(TEXTS, factors).unpadded() for factors in (None, moved_factors(encoder)))
-    for one, other in zip(plain, adapted, strict=True):
-        assert torch.equal(one[:3], other[:3])
-        assert ((one - other).abs().amax((1, 2))[3:] > 1e-3).all()
-
-
 @pytest.mark.parametrize("cached", [False, True])
 def test_gradients_are_exact(encoder64: Encoder, cached: bool) -> None:
     reader, factors = TokenStateReader(encoder64, [1, 3, 4]), moved_factors(encoder64)
@@ -105,21 +97,6 @@ def test_no_forward_is_larger_than_memory_allows(encoder: Encoder) -> None:
     reader.cache([text])
     for batches in (fresh, reader.read([text] * 300).batches):
         assert [tuple(batch.mask.shape) for batch in batches] == [(60, 32)] * 5
-
-
-def test_long_texts_are_cut(encoder: Encoder) -> None:
-    found = TokenStateReader(encoder).read([" ".join(WORDS[:count]) for count in (29, 30, 31, 60)]).unpadded()
-    assert [state.shape[1] for state in found] == [31, 32, 32, 32]
-
-
-def test_padding_undoes_unpadding(encoder: Encoder) -> None:
-    states = TokenStateReader(encoder, ALL).read(TEXTS)
-    again = TokenStates.padded(states.unpadded())
-    assert again.count == states.count
-    for one, other in zip(states.batches, again.batches, strict=True):
-        assert torch.equal(one.rows, other.rows)
-        assert torch.equal(one.states, other.states)
-        assert torch.equal(one.mask, other.mask)
 
 
 def test_no_texts(encoder: Encoder) -> None:

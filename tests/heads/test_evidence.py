@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.heads import reference
 from tests.heads.given import examples_of, random
 from textmeta.heads.common import Examples
-from textmeta.heads.evidence import Folds, fold_nll, folds_of, left_out_scores, mixture
+from textmeta.heads.evidence import Folds, fold_nll, folds_of, left_out_scores
 
 V, D = 2, 5
 EXACT = {"rtol": 0.0, "atol": 1e-9}
@@ -48,30 +48,6 @@ def test_evidence_is_a_plain_refit_of_each_fold(alone: bool, d: int):
             torch.testing.assert_close(nll[task, m], loss, **EXACT)
 
 
-@pytest.mark.parametrize("labels", [[], [0], [0, 0, 0], [0, 0, 1, 2], [0, 1, 2]])
-def test_without_two_classes_of_two_examples_nothing_is_known(labels: list[int]):
-    folds = folds_of(examples_of([labels, [0, 0, 1, 1]], [3, 2]))
-    views = reference.unit(random(2, 4, V, D)).requires_grad_()
-    numbers = (torch.zeros(V, D, dtype=torch.float64), number(0.0), number(1.0))
-    mixed = torch.full((2, V), 0.5, dtype=torch.float64)
-    nll = fold_nll(left_out_scores(views, folds, *numbers, mixed), folds, number(8.0))
-    assert float(nll[0].detach()) == pytest.approx(math.log(3))
-    (gradient,) = torch.autograd.grad(nll.sum(), views)
-    assert gradient.isfinite().all()
-    assert not gradient[0].any()
-
-
-def test_each_fold_has_a_near_equal_part_of_every_class():
-    labels = [0] * 23 + [1] * 11 + [2]
-    folds = folds_of(examples_of([labels], [3]))
-    assert folds.number == 10
-    for rows in (range(23), range(23, 34)):
-        sizes = folds.of[0, list(rows)].bincount(minlength=10)
-        assert int(sizes.min()) >= 1
-        assert int(sizes.max() - sizes.min()) <= 1
-    assert int(folds.of[0, 34]) == -1
-
-
 def macro_accuracy(views: Tensor, examples: Examples, folds: Folds) -> Tensor:
     """Return (T,): how many left-out examples a class are told, mean over the classes of two examples or more."""
     prior = torch.zeros(1, views.shape[-1], dtype=torch.float64)
@@ -80,24 +56,6 @@ def macro_accuracy(views: Tensor, examples: Examples, folds: Folds) -> Tensor:
     told = scores.masked_fill(~several[:, None], -torch.inf).argmax(-1) == examples.member.argmax(-1)
     right = torch.einsum("tn,tnc->tc", told.double(), examples.member) / examples.member.sum(1)
     return torch.where(several, right, 0.0).sum(1) / several.sum(1)
-
-
-def left_out_alone(u: Tensor, examples: Examples) -> Tensor:
-    """Return the same (T,) where every example is left out alone and the centre is that of all: the dishonest way."""
-    several = examples.member.sum(1)[0] >= 2
-    rows = (examples.member[0, :, several].sum(1) > 0).nonzero()[:, 0]
-    u, member = u[:, rows], examples.member[0][rows][:, several]
-    means = member.T @ u / member.sum(0)[:, None]
-    z = reference.unit(u - means.mean(1, keepdim=True))
-    omega = len(rows) / len(member.T) / (member @ member.sum(0))
-    right = torch.zeros(len(u), len(rows), dtype=torch.float64)
-    for row in range(len(rows)):
-        rest = [i for i in range(len(rows)) if i != row]
-        weighted = (omega[rest, None] * z[:, rest]).transpose(1, 2)
-        system = weighted @ z[:, rest] + torch.eye(z.shape[-1], dtype=torch.float64)
-        fitted = torch.linalg.solve(system, weighted @ (member[rest] - 1 / len(member.T)))
-        right[:, row] = ((z[:, row, None] @ fitted)[:, 0].argmax(-1) == member[row].argmax()).double()
-    return (right @ member / member.sum(0)).mean(1)
 
 
 @pytest.mark.parametrize("sizes", [(5, 5, 5, 5, 5), (2, 10), (2, 4, 6, 8, 10), (1, 1, 5, 5)], ids=str)
@@ -111,24 +69,3 @@ def test_random_labels_give_chance(sizes: tuple[int, ...]):
     error = float(found.std()) / math.sqrt(tasks)
     assert abs(float(found.mean()) - 1 / several) < 3.29 * error  # 99.9 %
     assert 3.29 * error < 0.05
-
-    # one example left out alone, of features that all have centred, is told by what the others lack
-    alone = left_out_alone(views[:, :, 0], examples)
-    assert abs(float(alone.mean()) - 1 / several) > 5 * float(alone.std()) / math.sqrt(tasks)
-
-
-def test_without_evidence_the_mixture_is_the_prior():
-    prior, nll = random(V), random(4, V, seed=1).abs()
-    folds = folds_of(examples_of([[], [0, 1, 2], [0, 0, 0, 1], [0, 0, 1, 1]], [3] * 4))
-    found = mixture(prior, number(4.0), number(20.0), nll, folds)
-    for task in range(3):
-        torch.testing.assert_close(found[task], prior.softmax(0))
-    share = 4 / (4 + 20)
-    torch.testing.assert_close(found[3], (prior - 4.0 * share * nll[3]).softmax(0))
-    torch.testing.assert_close(mixture(prior, number(0.0), number(20.0), nll, folds)[3], prior.softmax(0))
-
-
-def test_with_much_evidence_the_best_view_has_all_weight():
-    folds = folds_of(examples_of([[0, 1] * 30], [2]))
-    found = mixture(torch.zeros(V, dtype=torch.float64), number(1e4), number(1.0), torch.tensor([[0.7, 0.5]]), folds)
-    torch.testing.assert_close(found[0], torch.tensor([0.0, 1.0], dtype=torch.float64))

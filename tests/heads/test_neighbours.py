@@ -23,18 +23,6 @@ def views_of(tasks: int, n: int) -> Tensor:
     return reference.unit(torch.randn(tasks, n, V, D, generator=generator, dtype=torch.float64))
 
 
-TASKS = [[0, 1, 0, 1], [0, 0, 1, 1, 1, 2, 3, 1], [3, 0, 3, 0, 0, 2], [0, 0, 1, 2], [0, 1], []]
-
-
-def test_loss_is_a_double_loop():
-    views = views_of(len(TASKS), 8)
-    found = loss_of(views, examples_of(TASKS, [4] * len(TASKS)), WEIGHTS, SCALE)
-    for task, labels in enumerate(TASKS):
-        expected = reference.neighbourhood(views[task], labels, WEIGHTS, SCALE)
-        torch.testing.assert_close(found[task], expected, rtol=0, atol=1e-12)
-    assert found[3:].tolist() == [0.0, 0.0, 0.0]
-
-
 @pytest.mark.parametrize(
     ("labels", "classes"), [([0, 0, 1, 1], 2), ([0, 0, 0, 1, 1, 2], 3), ([0, 0, 2, 2, 2, 3, 1], 4)]
 )
@@ -43,37 +31,6 @@ def test_identical_texts_lose_log_of_the_classes(labels: list[int], classes: int
     loss = loss_of(views, examples_of([labels], [5]), WEIGHTS, SCALE)
     assert float(loss.detach()) == pytest.approx(math.log(classes))
     assert torch.autograd.grad(loss.sum(), views)[0].isfinite().all()
-
-
-def test_a_text_alone_in_its_class_votes_and_is_not_told():
-    views = views_of(1, 5)
-    labels = [0, 0, 1, 1, 2]
-    with_it = loss_of(views, examples_of([labels], [3]), WEIGHTS, SCALE)
-    without = loss_of(views[:, :4], examples_of([labels[:4]], [2]), WEIGHTS, SCALE)
-    assert float(with_it) > float(without)  # one more class to be taken for
-
-
-def test_classes_weigh_alike():
-    views = views_of(1, 4)
-    few = loss_of(views, examples_of([[0, 0, 1, 1]], [2]), WEIGHTS, SCALE)
-    # the votes of a class are a mean: a copy of each text changes what its own class says of it, and nothing else
-    labels, rows = [0, 0, 1, 1, 1, 1], [0, 1, 2, 3, 2, 3]
-    many = loss_of(views[:, rows], examples_of([labels], [2]), WEIGHTS, SCALE)
-    expected = reference.neighbourhood(views[0, rows], labels, WEIGHTS, SCALE)
-    torch.testing.assert_close(many[0], expected)
-    assert float(many) < float(few)  # a copy tells its text
-
-
-@pytest.mark.parametrize("kind", ["apart", "single", "none"])
-def test_gradients_are_finite(kind: str):
-    labels = {"apart": [[0, 0, 1, 1]], "single": [[0, 1, 2, 2]], "none": [[]]}[kind]
-    views = torch.zeros(1, len(labels[0]), V, D, dtype=torch.float64)
-    views[:, :, :, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0][: len(labels[0])], dtype=torch.float64)[None, :, None]
-    views.requires_grad_()
-    loss = loss_of(views, examples_of(labels, [3]), WEIGHTS, 10 * SCALE)
-    (gradient,) = torch.autograd.grad(loss.sum(), views)
-    assert gradient.isfinite().all()
-    assert loss.isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [30.0, 400.0])

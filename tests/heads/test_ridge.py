@@ -1,25 +1,14 @@
-import math
-
-import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge
 
 from tests.heads import reference
-from tests.heads.given import random
-from textmeta.heads.common import Examples, log_shots, mean_over_classes
+from tests.heads.given import examples_of, random
+from textmeta.heads.common import Examples
 from textmeta.heads.prototype import prototypes
 from textmeta.heads.ridge import dual_coefficients, primal_weights, ridge
 
 V, D = 2, 5
 PENALTY = torch.tensor(0.7, dtype=torch.float64)
-
-
-def examples_of(labels: list[list[int]], ways: list[int]) -> Examples:
-    width = max(map(len, labels))
-    return Examples.of(
-        torch.tensor([part + [-1] * (width - len(part)) for part in labels]), torch.tensor(ways), torch.float64
-    )
 
 
 @pytest.mark.parametrize("n", [3, 12])
@@ -69,44 +58,6 @@ def test_both_forms_agree_in_a_batch(rows: slice):
     torch.testing.assert_close(found, reference.ridge_fit(views[0, :6], mixture[0], targets, omega, PENALTY))
 
 
-def test_ridge_is_scikit_learns():
-    labels = [0, 0, 1, 1, 1, 1, 2]
-    z, mixture = random(1, 7, V, D), torch.tensor([[0.3, 0.7]], dtype=torch.float64)
-    found = ridge(z, mixture, examples_of([labels], [3]), PENALTY)
-    design = (z[0] * mixture[0].sqrt()[:, None]).flatten(1).numpy()
-    targets = np.eye(3)[labels] - 1 / 3
-    omega = np.array([7 / 3 / labels.count(label) for label in labels])
-    fitted = Ridge(float(PENALTY), fit_intercept=False).fit(design, targets, sample_weight=omega)
-    scores = torch.einsum("nvd,vdc->nc", z[0], found[0]).numpy()
-    np.testing.assert_allclose(scores, fitted.predict(design), atol=1e-10)
-
-
-def test_more_of_one_class_by_copies_changes_nothing_but_n():
-    """Copies of all examples of a class leave its share: W is the same at λ in proportion to n."""
-    labels = [0, 0, 1, 1, 2]
-    views, mixture = random(1, 5, V, D), torch.tensor([[0.4, 0.6]], dtype=torch.float64)
-    once = ridge(views, mixture, examples_of([labels], [3]), 5 * PENALTY)
-    copied = ridge(views[:, [0, 1, 0, 1, 0, 1, 2, 3, 4]], mixture, examples_of([[0] * 6 + [1, 1, 2]], [3]), 9 * PENALTY)
-    torch.testing.assert_close(copied, once)
-
-
-def test_balanced_weights_add_up_to_n_and_classes_weigh_alike():
-    examples = examples_of(LABELS, [3, 2, 4, 2])
-    for omega, labels in zip(examples.balanced, LABELS, strict=True):
-        assert omega[: len(labels)].tolist() == pytest.approx(reference.balanced_weights(labels).tolist())
-        assert float(omega.sum()) == pytest.approx(len(labels))
-
-
-def test_a_class_without_examples_scores_zero():
-    labels = [[0, 0, 2], [1, 1, 1]]  # the second has one class alone: nothing to regress on
-    found = ridge(
-        random(2, 3, V, D), torch.full((2, V), 0.5, dtype=torch.float64), examples_of(labels, [4, 3]), PENALTY
-    )
-    assert not found[0, ..., [1, 3]].any()
-    assert found[0, ..., [0, 2]].all()
-    assert not found[1].any()
-
-
 def test_prototypes_are_cosines_to_class_means():
     views, mixture, texts = random(1, 4, V, D), torch.tensor([[0.3, 0.7]], dtype=torch.float64), random(2, V, D, seed=3)
     found = torch.einsum("nvd,vdc->nc", texts, prototypes(views, mixture, examples_of([[0, 0, 0, 2]], [3]))[0])
@@ -114,10 +65,3 @@ def test_prototypes_are_cosines_to_class_means():
     cosine = torch.einsum("nvd,cvd->nvc", texts, means / means.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(found[:, [0, 2]], torch.einsum("nvc,v->nc", cosine, mixture[0]))
     assert not found[:, 1].any()
-
-
-def test_means_over_classes_and_shots():
-    examples = examples_of([[0, 0, 1], []], [3, 3])
-    values = torch.tensor([[1.0, 3.0, 10.0], [5.0, 5.0, 5.0]], dtype=torch.float64)
-    assert mean_over_classes(values, examples).tolist() == [6.0, 0.0]
-    assert log_shots(examples).tolist() == [math.log(2.5), 0.0]

@@ -121,22 +121,6 @@ def test_an_adapter_goes_to_a_device_with_all_of_its_tensors(adapter: Adapter) -
     calibrated = replace(adapter, scope=torch.zeros(8))
     moved = calibrated.to(torch.device("meta"))
     assert all(value.is_meta for value in moved.initialisation.tensors().values())
-    assert moved.scope is not None
     assert moved.scope.is_meta
     assert not any(value.is_meta for value in calibrated.initialisation.tensors().values())
     assert replace(moved, initialisation=calibrated.initialisation, scope=calibrated.scope) == calibrated
-
-
-def test_training_begins_at_the_frozen_encoder_and_mean_pooling(encoder: Encoder, adapter: Adapter) -> None:
-    settings = replace(adapter.learner, steps=3, entry_step_sizes=True)
-    one, again, other = (
-        Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed) for seed in (0, 0, 1)
-    )
-    reader = TokenStateReader(encoder)
-    with_lora, without = (reader.read(TEXTS, factors).unpadded() for factors in (one.lora, None))
-    assert all(torch.equal(a, b) for a, b in zip(with_lora, without, strict=True))
-    assert not one.queries.any()
-    assert one.log_step_sizes.shape == (3, 3, 32)
-    assert one.lora_log_step_sizes.shape == (3, 2)
-    assert all(torch.equal(value, again.lora[name]) for name, value in one.lora.items())
-    assert any(not torch.equal(value, other.lora[name]) for name, value in one.lora.items())

@@ -73,7 +73,6 @@ def probabilities(learner: TaskLearner, rule: Tensor, episode: Episode) -> np.nd
 def test_the_rule_separates_inside_from_outside_in_new_tasks() -> None:
     learner = learner_of(Topics())
     rule = fit_calibration(learner, [episode_of(seed, ways=2 + seed % 5) for seed in range(40)])
-    assert rule is not None
     assert rule.shape == (8,)
     for seed in range(100, 110):
         episode = episode_of(seed)
@@ -85,7 +84,6 @@ def test_both_kinds_weigh_alike_however_many_there_are() -> None:
     """Where nothing can be told, a text is as likely in scope as out of it."""
     learner = learner_of(Topics(meaning=False))
     rule = fit_calibration(learner, [episode_of(seed, inside=20, outside=2) for seed in range(60)])
-    assert rule is not None
     found = np.concatenate([probabilities(learner, rule, episode_of(seed)) for seed in range(100, 110)])
     assert 0.35 < found.mean() < 0.65
 

@@ -144,7 +144,6 @@ def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
     assert row["accuracy"] == pytest.approx(float(last[0].accuracy + last[1].accuracy) / 2, abs=1e-4)
     assert mean.keys() == leaves.keys()
     for name, value in mean.items():
-        assert leaves[name].grad is not None
         torch.testing.assert_close(leaves[name].grad, value / norm, rtol=1e-3, atol=1e-5)
 
 
@@ -200,7 +199,6 @@ def test_an_adapter_says_how_it_was_trained(tiny_model: str, corpus: Corpus) -> 
     told = adapter.record["settings"]
     assert (told["algorithm"], told["episodes"], told["learner"]["adapt"]) == ("anil", 1, "offset")
     assert [each["name"] for each in told["corpora"]] == ["toy"]
-    assert adapter.scope is not None
     assert adapter.scope.shape == (8,)
     reader = adapter.load_reader()
     assert reader.layers == (2, 3, 4)
@@ -456,14 +454,6 @@ def test_a_trained_adapter_beats_frozen_prototypes_and_its_own_start(tiny_model:
     untrained = score_episodes(TaskLearner(reader, replace(adapter, initialisation=start)), episodes)
     assert paired_difference(trained, untrained)["low"] > 0.05
     assert paired_difference(trained, frozen_prototypes(reader, episodes))["low"] > 0.15
-
-
-def test_bfloat16_trains_as_float32_does(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    losses = []
-    for precision in ("no", "bf16"):
-        train(tiny_model, corpus, tmp_path / precision, precision=precision, episodes=1)
-        losses.append(np.array([row["loss"] for row in rows_of(tmp_path / precision)]))
-    assert 0 < np.abs(losses[0] - losses[1]).max() < 0.1
 
 
 # -------------------------------------------------------------------------------------------- what goes wrong

@@ -13,7 +13,7 @@ from tests.hub.server import HubServer
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing.card import model_card
-from textmeta.sharing.store import adapter_files, load_adapter, save_adapter
+from textmeta.sharing.store import adapter_files, save_adapter
 
 COMMIT = "c0ffee" * 6 + "cafe"
 
@@ -140,10 +140,3 @@ ODD = ({"settings": 3}, {"results": {"x": 3}}, {"settings": {"algorithm": "maml"
 @pytest.mark.parametrize("odd", ODD, ids=str)
 def test_record_that_training_did_not_write_is_left_out(trained: Adapter, odd: dict[str, Any]) -> None:
     assert "Not meta-trained, or nothing is recorded of it" in card_of(replace(trained, record=odd))
-
-
-def test_card_may_be_edited_or_removed(folder: Path) -> None:
-    (folder / "README.md").write_text("my own words")
-    load_adapter(folder)
-    (folder / "README.md").unlink()
-    load_adapter(folder)

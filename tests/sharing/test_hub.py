@@ -69,7 +69,6 @@ def push(adapter: Adapter, fitted: Fitted | None = None, to: str = ADAPTER, **op
 def loaded_logits(name: str = ADAPTER, access: HubAccess | None = None, **options: Any) -> torch.Tensor:
     """Load a fitted classifier with its encoder; return what it makes of the queries."""
     adapter, fitted = load_adapter(name, access=access, **options)
-    assert fitted is not None
     return logits(adapter.load_reader(access=access), adapter, fitted)
 
 
@@ -90,7 +89,6 @@ def test_round_trip_through_the_hub_is_exact_to_the_bit(
     adapter, found = load_adapter(ADAPTER)
     where = found_at(ADAPTER)
     assert (where.kind, where.commit, adapter.commit) == ("hub", done.oid, encoder_on_hub)
-    assert found is not None
     assert vars(found.inputs) == vars(fitted.inputs)
     push(adapter, found, "tester/again")
     again = hub.files("tester/again")
@@ -314,14 +312,6 @@ def test_push_in_between_is_noticed_and_nothing_changed(hub: HubServer, pushed: 
     assert load_adapter(ADAPTER)[1] is None
     push(pushed, fitted)
     assert load_adapter(ADAPTER)[1] is not None
-
-
-def test_damaged_folder_is_not_pushed(hub: HubServer, pushed: Adapter, tmp_path: Path) -> None:
-    save_adapter(tmp_path / "adapter", pushed)
-    os.truncate(tmp_path / "adapter" / WEIGHTS, 100)
-    with pytest.raises(AdapterError, match="damaged"):
-        push_folder(tmp_path / "adapter", Destination(ADAPTER, token=TOKEN))
-    assert ("model", ADAPTER) not in hub.repos
 
 
 def test_card_that_the_hub_refuses_is_not_pushed(hub: HubServer, pushed: Adapter, tmp_path: Path) -> None:

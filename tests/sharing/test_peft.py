@@ -39,28 +39,20 @@ def our_features(reader: TokenStateReader, factors: dict[str, Tensor]) -> Tensor
         return pool(reader.read(TEXTS, factors), torch.zeros(reader.views, reader.encoder.hidden_size))[:, -1]
 
 
+@pytest.mark.parametrize("way", ["folder", "hub"])
 def test_peft_and_transformers_make_the_features_of_the_adapter(
-    reader: TokenStateReader, adapter: Adapter, saved: Path, tiny_model: str
+    hub: HubServer, reader: TokenStateReader, adapter: Adapter, saved: Path, tiny_model: str, way: str
 ) -> None:
+    encoder, name = tiny_model, str(saved)
+    if way == "hub":
+        encoder, name = "lab/tiny", "tester/adapter"
+        hub.add_repo(encoder, {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
+        push_adapter(adapter, None, Destination(name, token=TOKEN), base_model=encoder)
     expected = our_features(reader, adapter.initialisation.lora)
-    by_peft = PeftModel.from_pretrained(AutoModel.from_pretrained(tiny_model), saved)
-    torch.testing.assert_close(mean_features(by_peft, tiny_model), expected, rtol=0, atol=1e-5)
-    by_transformers = AutoModel.from_pretrained(saved)
-    torch.testing.assert_close(mean_features(by_transformers, tiny_model), expected, rtol=0, atol=1e-5)
-    plain = mean_features(AutoModel.from_pretrained(tiny_model), tiny_model)
+    for model in (PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), name), AutoModel.from_pretrained(name)):
+        torch.testing.assert_close(mean_features(model, encoder), expected, rtol=0, atol=1e-5)
+    plain = mean_features(AutoModel.from_pretrained(encoder), encoder)
     assert not torch.allclose(plain, expected, atol=1e-2), "the factors matter"
-
-
-def test_peft_and_transformers_load_it_from_the_hub(
-    hub: HubServer, reader: TokenStateReader, adapter: Adapter, tiny_model: str
-) -> None:
-    hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
-    push_adapter(adapter, None, Destination("tester/adapter", token=TOKEN), base_model="lab/tiny")
-    expected = our_features(reader, adapter.initialisation.lora)
-    by_peft = PeftModel.from_pretrained(AutoModel.from_pretrained("lab/tiny"), "tester/adapter")
-    torch.testing.assert_close(mean_features(by_peft, "lab/tiny"), expected, rtol=0, atol=1e-5)
-    by_transformers = AutoModel.from_pretrained("tester/adapter")
-    torch.testing.assert_close(mean_features(by_transformers, "lab/tiny"), expected, rtol=0, atol=1e-5)
 
 
 # Merged encoders
@@ -71,7 +63,6 @@ def test_peft_and_transformers_load_it_from_the_hub(
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_sentence_transformers_loads_the_merged_encoder(tiny_model: str, tmp_path: Path, adapt: Any) -> None:
     one = FewShotClassifier(adapter_of(tiny_model, adapt=adapt), max_length=6).fit(SUPPORT, LABELS)
-    assert one._fitted is not None
     factors = {name: value[0] for name, value in one._fitted.task.factors.items()} or one._adapter.initialisation.lora
     expected = our_features(one._reader, factors)
     one.merge(tmp_path / "merged")
