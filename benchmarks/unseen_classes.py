@@ -123,7 +123,7 @@ def train(fold: Fold, kind: str, folder: Path, cache: Path | None) -> Path:
         if fold.scope_cells:  # the rule of the scope is set on classes that the adapter has not seen
             valid = MixedEpisodes([fold.part("valid")], trainer.seed, names=trainer.names)
             unseen = episodes_with_outside(valid, CALIBRATION_EPISODES)
-            adapter = replace(adapter, calibration=fit_calibration(TaskLearner(adapter.load_reader(), adapter), unseen))
+            adapter = replace(adapter, scope=fit_calibration(TaskLearner(adapter.load_reader(), adapter), unseen))
         save_adapter(path, adapter)
     return path
 

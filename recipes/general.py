@@ -91,9 +91,9 @@ def make(corpora: list[Corpus], trainer: MetaTrainer, output: Path, cache: Path 
     shorter = replace(trainer, episodes=LEFT_OUT_EPISODES).train(seen, output=beside, cache=cache)
     reader = adapter.load_reader()
     episodes = episodes_with_outside(MixedEpisodes(unseen, trainer.seed, names=trainer.names), CALIBRATION_EPISODES)
-    calibration = fit_calibration(TaskLearner(reader, shorter), episodes)
+    scope = fit_calibration(TaskLearner(reader, shorter), episodes)
     index = index_corpora(TaskLearner(reader, adapter), corpora)
-    return replace(adapter, calibration=calibration, index=index)
+    return replace(adapter, scope=scope, index=index)
 
 
 def main() -> None:

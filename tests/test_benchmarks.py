@@ -57,7 +57,8 @@ def test_an_arm_is_trained_and_another_goes_on_from_it(
     core = benchmark("train_core")
     monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
     small = {"encoder": EncoderSettings(tiny_model, max_length=32), "lora": LoraSettings(rank=4), "episodes": 4}
-    arms = {name: replace(arm, **small) for name, arm in core.ARMS.items()}
+    two = {"layers": (2, 4)}
+    arms = {name: replace(arm, **small, learner=replace(arm.learner, **two)) for name, arm in core.ARMS.items()}
     arms["no-centre"] = replace(arms["no-centre"], learner=LearnerSettings(layers=(2, 4), steps=1))
     monkeypatch.setattr(core, "ARMS", arms)
     (tmp_path / "corpora.csv").write_text("corpus,source,licence\none,here,MIT\n")

@@ -49,6 +49,7 @@ def test_configs_are_what_textmeta_train_takes(config: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*most tokens of")  # its texts are English
 def test_demo(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,13 +99,13 @@ def test_the_general_adapter_is_made_again_byte_for_byte(
     for name in ("train/one", "train/two", "three"):
         write_rows(tmp_path / f"{name}.jsonl", corpus)
     (tmp_path / "corpora.csv").write_text("corpus,source,licence\none,here,MIT\ntwo,here,CC0\nthree,here,Apache-2.0\n")
-    tiny = EncoderSettings(tiny_model, max_length=32)
+    tiny, learner = EncoderSettings(tiny_model, max_length=32), LearnerSettings(layers=(2, 4))
     for name, value in {
         "CORPORA": tmp_path / "corpora.csv",
         "LEFT_OUT": ("two",),
         "LEFT_OUT_EPISODES": 2,
         "CALIBRATION_EPISODES": 5,
-        "GENERAL": replace(general.GENERAL, encoder=tiny, lora=LoraSettings(rank=4), episodes=4),
+        "GENERAL": replace(general.GENERAL, encoder=tiny, lora=LoraSettings(rank=4), learner=learner, episodes=4),
     }.items():
         monkeypatch.setattr(general, name, value)
     monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
