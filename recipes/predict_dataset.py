@@ -50,8 +50,11 @@ class Labeller:
         hashes = (read_located(given.classifier)[1].folder / MANIFEST).read_bytes()
         self.made |= {"classifier_sha256": hashlib.sha256(hashes).hexdigest(), "textmeta": version("textmeta")}
         self.made["data"] = Path(given.data).name if settings.is_file else given.data
-        self.made |= {name: vars(given)[name] for name in ("config", "split", "text_column", "shard_rows", "to")}
-        self.how, self.classifier = {"device": device, "errors": "replace"}, None
+        self.made |= {
+            name: vars(given)[name] for name in ("config", "split", "text_column", "shard_rows", "precision", "to")
+        }
+        self.how = {"device": device, "precision": given.precision, "errors": "replace"}
+        self.classifier: FewShotClassifier | None = None
 
     def label(self, number: int) -> str:
         """Write the answers of a shard, whole or not at all; return what has been done."""
@@ -69,6 +72,10 @@ class Labeller:
         os.replace(unfinished, path)
         return f"{path}: {len(tops)} rows"
 
+    def __call__(self, row: dict[str, int]) -> dict[str, str]:
+        """Label the shard that a row of Ray's names."""
+        return {"done": self.label(row["shard"])}
+
 
 def whole(name: str) -> str:
     """Return the whole path of what is here, for workers that are elsewhere; an id on the Hub as it is."""
@@ -83,15 +90,9 @@ def label_by_ray(options: argparse.Namespace, numbers: list[int]) -> None:
     kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
     workers = min(len(numbers), int(ray.cluster_resources()[kind]))
 
-    class Worker(Labeller):
-        """Labels the shard that a row names."""
-
-        def __call__(self, row: dict[str, int]) -> dict[str, str]:
-            return {"done": self.label(row["shard"])}
-
     shards = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
     how = {f"num_{kind.lower()}s": 1, "compute": ray.data.ActorPoolStrategy(size=workers)}
-    for row in shards.map(Worker, fn_constructor_args=[options], **how).iter_rows():
+    for row in shards.map(Labeller, fn_constructor_args=[options], **how).iter_rows():
         print(row["done"], flush=True)
 
 
@@ -129,6 +130,7 @@ if __name__ == "__main__":
     for name, default in {"config": None, "split": "train", "revision": None}.items():
         parser.add_argument(f"--{name}", default=default, help="of a data set on the Hub")
     parser.add_argument("--shard-rows", type=int, default=10_000, help="rows of a shard, at most")
+    parser.add_argument("--precision", choices=["auto", "bf16", "no"], default="auto", help="of the encoder")
     parser.add_argument("--to", choices=["jsonl", "parquet"], default="jsonl")
     parser.add_argument("--ray", action="store_true", help="by workers of Ray")
     try:

@@ -206,7 +206,7 @@ def test_shards_that_are_there_are_not_done_again(run: Any) -> None:
 
 
 def start(*command: str, rows: int) -> subprocess.Popen[str]:
-    given = [*command, "fitted", write(ROWS[:rows]), "--output", "out", f"--shard-rows={rows // 5}"]
+    given = [*command, "fitted", write(ROWS[:rows]), "--output", "out", f"--shard-rows={rows // 5}", "--precision=no"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen([sys.executable, *given], stdout=subprocess.PIPE, text=True, env=environment)
 
