@@ -11,15 +11,13 @@ encoder in bfloat16, and the states of its frozen layers, which are read once fo
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import scores
 from cells import HEADLINE, SHOTS, Cell, cells_of, choose_corpora, report_corpora
 from contestants import Contestant, contestant_run
 from measure import NOT_YET, Options, markdown, show
-from runs import do_missing, read_lines
+from runs import do_missing, made_with, read_lines
 from train_core import AFTER, ARMS
 
 HERE = Path(__file__).parent
@@ -36,8 +34,7 @@ def judged(arm: str) -> tuple[str, ...]:
 
 def run(cells: list[Cell], data_dir: Path, folder: Path, arms: list[str], episodes: int) -> None:
     """Train and judge what is missing."""
-    told = {"date": datetime.now(UTC).date().isoformat(), "versions": {n: version(n) for n in ("textmeta", "torch")}}
-    lines, frozen = read_lines(RESULTS), folder.parent / "frozen"
+    told, lines, frozen = made_with("textmeta", "torch"), read_lines(RESULTS), folder.parent / "frozen"
     for arm in arms:
         if not (folder / arm / "textmeta.json").exists():
             command = [sys.executable, HERE / "train_core.py", "--data-dir", data_dir, "--cache", frozen, "--arm", arm]

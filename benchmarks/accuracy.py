@@ -13,7 +13,6 @@ are paired by episode; intervals are of 95 %, over episodes, of means over corpo
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from cells import HEADLINE, REPORT, SHOTS, Cell, cells_of, report_corpora, resul
 from choose import LAST_LAYER, SHIPPED
 from contestants import Contestant, contestant_run
 from measure import NOT_YET, Options, markdown, show
-from runs import Line, Run, do_missing, read_lines
+from runs import Line, Run, do_missing, made_with, read_lines
 
 RESULTS = Path(__file__).parent / "results"
 FILES = dict.fromkeys(("frozen", "textmeta", "long"), "report.jsonl") | {"setfit": "report_setfit.jsonl"}
@@ -99,8 +98,7 @@ def setfit_runs(cells: Sequence[Cell], device: str) -> Iterator[Run]:
 
 def record(arguments: argparse.Namespace, results: Path) -> None:
     """Do the runs that are missing, part by part."""
-    told = {"date": datetime.now(UTC).date().isoformat(), "device": arguments.device}
-    told |= {"versions": {name: version(name) for name in ("textmeta", "torch", "transformers")}}
+    told = {**made_with("textmeta", "torch", "transformers"), "device": arguments.device}
     corpora, shots, episodes, variants, parts = REPORT, ALL_SHOTS, EPISODES, VARIANTS, arguments.parts
     if arguments.quick:
         corpora, shots, episodes, variants = HEADLINE, QUICK_SHOTS, QUICK_EPISODES, QUICK_VARIANTS

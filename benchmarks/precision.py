@@ -54,11 +54,12 @@ def main() -> None:
     found = scores.accuracies(lines)
     methods = {suffix: f"{VARIANT}{suffix} @ {arguments.adapter.name}" for suffix in ("", *LEAST)}
     print_table(scores.mean_rows(found, {name: name for name in methods.values()}, SHOTS))
-    told = {name: scores.differences(found, methods[name], [methods[""]], SHOTS)[0] for name in LEAST}
+    table = [scores.GOALS]
+    for name, least in LEAST.items():
+        told = scores.differences(found, methods[name], [methods[""]], SHOTS)[0]
+        table.append(scores.goal_row(f"{name.strip()} over float32, points", told, least))
     print()
-    print_table(
-        [scores.GOALS, *(scores.goal_row(f"{n} over float32, points", told[n], least) for n, least in LEAST.items())]
-    )
+    print_table(table)
 
 
 if __name__ == "__main__":

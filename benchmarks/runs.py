@@ -6,6 +6,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from textmeta.files import write_atomically
 
-__all__ = ["Line", "Run", "do_missing", "missing", "read_lines"]
+__all__ = ["Line", "Run", "do_missing", "made_with", "missing", "read_lines"]
 
 Line = dict[str, Any]
 
@@ -30,6 +32,11 @@ class Run:
 
     key: dict[str, Any]
     work: Callable[[], dict[str, Any]]
+
+
+def made_with(*libraries: str) -> dict[str, Any]:
+    """Return what a line says of today and of the versions of libraries."""
+    return {"date": datetime.now(UTC).date().isoformat(), "versions": {name: version(name) for name in libraries}}
 
 
 def do_missing(runs: Iterable[Run], lines: list[Line], path: Path, told: Mapping[str, Any] | None = None) -> None:

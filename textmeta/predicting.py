@@ -21,13 +21,13 @@ from textmeta.data.labels import (
     whole_number,
 )
 from textmeta.encoder.encoder import warning_of
+from textmeta.encoder.token_states import BAR_AFTER
 from textmeta.errors import AdapterError, DataError
 from textmeta.meta.learner import Answers
 from textmeta.sharing.locate import DEFAULT_ADAPTER
 
 __all__ = ["PredictsTexts"]
 
-BAR_AFTER = 5.0  # seconds
 Top = list[tuple[Any, float]]  # labels with their probabilities, the most probable first
 
 

@@ -26,6 +26,7 @@ from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 
 __all__ = [
+    "OVERHEAD",
     "Encoder",
     "EncoderSettings",
     "LongTexts",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+OVERHEAD = 128  # what one more forward costs on a CPU, in tokens of another
 
 LongTexts = Literal["cut", "window"]
 # Children of a model, other than its layers, that only one of the halves runs.
@@ -192,8 +195,8 @@ class Encoder(TextTokenizer):
                 if type(module) is nn.Linear:
                     module.to(torch.bfloat16)
         self.frozen_layers = None if self._prefix is None else first  # below the lowest LoRA; None where not split
-        # what one more forward costs, in tokens of another: launches on a GPU cost more
-        self.overhead = 128 if self.device.type == "cpu" else 4096
+        # launches on a GPU cost more
+        self.overhead = OVERHEAD if self.device.type == "cpu" else 4096
 
     def with_length(self, max_length: int) -> "Encoder":
         """Return an encoder of the same weights that cuts texts after so many tokens, with a tokenizer of its own."""

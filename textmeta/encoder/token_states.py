@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from textmeta.encoder.encoder import Encoder
+from textmeta.encoder.encoder import OVERHEAD, Encoder
 from textmeta.encoder.lora import using_factors
 from textmeta.errors import EncoderError, SettingsError
 
@@ -95,7 +95,7 @@ class TokenStates:
         return TokenStates(len(rows), tuple(batches))
 
     @classmethod
-    def padded(cls, states: Sequence[Tensor], max_tokens: int = MAX_TOKENS, overhead: int = 128) -> "TokenStates":
+    def padded(cls, states: Sequence[Tensor], max_tokens: int = MAX_TOKENS, overhead: int = OVERHEAD) -> "TokenStates":
         """Return the states (V, length, d) of texts as padded batches, of so many tokens at most."""
         parts = _padded(states, overhead, max_tokens)
         return cls(len(states), tuple(StateBatch(torch.tensor(n, device=m.device), s, m) for n, s, m in parts))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from textmeta.data.labels import label_array, one_of, read_labels, whole_number
-from textmeta.encoder.encoder import EncoderSettings, TextTokenizer
+from textmeta.encoder.encoder import OVERHEAD, EncoderSettings, TextTokenizer
 from textmeta.encoder.token_states import length_buckets
 from textmeta.errors import AdapterError
 from textmeta.files import at_home
@@ -28,7 +28,6 @@ __all__ = ["OnnxClassifier", "open_session", "text_batches"]
 FORMAT = 1  # of the folder
 GRAPH, TOKENIZER = "model.onnx", "tokenizer.json"
 SPECIAL = ("unk_token", "bos_token", "eos_token")  # by which texts that the tokenizer does not know are told
-OVERHEAD = 128  # what one more run costs, in tokens
 
 
 class NotExportedError(AdapterError, AttributeError):
