@@ -46,7 +46,7 @@ def train(arguments: Sequence[str]) -> None:
     check_destination(settings.output)
     whole_number("test_episodes", settings.test_episodes, 2)
     corpora, valid, test = _corpora(settings)
-    warn_of_overlap(corpora, test)
+    warn_of_overlap(corpora, test, "test on")
     tests = _tests(test, settings.test_shots, trainer.seed)
     start = None
     if settings.start:

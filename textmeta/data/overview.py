@@ -67,8 +67,8 @@ def _line(what: str, texts: int, classes: int, told: Mapping[str, int], small: S
     return f"{what}: {texts:,} texts, {classes:,} classes{said}{f' (not used: {few(small)})' * bool(small)}"
 
 
-def warn_of_overlap(corpora: Sequence[Corpus], held_out: Sequence[Corpus]) -> None:
-    """Warn if texts that are held out are alike to some that are trained on; say of how many, and where they are."""
+def warn_of_overlap(corpora: Sequence[Corpus], held_out: Sequence[Corpus], purpose: str) -> None:
+    """Warn if texts that are held out for a purpose are alike to some that are trained on; say how many, and where."""
     home: dict[str, str] = {}
     for corpus in corpora if held_out else ():
         home |= dict.fromkeys(map(_key, corpus.texts), corpus.name)
@@ -77,7 +77,9 @@ def warn_of_overlap(corpora: Sequence[Corpus], held_out: Sequence[Corpus]) -> No
         places = Counter(home[key] for key in map(_key, dict.fromkeys(corpus.texts)) if key in home)
         where = ", ".join(f"{count} in {name}" for name, count in places.most_common(3))
         if places:
-            found.append((places.total(), f"{places.total()} of {len(corpus)} of {corpus.name} ({where})"))
+            found.append((-places.total(), f"{places.total()} of {len(corpus)} of {corpus.name} ({where})"))
     if found:
-        told = "; ".join(line for _, line in sorted(found, reverse=True)[:8])
-        logger.warning("held out, but trained on, too, %s: %s%s", ALIKE, told, "; …" if len(found) > 8 else "")
+        told = "; ".join(line for _, line in sorted(found)[:8])
+        logger.warning(
+            "held out to %s, but trained on, too, %s: %s%s", purpose, ALIKE, told, "; …" if len(found) > 8 else ""
+        )

@@ -32,9 +32,9 @@ def open_texts(
 ) -> Iterator[tuple[list[str], Rows]]:
     """Open a file of texts; give its columns, and an iterator of its rows, each a mapping from columns to values.
 
-    "-" is standard input. The form is "csv", "jsonl" (objects, or one list of them) or "lines", by default as the ending
-    says; lines have no column but that of the texts, JSON Lines any others. DataError, naming the line, if it is not
-    UTF-8, or lacks a text or the column of the labels, where that is asked for.
+    "-" is standard input. The form is "csv", "jsonl" (objects, or one list of them) or "lines", by default as the
+    ending says; lines have no column but that of the texts, JSON Lines any others. DataError, naming the line, if it is
+    not UTF-8, or lacks a text or the column of the labels, where that is asked for.
     """
     form = form or text_format(name)
     newline = "" if form == "csv" else "\n"

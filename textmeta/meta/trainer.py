@@ -147,7 +147,7 @@ class MetaTrainer:
         episodes = MixedEpisodes(corpora, self.seed, names=self.names, unlabelled=self.unlabelled)
         if accelerator.is_main_process:
             log_corpora(corpora, episodes.corpora)
-            warn_of_overlap(corpora, valid)
+            warn_of_overlap(corpora, valid, "choose by")
         judges = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), self.seed) if valid else None
         encoder = Encoder(self.encoder, self.lora, accelerator.device, self.precision, access=access)
         reader = TokenStateReader(encoder, self.learner.layers)
