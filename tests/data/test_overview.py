@@ -68,5 +68,6 @@ def test_held_out_texts_that_are_trained_on_are_counted_by_corpus(caplog: pytest
     warn_of_overlap([one, two], [apart, one.restrict(["x"]), held], "test on")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert caplog.messages == [
-        f"held out to test on, but trained on, too, {ALIKE}: 5 of 15 of held (3 in two, 2 in one); 5 of 5 of one (5 in one)"
+        f"held out to test on, but trained on, too, {ALIKE}: "
+        "5 of 15 of held (3 in two, 2 in one); 5 of 5 of one (5 in one)"
     ]

@@ -1,9 +1,16 @@
 """What the tests of the encoder are given: tiny models of every family, and what transformers and PEFT make of them."""
 
+import copy
+import itertools
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import UnigramTrainer
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -16,6 +23,7 @@ from transformers import (
     ModernBertConfig,
     MPNetConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     XLMRobertaConfig,
 )
@@ -68,6 +76,42 @@ def save_family(folder: Path, family: str) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return save_tiny_model(folder, AutoModel.from_config(FAMILIES[family]))
+
+
+# language → label → words of which texts are made
+LANGUAGES = {
+    "chinese": {"天气": "今天 下雨 刮风 晴朗 气温", "音乐": "播放 歌曲 钢琴 音量 专辑", "银行": "余额 转账 账户 利息 信用卡"},
+    "arabic": {"طقس": "اليوم مطر رياح مشمس حرارة", "موسيقى": "شغّل أغنية بيانو صوت ألبوم", "بنك": "رصيد تحويل حساب فائدة بطاقة"},
+    "hindi": {"मौसम": "आज बारिश हवा धूप तापमान", "संगीत": "चलाओ गाना पियानो आवाज़ एल्बम", "बैंक": "शेष भेजो खाता ब्याज कार्ड"},
+    "russian": {"погода": "сегодня дождь ветер солнечно тепло", "музыка": "включи песню пианино громче альбом",
+                "банк": "остаток перевод счёт процент карта"},
+}  # fmt: skip
+
+
+def rows_of(language: str) -> list[tuple[str, str]]:
+    """Return ten texts of each class, with their labels."""
+    between = "" if language == "chinese" else " "
+    pairs = LANGUAGES[language].items()
+    return [(between.join(two), label) for label, words in pairs for two in itertools.combinations(words.split(), 2)]
+
+
+def save_multilingual(folder: Path, family: str) -> str:
+    """Save a random model of a family with a unigram tokenizer of these languages, without a Latin letter in it."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(Unigram())
+    tokenizer.pre_tokenizer = Metaspace()
+    texts = [text for language in LANGUAGES for text, _ in rows_of(language)]
+    trainer = UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
+    config = copy.deepcopy(FAMILIES[family])
+    config.vocab_size, config.pad_token_id = tokenizer.get_vocab_size(), 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return str(folder)
 
 
 def moved_factors(encoder: Encoder, seed: int = 0) -> dict[str, Tensor]:
