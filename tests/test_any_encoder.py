@@ -222,7 +222,7 @@ def test_any_language_goes_from_files_to_answers(
         main(["info", str(tmp_path / "saved")])
         shown = capsys.readouterr().out
         assert f"classes    3: {', '.join(sorted(classes))}" in shown
-        assert re.search(f"on +.*{language}: 30 texts, 3 classes", shown)
+        assert re.search(f"on +.*{language}: {len(texts)} texts, 3 classes", shown)
     unknown = one._reader.encoder.tokenizer.unk_token_id
     assert unknown not in one._reader.encoder.tokenizer(list(texts))["input_ids"][0]
 

@@ -158,6 +158,19 @@ def test_train_on_a_folder_and_a_file_of_several_corpora(
     assert all("of 48 of many (" in told for told in found)
 
 
+def test_a_lopsided_corpus_is_trained_on(run: Callable[..., Path], tmp_path: Path, capsys: Shown, caplog: Any) -> None:
+    rows = [(f"bal {number}", 1) for number in range(10_000)] + [(f"kes {number}", 2) for number in range(5)]
+    rows += [(f"fim {number}", 1000 + number) for number in range(100)] + [("dal " * 25_000, 2)]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    line = failure(["train", "--data", path, "--output", tmp_path / "none"], capsys)
+    assert "odd (1 of its 102 classes); `--hold_out false` trains on all classes" in line
+    made, _ = load_adapter(run(tmp_path / "run", "--data", path, "--hold_out", "false"))
+    assert len(made.index.classes["odd"]) == 102
+    assert "corpus odd: 10,106 texts, 102 classes; 100 of classes with fewer than 4; " in caplog.text
+    assert "(not used: '1000', '1001', " in caplog.text
+
+
 def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adapter: Path, tmp_path: Path) -> None:
     """Its LoRA's settings are taken, and what is not learned stays as it was there."""
     fixed = ["--fixed", '["lora."]', "--lora.rank", "2", "--learner.steps", "3"]
