@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import UnigramTrainer
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -97,11 +96,11 @@ def rows_of(language: str) -> list[tuple[str, str]]:
 def save_multilingual(folder: Path, family: str) -> str:
     """Save a random model of a family with a unigram tokenizer of these languages, without a Latin letter in it."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer = Tokenizer(Unigram())
+    words = {word for classes in LANGUAGES.values() for own in classes.values() for word in own.split()}
+    pieces = [*sorted(words), *sorted({"▁", *"".join(words)})]
+    scored = [(piece, 0.0) for piece in special] + [(piece, -3.0 * len(piece) ** 0.5) for piece in pieces]
+    tokenizer = Tokenizer(Unigram(scored, unk_id=3))
     tokenizer.pre_tokenizer = Metaspace()
-    texts = [text for language in LANGUAGES for text, _ in rows_of(language)]
-    trainer = UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
     config = copy.deepcopy(FAMILIES[family])
