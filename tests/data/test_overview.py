@@ -17,7 +17,7 @@ def corpus_of(name: str, words: str = "ab", rows: int = 5, more: list[tuple[str,
 
 def told_of(corpora: list[Corpus], caplog: pytest.LogCaptureFixture) -> list[str]:
     caplog.clear()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "textmeta"):
         log_corpora(corpora, MixedEpisodes(corpora, 0).corpora)
     (message,) = caplog.messages
     return message.splitlines()

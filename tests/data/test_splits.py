@@ -125,7 +125,7 @@ def test_of_several_corpora_those_with_few_classes_are_trained_on_whole(
 ) -> None:
     for name, classes, further in (("a", 8, 0), ("b", 3, 4), ("c", 9, 8)):
         corpus_file(tmp_path, classes, 10, name, further)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "textmeta"):
         parts = load_parts(tmp_path)
     assert "1 of 3 corpora are trained on whole, with fewer than 8 classes" in caplog.text
     assert "b (3 of its 7 classes)" in caplog.text

@@ -104,7 +104,7 @@ def save_multilingual(folder: Path, family: str) -> str:
     tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
     config = copy.deepcopy(FAMILIES[family])
-    config.vocab_size, config.pad_token_id = tokenizer.get_vocab_size(), 1
+    config.vocab_size, config.pad_token_id, config.max_position_embeddings = tokenizer.get_vocab_size(), 1, 160
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModel.from_config(config).save_pretrained(folder)

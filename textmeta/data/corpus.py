@@ -228,13 +228,13 @@ def load_corpus(settings: CorpusSettings | str) -> Corpus:
     settings = CorpusSettings(settings) if isinstance(settings, str) else settings
     found: dict[str, Any] = {}
     if settings.is_file:
-        path = at_home(settings.dataset)
-        if not Path(path).is_file():
-            raise DataError(f"no such file: {path}")
+        file = at_home(settings.dataset)
+        if not Path(file).is_file():
+            raise DataError(f"no such file: {file}")
         try:
-            corpus = _read_file(path, settings)
+            corpus = _read_file(file, settings)
         except (DataError, OSError) as error:
-            raise DataError(str(error) if str(error).startswith(path) else f"{path}: {error}") from error
+            raise DataError(str(error) if str(error).startswith(file) else f"{file}: {error}") from error
     else:
         from textmeta.data.sources import read_hub  # noqa: PLC0415 - it loads `datasets`
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+from datasets.table import InMemoryTable
 from huggingface_hub import HfApi, constants
+from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from textmeta.data.corpus import FILES, CorpusSettings
@@ -30,8 +30,8 @@ FOR_A_FILE = f". For a local file, give a path that ends in {', '.join(OTHERS)} 
 def read_parquet(path: str) -> datasets.Dataset:
     """Read a Parquet file; DataError if it is none."""
     try:
-        return datasets.Dataset(datasets.table.InMemoryTable(pq.read_table(path)))
-    except pa.ArrowException as error:
+        return datasets.Dataset(InMemoryTable(parquet.read_table(path)))
+    except ArrowException as error:
         raise DataError(f"{type(error).__name__}: {error}") from error
 
 
