@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,8 @@ from accelerate import PartialState
 from textmeta import CorpusSettings, FewShotClassifier, TextMetaError
 from textmeta.commands import DIGITS, PREDICTED, PROBABILITY, check_free
 from textmeta.data.labels import label_to_json
-from textmeta.data.sources import read_file, read_hub
+from textmeta.data.sources import read_hub
+from textmeta.data.texts import separator
 from textmeta.errors import DataError, SettingsError
 from textmeta.files import at_home, read_json, write_atomically
 from textmeta.meta.initialisation import whole_number
@@ -38,7 +40,7 @@ class Labeller:
     def __init__(self, options: argparse.Namespace, device: str | None = None) -> None:
         given = self.options = options
         settings = CorpusSettings(given.data, given.config, given.split, given.revision, text_column=given.text_column)
-        rows, self.made = (read_file(settings), {}) if settings.is_file else read_hub(settings)
+        rows, self.made = (read_file(given.data, given.text_column), {}) if settings.is_file else read_hub(settings)
         if given.text_column not in rows.column_names:
             raise DataError(f"{given.data} has no column {given.text_column!r}; its columns are {rows.column_names}")
         check_free(rows.column_names, given.data)
@@ -75,6 +77,23 @@ class Labeller:
     def __call__(self, row: dict[str, int]) -> dict[str, str]:
         """Label the shard that a row of Ray's names."""
         return {"done": self.label(row["shard"])}
+
+
+def read_file(name: str, column: str) -> datasets.Dataset:
+    """Read a file with all of its columns, by its ending; texts of a CSV stay as they are, "null" and "01", too."""
+    path, options = Path(at_home(name)), {}
+    kind = {".jsonl": "json", ".tsv": "csv"}.get(path.suffix.lower(), path.suffix.lower()[1:])
+    try:
+        if kind == "csv":
+            with path.open(encoding="utf-8-sig", errors="replace") as file:
+                between = separator(file.readline(), {column}, tabs=path.suffix.lower() == ".tsv")
+            options = {"sep": between, "keep_default_na": False, "converters": {column: str}}
+        # not through the user's cache: it tells files apart by name, size and time, and would keep a copy
+        with tempfile.TemporaryDirectory() as cache:
+            options |= {"data_files": str(path), "cache_dir": cache, "keep_in_memory": True}
+            return datasets.load_dataset(kind, split="train", **options)
+    except Exception as error:  # `datasets` raises many unrelated types
+        raise DataError(f"cannot read {path}: {error.__cause__ or error}") from error
 
 
 def whole(name: str) -> str:

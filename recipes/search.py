@@ -14,7 +14,6 @@ from pathlib import Path
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from textmeta.data.corpus import CorpusSettings
 from textmeta.data.splits import load_parts
 from textmeta.errors import DivergedError, TextMetaError
 from textmeta.meta.trainer import RECORD, MetaTrainer
@@ -33,7 +32,7 @@ def main() -> None:
     (parser := train_parser()).add_argument("--trials", type=int, default=20)
     settings = parsed(parser, sys.argv[1:])
     base, output = MetaTrainer(**{field.name: settings[field.name] for field in fields(MetaTrainer)}), settings.output
-    parts = load_parts(settings.corpora or [CorpusSettings(settings.data)], settings.fold)
+    parts = load_parts(settings.data or settings.corpora, settings.fold)
     output.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     named = {"study_name": "search", "storage": f"sqlite:///{output / 'study.db'}", "load_if_exists": True}

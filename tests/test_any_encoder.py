@@ -14,13 +14,14 @@ from transformers import BertConfig, BertModel
 
 import textmeta
 from tests.conftest import save_tiny_model
-from tests.encoder.given import SIZES, hidden_states, save_family
+from tests.encoder.given import LANGUAGES, SIZES, TARGETS, hidden_states, rows_of, save_family, save_multilingual
 from tests.hub.server import HubServer
 from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import Adapter, FewShotClassifier
+from textmeta.cli import main
 from textmeta.encoder.encoder import device_of
 from textmeta.errors import AdapterError, EncoderError, SettingsError
-from textmeta.meta import general
+from textmeta.meta import general, trainer
 from textmeta.sharing import locate
 from textmeta.sharing.store import save_adapter
 
@@ -189,6 +190,41 @@ def test_an_encoder_that_is_given_as_an_adapter_is_told_as_one(tiny_model: str, 
 def test_the_adapter_of_from_pretrained_is_its_name(tiny_model: str) -> None:
     with pytest.raises(SettingsError, match=r"given adapter=None: write FewShotClassifier\(adapter=None"):
         FewShotClassifier.from_pretrained(tiny_model, adapter=None)
+
+
+@pytest.mark.parametrize("family", ["xlm-roberta", "eurobert"])
+def test_any_language_goes_from_files_to_answers(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an encoder that is split, and one that is not: that one's LoRA has to be told where it goes."""
+    monkeypatch.setattr(trainer, "CALIBRATION_EPISODES", 4)
+    encoder = save_multilingual(tmp_path / "encoder", family)
+    for language in LANGUAGES:
+        rows = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in rows_of(language)]
+        (tmp_path / "corpora").mkdir(exist_ok=True)
+        (tmp_path / "corpora" / f"{language}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    targets = ["--lora.targets", json.dumps(TARGETS[family])] if family in TARGETS else []
+    given = ["--data", str(tmp_path / "corpora"), "--encoder", encoder, "--encoder.max_length", "24", *targets]
+    main(["train", "--output", str(tmp_path / "run"), "--episodes", "4", "--hold_out", "false", *given])
+
+    for language, classes in LANGUAGES.items():
+        texts, labels = zip(*rows_of(language), strict=True)
+        one = FewShotClassifier(tmp_path / "run").fit(texts[::2], labels[::2])
+        assert one.classes_.tolist() == sorted(classes)
+        assert one.score(texts[::2], labels[::2]) > 0.8
+        expected = one.predict_proba(texts)
+        one.save_pretrained(tmp_path / "saved")
+        loaded = FewShotClassifier.from_pretrained(tmp_path / "saved")
+        np.testing.assert_array_equal(loaded.predict_proba(texts), expected)
+        assert set(loaded.predict(texts)) <= set(classes)
+        assert language in [known.corpus for known in loaded.nearest_tasks(4)]
+        capsys.readouterr()
+        main(["info", str(tmp_path / "saved")])
+        shown = capsys.readouterr().out
+        assert f"classes    3: {', '.join(sorted(classes))}" in shown
+        assert re.search(f"on +.*{language}: {len(texts)} texts, 3 classes", shown)
+    unknown = one._reader.encoder.tokenizer.unk_token_id
+    assert unknown not in one._reader.encoder.tokenizer(list(texts))["input_ids"][0]
 
 
 # Devices

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.conftest import write_rows
 from tests.hub.server import TOKEN, HubServer
 from tests.sharing.made import rewrite_json
 from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
@@ -57,7 +58,7 @@ def run(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
 
     def run_(output: Path, *arguments: Any) -> Path:
         few = ["--episodes", "4", "--test_episodes", "2", "--test_shots", "[1]"]
-        encoder = ["--encoder.model", tiny_model, "--encoder.max_length", "32"]
+        encoder = ["--encoder", tiny_model, "--encoder.max_length", "32"]
         main(["train", "--output", str(output), *few, *encoder, *map(str, arguments)])
         return output
 
@@ -135,6 +136,41 @@ def test_nothing_may_be_held_out_and_another_corpus_choose(
         assert "accuracy" not in capsys.readouterr().out
 
 
+def test_train_on_a_folder_and_a_file_of_several_corpora(
+    run: Callable[..., Path], data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown, caplog: Any
+) -> None:
+    few, many = corpus.restrict(corpus.class_names[:3]), corpus.restrict(corpus.class_names[::-1])
+    write_rows(tmp_path / "corpora" / "few.jsonl", few)
+    write_rows(tmp_path / "corpora" / "many.jsonl", many)
+    (tmp_path / "corpora" / "README.md").write_text("of these corpora")
+    made, _ = load_adapter(run(tmp_path / "run", "--data", tmp_path / "corpora", f"--data={data}"))
+    assert {name: len(classes) for name, classes in made.index.classes.items()} == {"few": 3, "many": 6, "toy": 6}
+    assert [row["name"] for row in made.record["settings"]["valid"]] == ["many", "toy"]
+    assert "1 shot: this adapter" in capsys.readouterr().out
+    for told in (
+        "2 corpora; not read: 'README.md'",
+        "1 of 3 corpora are trained on whole, with fewer than 8 classes of 10 different texts: few (3 of its 3",
+        "corpus few: 48 texts, 3 classes\ncorpus many: 96 texts, 6 classes\ncorpus toy: 96 texts, 6 classes\n3 ",
+    ):
+        assert told in caplog.text
+    found = [record.message for record in caplog.records if record.message.startswith("held out to ")]
+    assert len(found) == 2
+    assert all("of 48 of many (" in told for told in found)
+
+
+def test_a_lopsided_corpus_is_trained_on(run: Callable[..., Path], tmp_path: Path, capsys: Shown, caplog: Any) -> None:
+    rows = [(f"bal {number}", 1) for number in range(10_000)] + [(f"kes {number}", 2) for number in range(5)]
+    rows += [(f"fim {number}", 1000 + number) for number in range(100)] + [("dal " * 25_000, 2)]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    line = failure(["train", "--data", path, "--output", tmp_path / "none"], capsys)
+    assert "odd (1 of its 102 classes); `--hold_out false` trains on all classes" in line
+    made, _ = load_adapter(run(tmp_path / "run", "--data", path, "--hold_out", "false"))
+    assert len(made.index.classes["odd"]) == 102
+    assert "corpus odd: 10,106 texts, 102 classes; 100 of classes with fewer than 4; " in caplog.text
+    assert "(not used: '1000', '1001', " in caplog.text
+
+
 def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adapter: Path, tmp_path: Path) -> None:
     """Its LoRA's settings are taken, and what is not learned stays as it was there."""
     fixed = ["--fixed", '["lora."]', "--lora.rank", "2", "--learner.steps", "3"]
@@ -151,9 +187,12 @@ def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to train on: give --data FILE, or corpora in the config"),
+        ([], "nothing to train on: give --data FILE, FOLDER or ID, or corpora in the config"),
         (["--data", "no-such.csv"], "no such file"),
-        (["--data", "{data}", "--test_shots", "[12]"], "8 classes of 17 different texts; `--hold_out false`"),
+        (
+            ["--data", "{data}", "--test_shots", "[12]"],
+            "8 classes of 17 different texts: toy (0 of its 12 classes); `--hold",
+        ),
         (["--data", "{data}", "--test_episodes", "1"], "test_episodes must be a whole number from 2, given 1"),
         (["--data", "{data}", "--output", "."], "working folder"),
         (["--data", "{data}", "--start", "no-such"], "no-such"),
@@ -227,6 +266,20 @@ def test_the_later_of_config_and_command_line_counts(tmp_path: Path) -> None:
     after, before = parsed(train_parser(), [*config, *line]), parsed(train_parser(), [*line, *config])
     assert (after.episodes, after.lora) == (9, LoraSettings(rank=7, alpha=6))
     assert (before.episodes, before.lora) == (4, LoraSettings(rank=5, alpha=6))
+
+
+def test_one_or_several_data_and_an_encoder_by_its_name_alone(tmp_path: Path) -> None:
+    for line, found in (
+        (["--data", "a.csv"], ["a.csv"]),
+        (["--data", "a.csv", "--data=folder"], ["a.csv", "folder"]),
+        (write_config(tmp_path, "data: [a.csv, b.csv]"), ["a.csv", "b.csv"]),
+        ([*write_config(tmp_path, "data: [a.csv, b.csv]"), "--data", "c"], ["a.csv", "b.csv", "c"]),
+    ):
+        assert parsed(train_parser(), ["--output", "run", *line]).data == found
+    assert parsed(train_parser(), ["--output", "run", *write_config(tmp_path, "data: a.csv")]).data == "a.csv"
+    both = ["--encoder.max_length", "64", "--encoder", "some/encoder"]
+    for line in (both, [*both[2:], *both[:2]], [*both[:2], "--encoder=some/encoder"]):
+        assert parsed(train_parser(), ["--output", "run", *line]).encoder == EncoderSettings("some/encoder", None, 64)
 
 
 @pytest.mark.parametrize(

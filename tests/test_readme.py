@@ -12,6 +12,8 @@ from unittest.mock import patch
 import pytest
 
 import textmeta
+from tests.conftest import write_rows
+from tests.encoder.given import save_multilingual
 from tests.hub.server import TOKEN, USER, HubServer
 from textmeta import cli, training
 from textmeta.data.bundled import load_bundled
@@ -21,6 +23,7 @@ from textmeta.meta.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+MULTILINGUAL = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"  # in the docs; here a tiny one
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -59,6 +62,10 @@ def test_python_runs_from_top_to_bottom(
         rows.writerow(["utterance", "intent"])
         for number, name in enumerate(corpus.class_names[:16]):
             rows.writerows((corpus.texts[row], name) for row in corpus.rows_of(number))
+    for name, classes in (("first", corpus.class_names[:8]), ("second", corpus.class_names[8:20])):
+        write_rows(Path(f"corpora/{name}.jsonl"), corpus.restrict(classes))
+    other = Path(save_multilingual(tmp_path / "multilingual", "xlm-roberta"))
+    hub.add_repo(MULTILINGUAL, {path.name: path.read_bytes() for path in other.iterdir()})
     namespace: dict[str, Any] = {}
     for number, block in enumerate(python_of(page)):
         short = re.sub(r"episodes=\d+", "episodes=1", block).replace("your-name/", f"{USER}/")

@@ -120,6 +120,7 @@ def test_public_names() -> None:
         "MetaTrainer",
         "TextMetaError",
         "__version__",
+        "load_corpora",
         "load_corpus",
         "predict_many",
         "similarity",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from textmeta.classifier import FewShotClassifier
-    from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+    from textmeta.data.corpus import Corpus, CorpusSettings, load_corpora, load_corpus
     from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
     from textmeta.errors import TextMetaError
     from textmeta.many import predict_many
@@ -29,6 +29,7 @@ __all__ = [
     "MetaTrainer",
     "TextMetaError",
     "__version__",
+    "load_corpora",
     "load_corpus",
     "predict_many",
     "similarity",
@@ -36,7 +37,7 @@ __all__ = [
 
 _PUBLIC = {
     "classifier": ("FewShotClassifier",),
-    "data.corpus": ("Corpus", "CorpusSettings", "load_corpus"),
+    "data.corpus": ("Corpus", "CorpusSettings", "load_corpora", "load_corpus"),
     "data.episodes": ("Episode", "EpisodeSampler", "EpisodeSettings"),
     "errors": ("TextMetaError",),
     "many": ("predict_many",),

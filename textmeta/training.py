@@ -12,9 +12,10 @@ from typing import Any
 from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.corpus import Corpus, CorpusSettings, each_source, load_corpora
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.data.labels import whole_number
+from textmeta.data.overview import warn_of_overlap
 from textmeta.data.splits import load_parts
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
@@ -45,6 +46,7 @@ def train(arguments: Sequence[str]) -> None:
     check_destination(settings.output)
     whole_number("test_episodes", settings.test_episodes, 2)
     corpora, valid, test = _corpora(settings)
+    warn_of_overlap(corpora, test, "test on")
     tests = _tests(test, settings.test_shots, trainer.seed)
     start = None
     if settings.start:
@@ -76,14 +78,13 @@ def train(arguments: Sequence[str]) -> None:
 
 def _corpora(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corpus]]:
     """Return corpora to train on, to choose by, and to test on."""
-    sources = list(settings.corpora)
-    if settings.data is not None:
-        splits = sources[0].splits if len(sources) == 1 else None
-        sources = [CorpusSettings(settings.data, splits=splits)]
+    sources, given = settings.data or settings.corpora, settings.corpora
+    if settings.data and len(given) == 1 and given[0].splits:
+        sources = [replace(source, splits=given[0].splits) for source in each_source(settings.data)]
     if not sources:
-        raise SettingsError("nothing to train on: give --data FILE, or corpora in the config")
+        raise SettingsError("nothing to train on: give --data FILE, FOLDER or ID, or corpora in the config")
     if settings.valid or not settings.hold_out:
-        return [load_corpus(source) for source in sources], [load_corpus(source) for source in settings.valid], []
+        return load_corpora(sources), load_corpora(settings.valid), []
     # of each class 5 shots to choose by
     parts = load_parts(sources, settings.fold, max([5, *settings.test_shots]) + TEST_QUERIES)
     return parts["train"], parts["valid"], parts["test"]
@@ -115,7 +116,7 @@ def train_parser() -> ArgumentParser:
     """Return the parser of ``textmeta train``: the settings of MetaTrainer, and those of a run."""
     parser = ArgumentParser(
         prog="textmeta train",
-        usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--SETTING VALUE ...]",
+        usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--encoder ID] [--SETTING VALUE ...]",
         description="Meta-train an adapter on labelled texts. The same command goes on with a run that was stopped.",
         # wider, and so shorter
         formatter_class=partial(_Help, max_help_position=34, width=118),  # type: ignore[arg-type]
@@ -127,7 +128,8 @@ def train_parser() -> ArgumentParser:
     run = parser.add_argument_group("The run")
     run.add_argument("--output", type=Path, required=True, help="folder for checkpoint, record and adapter")
     run.add_argument("--corpora", type=list[CorpusSettings], default=[], help="what to train on")
-    run.add_argument("--data", type=str | None, help="file with columns text and label, instead of the corpora")
+    data = "instead of the corpora: a file, a folder of files or an id on the Hub; may be given several times"
+    run.add_argument("--data", type=str | list[str] | None, help=data)
     run.add_argument("--fold", type=str | None, help="which class split, where the corpora's files have several")
     run.add_argument("--hold_out", type=bool, default=True, help="classes to choose and test by; false trains on all")
     run.add_argument("--valid", type=list[CorpusSettings], default=[], help="corpora to choose by; none is split then")
@@ -142,12 +144,14 @@ def train_parser() -> ArgumentParser:
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """Parse a command line; settings that are dataclasses come back as such.
+    """Parse a command line; settings that are dataclasses come back as such. ``--encoder`` alone names the model.
 
     SettingsError for an unknown name, with the nearest that is known, or a value of the wrong type.
     """
+    meant = {"--data": "--data+", "--encoder": "--encoder.model"}  # with + several add up
+    given = [re.sub(r"^--(?:data|encoder)(?==|$)", lambda name: meant[name[0]], argument) for argument in arguments]
     try:
-        settings: Namespace = parser.instantiate(parser.parse_args(list(arguments)))
+        settings: Namespace = parser.instantiate(parser.parse_args(given))
         return settings
     except ArgumentError as error:
         known = [*parser.get_defaults().keys(), *(field.name for field in fields(CorpusSettings))]

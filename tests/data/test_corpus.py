@@ -1,3 +1,5 @@
+from typing import Any
+
 import datasets
 import numpy as np
 import pytest
@@ -26,9 +28,9 @@ def test_other_labels_are_classes_as_they_are_written(labels: list) -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["a", None], "'c', column 'text', row 1: text is null"),
-        ([3, 4], "'c', column 'text', row 0: text is int 3, expected a string"),
-        (["a", " \t\n"], "'c', column 'text', row 1: text is empty"),
+        (["a", None], "'c', row 1: text is null"),
+        ([3, 4], "'c', row 0: text is int 3, expected a string"),
+        (["a", " \t\n"], "'c', row 1: text is empty"),
     ],
 )
 def test_unusable_text_is_named_with_its_row(texts: list, message: str) -> None:
@@ -39,11 +41,11 @@ def test_unusable_text_is_named_with_its_row(texts: list, message: str) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["x", None], "row 1: label in column 'label' is null"),
-        ([1, None], "row 1: label in column 'label' is null"),
-        ([0.5, 1.0], "row 0: label in column 'label' is float 0.5, expected a string or an integer"),
-        ([True, False], "row 0: label in column 'label' is bool True"),
-        ([["x"], ["y"]], "row 0: label in column 'label' is list"),
+        (["x", None], "row 1: label is null"),
+        ([1, None], "row 1: label is null"),
+        ([0.5, 1.0], "row 0: label is float 0.5, expected a string or a whole number"),
+        ([True, False], "row 0: label is bool True"),
+        ([["x"], ["y"]], "row 0: label is list"),
     ],
     ids=["null string", "null integer", "float", "bool", "list"],
 )
@@ -56,7 +58,7 @@ def test_hidden_class_labels_are_named_and_counted() -> None:
     # the Hub's convention for the labels of a withheld test split is -1
     with pytest.raises(DataError, match=r"row 1: label is -1, expected 0 to 1 \(2 such rows\)"):
         Corpus.from_dataset(in_hand(["a", "b", "c"], [0, -1, -1], ["x", "y"]), name="c")
-    with pytest.raises(DataError, match="row 1: label in column 'label' is null"):
+    with pytest.raises(DataError, match="row 1: label is null"):
         Corpus.from_dataset(in_hand(["a", "b"], [0, None], ["x", "y"]), name="c")
 
 
@@ -67,8 +69,29 @@ def test_what_is_no_corpus_is_an_error() -> None:
         Corpus("c", ["a", "b"], np.array([0]), ("x",))
     with pytest.raises(DataError, match=r"more than once: \['x'\]"):
         Corpus("c", ["a"], np.array([0]), ("x", "y", "x"))
-    with pytest.raises(DataError, match="row 1: label is None"):
-        Corpus.from_pairs("c", ["x", "y"], ["a", None])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="row 1: label is null"):
+        Corpus.from_pairs("c", ["x", "y"], ["a", None])
+
+
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "polars", "arrow", "tuple", "categories"])
+def test_columns_of_any_library_make_the_same_corpus(kind: str) -> None:
+    texts, labels, numbers = ["a", "b", "c"], ["y", "x", "y"], [10, 9, 10]
+    module = pytest.importorskip({"arrow": "pyarrow", "categories": "pandas", "tuple": "builtins"}.get(kind, kind))
+    make: Any = {
+        "numpy": np.array,
+        "tuple": tuple,
+        "pandas": lambda given: module.DataFrame({"n": given}, index=[7, 8, 9])["n"],
+        "categories": lambda given: module.Series(given, dtype="category"),
+        "polars": lambda given: module.Series(values=given),
+        "arrow": lambda given: module.table({"n": given}),
+    }[kind]
+    plain = make(texts) if kind != "categories" else texts
+    for given in (labels, numbers):
+        expected = Corpus.from_pairs("c", texts, given)
+        assert expected.class_names == tuple(sorted({str(label) for label in given}))
+        assert Corpus.from_pairs("c", plain, make(given)).sha256 == expected.sha256
+    with pytest.raises(DataError, match="corpus 'c': expected a list, or one column, of texts, given one string"):
+        Corpus.from_pairs("c", "abc", labels)
 
 
 def test_rows_of_a_class_are_ascending_and_complete() -> None:

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from tests.hub.server import TOKEN, Fault, HubServer
-from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.corpus import Corpus, CorpusSettings, load_corpora, load_corpus
 from textmeta.data.splits import load_parts
 from textmeta.errors import DataError, SettingsError
 
@@ -31,7 +31,7 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     return str(path)
 
 
@@ -81,7 +81,7 @@ def test_separator_is_that_of_the_first_row(tmp_path: Path, suffix: str, between
         file.write(mark)
         csv.writer(file, delimiter=between).writerows(rows)
     assert list(load(path).texts) == [text for _, text in rows[1:]]
-    with pytest.raises(DataError, match=r"no column 'body'.*\['label', 'text'\]"):
+    with pytest.raises(DataError, match=r"a column 'body', and none twice; its columns are 'label', 'text'"):
         load_corpus(CorpusSettings(str(path), text_column="body"))
 
 
@@ -111,11 +111,12 @@ def test_cells_of_a_csv_stay_text(tmp_path: Path, suffix: str, between: str) -> 
     assert corpus.class_names == ("01", "NA", "None", "null")
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("role", ["text_column", "label_column"])
-def test_missing_column_is_named_with_the_columns_there_are(tmp_path: Path, role: str) -> None:
-    write_rows(tmp_path / "c.csv", "csv")
-    with pytest.raises(DataError, match=rf"no column 'body' \({role}\); its columns are \['text', 'label'\]"):
-        load_corpus(CorpusSettings(str(tmp_path / "c.csv"), **{role: "body"}))
+def test_missing_column_is_named_with_the_columns_there_are(tmp_path: Path, role: str, kind: str) -> None:
+    write_rows(tmp_path / f"c.{kind}", kind.replace("jsonl", "lines"))
+    with pytest.raises(DataError, match=rf"/c\.{kind}.* column 'body'.*; its columns are \[?'text', 'label'"):
+        load_corpus(CorpusSettings(str(tmp_path / f"c.{kind}"), **{role: "body"}))
 
 
 @pytest.mark.parametrize("rows", ["a,x\nb,\nc,y\n", "a,x\n,y\n"], ids=["label", "text"])
@@ -129,22 +130,71 @@ def test_empty_cell_of_a_csv_is_named_with_its_row(tmp_path: Path, rows: str) ->
     ("name", "text", "message"),
     [
         ("c.csv", None, r"no such file: .*c\.csv"),
-        ("c.json", "", r"file is empty: .*c\.json"),
-        ("c.parquet", "", r"file is empty: .*c\.parquet"),
-        ("c.csv", "text,label\n", "(no|0) rows"),
-        ("c.json", "[]", "(no|0) rows"),
-        ("c.jsonl", "\n", "(no|0) rows"),
-        ("c.json", '[{"text": "a", "label": "x"}, {"text": "b"', r"cannot read .*c\.json as json"),
-        ("c.jsonl", '{"text": "a", "label": "x"}\n{"text":\n', r"cannot read .*c\.jsonl as json"),
-        ("c.csv", "text,label\na,x\nb,y,z,w\n", r"cannot read .*c\.csv as csv"),
-        ("c.parquet", "no parquet", r"cannot read .*c\.parquet as parquet"),
+        ("c.json", "", r"c\.json: corpus 'c' is empty: 0 rows"),
+        ("c.csv", "", r"c\.csv: expected a column 'text'"),
+        ("c.parquet", "", r"c\.parquet: ArrowInvalid: .*Parquet file size is 0"),
+        ("c.csv", "text,label\n", r"c\.csv: corpus 'c' is empty: 0 rows"),
+        ("c.json", "[]", r"c\.json: corpus 'c' is empty: 0 rows"),
+        ("c.jsonl", "\n", r"c\.jsonl: corpus 'c' is empty: 0 rows"),
+        ("c.json", '[\n{"text": "a", "label": "x"},\n{"text": "b"', r"c\.json, line 3: Expecting"),
+        ("c.jsonl", '{"text": "a", "label": "x"}\n{"text":\n', r"c\.jsonl, line 2: Expecting"),
+        (
+            "c.jsonl",
+            '{"text": "a", "label": "x"}\n{"text": "b"}\n',
+            r"c\.jsonl, line 2: no column 'label'.* are 'text'",
+        ),
+        ("c.jsonl", '{"text": "a", "label": "x"}\n["b", "x"]\n', r"c\.jsonl, line 2: expected a string as 'text'"),
+        ("c.jsonl", '{"text": 3, "label": "x"}\n', r"c\.jsonl, line 1: expected a string as 'text'"),
+        ("c.jsonl", '{"text": "a", "label": 0.5}\n', r"c\.jsonl: corpus 'c', row 0: label is float 0.5, expected"),
+        ("c.csv", "text,label\na,x\nb,y,z,w\n", r"c\.csv, line 3: expected .* no more cells than columns"),
+        ("c.csv", "text,label\na,x,\nb,y,\n", r"c\.csv, line 2: expected .* no more cells than columns"),
+        ("c.csv", 'text,label\na,x\n"b,y\nc,z\n', r"c\.csv, line 4: unexpected end of data"),
+        ("c.csv", "text,text,label\na,b,x\n", r"c\.csv: expected a column 'text', and none twice"),
+        ("c.csv", "\udcff\udcfe\x00", r"c\.csv, line 1: expected lines, CSV or JSON Lines in UTF-8"),
+        ("c.jsonl", "PK\x03\x04", r"c\.jsonl, line 1: Expecting value"),
+        ("c.parquet", "no parquet", r"c\.parquet: ArrowInvalid: .*not a parquet file"),
     ],
 )
 def test_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     if text is not None:
         write(tmp_path / name, text)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=rf"^({tmp_path}/)?{message}"):
         load(tmp_path / name)
+
+
+def test_odd_corpora_are_read_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text("\ufeff" + "".join(json.dumps(row) + "\r\n" for row in [
+        {"text": "2020-01-01", "label": 7, "more": [1, {"a": None}]},
+        {"text": "x" * 200_000, "label": "7"},
+        {"label": "2021-05-05", "text": "a\u2028b\x85"},
+    ]))  # fmt: skip
+    corpus = load(tmp_path / "c.jsonl")
+    assert list(corpus.texts) == ["2020-01-01", "x" * 200_000, "a\u2028b\x85"]
+    assert corpus.class_names == ("2021-05-05", "7")
+    path = write(tmp_path / "c.csv", 'text,label,,\n"two\nlines, ""quoted""",x,1,2\n\nplain,y,,\n')
+    assert list(load(path).texts) == ['two\nlines, "quoted"', "plain"]
+
+
+def test_a_folder_is_a_corpus_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("b.jsonl", "a.csv", "c.parquet"):
+        write_rows(tmp_path / name, {"b.jsonl": "lines"}.get(name, name[2:]))
+    for name in ("README.md", "notes.txt", "a.splits.json", ".hidden.csv"):
+        write(tmp_path / name, "{}")
+    (tmp_path / "test.csv").mkdir()
+    found = load_corpora(tmp_path)
+    assert [corpus.name for corpus in found] == ["a", "b", "c"]
+    assert len({corpus.sha256 for corpus in found}) == 1
+    assert found[0].source == {"dataset": "a.csv"}
+    assert "3 corpora; not read: 'README.md', 'a.splits.json', 'notes.txt', 'test.csv'" in caplog.text
+    one = CorpusSettings(str(tmp_path), license="mit")
+    named = load_corpora([str(tmp_path / "b.jsonl"), one])
+    assert [corpus.name for corpus in named] == ["b", "a", "b", "c"]
+    assert [corpus.source.get("license") for corpus in named] == [None, "mit", "mit", "mit"]
+    write(tmp_path / "b.jsonl", "{")
+    with pytest.raises(DataError, match=rf"^{tmp_path}/b\.jsonl, line 1: "):
+        load_corpora(tmp_path)
+    with pytest.raises(DataError, match=r"test\.csv has no corpus: no file there ends in \.json"):
+        load_corpora(str(tmp_path / "test.csv"))
 
 
 def test_a_rewritten_file_is_read_anew(tmp_path: Path) -> None:

@@ -103,21 +103,46 @@ def test_every_part_of_a_drawn_split_has_two_classes_or_there_are_too_few(number
         assert all(len(getattr(draw_class_split(NAMES[:number]), part)) >= 2 for part in PARTS)
 
 
-def corpus_file(folder: Path, classes: int, texts: int) -> str:
-    rows = [f"{name} text {number},{name}\n" for name in NAMES[:classes] for number in range(texts)]
-    (folder / "small.csv").write_text("text,label\n" + "".join(rows), encoding="utf-8")
-    return str(folder / "small.csv")
+def corpus_file(folder: Path, classes: int, texts: int, name: str = "small", further: int = 0) -> str:
+    """Classes of so many texts, and further ones of two."""
+    sizes = [texts] * classes + [2] * further
+    rows = [f"{own} text {number},{own}\n" for own, size in zip(NAMES, sizes, strict=False) for number in range(size)]
+    (folder / f"{name}.csv").write_text("text,label\n" + "".join(rows), encoding="utf-8")
+    return str(folder / f"{name}.csv")
 
 
 @pytest.mark.parametrize(("classes", "texts"), [(2, 10), (4, 10), (5, 10), (7, 10), (8, 4), (8, 9)])
 def test_small_file_is_told_what_holding_classes_out_needs(tmp_path: Path, classes: int, texts: int) -> None:
-    file = corpus_file(tmp_path, classes, texts)
     with pytest.raises(DataError) as caught:
-        load_parts([CorpusSettings(file)])
-    told = str(caught.value)
-    assert told.startswith(f"{file} has {classes} classes")
-    assert ("too few texts of 'class " in told) is (classes == 8)
-    assert "needs 8 classes of 10 different texts; `--hold_out false` trains on all" in told
+        load_parts(corpus_file(tmp_path, classes, texts))
+    large = classes * (texts == 10)
+    told = f"fewer than 8 classes of 10 different texts: small ({large} of its {classes} classes); `--hold_out false`"
+    assert told in str(caught.value)
+
+
+def test_of_several_corpora_those_with_few_classes_are_trained_on_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, classes, further in (("a", 8, 0), ("b", 3, 4), ("c", 9, 8)):
+        corpus_file(tmp_path, classes, 10, name, further)
+    with caplog.at_level("INFO", "textmeta"):
+        parts = load_parts(tmp_path)
+    assert "1 of 3 corpora are trained on whole, with fewer than 8 classes" in caplog.text
+    assert "b (3 of its 7 classes)" in caplog.text
+    assert [corpus.name for corpus in parts["train"]] == ["a", "b", "c"]
+    assert [len(corpus.class_names) for corpus in parts["train"]] == [4, 7, 4 + 8]
+    for part in ("valid", "test"):
+        assert [corpus.name for corpus in parts[part]] == ["a", "c"]
+        assert all(len(corpus) == 10 * len(corpus.class_names) >= 20 for corpus in parts[part])
+    assert set(NAMES[9:17]) < set(parts["train"][2].class_names), "the small classes of c are not held out"
+    split = draw_class_split(NAMES[:8])
+    assert [parts[part][0].class_names for part in PARTS] == [getattr(split, part) for part in PARTS], "as ever"
+
+
+def test_small_class_that_a_file_holds_out_is_named(tmp_path: Path) -> None:
+    splits = write(tmp_path, {"train": NAMES[:2], "valid": NAMES[2:4], "test": NAMES[4:6]})
+    with pytest.raises(DataError, match=r"small\.csv: fewer than 10 texts of 'class 5', which are held out"):
+        load_parts(CorpusSettings(corpus_file(tmp_path, 5, 10, further=1), splits=str(splits)))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

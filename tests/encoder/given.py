@@ -1,9 +1,15 @@
 """What the tests of the encoder are given: tiny models of every family, and what transformers and PEFT make of them."""
 
+import copy
+import itertools
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -16,6 +22,7 @@ from transformers import (
     ModernBertConfig,
     MPNetConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     XLMRobertaConfig,
 )
@@ -68,6 +75,41 @@ def save_family(folder: Path, family: str) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return save_tiny_model(folder, AutoModel.from_config(FAMILIES[family]))
+
+
+# language → label → words of which texts are made
+LANGUAGES = {
+    "chinese": {"天气": "今天 下雨 刮风 晴朗", "音乐": "播放 歌曲 钢琴 音量", "银行": "余额 转账 账户 利息"},
+    "arabic": {"طقس": "اليوم مطر رياح مشمس", "موسيقى": "شغّل أغنية بيانو صوت", "بنك": "رصيد تحويل حساب فائدة"},
+    "hindi": {"मौसम": "आज बारिश हवा धूप", "संगीत": "चलाओ गाना पियानो आवाज़", "बैंक": "शेष भेजो खाता ब्याज"},
+    "russian": {"погода": "сегодня дождь ветер", "музыка": "включи песню громче", "банк": "остаток перевод счёт"},
+}
+
+
+def rows_of(language: str) -> list[tuple[str, str]]:
+    """Return texts of each class, with their labels: its words in every order."""
+    between = "" if language == "chinese" else " "
+    pairs = LANGUAGES[language].items()
+    return [(between.join(some), label) for label, words in pairs for some in itertools.permutations(words.split(), 3)]
+
+
+def save_multilingual(folder: Path, family: str) -> str:
+    """Save a random model of a family with a unigram tokenizer of these languages, without a Latin letter in it."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words = {word for classes in LANGUAGES.values() for own in classes.values() for word in own.split()}
+    pieces = [*sorted(words), *sorted({"▁", *"".join(words)})]
+    scored = [(piece, 0.0) for piece in special] + [(piece, -3.0 * len(piece) ** 0.5) for piece in pieces]
+    tokenizer = Tokenizer(Unigram(scored, unk_id=3))
+    tokenizer.pre_tokenizer = Metaspace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), special, strict=True))
+    config = copy.deepcopy(FAMILIES[family])
+    config.vocab_size, config.pad_token_id, config.max_position_embeddings = tokenizer.get_vocab_size(), 1, 160
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModel.from_config(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return str(folder)
 
 
 def moved_factors(encoder: Encoder, seed: int = 0) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """A corpus: labelled texts, whatever they were loaded from."""
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textmeta.data.labels import checked_texts, few, whole_number
+from textmeta.data.labels import checked_texts, column, few, whole_number
+from textmeta.data.texts import open_texts
 from textmeta.errors import DataError, SettingsError
-from textmeta.files import at_home
+from textmeta.files import at_home, is_folder
 
 if TYPE_CHECKING:  # loading it takes half a second, which a classifier should not wait for
     import datasets
 
-__all__ = ["Corpus", "CorpusSettings", "load_corpus"]
+__all__ = ["FILES", "Corpus", "CorpusSettings", "Source", "each_source", "load_corpora", "load_corpus"]
 
 logger = logging.getLogger(__name__)
 
-# File ending → builder of `datasets`.
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # endings of what is read
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class CorpusSettings:
     @property
     def is_file(self) -> bool:
         """Whether ``dataset`` names a local file."""
-        return Path(self.dataset).suffix.lower() in FILE_BUILDERS
+        return Path(self.dataset).suffix.lower() in FILES
 
     @property
     def display_name(self) -> str:
@@ -150,57 +151,95 @@ class Corpus:
         return Corpus(self.name, [self.texts[row] for part in rows for row in part], labels, wanted, self.source)
 
     @classmethod
-    def from_pairs(cls, name: str, texts: Sequence[str], labels: Sequence[str]) -> "Corpus":
-        """Make a corpus of texts and label names, of which the classes are sorted; DataError if one is no string."""
-        for row, label in enumerate(labels):
-            if not isinstance(label, str):
-                raise DataError(f"corpus {name!r}, row {row}: label is {label!r:.60}, expected a string")
-        class_names = tuple(sorted(set(labels)))
+    def from_pairs(cls, name: str, texts: Any, labels: Any) -> "Corpus":
+        """Make a corpus of texts and labels, each a list, an array, a series, or a column of a data frame or a table.
+
+        Labels are strings, or whole numbers, which become strings; the classes are sorted. DataError, naming the row,
+        for a text that is missing, empty or no string, and a label that is missing, empty or neither.
+        """
+        named = []
+        for row, given in enumerate(column(labels, f"corpus {name!r}", "labels")):
+            label = given.item() if getattr(given, "ndim", None) == 0 else given
+            # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
+            if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
+                shown = "null" if label is None else f"{type(label).__name__} {label!r:.60}"
+                told = f"label is {shown}, expected a string or a whole number; none is empty"
+                raise DataError(f"corpus {name!r}, row {row}: {told}")
+            named.append(str(label))
+        class_names = tuple(sorted(set(named)))
         index = {label: i for i, label in enumerate(class_names)}
-        return cls(name, texts, np.array([index[label] for label in labels], dtype=np.int64), class_names)
+        read = list(column(texts, f"corpus {name!r}", "texts"))
+        return cls(name, read, np.array([index[label] for label in named], dtype=np.int64), class_names)
 
     @classmethod
     def from_dataset(
         cls, dataset: "datasets.Dataset", *, name: str, text_column: str = "text", label_column: str = "label"
     ) -> "Corpus":
-        """Make a corpus of a ``datasets.Dataset`` in hand.
+        """Make a corpus of a ``datasets.Dataset`` in hand: :meth:`from_pairs` of two of its columns.
 
-        ``ClassLabel`` features give the class names; strings are kept as they are; other integers become strings.
-        DataError for a missing column, null or non-string text, or a label that is null or no string or integer.
+        A ``ClassLabel`` feature gives the class names. DataError for a missing column, too.
         """
-        for role, column in (("text_column", text_column), ("label_column", label_column)):
-            if column not in dataset.column_names:
-                told = f"has no column {column!r} ({role}); its columns are {dataset.column_names}"
+        for role, own in (("text_column", text_column), ("label_column", label_column)):
+            if own not in dataset.column_names:
+                told = f"has no column {own!r} ({role}); its columns are {dataset.column_names}"
                 raise DataError(f"corpus {name!r} {told}")
-        texts = checked_texts(dataset[text_column], f"corpus {name!r}, column {text_column!r}")
-        labels = list(dataset[label_column])
+        texts, labels = list(dataset[text_column]), list(dataset[label_column])
         class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel
-        for row, label in enumerate(labels):
-            # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
-            if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
-                given = "null" if label is None else f"{type(label).__name__} {label!r}"
-                told = f"label in column {label_column!r} is {given}, expected a string or an integer; none is empty"
-                raise DataError(f"corpus {name!r}, row {row}: {told}")
-        if class_names is not None:
-            return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(class_names))
-        return cls.from_pairs(name, texts, [str(label) for label in labels])
+        if class_names is None or None in labels:
+            return cls.from_pairs(name, texts, labels)
+        return cls(name, texts, np.asarray(labels, dtype=np.int64), tuple(class_names))
+
+
+Source = str | Path | CorpusSettings  # of one corpus or, a folder, of several
+
+
+def load_corpora(sources: Source | Iterable[Source]) -> list[Corpus]:
+    """Load one or several corpora: ids of the Hub, files, and folders, of which each data file is a corpus.
+
+    What else is in a folder, as further folders, is left, and a warning names it. DataError as of :func:`load_corpus`,
+    or if a folder has no data file.
+    """
+    return list(map(load_corpus, each_source(sources)))
+
+
+def each_source(sources: Source | Iterable[Source]) -> Iterator[CorpusSettings]:
+    """Yield the settings of every corpus, those of a folder in the order of its files' names."""
+    for source in [sources] if isinstance(sources, Source) else sources:
+        settings = source if isinstance(source, CorpusSettings) else CorpusSettings(str(source))
+        folder = Path(at_home(settings.dataset))
+        if not is_folder(folder):
+            yield settings
+            continue
+        there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        files = [p for p in there if p.is_file() and p.suffix.lower() in FILES and not p.stem.endswith(".splits")]
+        if not files:
+            raise DataError(f"folder {folder} has no corpus: no file there ends in {', '.join(FILES)}")
+        left = [path.name for path in there if path not in files]
+        if left:
+            logger.warning("folder %s: %d corpora; not read: %s", folder, len(files), few(left))
+        yield from (replace(settings, dataset=str(path)) for path in files)
 
 
 def load_corpus(settings: CorpusSettings | str) -> Corpus:
     """Load a corpus from a local file or from the Hub; a string names the dataset alone.
 
-    DataError if it cannot be read, is empty, lacks a column, or has a row that cannot be used.
+    DataError, naming the file, if it cannot be read, is empty, lacks a column, or has a row that cannot be used.
     """
-    from textmeta.data.sources import read_file, read_hub  # noqa: PLC0415 - they load `datasets`
-
     settings = CorpusSettings(settings) if isinstance(settings, str) else settings
-    dataset, found = (read_file(settings), {}) if settings.is_file else read_hub(settings)
-    corpus = Corpus.from_dataset(
-        dataset.select(range(min(len(dataset), settings.rows or len(dataset)))),
-        name=settings.display_name,
-        text_column=settings.text_column,
-        label_column=settings.label_column,
-    )
+    found: dict[str, Any] = {}
+    if settings.is_file:
+        file = at_home(settings.dataset)
+        if not Path(file).is_file():
+            raise DataError(f"no such file: {file}")
+        try:
+            corpus = _read_file(file, settings)
+        except (DataError, OSError) as error:
+            raise DataError(str(error) if str(error).startswith(file) else f"{file}: {error}") from error
+    else:
+        from textmeta.data.sources import read_hub  # noqa: PLC0415 - it loads `datasets`
+
+        dataset, found = read_hub(settings)
+        corpus = _of_dataset(dataset, settings)
     if settings.rows is not None:  # the first rows of a sorted dataset have few of its classes
         names = corpus.class_names
         present = [name for number, name in enumerate(names) if len(corpus.rows_of(number))]
@@ -208,7 +247,6 @@ def load_corpus(settings: CorpusSettings | str) -> Corpus:
             said = "corpus %s: the first %d rows have %d of its %d classes"
             logger.warning(said, corpus.name, settings.rows, len(present), len(names))
             corpus = corpus.restrict(present)
-    logger.info("corpus %s: %d texts, %d classes", corpus.name, len(corpus), len(corpus.class_names))
     # the settings that are not the defaults, without this machine's folders
     defaults = asdict(CorpusSettings(""))
     source = {key: value for key, value in asdict(settings).items() if value != defaults[key]}
@@ -217,3 +255,24 @@ def load_corpus(settings: CorpusSettings | str) -> Corpus:
         if path.is_absolute() or ".." in path.parts:
             source[key] = path.name
     return replace(corpus, source={**found, **source})
+
+
+def _read_file(path: str, settings: CorpusSettings) -> Corpus:
+    """Read a JSON, JSON Lines, CSV, TSV or Parquet file, by its ending."""
+    if path.lower().endswith(".parquet"):
+        from textmeta.data.sources import read_parquet  # noqa: PLC0415 - as above
+
+        return _of_dataset(read_parquet(path), settings)
+    text, label = settings.text_column, settings.label_column
+    with open_texts(path, column=text, label_column=label) as (_, rows):
+        pairs = [(row[text], row[label]) for row in itertools.islice(rows, settings.rows)]
+    return Corpus.from_pairs(settings.display_name, *([pair[i] for pair in pairs] for i in (0, 1)))
+
+
+def _of_dataset(dataset: "datasets.Dataset", settings: CorpusSettings) -> Corpus:
+    return Corpus.from_dataset(
+        dataset.select(range(min(len(dataset), settings.rows or len(dataset)))),
+        name=settings.display_name,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+    )

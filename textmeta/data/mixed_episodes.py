@@ -1,6 +1,5 @@
 """Episodes of every kind a user may have: what a general adapter is meta-trained on."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from string import ascii_lowercase
@@ -9,12 +8,10 @@ import numpy as np
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode
-from textmeta.data.labels import few, number, readable_name, whole_number
+from textmeta.data.labels import number, readable_name, whole_number
 from textmeta.errors import DataError
 
-__all__ = ["MixedEpisodes", "draw_unlabelled"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["QUERIES", "MixedEpisodes", "draw_unlabelled"]
 
 MAX_WAYS = 12  # ways are drawn from 2 to this
 MANY_WAYS, MANY = 60, 0.05  # and up to this in a share of the episodes of corpora that have more
@@ -177,10 +174,6 @@ def _usable(corpus: Corpus) -> Corpus:
     if len(classes) < 2:
         told = f"{len(classes)} classes with at least {QUERIES + 1} different texts (that are in no other class)"
         raise DataError(f"corpus {corpus.name!r} has {told}, expected at least 2")
-    left_out = [name for name, size in zip(corpus.class_names, sizes, strict=True) if size <= QUERIES]
-    if left_out:
-        said = "corpus %s: fewer than %d different texts (in no other class) of %s, left out of training"
-        logger.warning(said, corpus.name, QUERIES + 1, few(left_out))
     kept = np.isin(labels, classes)
     return replace(
         corpus,

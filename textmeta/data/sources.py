@@ -2,59 +2,37 @@
 
 import itertools
 import logging
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.table import InMemoryTable
 from huggingface_hub import HfApi, constants
+from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 from tqdm import tqdm
 
-from textmeta.data.corpus import FILE_BUILDERS, CorpusSettings
-from textmeta.data.texts import separator
+from textmeta.data.corpus import FILES, CorpusSettings
 from textmeta.errors import DataError, HubError, HubUnreachableError
 from textmeta.files import at_home
 from textmeta.hub import DEADLINE, clear_hub_errors
 
-__all__ = ["read_file", "read_hub"]
+__all__ = ["read_hub", "read_parquet"]
 
 logger = logging.getLogger(__name__)
 
-*OTHERS, LAST = FILE_BUILDERS
+*OTHERS, LAST = FILES
 OTHER_ENDINGS = (".txt", ".xlsx", ".xls", ".ods", ".xml", ".gz", ".zip")  # of what people keep texts in, too
 FOR_A_FILE = f". For a local file, give a path that ends in {', '.join(OTHERS)} or {LAST}"
 
 
-def read_file(settings: CorpusSettings) -> datasets.Dataset:
-    """Read a JSON, JSON Lines, CSV, TSV or Parquet file, by its ending; DataError if it is empty, or cannot be read."""
-    path = Path(at_home(settings.dataset))
-    if not path.is_file():
-        raise DataError(f"no such file: {path}")
-    if path.stat().st_size == 0:
-        raise DataError(f"file is empty: {path}")
-    builder = FILE_BUILDERS[path.suffix.lower()]
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        # CSV has no types: a cell stays the string that it is, "null", "01" and "True" too
-        options["keep_default_na"] = False
-        options["converters"] = {settings.text_column: str, settings.label_column: str}
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            first, tabs = file.readline(), path.suffix.lower() == ".tsv"
-        options["sep"] = separator(first, {settings.text_column, settings.label_column}, tabs=tabs)
+def read_parquet(path: str) -> datasets.Dataset:
+    """Read a Parquet file; DataError if it is none."""
     try:
-        # not through the user's cache: it tells files apart by name, size and time, and would keep a copy
-        with tempfile.TemporaryDirectory() as cache, ExitStack() as after:
-            if not datasets.are_progress_bars_disabled():  # of a moment's work
-                after.callback(datasets.enable_progress_bars)
-                datasets.disable_progress_bars()
-            options |= {"data_files": str(path), "cache_dir": cache, "keep_in_memory": True}
-            return datasets.load_dataset(builder, split="train", **options)
-    except Exception as error:  # `datasets` raises many unrelated types; the deepest one says what is wrong
-        cause = _root_cause(error)
-        told = f"file has no rows: {path}" if "no data" in cause else f"cannot read {path} as {builder}: {cause}"
-        raise DataError(told) from error
+        return datasets.Dataset(InMemoryTable(parquet.read_table(path)))
+    except ArrowException as error:
+        raise DataError(f"{type(error).__name__}: {error}") from error
 
 
 def read_hub(settings: CorpusSettings) -> tuple[datasets.Dataset, dict[str, Any]]:

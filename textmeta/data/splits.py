@@ -1,5 +1,6 @@
 """Class splits: which classes are for training, for choosing, and for reporting."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -8,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.corpus import Corpus, Source, each_source, load_corpus
 from textmeta.data.labels import few
 from textmeta.errors import DataError
 from textmeta.files import at_home, read_json
 
 __all__ = ["ClassSplit", "draw_class_split", "load_parts", "read_class_split"]
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("train", "valid", "test")
 MIN_CLASSES = 8  # from which on every part of a drawn split has the two classes that an episode needs
@@ -35,33 +38,42 @@ class ClassSplit:
                 raise DataError(f"class split: class {name!r} is given {times} times, in {parts}; expected once")
 
 
-def load_parts(sources: Iterable[CorpusSettings], fold: str | None = None, texts: int = 10) -> dict[str, list[Corpus]]:
+def load_parts(sources: Source | Iterable[Source], fold: str | None = None, texts: int = 10) -> dict[str, list[Corpus]]:
     """Load corpora and split each by class, from its file of splits or drawn: one corpus a source in each part.
 
-    Where these files have several splits, ``fold`` says which. DataError if a corpus cannot be loaded, has too few
-    classes, or fewer than so many different ``texts`` in one that is held out (to choose or to test by).
+    Where these files have several splits, ``fold`` says which. Only classes of so many different ``texts`` are held out
+    (to choose or to test by); one of several corpora that has too few of them is for training, whole, and a line says
+    so. DataError if a corpus cannot be loaded, or none can be split.
     """
     parts: dict[str, list[Corpus]] = {part: [] for part in PARTS}
-    for source in sources:
+    whole = []
+    for source in each_source(sources):
         corpus = load_corpus(source)
-        told = f"{source.dataset} has {len(corpus.class_names)} classes"
-        needed = (
-            f"to hold classes out, it needs {MIN_CLASSES} classes of {texts} different texts; `--hold_out false` "
-            "trains on all of them, and tests nothing"
-        )
+        sizes = {name: len(corpus.rows_of(number)) for number, name in enumerate(corpus.class_names)}
+        large = [name for name, size in sizes.items() if size >= texts]
         if source.splits is not None:
             split = read_class_split(source.splits, fold)
             corpus = replace(corpus, source={**corpus.source, **({"fold": fold} if fold else {})})
-        elif len(corpus.class_names) < MIN_CLASSES:
-            raise DataError(f"{told}: {needed}")
+            short = [name for name in split.valid + split.test if sizes.get(name, texts) < texts]
+            if short:
+                raise DataError(f"{source.dataset}: fewer than {texts} texts of {few(short)}, which are held out")
+        elif len(large) < MIN_CLASSES:
+            whole.append(f"{corpus.name} ({len(large)} of its {len(sizes)} classes)")
+            parts["train"].append(corpus)
+            continue
         else:
-            split = draw_class_split(corpus.class_names)
+            split = draw_class_split(sizes)
+            if not {*split.valid, *split.test} <= {*large}:  # drawn anew, of those that can be held out
+                split = draw_class_split(large)
+                split = replace(split, train=split.train + tuple(name for name in sizes if name not in large))
         for part, corpora in parts.items():
             corpora.append(corpus.restrict(getattr(split, part)))
-        held_out = split.valid + split.test
-        short = [name for name in held_out if len(corpus.rows_of(corpus.class_names.index(name))) < texts]
-        if short:
-            raise DataError(f"{told}, and too few texts of {few(short)}: {needed}")
+    if whole:
+        told = f"fewer than {MIN_CLASSES} classes of {texts} different texts: {', '.join(whole):.500}"
+        if not parts["valid"]:
+            trained = "`--hold_out false` trains on all classes, and tests nothing"
+            raise DataError(f"no class can be held out where there are {told}; {trained}")
+        logger.info("%d of %d corpora are trained on whole, with %s", len(whole), len(parts["train"]), told)
     return parts
 
 

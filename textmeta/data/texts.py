@@ -27,11 +27,14 @@ def text_format(name: str) -> str:
 
 
 @contextmanager
-def open_texts(name: str, form: str | None = None, column: str = "text") -> Iterator[tuple[list[str], Rows]]:
+def open_texts(
+    name: str, form: str | None = None, column: str = "text", label_column: str | None = None
+) -> Iterator[tuple[list[str], Rows]]:
     """Open a file of texts; give its columns, and an iterator of its rows, each a mapping from columns to values.
 
-    "-" is standard input. The form is "csv", "jsonl" (objects) or "lines", by default as the ending says; lines have no
-    column but that of the texts, JSON Lines any others. DataError, naming the line, if it is not UTF-8 or has no text.
+    "-" is standard input. The form is "csv", "jsonl" (objects, or one list of them) or "lines", by default as the
+    ending says; lines have no column but that of the texts, JSON Lines any others. DataError, naming the line, if it is
+    not UTF-8, or lacks a text or the column of the labels, where that is asked for.
     """
     form = form or text_format(name)
     newline = "" if form == "csv" else "\n"
@@ -40,18 +43,20 @@ def open_texts(name: str, form: str | None = None, column: str = "text") -> Iter
         sys.stdin.reconfigure(**how)  # type: ignore[union-attr]
     with nullcontext(sys.stdin) if name == "-" else open(at_home(name), **how) as file:
         place, columns = [name], [column]
+        needed = {column} if label_column is None else {column, label_column}
         lines = _lines(file, name, place)
         rows: Iterable[Any] = ({column: line.rstrip("\r\n")} for line in lines)
         if form == "jsonl":
-            rows = (json.loads(line, parse_float=_finite, parse_constant=_finite) for line in lines if line.strip())
+            rows = _objects(lines)
         elif form == "csv":
             first = next(lines, "")
-            between = separator(first, {column}, tabs=name.lower().endswith(".tsv"))
-            rows = csv.DictReader(itertools.chain([first], lines), delimiter=between)
+            between = separator(first, needed, tabs=name.lower().endswith(".tsv"))
+            rows = csv.DictReader(itertools.chain([first], lines), delimiter=between, strict=True)
             columns = list(rows.fieldnames or ())
-            if column not in columns or len(set(columns)) < len(columns):
+            twice = len(set(columns)) < len(columns) if label_column is None else columns.count(label_column) > 1
+            if columns.count(column) != 1 or twice:
                 raise DataError(f"{name}: expected a column {column!r}, and none twice; its columns are {few(columns)}")
-        yield columns, _checked(rows, place, column)
+        yield columns, _checked(rows, place, column, needed)
 
 
 def _lines(file: Iterable[str], name: str, place: list[str]) -> Iterator[str]:
@@ -63,15 +68,29 @@ def _lines(file: Iterable[str], name: str, place: list[str]) -> Iterator[str]:
         yield line
 
 
+def _objects(lines: Iterator[str]) -> Iterator[Any]:
+    """Yield the values of JSON Lines, or of one list of JSON."""
+    first = next(lines, "")
+    if first.lstrip().startswith("["):
+        yield from DECODER.decode(first + "".join(lines))
+    else:
+        yield from (DECODER.decode(line) for line in itertools.chain([first], lines) if line.strip())
+
+
 def _finite(number: str) -> float:
     if not math.isfinite(found := float(number)):
         raise ValueError(f"{number} is no number of JSON")
     return found
 
 
-def _checked(rows: Iterable[Any], place: list[str], column: str) -> Rows:
+DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
+def _checked(rows: Iterable[Any], place: list[str], column: str, needed: set[str]) -> Rows:
     try:
         for row in rows:
+            if isinstance(row, dict) and (missing := needed - row.keys()):
+                raise ValueError(f"no column {min(missing)!r}; its columns are {few([*row])}")
             if not isinstance(row, dict) or not isinstance(row.get(column), str) or None in row:  # None: further cells
                 raise ValueError(f"expected a string as {column!r}, and no more cells than columns, given {row!r:.80}")
             yield row

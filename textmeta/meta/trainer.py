@@ -17,6 +17,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.labels import number, one_of, whole_number
 from textmeta.data.mixed_episodes import MixedEpisodes
+from textmeta.data.overview import log_corpora, warn_of_overlap
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
@@ -144,6 +145,9 @@ class MetaTrainer:
         corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
         accelerator = Accelerator()
         episodes = MixedEpisodes(corpora, self.seed, names=self.names, unlabelled=self.unlabelled)
+        if accelerator.is_main_process:
+            log_corpora(corpora, episodes.corpora)
+            warn_of_overlap(corpora, valid, "choose by")
         judges = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), self.seed) if valid else None
         encoder = Encoder(self.encoder, self.lora, accelerator.device, self.precision, access=access)
         reader = TokenStateReader(encoder, self.learner.layers)
