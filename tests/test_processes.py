@@ -1,6 +1,5 @@
 """Several processes train what one does, and end when one of them is lost."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 
@@ -27,10 +26,11 @@ from tests.test_classifier import adapter_of
 from textmeta import processes
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import Encoder
-from textmeta.errors import LostProcessError, SettingsError, TextMetaError
+from textmeta.errors import SettingsError, TextMetaError
 from textmeta.files import CHECKPOINT
 from textmeta.meta import trainer
 from textmeta.meta.adapter import Adapter
+from textmeta.sharing.store import load_adapter
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +130,11 @@ def test_a_lost_process_ends_the_others(number: int, together: Any, monkeypatch:
     assert told.startswith("LostProcessError: lost another process of this run, which has ended or hangs")
 
 
+def test_more_processes_than_tasks_are_refused(together: Any) -> None:
+    told = "SettingsError: tasks_per_step is 1, too few for 2 processes"
+    assert [(code, said[: len(told)]) for code, said in together(2, tasks_per_step=1)] == [(2, told)] * 2
+
+
 def test_processes_that_see_different_folders_are_refused(together: Any, tmp_path: Path) -> None:
     assert together(2) == [(0, "")] * 2
 
@@ -138,7 +143,7 @@ def test_processes_that_see_different_folders_are_refused(together: Any, tmp_pat
 
     for code, told in together(2, begin):
         assert code == 2
-        assert re.match(r"SettingsError: processes would go on from different steps \(\[2, 0\]\)", told)
+        assert re.match(r"SettingsError: processes would go on from different steps \(\[0, 2\]\)", told)
 
 
 def test_one_of_several_that_would_train_alone_is_refused(
@@ -147,3 +152,47 @@ def test_one_of_several_that_would_train_alone_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match="WORLD_SIZE is 2, but this process would train alone"):
         train(tiny_model, corpus)
+
+
+def launched(output: Path, tiny_model: str, corpus: Corpus, *more: str) -> subprocess.Popen[str]:
+    """Start ``textmeta train`` by accelerate, as recipes/accelerate/cpu2.yaml says."""
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    config = ["--config_file", str(ROOT / "recipes/accelerate/cpu2.yaml")]
+    data = write_rows(output.parent / "toy.jsonl", corpus)
+    given = ["--data", str(data), "--encoder.model", tiny_model, "--encoder.max_length", "32", "--test_shots", "[1]"]
+    command = [sys.executable, *launch, *config, "-m", "textmeta", "train", "--output", str(output), *given, *more]
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    how = {"env": {**environment, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}, "text": True}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.slow
+def test_accelerate_trains_on_the_cpus_of_a_machine(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    run = launched(tmp_path / "run", tiny_model, corpus, "--episodes", "4", "--test_episodes", "9")
+    shown, said = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    assert shown.count("this adapter") == 2  # with and without names, told by one process
+    made, _ = load_adapter(tmp_path / "run")
+    assert [result["frozen"]["episodes"] for result in made.record["results"].values()] == [9, 9]
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_launcher_within_a_minute(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    run = launched(tmp_path / "run", tiny_model, corpus, "--episodes", "100000")
+    record = tmp_path / "run" / "record.jsonl"
+    while run.poll() is None and not (record.exists() and record.read_text()):
+        time.sleep(0.1)
+    first, second = psutil.Process(run.pid).children()
+    second.kill()
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode
+    assert not first.is_running()
+    assert "textmeta: lost another process of this run, which has ended or hangs" in said
+    assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", said)
+
+
+@pytest.mark.parametrize("name", ["cpu2", "gpu1", "gpu8", "gpu8x8"])
+def test_accelerate_reads_the_configs(name: str) -> None:
+    config = load_config_from_file(str(ROOT / f"recipes/accelerate/{name}.yaml"))
+    expected = {"cpu2": (1, 2), "gpu1": (1, 1), "gpu8": (1, 8), "gpu8x8": (8, 64)}[name]
+    assert (config.num_machines, config.num_processes) == expected

@@ -33,7 +33,8 @@ def fit_calibration(
 ) -> Tensor:
     """Return the rule (8,) that tells texts of a task's classes from others, of which either weigh alike.
 
-    The processes of a run may do it ``together``. DataError if no query of the episodes is of no class (:data:`~textmeta.data.episodes.OUTSIDE`), or every one.
+    The processes of a run may do it ``together``. DataError if no query of the episodes is of no class
+    (:data:`~textmeta.data.episodes.OUTSIDE`), or every one.
     """
     device = learner.adapter.initialisation.queries.device
 

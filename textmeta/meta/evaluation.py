@@ -22,9 +22,9 @@ from textmeta.processes import shared_out
 
 __all__ = [
     "EpisodeScores",
+    "by_parts",
     "format_table",
     "frozen_prototypes",
-    "by_parts",
     "in_parts",
     "paired_difference",
     "score_episodes",

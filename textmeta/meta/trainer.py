@@ -135,8 +135,9 @@ class MetaTrainer:
         Raises:
             TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
             DivergedError: if loss or gradient are not finite.
-            SettingsError: if ``output`` holds a run with other settings, ``start`` does not fit, or ``fixed`` names no
-                tensor or leaves none to learn.
+            SettingsError: if ``output`` holds a run with other settings, ``start`` does not fit, ``fixed`` names no
+                tensor or leaves none to learn, or there are more processes than tasks in a step.
+            LostProcessError: if another process of the run ends or hangs.
             DataError: if a corpus has too few classes or texts.
         """
         if output is None:
@@ -145,6 +146,9 @@ class MetaTrainer:
         assert isinstance(self.encoder, EncoderSettings)
         corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
         accelerator = join_processes()
+        if self.tasks_per_step < accelerator.num_processes:
+            few = f"tasks_per_step is {self.tasks_per_step}, too few for {accelerator.num_processes} processes"
+            raise SettingsError(f"{few}, each of which is to learn at least one task a step")
         episodes = MixedEpisodes(corpora, self.seed, names=self.names, unlabelled=self.unlabelled)
         judges = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), self.seed) if valid else None
         encoder = Encoder(self.encoder, self.lora, accelerator.device, self.precision, access=access)
@@ -161,7 +165,9 @@ class MetaTrainer:
         run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
         run.check_fixed()
         main = accelerator.is_main_process
-        reader.cache(*(corpus.texts for corpus in corpora), folder=cache and at_home(cache), progress=main, together=True)
+        reader.cache(
+            *(corpus.texts for corpus in corpora), folder=cache and at_home(cache), progress=main, together=True
+        )
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
@@ -171,7 +177,9 @@ class MetaTrainer:
         adapter = replace(Adapter.of(reader, learner, shape.with_tensors(found)), record=record)
         outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
         if outside:
-            rule = fit_calibration(TaskLearner(reader, adapter), outside, "calibration" if main else None, together=True)
+            rule = fit_calibration(
+                TaskLearner(reader, adapter), outside, "calibration" if main else None, together=True
+            )
             adapter = replace(adapter, scope=rule)
         return adapter
 
@@ -232,8 +240,10 @@ class _Run:
         if (output / CHECKPOINT).exists():
             restore_state(state, output / CHECKPOINT, fingerprint)
         steps = shared_out(lambda own: [state.step], range(self.accelerator.num_processes))
-        if len(set(steps)) > 1:
-            raise SettingsError(f"processes would go on from different steps ({steps}): all machines must see {output}")
+        if len({*steps}) > 1:
+            raise SettingsError(
+                f"processes would go on from different steps ({sorted({*steps})}): all machines must see {output}"
+            )
         with (
             stop_requests() as stop_requested,
             open_record(output / RECORD, state.step, enabled=main) as write_row,
