@@ -58,7 +58,8 @@ def shared_out(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -
     if not (dist.is_available() and dist.is_initialized()):
         return list(work(items))
     number, count = dist.get_rank(), dist.get_world_size()
-    own, parts = list(work(items[number::count])), [[]] * count
+    own = list(work(items[number::count]))
+    parts: list[list[R]] = [[]] * count
     with exchange():
         dist.all_gather_object(parts, own)
     return [parts[position % count][position // count] for position in range(len(items))]
