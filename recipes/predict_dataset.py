@@ -1,7 +1,7 @@
 """Label a file or a data set of the Hub with a saved classifier, shard by shard, by as many processes as there are.
 
     python recipes/predict_dataset.py cards texts.csv --output answers
-    accelerate launch --num_processes 2 --cpu recipes/predict_dataset.py cards texts.csv --output answers
+    torchrun --nproc_per_node 2 recipes/predict_dataset.py cards texts.csv --output answers
     python recipes/predict_dataset.py cards texts.csv --output answers --ray
 
 OUTPUT gets a file for each shard, with the columns of its rows, ``predicted`` and ``probability``, and settings.json,
@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
-from accelerate import PartialState
 
 from textmeta import CorpusSettings, FewShotClassifier, TextMetaError
 from textmeta.commands import DIGITS, PREDICTED, PROBABILITY, check_free
@@ -30,6 +29,7 @@ from textmeta.data.texts import separator
 from textmeta.errors import DataError, SettingsError
 from textmeta.files import at_home, read_json, write_atomically
 from textmeta.meta.initialisation import whole_number
+from textmeta.processes import join_processes
 from textmeta.sharing.folder import MANIFEST
 from textmeta.sharing.locate import read_located
 
@@ -117,7 +117,7 @@ def label_by_ray(options: argparse.Namespace, numbers: list[int]) -> None:
 
 def label_all(options: argparse.Namespace) -> None:
     """Label the shards that are missing."""
-    state = PartialState(timeout=timedelta(days=30))  # for the first process to be done waits for the last
+    state = join_processes(timedelta(days=30))  # for the first one to be done waits for the last
     labeller = Labeller(options, str(state.device))
     made, output, record = labeller.made, options.output, options.output / "settings.json"
     before = read_json(record.read_bytes(), record, SettingsError) if record.exists() else made

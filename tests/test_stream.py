@@ -213,7 +213,7 @@ def start(*command: str, rows: int) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_processes_share_the_shards(run: Any) -> None:
-    launch = ("-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", "--main_process_port=0")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     shown = start(*launch, PATH, rows=25).communicate(timeout=300)[0]
     assert shown.count(": 5 rows\n") == 5
     assert shown.endswith(f"25 rows are labelled, in 5 files of {Path('out').absolute()}\n")

@@ -24,6 +24,7 @@ ORDER = [
     "errors",
     "files",
     "hub",
+    "processes",
     "data",
     "encoder",
     "heads",

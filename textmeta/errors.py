@@ -11,6 +11,7 @@ __all__ = [
     "EncoderError",
     "HubError",
     "HubUnreachableError",
+    "LostProcessError",
     "SettingsError",
     "TextMetaError",
     "TrainingInterrupted",
@@ -51,6 +52,10 @@ class HubUnreachableError(HubError):
 
 class DivergedError(TextMetaError):
     """Training came to a loss or gradient that is not finite."""
+
+
+class LostProcessError(TextMetaError):
+    """Another process of the same run has ended, or does not answer."""
 
 
 class TrainingInterrupted(TextMetaError):  # noqa: N818 (no error: somebody asked for it)

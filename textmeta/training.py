@@ -54,22 +54,24 @@ def train(arguments: Sequence[str]) -> None:
         trainer = replace(trainer, lora=start.lora)
     adapter = trainer.train(corpora, valid, settings.output, start=start)
     state = PartialState()
-    if not state.is_main_process:
-        return
+    main = state.is_main_process
     reader = adapter.load_reader(device=state.device, precision=trainer.precision)
     learner = TaskLearner(reader, adapter.to(reader.encoder.device))
     adapter = replace(adapter, index=index_corpora(learner, corpora))
-    save_adapter(settings.output, adapter)  # before it is judged, lest that be interrupted
+    if main:
+        save_adapter(settings.output, adapter)  # before it is judged, lest that be interrupted
     results: dict[str, Any] = {}
     table: dict[str, Any] = {}
     for name, sampler in tests:  # the adapter and frozen prototypes on the same episodes
         episodes = sampler.take(settings.test_episodes)
-        before = frozen_prototypes(reader, episodes, f"{name}, frozen")
-        after = score_episodes(learner, episodes, name)
+        before = frozen_prototypes(reader, episodes, f"{name}, frozen" if main else None, together=True)
+        after = score_episodes(learner, episodes, name if main else None, together=True)
         paired = paired_difference(after, before)
         results[name] = {"frozen": summary(before), "meta_trained": summary(after), "paired": paired}
         table[f"{name}: frozen prototypes"] = summary(before)
         table[f"{name}: this adapter"] = {**summary(after), "paired": paired}
+    if not main:
+        return
     if results:
         save_adapter(settings.output, replace(adapter, record={**adapter.record, "results": results}))
         print(format_table(table))

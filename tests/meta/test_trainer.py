@@ -410,7 +410,8 @@ def test_the_best_validated_tensors_are_the_result(
 ) -> None:
     accuracies, seen = iter([0.5, 0.9, 0.7]), []
 
-    def scores(learner: TaskLearner, episodes: Sequence[object]) -> SimpleNamespace:
+    def scores(learner: TaskLearner, episodes: Sequence[object], *, together: bool) -> SimpleNamespace:
+        assert together
         seen.append(learner.adapter.initialisation.tensors())
         seen[-1] = {name: value.clone() for name, value in seen[-1].items()}
         assert len(episodes) == 3

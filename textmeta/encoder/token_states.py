@@ -20,6 +20,7 @@ from tqdm import tqdm
 from textmeta.encoder.encoder import OVERHEAD, Encoder
 from textmeta.encoder.lora import using_factors
 from textmeta.errors import EncoderError, SettingsError
+from textmeta.processes import shared_out
 
 __all__ = ["StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
 
@@ -132,16 +133,20 @@ class TokenStateReader:
         # the last factors and their versions; weights with them in it
         self._folded: tuple[list[tuple[int, int]], list[Tensor], dict[str, Tensor]] = [], [], {}
 
-    def cache(self, *groups: Sequence[str], folder: Path | None = None, progress: bool = True) -> None:
+    def cache(
+        self, *groups: Sequence[str], folder: Path | None = None, progress: bool = True, together: bool = False
+    ) -> None:
         """Keep what the frozen layers make of texts, in half precision, for every later :meth:`read` of them.
 
-        Their bits depend on the set of the texts of a group alone, so that a resumed run has the same. Of a model that
+        Their bits depend on the set of the texts of a group alone, and on how many processes read it together, so that
+        a resumed run has the same. Of a model that
         cannot be split nothing is kept.
 
         Args:
             groups: of texts to be kept.
             folder: where each group is kept as a file, for other runs with this encoder, these layers and this length.
             progress: whether a bar is shown if it takes long.
+            together: whether the processes of a run share the reading of what no folder keeps.
         """
         if self.encoder.frozen_layers is None:
             return
@@ -151,7 +156,12 @@ class TokenStateReader:
             total=total, desc="frozen layers", unit="text", leave=False, delay=BAR_AFTER, disable=not progress
         ) as bar:
             for texts in distinct:
-                self._kept.update(zip(texts, self._frozen_states(texts, folder, bar), strict=True))
+                if together and folder is None:  # by way of the CPU, for a tensor comes back to the device it was on
+                    read = shared_out(lambda own: [state.cpu() for state in self.frozen_states(own, bar)], texts)
+                    states = [state.to(self.encoder.device) for state in read]
+                else:
+                    states = self._frozen_states(texts, folder, bar)
+                self._kept.update(zip(texts, states, strict=True))
 
     @torch.no_grad()
     def frozen_states(self, texts: Sequence[str], bar: tqdm | None = None) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from textmeta.errors import DataError
 from textmeta.heads.pooling import pool, to_length_one
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.learner import TaskLearner
+from textmeta.processes import shared_out
 
 __all__ = [
     "EpisodeScores",
+    "by_parts",
     "format_table",
     "frozen_prototypes",
     "in_parts",
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 TASKS_AT_ONCE, TEXTS_AT_ONCE = 8, 512  # so that memory stays bounded; a task of more texts is learned alone
+R = TypeVar("R")
 COSINE_SCALE = 10.0  # what frozen prototypes' cosines are multiplied by to become logits
 
 
@@ -43,10 +47,13 @@ class EpisodeScores:
     correct: np.ndarray  # (Q,) bool, whether it is the true one
 
 
-def score_episodes(learner: TaskLearner, episodes: Sequence[Episode], progress: str | None = None) -> EpisodeScores:
+def score_episodes(
+    learner: TaskLearner, episodes: Sequence[Episode], progress: str | None = None, *, together: bool = False
+) -> EpisodeScores:
     """Learn the task of each episode and score its queries, several tasks at once; ``progress`` labels a bar.
 
-    Queries of no class of their episode are left out. DataError if there are no episodes, or one has no other query.
+    Queries of no class of their episode are left out. The processes of a run may do it ``together``; then all get all
+    scores. DataError if there are no episodes, or one has no other query.
     """
     device = learner.adapter.initialisation.queries.device
 
@@ -54,11 +61,11 @@ def score_episodes(learner: TaskLearner, episodes: Sequence[Episode], progress: 
         task = learner.learn(TaskBatch.of_episodes(part, device))
         return learner.answer(task, Rows.of([e.query_texts for e in part], device)).logits
 
-    return _score(logits_of, episodes, progress)
+    return _score(logits_of, episodes, progress, together)
 
 
 def frozen_prototypes(
-    reader: TokenStateReader, episodes: Sequence[Episode], progress: str | None = None
+    reader: TokenStateReader, episodes: Sequence[Episode], progress: str | None = None, *, together: bool = False
 ) -> EpisodeScores:
     """Score what needs no training: cosines to the class means of the frozen encoder's last layer, mean pooled.
 
@@ -77,7 +84,7 @@ def frozen_prototypes(
             sums = views.new_zeros(e.ways, views.shape[1]).index_add(0, labels, views[: len(labels)])
             yield COSINE_SCALE * views[len(labels) :] @ to_length_one(sums).T
 
-    return _score(logits_of, episodes, progress)
+    return _score(logits_of, episodes, progress, together)
 
 
 def summary(scores: EpisodeScores) -> dict[str, float | int]:
@@ -116,16 +123,33 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _score(
-    logits_of: Callable[[Sequence[Episode]], Iterable[Tensor]], episodes: Sequence[Episode], progress: str | None
+    logits_of: Callable[[Sequence[Episode]], Iterable[Tensor]],
+    episodes: Sequence[Episode],
+    progress: str | None,
+    together: bool,
 ) -> EpisodeScores:
     if not episodes:
         raise DataError("no episodes to score")
-    rows: list[tuple[Any, ...]] = []
-    with torch.no_grad(), tqdm(total=len(episodes), desc=progress, unit="episode", disable=progress is None) as bar:
-        for part in in_parts(episodes):
-            rows += map(_scores_of, part, logits_of(part))
-            bar.update(len(part))
-    return EpisodeScores(*map(np.hstack, zip(*rows, strict=True)))
+    parts = by_parts(lambda part: [*map(_scores_of, part, logits_of(part))], episodes, progress, together)
+    return EpisodeScores(*map(np.hstack, zip(*chain(*parts), strict=True)))
+
+
+@torch.no_grad()
+def by_parts(
+    work: Callable[[Sequence[Episode]], R], episodes: Sequence[Episode], progress: str | None, together: bool
+) -> list[R]:
+    """Return what ``work`` makes of each of the :func:`in_parts`; processes may share them out, and all get all."""
+
+    def every(parts: Sequence[Sequence[Episode]]) -> list[R]:
+        found = []
+        with tqdm(total=sum(map(len, parts)), desc=progress, unit="episode", disable=progress is None) as bar:
+            for part in parts:
+                found.append(work(part))
+                bar.update(len(part))
+        return found
+
+    parts = list(in_parts(episodes))
+    return shared_out(every, parts) if together else every(parts)
 
 
 def in_parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:

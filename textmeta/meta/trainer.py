@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -32,6 +33,7 @@ from textmeta.meta.checkpoint import TrainingState, open_record, restore_state, 
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
+from textmeta.processes import exchange, join_processes, shared_out
 
 __all__ = ["MetaTrainer"]
 
@@ -134,8 +136,9 @@ class MetaTrainer:
         Raises:
             TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
             DivergedError: if loss or gradient are not finite.
-            SettingsError: if ``output`` holds a run with other settings, ``start`` does not fit, or ``fixed`` names no
-                tensor or leaves none to learn.
+            SettingsError: if ``output`` holds a run with other settings, ``start`` does not fit, ``fixed`` names no
+                tensor or leaves none to learn, or there are more processes than tasks in a step.
+            LostProcessError: if another process of the run ends or hangs.
             DataError: if a corpus has too few classes or texts.
         """
         if output is None:
@@ -143,7 +146,10 @@ class MetaTrainer:
                 return self.train(corpora, valid, folder, start=start, cache=cache, access=access)
         assert isinstance(self.encoder, EncoderSettings)
         corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
-        accelerator = Accelerator()
+        accelerator = join_processes()
+        if self.tasks_per_step < accelerator.num_processes:
+            few = f"tasks_per_step is {self.tasks_per_step}, too few for {accelerator.num_processes} processes"
+            raise SettingsError(f"{few}, each of which is to learn at least one task a step")
         episodes = MixedEpisodes(corpora, self.seed, names=self.names, unlabelled=self.unlabelled)
         if accelerator.is_main_process:
             log_corpora(corpora, episodes.corpora)
@@ -163,7 +169,9 @@ class MetaTrainer:
         run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
         run.check_fixed()
         main = accelerator.is_main_process
-        reader.cache(*(corpus.texts for corpus in corpora), folder=cache and at_home(cache), progress=main)
+        reader.cache(
+            *(corpus.texts for corpus in corpora), folder=cache and at_home(cache), progress=main, together=True
+        )
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
@@ -173,7 +181,9 @@ class MetaTrainer:
         adapter = replace(Adapter.of(reader, learner, shape.with_tensors(found)), record=record)
         outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
         if outside:
-            rule = fit_calibration(TaskLearner(reader, adapter), outside, "calibration" if main else None)
+            rule = fit_calibration(
+                TaskLearner(reader, adapter), outside, "calibration" if main else None, together=True
+            )
             adapter = replace(adapter, scope=rule)
         return adapter
 
@@ -233,7 +243,11 @@ class _Run:
         output.mkdir(parents=True, exist_ok=True)
         if (output / CHECKPOINT).exists():
             restore_state(state, output / CHECKPOINT, fingerprint)
-        self.accelerator.wait_for_everyone()
+        steps = shared_out(lambda own: [state.step], range(self.accelerator.num_processes))
+        if len({*steps}) > 1:
+            raise SettingsError(
+                f"processes would go on from different steps ({sorted({*steps})}): all machines must see {output}"
+            )
         with (
             stop_requests() as stop_requested,
             open_record(output / RECORD, state.step, enabled=main) as write_row,
@@ -257,7 +271,8 @@ class _Run:
                 if stop:
                     told = f"stopped after step {state.step} of {trainer.steps}; the same command goes on from"
                     raise TrainingInterrupted(f"{told} {output / CHECKPOINT}")
-        self.accelerator.wait_for_everyone()
+        with exchange():
+            self.accelerator.wait_for_everyone()
         return {name: value.detach() for name, value in (state.best or state.parameters).items()}
 
     def _groups(self, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -278,7 +293,9 @@ class _Run:
         sums, totals = self._own_share(state, own, mine, f"step {state.step + 1}, on {[e.corpus for e in mine]}")
         totals[3] = float(stop)
         # one reduction for everything; the mean is over tasks, so that uneven shares weigh right
-        flat: Tensor = self.accelerator.reduce(torch.cat([*(part.flatten() for part in sums.values()), totals]), "sum")
+        flat: Tensor = torch.cat([*(part.flatten() for part in sums.values()), totals])
+        with exchange():
+            flat = self.accelerator.reduce(flat, "sum")
         totals = flat[-4:]
         mean = flat[:-4] / totals[2]
         norm = mean.norm()
@@ -320,11 +337,9 @@ class _Run:
 
     def _validate(self, state: TrainingState, episodes: Sequence[Episode]) -> float:
         """Return validation accuracy, each process scoring its share; keep the tensors if they are the best yet."""
-        mine = episodes[self.accelerator.process_index :: self.accelerator.num_processes]
         learner = TaskLearner(self.reader, self._with({n: v.detach() for n, v in state.parameters.items()}))
-        total = float(score_episodes(learner, mine).accuracy.sum()) if mine else 0.0
-        own = self.adapter.initialisation.queries.new_tensor([total])
-        accuracy = float(self.accelerator.reduce(own, "sum")) / len(episodes)
+        total = score_episodes(learner, episodes, together=True).accuracy.sum()
+        accuracy = float(np.float32(total)) / len(episodes)
         if accuracy > state.best_accuracy:
             state.best_accuracy, state.best_step = accuracy, state.step
             state.best = {name: value.detach().clone() for name, value in state.parameters.items()}
