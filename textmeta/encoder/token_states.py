@@ -20,11 +20,11 @@ from tqdm import tqdm
 from textmeta.encoder.encoder import OVERHEAD, Encoder
 from textmeta.encoder.lora import using_factors
 from textmeta.errors import EncoderError, SettingsError
+from textmeta.progress import progress_bar
 
 __all__ = ["StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
 
 MAX_TOKENS = 2048  # of one forward, with padding: more of MiniLM do not stay in a core's cache
-BAR_AFTER = 5.0  # seconds
 STATE_EPSILON = 1e-6  # the state of padding is 0
 
 Batch = tuple[list[int], Tensor, Tensor]  # numbers of r rows, the rows (r, V, L, d) with zeros at padding, mask (r, L)
@@ -147,9 +147,7 @@ class TokenStateReader:
             return
         distinct = [sorted(set(texts)) for texts in groups if texts]
         total = sum(map(len, distinct))
-        with tqdm(
-            total=total, desc="frozen layers", unit="text", leave=False, delay=BAR_AFTER, disable=not progress
-        ) as bar:
+        with progress_bar(total, "frozen layers" if progress else None, "text", brief=True) as bar:
             for texts in distinct:
                 self._kept.update(zip(texts, self._frozen_states(texts, folder, bar), strict=True))
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from tqdm import tqdm
 
 from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.data.mixed_episodes import MixedEpisodes
@@ -15,6 +14,7 @@ from textmeta.errors import DataError
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import in_parts
 from textmeta.meta.learner import TaskLearner
+from textmeta.progress import progress_bar
 
 __all__ = ["episodes_with_outside", "fit_calibration"]
 
@@ -37,7 +37,7 @@ def fit_calibration(learner: TaskLearner, episodes: Sequence[Episode], progress:
     """
     device = learner.adapter.initialisation.queries.device
     inputs, inside = [], []
-    with tqdm(total=len(episodes), desc=progress, unit="episode", disable=progress is None) as bar:
+    with progress_bar(len(episodes), progress, "episode") as bar:
         for part in in_parts(episodes):
             task = learner.learn(TaskBatch.of_episodes(part, device))
             found = learner.answer(task, Rows.of([e.query_texts for e in part], device)).scope_inputs.cpu().double()
