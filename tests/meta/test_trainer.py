@@ -48,6 +48,7 @@ SHORT = {"CALIBRATION_EPISODES": 2, "WARMUP": 2, "CHECKPOINT_EVERY": 2}
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SHORT.items():
         monkeypatch.setattr(trainer_module, name, value)
+    monkeypatch.setattr(trainer_module, "draw_curves", lambda record: None)  # takes time
 
 
 def trainer_of(tiny_model: str, **settings) -> MetaTrainer:
@@ -64,13 +65,14 @@ def trainer_of(tiny_model: str, **settings) -> MetaTrainer:
 
 
 def train(
-    tiny_model: str, corpus: Corpus, output: Path | None = None, *, valid: int = 0, start=None, cache=None, **settings
+    tiny_model: str, corpus: Corpus, output: Path | None = None, *, valid: int = 0, **given
 ) -> Adapter:
-    """Train on the first five classes; validate on so many of the others."""
+    """Train on the first five classes; validate on so many of the others; ``given`` to train, or as settings."""
+    how = {name: given.pop(name) for name in ("start", "cache", "callback", "track") if name in given}
     names = corpus.class_names
     held_out = [corpus.restrict(names[5 : 5 + valid])] if valid else []
-    trainer = trainer_of(tiny_model, **settings)
-    return trainer.train(corpus.restrict(names[:5]), held_out, output, start=start, cache=cache)
+    trainer = trainer_of(tiny_model, **given)
+    return trainer.train(corpus.restrict(names[:5]), held_out, output, **how)
 
 
 def rows_of(output: Path) -> list[dict[str, float]]:
@@ -185,7 +187,7 @@ def test_the_record_has_a_row_a_step(
     tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "VALIDATE_EVERY", 2)
-    monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 1)
+    monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 2)
     train(tiny_model, corpus, tmp_path, valid=3, episodes=9, tasks_per_step=2)
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]  # the last is of one episode
@@ -226,8 +228,9 @@ def test_a_signal_stops_after_the_step_and_saves(
 ) -> None:
     handler = signal.getsignal(number)
     on_each_step(monkeypatch, "maml", lambda begun, _: os.kill(os.getpid(), number) if begun == 2 else None)
-    with pytest.raises(TrainingInterrupted, match=r"after step 3 of 6.*goes on"):
+    with pytest.raises(TrainingInterrupted, match=r"after step 3 of 6.*goes on") as stopped:
         train(tiny_model, corpus, tmp_path)
+    assert stopped.value.signum == number
     assert signal.getsignal(number) == handler
     assert len(rows_of(tmp_path)) == 3
     with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
@@ -478,7 +481,7 @@ def test_what_is_not_finite_stops_training(name: str, tiny_model: str, corpus: C
 
 
 WRONG = {"algorithm": "mamal", "episodes": 0, "tasks_per_step": 0, "lora_rate": 0.0, "number_rate": float("inf")}
-WRONG |= {"names": 2.0, "unlabelled": -1.0, "seed": -1}
+WRONG |= {"names": 2.0, "unlabelled": -1.0, "seed": -1, "patience": -1}
 
 
 @pytest.mark.parametrize("name", WRONG)

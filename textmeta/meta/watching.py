@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 
 from textmeta.errors import SettingsError
 from textmeta.files import write_atomically
@@ -28,12 +29,12 @@ def accelerator_of(track: Any, output: Path) -> Accelerator:
     """Return accelerate's Accelerator with these trackers; SettingsError if one is not known or not installed."""
     names = [track] if isinstance(track, str) else list(track)
     try:
-        found = Accelerator(log_with=names, project_dir=output.resolve().parent)
+        found = filter_trackers(names, output)
     except ValueError as error:
         raise SettingsError(f"track: {error}") from error
-    if missing := set(map(str, names)) - {"all", *(str(getattr(each, "value", each)) for each in found.log_with)}:
+    if missing := {str(name) for name in names} - {str(tracker) for tracker in found}:
         raise SettingsError(f"track names {min(missing)!r}, which is not installed: pip install 'textmeta[track]'")
-    return found
+    return Accelerator(log_with=found or None, project_dir=output.resolve().parent)
 
 
 @contextmanager
