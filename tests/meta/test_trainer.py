@@ -64,9 +64,7 @@ def trainer_of(tiny_model: str, **settings) -> MetaTrainer:
     return MetaTrainer(**given)
 
 
-def train(
-    tiny_model: str, corpus: Corpus, output: Path | None = None, *, valid: int = 0, **given
-) -> Adapter:
+def train(tiny_model: str, corpus: Corpus, output: Path | None = None, *, valid: int = 0, **given) -> Adapter:
     """Train on the first five classes; validate on so many of the others; ``given`` to train, or as settings."""
     how = {name: given.pop(name) for name in ("start", "cache", "callback", "track") if name in given}
     names = corpus.class_names
