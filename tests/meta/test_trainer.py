@@ -3,10 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
@@ -233,35 +229,6 @@ def test_a_signal_stops_after_the_step_and_saves(
     assert len(rows_of(tmp_path)) == 3
     with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
         assert json.loads(file.metadata()["state"])["step"] == 3
-
-
-def test_a_killed_process_can_go_on(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        """
-        import sys
-        from pathlib import Path
-        import tests.conftest  # as many threads as here: their number changes the last bits
-        from tests.meta import test_trainer
-        from textmeta.data.corpus import Corpus
-        vars(test_trainer.trainer_module).update(test_trainer.SHORT)
-        texts, labels = Path(sys.argv[2]).read_text().split("\\n\\n")
-        corpus = Corpus.from_pairs("toy", texts.split("\\n"), labels.split("\\n"))
-        test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), episodes=12)
-        """
-    )
-    names = [corpus.class_names[label] for label in corpus.labels]
-    (tmp_path / "corpus.txt").write_text("\n".join(corpus.texts) + "\n\n" + "\n".join(names))
-    arguments = [sys.executable, "-c", script, tiny_model, str(tmp_path / "corpus.txt"), str(tmp_path / "parts")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "parts" / CHECKPOINT).exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert (tmp_path / "parts" / CHECKPOINT).exists()
-    assert len(rows_of(tmp_path / "parts")) < 12
-    whole = train(tiny_model, corpus, tmp_path / "whole", episodes=12)
-    assert_same(train(tiny_model, corpus, tmp_path / "parts", episodes=12), whole)
 
 
 @pytest.mark.parametrize(

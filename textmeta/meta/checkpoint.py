@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,9 @@ from textmeta.files import write_atomically
 
 __all__ = ["TrainingState", "open_record", "restore_state", "save_state", "stop_requests"]
 
+BEFORE = "checkpoint.before"
+NUMBERS = ("step", "best_accuracy", "best_step", "without_gain")  # of a training state
+
 
 @dataclass
 class TrainingState:
@@ -39,11 +42,6 @@ class TrainingState:
     last_gain: Tensor | None = None  # (E,) validation accuracy of each episode when there last was a gain
     without_gain: int = 0  # validations since
 
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """Those of the state; a checkpoint holds them as JSON."""
-        return {key: value for key, value in vars(self).items() if isinstance(value, int | float)}
-
 
 def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
     """Write a training state as one file, atomically; only a run with the same fingerprint can go on from it."""
@@ -54,12 +52,12 @@ def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any])
     if state.last_gain is not None:
         tensors["last_gain"] = state.last_gain
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    told = {**state.numbers, "settings": fingerprint, "sha256": tensors_digest(content)}
-    write_atomically(path, save(content, metadata={"state": json.dumps(told)}), _before(path))
-
-
-def _before(path: Path) -> Path:
-    return path.with_stem(f"{path.stem}.before")
+    told = {
+        **{name: getattr(state, name) for name in NUMBERS},
+        "settings": fingerprint,
+        "sha256": tensors_digest(content),
+    }
+    write_atomically(path, save(content, metadata={"state": json.dumps(told)}), path.with_stem(BEFORE))
 
 
 def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -68,7 +66,7 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
     AdapterError if there are damaged ones alone; SettingsError if it belongs to a run with other settings, or of a
     textmeta with other parameters.
     """
-    there = [each for each in (path, _before(path)) if each.exists()]
+    there = [each for each in (path, path.with_stem(BEFORE)) if each.exists()]
     for each in there:
         try:
             tensors, saved, settings = _read(each)
@@ -76,6 +74,8 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
         except AdapterError as error:
             if each == there[-1]:
                 raise
+            with suppress(FileNotFoundError):  # lest it become the one before; another process may have been quicker
+                path.replace(path.with_suffix(".damaged"))
             warnings.warn(f"{error}; the run goes on from {there[-1]}, the one before", stacklevel=2)
     else:
         return
@@ -102,7 +102,7 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
             moments.setdefault(int(index), {})[key] = value
     groups = state.optimiser.state_dict()["param_groups"]
     state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
-    vars(state).update({key: saved[key] for key in state.numbers if key in saved})  # older ones have fewer
+    vars(state).update({name: saved[name] for name in NUMBERS if name in saved})  # older ones have fewer
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -146,7 +146,7 @@ def open_record(path: Path, step: int, *, enabled: bool) -> Iterator[Callable[[M
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step, told by its number; a second SIGINT acts at once."""
+    """Turn SIGINT and SIGTERM into a request to stop after the step, its number; a second SIGINT acts at once."""
     requested = 0
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0  # signals belong to the main thread
