@@ -148,9 +148,10 @@ class PredictsTexts:
         texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors, start=start)
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
-        label = "predict" if self.progress and len(starts) > 1 else None
+        label = "predict" if self.progress else None
         with torch.inference_mode(), warning_of(texts, "predict", start, told):
-            for first in progress_bar(len(starts), label, " batches", over=starts, brief=True):
+            several = len(starts) > 1
+            for first in progress_bar(len(starts), label, " batches", over=starts, brief=True) if several else starts:
                 answers = answer(texts[first : first + self.batch_size])
                 found = [getattr(answers, name) for name in wanted]
                 if any(value is None for value in found):

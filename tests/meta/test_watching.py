@@ -250,7 +250,7 @@ vars(test_trainer.trainer_module).update(test_trainer.SHORT, VALIDATE_EVERY=3, V
 texts, labels = Path(sys.argv[2]).read_text().split("\\n\\n")
 corpus = Corpus.from_pairs("toy", texts.split("\\n"), labels.split("\\n"))
 try:
-    test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), valid=3, episodes=60, patience=30)
+    test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), valid=3, episodes=int(sys.argv[4]), patience=30)
 except TrainingInterrupted as stop:
     sys.exit(128 + stop.signum)
 """
@@ -261,11 +261,11 @@ def test_a_run_stopped_at_random_ends_in_the_same_bits(
     stops: int, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By SIGKILL and SIGTERM in turn."""
-    points = np.sort(np.random.default_rng(31).choice(np.arange(1, 50), stops, replace=False)).tolist()
+    points = np.sort(np.random.default_rng(31).choice(np.arange(1, 16 * stops - 10), stops, replace=False)).tolist()
     names = [corpus.class_names[label] for label in corpus.labels]
     (tmp_path / "corpus.txt").write_text("\n".join(corpus.texts) + "\n\n" + "\n".join(names))
     output = tmp_path / "parts"
-    arguments = [sys.executable, "-c", SCRIPT, tiny_model, str(tmp_path / "corpus.txt"), str(output)]
+    arguments = [sys.executable, "-c", SCRIPT, tiny_model, str(tmp_path / "corpus.txt"), str(output), str(16 * stops)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     record = output / "record.jsonl"
     for point, number in zip(points, itertools.cycle((signal.SIGKILL, signal.SIGTERM)), strict=False):
@@ -274,9 +274,9 @@ def test_a_run_stopped_at_random_ends_in_the_same_bits(
             time.sleep(0.005)
         process.send_signal(number)
         assert process.wait() == (-9 if number == signal.SIGKILL else 143)
-        assert len(record.read_text().splitlines()) < 60
+        assert len(record.read_text().splitlines()) < 16 * stops
     for name in ("VALIDATE_EVERY", "VALIDATION_EPISODES"):
         monkeypatch.setattr(trainer_module, name, 3)
-    whole = train(tiny_model, corpus, tmp_path / "whole", valid=3, episodes=60, patience=30)
-    assert_same(train(tiny_model, corpus, output, valid=3, episodes=60, patience=30), whole)
+    whole = train(tiny_model, corpus, tmp_path / "whole", valid=3, episodes=16 * stops, patience=30)
+    assert_same(train(tiny_model, corpus, output, valid=3, episodes=16 * stops, patience=30), whole)
     assert record.read_text() == (tmp_path / "whole" / "record.jsonl").read_text()
