@@ -276,9 +276,12 @@ def test_what_cannot_be_used_ends_in_a_line(
     assert [file.read_bytes() for file in files] == [written] * len(files)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), TrainingInterrupted("stopped")])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (TrainingInterrupted("stopped"), 130), (TrainingInterrupted("stopped", 15), 143)],
+)
 def test_interrupted_has_a_code_of_its_own(
-    folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise error
@@ -287,12 +290,12 @@ def test_interrupted_has_a_code_of_its_own(
     (tmp_path / "a.txt").write_text("bal bel\n", encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
         run("predict", folder, tmp_path / "a.txt")
-    assert ended.value.code == 130
+    assert ended.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_help_says_the_codes_and_the_version_is_shown(capsys: Shown) -> None:
-    for argument, shown in (("--version", f"textmeta {version('textmeta')}\n"), ("--help", "130 interrupted")):
+    for argument, shown in (("--version", f"textmeta {version('textmeta')}\n"), ("--help", "143 terminated")):
         with pytest.raises(SystemExit) as ended:
             run(argument)
         assert ended.value.code == 0

@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from tests.hub.server import HubServer
 from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
 from tests.test_long_texts import LONG
 from tests.test_recipes import RECIPES
-from textmeta import FewShotClassifier, predicting
+from textmeta import FewShotClassifier, progress
 from textmeta.classifier import NotFittedError
 from textmeta.errors import DataError, SettingsError
 
@@ -98,8 +97,8 @@ def test_warnings_come_once_and_soon(fitted: FewShotClassifier) -> None:
 def test_a_bar_has_rate_and_remaining_time(fitted: FewShotClassifier, capsys: Any, monkeypatch: Any) -> None:
     list(fitted.predict_stream(MANY))
     assert capsys.readouterr().err == "", "not before it takes long"
-    monkeypatch.setattr(predicting, "BAR_AFTER", 1e-9)
-    monkeypatch.setattr(predicting, "tqdm", partial(tqdm, mininterval=0))
+    monkeypatch.setattr(progress, "BAR_AFTER", 1e-9)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     for texts, total in ((MANY, None), (map(str, MANY), 36), (map(str, MANY), None)):
         assert len(list(fitted.predict_stream(texts, total=total))) == 36
         shown = capsys.readouterr().err

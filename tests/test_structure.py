@@ -23,6 +23,7 @@ PACKAGE = Path(textmeta.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "progress",
     "hub",
     "processes",
     "data",

@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 EXIT_CODES = (
     "Exit codes: 0 done, also where the reader of a pipe has had enough; 1 a fault of textmeta's own; 2 wrong usage or "
-    "input, told in one line; 130 interrupted."
+    "input, told in one line; 130 interrupted (SIGINT); 143 terminated (SIGTERM)."
 )
 
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _run(_parser().parse_args(given))
     except (TextMetaError, OSError) as error:
         print(f"textmeta: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(130 if isinstance(error, TrainingInterrupted) else 2)
+        sys.exit(128 + error.signum if isinstance(error, TrainingInterrupted) else 2)
     except KeyboardInterrupt:
         print("textmeta: interrupted", file=sys.stderr)
         sys.exit(130)

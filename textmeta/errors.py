@@ -59,4 +59,8 @@ class LostProcessError(TextMetaError):
 
 
 class TrainingInterrupted(TextMetaError):  # noqa: N818 (no error: somebody asked for it)
-    """Training was stopped by a signal; its checkpoint holds everything needed to go on."""
+    """Training was stopped by a signal, ``signum``; its checkpoint holds everything needed to go on."""
+
+    def __init__(self, told: str, signum: int = 2):
+        super().__init__(told)
+        self.signum = signum

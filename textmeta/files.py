@@ -85,10 +85,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash at any moment it holds the old content or the new, never a part."""
+def write_atomically(path: Path, content: bytes, before: Path | None = None) -> None:
+    """Write a file so that after a crash at any moment it holds the old content or the new, never a part.
+
+    ``before`` is what the old one becomes; a crash may leave it alone.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     write_synced(temporary, content)
+    if before and path.exists():
+        os.replace(path, before)
     os.replace(temporary, path)
     sync_folder(path.parent)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from textmeta.data.labels import (
     Label,
@@ -21,9 +20,9 @@ from textmeta.data.labels import (
     whole_number,
 )
 from textmeta.encoder.encoder import warning_of
-from textmeta.encoder.token_states import BAR_AFTER
 from textmeta.errors import AdapterError, DataError
 from textmeta.meta.learner import Answers
+from textmeta.progress import progress_bar
 from textmeta.sharing.locate import DEFAULT_ADAPTER
 
 __all__ = ["PredictsTexts"]
@@ -129,10 +128,8 @@ class PredictsTexts:
         return float(np.average(right, weights=weights))
 
     def _stream(self, rows: Iterator[str], k: int, total: int, by: Any) -> Iterator[Top]:
-        start, told, silent = 0, set[str](), not self.progress
-        with tqdm(
-            total=total or None, desc="predict", unit=" texts", leave=False, delay=BAR_AFTER, disable=silent
-        ) as bar:
+        start, told = 0, set[str]()
+        with progress_bar(total or None, "predict" if self.progress else None, " texts", brief=True) as bar:
             while batch := list(islice(rows, self.batch_size)):
                 tops = _tops(k, *self._answer(batch, "logits", by=by, start=start, told=told))
                 start += len(batch)
@@ -151,9 +148,10 @@ class PredictsTexts:
         texts = checked_texts(given, "predict", allow_empty=True, errors=self.errors, start=start)
         parts = []
         starts = range(0, max(1, len(texts)), self.batch_size)
-        silent = not self.progress or len(starts) < 2
+        label = "predict" if self.progress else None
         with torch.inference_mode(), warning_of(texts, "predict", start, told):
-            for first in tqdm(starts, "predict", leave=False, delay=BAR_AFTER, disable=silent):
+            several = len(starts) > 1
+            for first in progress_bar(len(starts), label, " batches", over=starts, brief=True) if several else starts:
                 answers = answer(texts[first : first + self.batch_size])
                 found = [getattr(answers, name) for name in wanted]
                 if any(value is None for value in found):

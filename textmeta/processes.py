@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,20 +22,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def join_processes(longest_wait: timedelta | None = None) -> "Accelerator":
+def join_processes(longest_wait: timedelta | None = None, **settings: Any) -> "Accelerator":
     """Join the other processes of a run, if there are any: by NCCL on GPUs, by gloo on CPUs.
 
-    One that hangs is waited for 10 minutes, or as long as is given. SettingsError if this one was started as one of
-    several, but would train alone.
+    One that hangs is waited for 10 minutes, or as long as is given; further settings are accelerate's. SettingsError if
+    this one was started as one of several, but would train alone.
     """
     from accelerate import Accelerator  # noqa: PLC0415 - nobody else needs it
     from accelerate.utils import InitProcessGroupKwargs  # noqa: PLC0415
 
     on_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     with exchange():
-        joined = Accelerator(
-            cpu=on_cpus, kwargs_handlers=[InitProcessGroupKwargs(timeout=longest_wait or LONGEST_WAIT)]
-        )
+        wait = InitProcessGroupKwargs(timeout=longest_wait or LONGEST_WAIT)
+        joined = Accelerator(cpu=on_cpus, kwargs_handlers=[wait], **settings)
     if joined.num_processes == 1 < int(os.environ.get("WORLD_SIZE", "1")):
         how = "start them with torchrun or `accelerate launch`; to train on CPUs, set ACCELERATE_USE_CPU=true"
         given = os.environ["WORLD_SIZE"]

@@ -52,7 +52,7 @@ def train(arguments: Sequence[str]) -> None:
     if settings.start:
         start = load_adapter(settings.start, encoder=settings.encoder.model)[0]
         trainer = replace(trainer, lora=start.lora)
-    adapter = trainer.train(corpora, valid, settings.output, start=start)
+    adapter = trainer.train(corpora, valid, settings.output, start=start, track=settings.track)
     state = PartialState()
     main = state.is_main_process
     reader = adapter.load_reader(device=state.device, precision=trainer.precision)
@@ -119,7 +119,8 @@ def train_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="textmeta train",
         usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--encoder ID] [--SETTING VALUE ...]",
-        description="Meta-train an adapter on labelled texts. The same command goes on with a run that was stopped.",
+        description="Meta-train an adapter on labelled texts. The same command goes on with a run that was stopped: by "
+        "SIGINT it ends with exit code 130, by SIGTERM with 143, after the step.",
         # wider, and so shorter
         formatter_class=partial(_Help, max_help_position=34, width=118),  # type: ignore[arg-type]
         print_config=None,
@@ -138,6 +139,12 @@ def train_parser() -> ArgumentParser:
     run.add_argument("--start", type=str | None, help="adapter to start from, with its LoRA settings")
     run.add_argument("--test_shots", type=list[int], default=[1, 5], help="shots of the tests")
     run.add_argument("--test_episodes", type=int, default=600, help="episodes of each test")
+    run.add_argument(
+        "--track",
+        type=list[str] | str,
+        default=[],
+        help="trackers that get the record: tensorboard, trackio, or a list",
+    )
     groups = {"encoder": EncoderSettings, "lora": LoraSettings, "learner": LearnerSettings}
     parser.add_class_arguments(MetaTrainer, as_group=True, skip=set(groups))
     for name, kind in groups.items():

@@ -11,12 +11,12 @@ import datasets
 from datasets.table import InMemoryTable
 from huggingface_hub import HfApi, constants
 from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 from textmeta.data.corpus import FILES, CorpusSettings
 from textmeta.errors import DataError, HubError, HubUnreachableError
 from textmeta.files import at_home
 from textmeta.hub import DEADLINE, clear_hub_errors
+from textmeta.progress import progress_bar
 
 __all__ = ["read_hub", "read_parquet"]
 
@@ -95,7 +95,7 @@ def _streamed(
     stream = datasets.load_dataset(dataset, config, split=split, streaming=True, **options)
     features = stream.features and {name: kind for name, kind in stream.features.items() if name in columns}
     taken: list[dict[str, Any]] = []
-    for row in tqdm(itertools.islice(stream, rows), desc=f"{dataset} {split}", unit="row", total=rows):
+    for row in progress_bar(rows, f"{dataset} {split}", "row", over=itertools.islice(stream, rows)):
         missing = [column for column in columns if column not in row]
         if missing:
             told = f"dataset {dataset!r}, split {split!r} has no column {missing[0]!r}; its columns are {list(row)}"

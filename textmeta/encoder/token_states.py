@@ -21,11 +21,11 @@ from textmeta.encoder.encoder import OVERHEAD, Encoder
 from textmeta.encoder.lora import using_factors
 from textmeta.errors import EncoderError, SettingsError
 from textmeta.processes import shared_out
+from textmeta.progress import progress_bar
 
 __all__ = ["StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
 
 MAX_TOKENS = 2048  # of one forward, with padding: more of MiniLM do not stay in a core's cache
-BAR_AFTER = 5.0  # seconds
 STATE_EPSILON = 1e-6  # the state of padding is 0
 
 Batch = tuple[list[int], Tensor, Tensor]  # numbers of r rows, the rows (r, V, L, d) with zeros at padding, mask (r, L)
@@ -152,9 +152,7 @@ class TokenStateReader:
             return
         distinct = [sorted(set(texts)) for texts in groups if texts]
         total = sum(map(len, distinct))
-        with tqdm(
-            total=total, desc="frozen layers", unit="text", leave=False, delay=BAR_AFTER, disable=not progress
-        ) as bar:
+        with progress_bar(total, "frozen layers" if progress else None, "text", brief=True) as bar:
             for texts in distinct:
                 if together and folder is None:  # by way of the CPU, for a tensor comes back to the device it was on
                     read = shared_out(lambda own: [state.cpu() for state in self.frozen_states(own, bar)], texts)

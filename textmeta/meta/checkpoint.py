@@ -1,13 +1,14 @@
 """What a run leaves behind and goes on from: its checkpoint and its record; and stopping it at a good moment.
 
-A checkpoint is one safetensors file, its header holding the rest as JSON, replaced atomically.
+A checkpoint is one safetensors file, its header holding the rest as JSON, replaced atomically. The one before is kept.
 """
 
 import json
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,10 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from textmeta.encoder.pretrained import tensors_digest
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.files import write_atomically
 
 __all__ = ["TrainingState", "open_record", "restore_state", "save_state", "stop_requests"]
+
+BEFORE = "checkpoint.before"
+NUMBERS = ("step", "best_accuracy", "best_step", "without_gain")  # of a training state
 
 
 @dataclass
@@ -34,6 +39,8 @@ class TrainingState:
     best_accuracy: float = -1.0
     best_step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
+    last_gain: Tensor | None = None  # (E,) validation accuracy of each episode when there last was a gain
+    without_gain: int = 0  # validations since
 
 
 def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -42,23 +49,36 @@ def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any])
     tensors |= {f"best/{name}": value for name, value in state.best.items()}
     for index, moments in state.optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser/{index}/{key}": value for key, value in moments.items() if value is not None}
-    numbers = {"step": state.step, "best_accuracy": state.best_accuracy, "best_step": state.best_step}
+    if state.last_gain is not None:
+        tensors["last_gain"] = state.last_gain
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, save(content, metadata={"state": json.dumps({**numbers, "settings": fingerprint})}))
+    told = {
+        **{name: getattr(state, name) for name in NUMBERS},
+        "settings": fingerprint,
+        "sha256": tensors_digest(content),
+    }
+    write_atomically(path, save(content, metadata={"state": json.dumps(told)}), path.with_stem(BEFORE))
 
 
 def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Read a training state, in place; AdapterError if the file is damaged.
+    """Read a training state, in place, if there is one: where the newest file is damaged, that before, with a warning.
 
-    SettingsError if it belongs to a run with other settings, or of a textmeta with other parameters.
+    AdapterError if there are damaged ones alone; SettingsError if it belongs to a run with other settings, or of a
+    textmeta with other parameters.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            saved = json.loads(file.metadata()["state"])
-            settings = saved["settings"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"cannot read the checkpoint {path}: {error}") from error
+    there = [each for each in (path, path.with_stem(BEFORE)) if each.exists()]
+    for each in there:
+        try:
+            tensors, saved, settings = _read(each)
+            break
+        except AdapterError as error:
+            if each == there[-1]:
+                raise
+            with suppress(FileNotFoundError):  # lest it become the one before; another process may have been quicker
+                path.replace(path.with_suffix(".damaged"))
+            warnings.warn(f"{error}; the run goes on from {there[-1]}, the one before", stacklevel=2)
+    else:
+        return
     names = {name.removeprefix("parameters/") for name in tensors if name.startswith("parameters/")}
     fault = ""
     if settings != fingerprint:
@@ -67,7 +87,7 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
         odd = min(names ^ state.parameters.keys())
         fault = f"was written by another version of textmeta: {odd} is not a parameter in both"
     if fault:
-        raise SettingsError(f"{path} {fault}; give another output folder, or delete this one to start afresh")
+        raise SettingsError(f"{each} {fault}; give another output folder, or delete this one to start afresh")
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         kind, _, rest = name.partition("/")
@@ -75,12 +95,28 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
             state.parameters[rest].data.copy_(value)
         elif kind == "best":
             state.best[rest] = value.to(state.parameters[rest].device)
+        elif kind == "last_gain":
+            state.last_gain = value
         else:
             index, _, key = rest.partition("/")
             moments.setdefault(int(index), {})[key] = value
     groups = state.optimiser.state_dict()["param_groups"]
     state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
-    state.step, state.best_accuracy, state.best_step = saved["step"], saved["best_accuracy"], saved["best_step"]
+    vars(state).update({name: saved[name] for name in NUMBERS if name in saved})  # older ones have fewer
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Return the tensors of a checkpoint, what its header says, and the settings in it; AdapterError if damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            saved = json.loads(file.metadata()["state"])
+            settings = saved["settings"]
+        if "sha256" in saved and saved["sha256"] != tensors_digest(tensors):
+            raise ValueError("its tensors are not those that were written")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"cannot read the checkpoint {path}: {error}") from error
+    return tensors, saved, settings
 
 
 def _differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:
@@ -109,21 +145,22 @@ def open_record(path: Path, step: int, *, enabled: bool) -> Iterator[Callable[[M
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a request to stop after the step; a second SIGINT acts at once."""
-    requested = threading.Event()
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Turn SIGINT and SIGTERM into a request to stop after the step, its number; a second SIGINT acts at once."""
+    requested = 0
     if threading.current_thread() is not threading.main_thread():
-        yield requested.is_set  # signals belong to the main thread
+        yield lambda: 0  # signals belong to the main thread
         return
 
     def request(signum: int, frame: FrameType | None) -> None:
-        if requested.is_set() and signum == signal.SIGINT:
+        nonlocal requested
+        if requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        requested.set()
+        requested = requested or signum
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield requested.is_set
+        yield lambda: requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,7 +10,6 @@ import torch
 from scipy.stats import t as students_t
 from sklearn.metrics import f1_score
 from torch import Tensor
-from tqdm import tqdm
 
 from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.encoder.token_states import TokenStateReader
@@ -19,12 +18,14 @@ from textmeta.heads.pooling import pool, to_length_one
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.learner import TaskLearner
 from textmeta.processes import shared_out
+from textmeta.progress import progress_bar
 
 __all__ = [
     "EpisodeScores",
     "by_parts",
     "format_table",
     "frozen_prototypes",
+    "half_width",
     "in_parts",
     "paired_difference",
     "score_episodes",
@@ -92,7 +93,7 @@ def summary(scores: EpisodeScores) -> dict[str, float | int]:
     return {
         "episodes": len(scores.accuracy),
         "accuracy": float(scores.accuracy.mean()),
-        "accuracy_ci95": _half_width(scores.accuracy),
+        "accuracy_ci95": half_width(scores.accuracy),
         "macro_f1": float(scores.macro_f1.mean()),
         "nll": float(scores.nll.mean()),
         "ece": _calibration_error(scores.confidence, scores.correct),
@@ -104,7 +105,7 @@ def paired_difference(after: EpisodeScores, before: EpisodeScores) -> dict[str, 
     if len(after.accuracy) != len(before.accuracy):
         raise DataError(f"cannot pair {len(after.accuracy)} episodes with {len(before.accuracy)}")
     gain = after.accuracy - before.accuracy
-    mean, half = float(gain.mean()), _half_width(gain)
+    mean, half = float(gain.mean()), half_width(gain)
     return {"difference": mean, "low": mean - half, "high": mean + half}
 
 
@@ -142,7 +143,7 @@ def by_parts(
 
     def every(parts: Sequence[Sequence[Episode]]) -> list[R]:
         found = []
-        with tqdm(total=sum(map(len, parts)), desc=progress, unit="episode", disable=progress is None) as bar:
+        with progress_bar(sum(map(len, parts)), progress, "episode") as bar:
             for part in parts:
                 found.append(work(part))
                 bar.update(len(part))
@@ -176,7 +177,8 @@ def _scores_of(episode: Episode, logits: Tensor) -> tuple[Any, ...]:
     return (predicted == labels).mean(), f1, nll, np.exp(logs.max(1)), predicted == labels
 
 
-def _half_width(values: np.ndarray) -> float:
+def half_width(values: np.ndarray) -> float:
+    """Return the half-width of the 95 % interval of a mean (Student's t); DataError of fewer than two values."""
     if len(values) < 2:
         raise DataError(f"an interval needs at least 2 episodes, given {len(values)}")
     return float(students_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))

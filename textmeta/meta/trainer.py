@@ -1,9 +1,10 @@
 """Meta-training: episodes of many corpora, the gradient of what their queries lose after the inner steps, Adam."""
 
 import json
+import logging
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
@@ -30,12 +30,16 @@ from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.calibration import episodes_with_outside, fit_calibration
 from textmeta.meta.checkpoint import TrainingState, open_record, restore_state, save_state, stop_requests
-from textmeta.meta.evaluation import score_episodes
+from textmeta.meta.evaluation import half_width, score_episodes
 from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
+from textmeta.meta.watching import draw_curves, trackers, tracking
 from textmeta.processes import exchange, join_processes, shared_out
+from textmeta.progress import progress_bar
 
 __all__ = ["MetaTrainer"]
+
+logger = logging.getLogger(__name__)
 
 RECORD = "record.jsonl"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
@@ -67,6 +71,7 @@ class MetaTrainer:
         unlabelled: share of the episodes that come with unlabelled texts.
         fixed: names of tensors, or beginnings of them, that are not learned.
         precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
+        patience: validations in a row without a gain after which training ends; 0 takes all steps.
         seed: of LoRA's start and of all episodes.
     """
 
@@ -83,6 +88,7 @@ class MetaTrainer:
     fixed: tuple[str, ...] = ()
     precision: str = "no"
     seed: int = 0
+    patience: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -101,7 +107,8 @@ class MetaTrainer:
             number(name, getattr(self, name), LEAST_RATE)
         for name in ("names", "unlabelled"):
             number(name, getattr(self, name), 0, 1)
-        whole_number("seed", self.seed, 0)
+        for name in ("seed", "patience"):
+            whole_number(name, getattr(self, name), 0)
 
     @property
     def steps(self) -> int:
@@ -118,6 +125,8 @@ class MetaTrainer:
         start: Adapter | Mapping[str, Tensor] | None = None,
         cache: Path | None = None,
         access: HubAccess | None = None,
+        callback: Callable[[dict[str, float]], object] | None = None,
+        track: Any = (),
     ) -> Adapter:
         """Learn an adapter; the same settings and corpora give the same one, to the bit on the same machine.
 
@@ -127,26 +136,34 @@ class MetaTrainer:
             corpora: one or several, to draw episodes from.
             valid: whose classes no training corpus has; the tensors that tell their episodes best are the result. By
                 default the last ones are.
-            output: folder of the run, for its checkpoint and ``record.jsonl`` (a row a step). A run with the same
-                settings that was stopped goes on from there. By default nothing is kept.
+            output: folder of the run, for its checkpoints, ``record.jsonl`` (a row a step) and ``curves.png``. A run
+                with the same settings that was stopped goes on from there. By default nothing is kept.
             start: an adapter, or tensors by name, to go on from.
             cache: folder for what the frozen layers make of the texts, which other runs share; by default memory.
             access: how the Hub is reached for the encoder.
+            callback: called after each step, by the main process, with the step's row of the record; if it returns
+                True, no further step is taken, and what was learned is the result.
+            track: which of accelerate's trackers get the rows, too, such as "tensorboard"; one or several.
 
         Raises:
             TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
             DivergedError: if loss or gradient are not finite.
             SettingsError: if ``output`` holds a run with other settings, ``start`` does not fit, ``fixed`` names no
-                tensor or leaves none to learn, or there are more processes than tasks in a step.
+                tensor or leaves none to learn, ``patience`` has nothing to validate on, a tracker is not there, or
+                there are more processes than tasks in a step.
             LostProcessError: if another process of the run ends or hangs.
             DataError: if a corpus has too few classes or texts.
         """
         if output is None:
             with tempfile.TemporaryDirectory() as folder:
-                return self.train(corpora, valid, folder, start=start, cache=cache, access=access)
+                how: dict[str, Any] = {"start": start, "cache": cache, "access": access, "callback": callback}
+                return self.train(corpora, valid, folder, track=track, **how)
         assert isinstance(self.encoder, EncoderSettings)
         corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
-        accelerator = join_processes()
+        if self.patience and not valid:
+            raise SettingsError(f"patience is {self.patience}, but there are no corpora to validate on")
+        output = at_home(Path(output))
+        accelerator = join_processes(**tracking(track, output))
         if self.tasks_per_step < accelerator.num_processes:
             few = f"tasks_per_step is {self.tasks_per_step}, too few for {accelerator.num_processes} processes"
             raise SettingsError(f"{few}, each of which is to learn at least one task a step")
@@ -166,7 +183,7 @@ class MetaTrainer:
             tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
         except AdapterError as error:
             raise SettingsError(f"the start does not fit: {error}") from error
-        run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
+        run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes, callback)
         run.check_fixed()
         main = accelerator.is_main_process
         reader.cache(
@@ -176,7 +193,7 @@ class MetaTrainer:
         if begun:
             fingerprint["start"] = tensors_digest(begun)
         validation = judges.take(VALIDATION_EPISODES) if judges else []
-        found = run.loop(tensors, validation, at_home(Path(output)), fingerprint)
+        found = run.loop(tensors, validation, output, fingerprint)
         record = {"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]}
         adapter = replace(Adapter.of(reader, learner, shape.with_tensors(found)), record=record)
         outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
@@ -203,6 +220,8 @@ class MetaTrainer:
             "corpora": [corpus.summary for corpus in corpora],
             "valid": [corpus.summary for corpus in valid],
         }
+        if not self.patience:  # nor had those of before it
+            del told["patience"]
         return json.loads(json.dumps(told))  # type: ignore[no-any-return]
 
 
@@ -215,6 +234,7 @@ class _Run:
     reader: TokenStateReader
     adapter: Adapter  # with the shapes of all tensors
     episodes: MixedEpisodes
+    callback: Callable[[dict[str, float]], object] | None
 
     @property
     def learned(self) -> list[str]:
@@ -241,39 +261,53 @@ class _Run:
             parameters[name].requires_grad_()
         state = TrainingState(parameters, torch.optim.Adam(self._groups(parameters)))
         output.mkdir(parents=True, exist_ok=True)
-        if (output / CHECKPOINT).exists():
-            restore_state(state, output / CHECKPOINT, fingerprint)
+        restore_state(state, output / CHECKPOINT, fingerprint)
         steps = shared_out(lambda own: [state.step], range(self.accelerator.num_processes))
         if len({*steps}) > 1:
             raise SettingsError(
                 f"processes would go on from different steps ({sorted({*steps})}): all machines must see {output}"
             )
         with (
-            stop_requests() as stop_requested,
+            stop_requests() as stop_signal,
             open_record(output / RECORD, state.step, enabled=main) as write_row,
-            tqdm(None, trainer.algorithm, trainer.steps, unit="step", initial=state.step, disable=not main) as progress,
+            trackers(self.accelerator, output, state.step),
+            progress_bar(trainer.steps, trainer.algorithm if main else None, "step", initial=state.step) as progress,
         ):
-            while state.step < trainer.steps:
-                row, stop = self._step(state, stop_requested())
+            enough = False  # says the callback
+            while not self._is_over(state):
+                row, stop = self._step(state, enough or stop_signal() > 0)
                 if validation and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
-                    row["valid_accuracy"] = self._validate(state, validation)
+                    row |= self._validate(state, validation)
                 write_row(row)
+                self.accelerator.log(row, state.step)
                 shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
                 if state.best:
                     shown["best"] = f"{state.best_accuracy:.3f}"
                 progress.set_postfix(shown, refresh=False)
                 progress.update()
+                enough = enough or bool(main and self.callback and self.callback(row))
                 if self.accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
-                    stop = stop or stop_requested()
-                stop = stop and state.step < trainer.steps
-                if main and (stop or state.step % CHECKPOINT_EVERY == 0 or state.step == trainer.steps):
+                    stop = stop or enough or stop_signal() > 0
+                over = self._is_over(state)
+                if main and (stop or over or state.step % CHECKPOINT_EVERY == 0):
                     save_state(state, output / CHECKPOINT, fingerprint)
-                if stop:
-                    told = f"stopped after step {state.step} of {trainer.steps}; the same command goes on from"
-                    raise TrainingInterrupted(f"{told} {output / CHECKPOINT}")
+                if main and (stop or over):
+                    draw_curves(output / RECORD)
+                if stop and not over:
+                    # any process may have got the signal; if none has, it was the callback
+                    if signum := max(shared_out(lambda own: [stop_signal()], range(self.accelerator.num_processes))):
+                        told = f"stopped after step {state.step} of {trainer.steps}; the same command goes on from"
+                        raise TrainingInterrupted(f"{told} {output / CHECKPOINT}", signum)
+                    break
+        if trainer.patience and state.without_gain >= trainer.patience:
+            logger.info(f"no gain in {trainer.patience} validations: training ended after step {state.step}")
         with exchange():
             self.accelerator.wait_for_everyone()
         return {name: value.detach() for name, value in (state.best or state.parameters).items()}
+
+    def _is_over(self, state: TrainingState) -> bool:
+        patience = self.trainer.patience
+        return state.step >= self.trainer.steps or (patience > 0 and state.without_gain >= patience)
 
     def _groups(self, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Return the optimiser's groups: LoRA, numbers and centres, each with its rate."""
@@ -335,12 +369,20 @@ class _Run:
     def _with(self, parameters: Mapping[str, Tensor]) -> Adapter:
         return replace(self.adapter, initialisation=self.adapter.initialisation.with_tensors(parameters))
 
-    def _validate(self, state: TrainingState, episodes: Sequence[Episode]) -> float:
-        """Return validation accuracy, each process scoring its share; keep the tensors if they are the best yet."""
+    def _validate(self, state: TrainingState, episodes: Sequence[Episode]) -> dict[str, float]:
+        """Return validation accuracy and its interval; keep the tensors if they are the best yet.
+
+        A gain is told by the paired difference from the last gain, for small ones, each within the noise, may add up.
+        """
         learner = TaskLearner(self.reader, self._with({n: v.detach() for n, v in state.parameters.items()}))
-        total = score_episodes(learner, episodes, together=True).accuracy.sum()
-        accuracy = float(np.float32(total)) / len(episodes)
+        each = score_episodes(learner, episodes, together=True).accuracy
+        accuracy = float(np.float32(each.sum())) / len(episodes)
         if accuracy > state.best_accuracy:
             state.best_accuracy, state.best_step = accuracy, state.step
             state.best = {name: value.detach().clone() for name, value in state.parameters.items()}
-        return accuracy
+        if self.trainer.patience:
+            gain = None if state.last_gain is None else np.array(each) - state.last_gain.numpy()
+            state.without_gain += 1
+            if gain is None or gain.mean() > half_width(gain):
+                state.last_gain, state.without_gain = torch.tensor(each), 0
+        return {"valid_accuracy": accuracy, "valid_accuracy_ci95": half_width(np.array(each))}

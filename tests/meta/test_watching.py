@@ -1,0 +1,282 @@
+"""What a run shows, and how it ends early: callbacks, trackers, curves, patience, and checkpoints that are damaged."""
+
+import builtins
+import itertools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import trackio
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.meta.test_trainer import Died, assert_same, on_each_step, rows_of, short_runs, train  # noqa: F401
+from textmeta import progress
+from textmeta.data.corpus import Corpus
+from textmeta.errors import AdapterError, SettingsError, TrainingInterrupted
+from textmeta.files import CHECKPOINT
+from textmeta.meta import trainer as trainer_module
+from textmeta.meta import watching
+from textmeta.meta.evaluation import paired_difference
+from textmeta.progress import progress_bar
+
+BEFORE = "checkpoint.before.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------- the bar
+
+
+def test_a_bar_is_plain_lines_where_there_is_no_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    with progress_bar(4, "maml", "step") as bar:
+        for _ in range(4):
+            bar.set_postfix({"loss": 0.5}, refresh=False)
+            bar.update()
+    lines = capsys.readouterr().err.split("\n")
+    assert len(lines) >= 3
+    assert not [line for line in lines if "\r" in line or "\x1b" in line or "|" in line]
+    assert "100% 4/4 [00:00<00:00," in lines[-2]
+    assert "step/s, loss=0.5]" in lines[-2]
+    monkeypatch.setattr(progress, "LINE_EVERY", 30.0)
+    assert list(progress_bar(9, "rows", "row", over=range(9))) == [*range(9)]
+    assert len(capsys.readouterr().err.splitlines()) == 2, "its beginning and its end"
+    list(progress_bar(9, "rows", "row", over=range(9), brief=True))
+    list(progress_bar(9, None, "row", over=range(9)))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_moves_on_a_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress_bar(4, "maml", "step").close()
+    assert "\rmaml:   0%|" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- callbacks, trackers
+
+
+def test_a_callback_sees_each_row_and_may_end_the_training(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+    train(tiny_model, corpus, tmp_path / "whole", callback=seen.append)
+    assert seen == rows_of(tmp_path / "whole")
+    assert len(seen) == 6
+    short = train(tiny_model, corpus, tmp_path / "short", callback=lambda row: row["step"] == 3)
+    assert len(rows_of(tmp_path / "short")) == 3
+    assert short.scope is not None, "it is a whole adapter"
+    train(tiny_model, corpus, tmp_path / "short")  # goes on
+    assert rows_of(tmp_path / "short") == seen
+
+
+def test_trackers_get_each_row_once(tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Any) -> None:
+    for module in (trackio.sqlite_storage, trackio.utils):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    output, track = tmp_path / "some-run", ["tensorboard", "trackio"]
+    with monkeypatch.context() as patch:
+        on_each_step(patch, "maml", dies_at(3))
+        with pytest.raises(Died):
+            train(tiny_model, corpus, output, track=track)
+    train(tiny_model, corpus, output, track=track)
+    rows = rows_of(output)
+    found = EventAccumulator(str(output)).Reload()
+    assert [(e.step, pytest.approx(e.value)) for e in found.Scalars("loss")] == [(r["step"], r["loss"]) for r in rows]
+    (kept,) = trackio.Api().runs("some-run")
+    logged = trackio.sqlite_storage.SQLiteStorage.get_logs("some-run", kept.name)
+    assert {row["step"]: row["loss"] for row in logged if "loss" in row} == {row["step"]: row["loss"] for row in rows}
+    assert not [path for path in output.iterdir() if path.is_dir()], "an adapter's folder has none"
+
+
+def test_a_tracker_that_is_not_there_is_named(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"track: .*tensorbord"):
+        train(tiny_model, corpus, tmp_path / "run", track="tensorbord")
+    with pytest.raises(SettingsError, match=r"track names 'comet_ml', which is not installed: pip install"):
+        train(tiny_model, corpus, tmp_path / "run", track="comet_ml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_curves_are_drawn_at_the_end_and_at_stops(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(trainer_module, "draw_curves", watching.draw_curves)
+    monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 2)
+    picture = tmp_path / "curves.png"
+    with monkeypatch.context() as patch:
+        on_each_step(patch, "maml", lambda n, _: os.kill(os.getpid(), signal.SIGTERM) if n == 2 else None)
+        with pytest.raises(TrainingInterrupted):
+            train(tiny_model, corpus, tmp_path, valid=3)
+    stopped = picture.read_bytes()
+    train(tiny_model, corpus, tmp_path, valid=3)
+    assert picture.read_bytes() != stopped
+    with Image.open(picture) as drawn:
+        assert drawn.size == (800, 600)
+        assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+    picture.unlink()
+
+    usual = builtins.__import__
+    absent = lambda name, *rest: usual("no_such_module" if name.startswith("matplotlib") else name, *rest)  # noqa: E731
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            watching.draw_curves(tmp_path / "record.jsonl")
+    assert not picture.exists()
+    assert [r.message for r in caplog.records] == [
+        "there is no curves.png without matplotlib: pip install 'textmeta[plot]'"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- patience
+
+
+def dies_at(step: int) -> Any:
+    def die(begun: int, _: object) -> None:
+        if begun == step:
+            raise Died
+
+    return die
+
+
+def validated(monkeypatch: pytest.MonkeyPatch, accuracies: Sequence[Sequence[float]]) -> None:
+    """Validate after each step, with these accuracies of the episodes."""
+    given = iter(accuracies)
+    scores = lambda *_, **__: SimpleNamespace(accuracy=np.array(next(given)))  # noqa: E731
+    monkeypatch.setattr(trainer_module, "score_episodes", scores)
+    monkeypatch.setattr(trainer_module, "VALIDATE_EVERY", 1)
+    monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", len(accuracies[0]))
+
+
+START, NOISE, SURE = [0.4, 0.5, 0.6, 0.5], [0.9, 0.4, 0.6, 0.5], [0.5, 0.6, 0.7, 0.6]
+SMALL = [[0.42, 0.5, 0.61, 0.53], [0.44, 0.52, 0.63, 0.54]]  # the second is a gain on START, not on the first
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "steps"),
+    [
+        ([START, NOISE, START, SURE], 3),
+        ([START, NOISE, SURE, NOISE, NOISE], 5),
+        ([START, *SMALL, START, START], 5),
+        ([START, SURE, START, SURE], 4),
+    ],
+    ids=["noise is no gain", "a gain", "small gains add up", "the best again is none"],
+)
+def test_training_ends_after_so_many_validations_without_a_gain(
+    accuracies: list[list[float]], steps: int, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Any
+) -> None:
+    validated(monkeypatch, accuracies)
+    found = train(tiny_model, corpus, tmp_path, valid=3, patience=2)
+    rows = rows_of(tmp_path)
+    assert [row["valid_accuracy"] for row in rows] == pytest.approx([np.mean(a) for a in accuracies[:steps]])
+    first = SimpleNamespace(accuracy=np.array(START))
+    expected = paired_difference(first, SimpleNamespace(accuracy=np.zeros(4)))["high"] - 0.5  # type: ignore[arg-type]
+    assert rows[0]["valid_accuracy_ci95"] == pytest.approx(expected)
+    assert_same(train(tiny_model, corpus, tmp_path, valid=3, patience=2), found)  # it is over, and validates no more
+
+
+def test_patience_goes_on_to_the_bit_where_a_run_was_stopped(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Any
+) -> None:
+    order = [START, SURE, NOISE, START, SURE]
+    validated(monkeypatch, order)
+    whole = train(tiny_model, corpus, tmp_path / "whole", valid=3, patience=3)
+    validated(monkeypatch, order[:3])
+    with monkeypatch.context() as patch:
+        on_each_step(patch, "maml", dies_at(3))
+        with pytest.raises(Died):
+            train(tiny_model, corpus, tmp_path / "parts", valid=3, patience=3)
+    validated(monkeypatch, order[2:])  # the checkpoint is of the second step
+    assert_same(train(tiny_model, corpus, tmp_path / "parts", valid=3, patience=3), whole)
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    assert len(rows_of(tmp_path / "whole")) == 5
+    left, right = (load_file(tmp_path / name / CHECKPOINT) for name in ("whole", "parts"))
+    assert left.keys() == right.keys()
+    assert all(left[name].equal(right[name]) for name in left)
+
+
+def test_patience_needs_corpora_to_validate_on(tiny_model: str, corpus: Corpus) -> None:
+    with pytest.raises(SettingsError, match="patience is 2, but there are no corpora to validate on"):
+        train(tiny_model, corpus, patience=2)
+
+
+# ---------------------------------------------------------------------------------------------- going on
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    whole = train(tiny_model, corpus, tmp_path)
+    record = rows_of(tmp_path)
+    newest = (tmp_path / CHECKPOINT).read_bytes()
+    flipped = newest[:-9] + bytes([newest[-9] ^ 64]) + newest[-8:]  # which safetensors does not notice
+    for damaged in (newest[:5000], b"", flipped):
+        (tmp_path / CHECKPOINT).write_bytes(damaged)
+        with pytest.warns(UserWarning, match=rf"{CHECKPOINT}: .*goes on from .*{BEFORE}"):
+            assert_same(train(tiny_model, corpus, tmp_path), whole)
+        assert rows_of(tmp_path) == record
+    (tmp_path / CHECKPOINT).unlink()  # killed between two renames
+    assert_same(train(tiny_model, corpus, tmp_path), whole)
+    for name in (CHECKPOINT, BEFORE):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match="goes on"), pytest.raises(AdapterError, match=BEFORE):
+        train(tiny_model, corpus, tmp_path)
+
+
+def test_a_checkpoint_of_before_this_goes_on(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    """One that knows nothing of patience, nor its own digest."""
+    whole = train(tiny_model, corpus, tmp_path)
+    with safe_open(tmp_path / BEFORE, framework="pt") as file:
+        told = json.loads(file.metadata()["state"])
+    old = {key: told[key] for key in ("step", "best_accuracy", "best_step", "settings")}
+    save_file(load_file(tmp_path / BEFORE), tmp_path / CHECKPOINT, {"state": json.dumps(old)})
+    (tmp_path / BEFORE).unlink()
+    assert old["step"] < 6
+    assert_same(train(tiny_model, corpus, tmp_path), whole)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import tests.conftest  # as many threads as here: their number changes the last bits
+from tests.meta import test_trainer
+from textmeta.data.corpus import Corpus
+from textmeta.errors import TrainingInterrupted
+vars(test_trainer.trainer_module).update(test_trainer.SHORT, VALIDATE_EVERY=3, VALIDATION_EPISODES=3)
+texts, labels = Path(sys.argv[2]).read_text().split("\\n\\n")
+corpus = Corpus.from_pairs("toy", texts.split("\\n"), labels.split("\\n"))
+try:
+    test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), valid=3, episodes=int(sys.argv[4]), patience=30)
+except TrainingInterrupted as stop:
+    sys.exit(128 + stop.signum)
+"""
+
+
+@pytest.mark.parametrize("stops", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_run_stopped_at_random_ends_in_the_same_bits(
+    stops: int, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SIGKILL and SIGTERM in turn."""
+    points = np.sort(np.random.default_rng(31).choice(np.arange(1, 16 * stops - 10), stops, replace=False)).tolist()
+    names = [corpus.class_names[label] for label in corpus.labels]
+    (tmp_path / "corpus.txt").write_text("\n".join(corpus.texts) + "\n\n" + "\n".join(names))
+    output = tmp_path / "parts"
+    arguments = [sys.executable, "-c", SCRIPT, tiny_model, str(tmp_path / "corpus.txt"), str(output), str(16 * stops)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    record = output / "record.jsonl"
+    for point, number in zip(points, itertools.cycle((signal.SIGKILL, signal.SIGTERM)), strict=False):
+        process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
+        while not (record.exists() and len(record.read_text().splitlines()) >= point) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert process.wait() == (-9 if number == signal.SIGKILL else 143)
+        assert len(record.read_text().splitlines()) < 16 * stops
+    for name in ("VALIDATE_EVERY", "VALIDATION_EPISODES"):
+        monkeypatch.setattr(trainer_module, name, 3)
+    whole = train(tiny_model, corpus, tmp_path / "whole", valid=3, episodes=16 * stops, patience=30)
+    assert_same(train(tiny_model, corpus, output, valid=3, episodes=16 * stops, patience=30), whole)
+    assert record.read_text() == (tmp_path / "whole" / "record.jsonl").read_text()

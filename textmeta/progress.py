@@ -1,0 +1,45 @@
+"""The bar of long work: on a terminal it moves, elsewhere, as in the log of a job, it is a plain line now and then."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+__all__ = ["progress_bar"]
+
+BAR_AFTER = 5.0  # seconds that brief work may take without a bar
+LINE_EVERY = 30.0  # seconds
+
+
+class _Lines:
+    """What a bar is written to where there is no terminal: moves of the cursor are left out."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, text: str) -> None:
+        if line := text.replace("\x1b[A", "").strip():
+            print(line, file=self._file, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress_bar(
+    total: int | None,
+    label: str | None,
+    unit: str,
+    *,
+    over: Iterable[Any] | None = None,
+    initial: int = 0,
+    brief: bool = False,
+) -> tqdm:
+    """Return a tqdm of ``total`` units, with rate and remaining time; without a label it shows nothing.
+
+    One that is ``brief`` shows after some seconds alone, and is gone at its end.
+    """
+    how: dict[str, Any] = {"leave": not brief, "delay": BAR_AFTER * brief, "disable": label is None}
+    if not (sys.stderr and sys.stderr.isatty()) and "ipykernel" not in sys.modules:  # which can show a bar, too
+        how |= {"file": _Lines(sys.stderr), "ncols": 0, "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY}
+    return tqdm(over, label, total, unit=unit, initial=initial, **how)
