@@ -172,8 +172,8 @@ class Corpus:
             if column not in dataset.column_names:
                 told = f"has no column {column!r} ({role}); its columns are {dataset.column_names}"
                 raise DataError(f"corpus {name!r} {told}")
-        texts = checked_texts(dataset[text_column], f"corpus {name!r}, column {text_column!r}")
-        labels = list(dataset[label_column])
+        texts = checked_texts(dataset[text_column][:], f"corpus {name!r}, column {text_column!r}")
+        labels = dataset[label_column][:]  # at once: row by row takes many times as long
         class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel
         for row, label in enumerate(labels):
             # bool is an int to Python, but a column of flags is hardly ever meant as classes' numbers
