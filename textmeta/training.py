@@ -41,8 +41,11 @@ def train(arguments: Sequence[str]) -> None:
     settings = parsed(train_parser(), arguments)
     trainer = MetaTrainer(**{field.name: settings[field.name] for field in fields(MetaTrainer)})
     # what might fail goes first, for training takes long
-    settings.output = at_home(settings.output)
-    check_destination(settings.output)
+    if settings.output is not None:
+        settings.output = at_home(settings.output)
+        check_destination(settings.output)
+    elif not settings.dry_run:
+        raise SettingsError("nowhere to write to: give --output FOLDER, or --dry-run, which writes nothing")
     whole_number("test_episodes", settings.test_episodes, 2)
     corpora, valid, test = _corpora(settings)
     tests = _tests(test, settings.test_shots, trainer.seed)
@@ -50,6 +53,11 @@ def train(arguments: Sequence[str]) -> None:
     if settings.start:
         start = load_adapter(settings.start, encoder=settings.encoder.model)[0]
         trainer = replace(trainer, lora=start.lora)
+    if settings.dry_run:
+        plan = trainer.plan(corpora, valid, settings.output, start=start)
+        if PartialState().is_main_process:
+            print(plan)
+        return
     adapter = trainer.train(corpora, valid, settings.output, start=start)
     state = PartialState()
     if not state.is_main_process:
@@ -115,7 +123,7 @@ def train_parser() -> ArgumentParser:
     """Return the parser of ``textmeta train``: the settings of MetaTrainer, and those of a run."""
     parser = ArgumentParser(
         prog="textmeta train",
-        usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--SETTING VALUE ...]",
+        usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--dry-run] [--SETTING VALUE ...]",
         description="Meta-train an adapter on labelled texts. The same command goes on with a run that was stopped.",
         # wider, and so shorter
         formatter_class=partial(_Help, max_help_position=34, width=118),  # type: ignore[arg-type]
@@ -125,7 +133,9 @@ def train_parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these; the later of two counts")
     run = parser.add_argument_group("The run")
-    run.add_argument("--output", type=Path, required=True, help="folder for checkpoint, record and adapter")
+    run.add_argument("--output", type=Path | None, help="folder for checkpoint, record and adapter")
+    told = "say what the run would do and take, by two steps that are thrown away; writes nothing"
+    run.add_argument("--dry_run", "--dry-run", action="store_true", help=told)
     run.add_argument("--corpora", type=list[CorpusSettings], default=[], help="what to train on")
     run.add_argument("--data", type=str | None, help="file with columns text and label, instead of the corpora")
     run.add_argument("--fold", type=str | None, help="which class split, where the corpora's files have several")

@@ -1,6 +1,7 @@
 """Meta-training: episodes of many corpora, the gradient of what their queries lose after the inner steps, Adam."""
 
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,8 +32,11 @@ from textmeta.meta.checkpoint import TrainingState, open_record, restore_state, 
 from textmeta.meta.evaluation import score_episodes
 from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
+from textmeta.meta.plan import bytes_of, check_room, is_memory_full, naming_rows, plan_of
 
-__all__ = ["MetaTrainer"]
+__all__ = ["MetaTrainer", "Run"]
+
+logger = logging.getLogger(__name__)
 
 RECORD = "record.jsonl"
 CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
@@ -40,6 +44,7 @@ CENTRE_RATE = 1e-3
 LEAST_RATE = 1e-12
 WARMUP = 20  # steps over which the learning rates rise; then they fall to 0, linearly
 MAX_GRADIENT_NORM = 1.0
+MAX_BAD_STEPS = 5  # in a row, without a task that has a finite loss and gradient
 VALIDATE_EVERY, CHECKPOINT_EVERY = 100, 50  # steps
 VALIDATION_EPISODES = 100  # the same each time
 CALIBRATION_EPISODES = 400  # at most; else a tenth of those of training, but 50
@@ -132,7 +137,7 @@ class MetaTrainer:
 
         Raises:
             TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
-            DivergedError: if loss or gradient are not finite.
+            DivergedError: if loss or gradient of all tasks are not finite, five steps in a row.
             SettingsError: if ``output`` holds a run with other settings, ``start`` does not fit, or ``fixed`` names no
                 tensor or leaves none to learn.
             DataError: if a corpus has too few classes or texts.
@@ -140,8 +145,53 @@ class MetaTrainer:
         if output is None:
             with tempfile.TemporaryDirectory() as folder:
                 return self.train(corpora, valid, folder, start=start, cache=cache, access=access)
+        run = self._begin(corpora, valid, at_home(Path(output)), start, access)
+        main, reader, learner = run.accelerator.is_main_process, run.reader, run.adapter.learner
+        state = run.state()
+        if main and logger.isEnabledFor(logging.INFO) and state.step < self.steps:
+            logger.info(plan_of(run, state, keep=cache is None))
+        with naming_rows(run):
+            reader.cache(*(corpus.texts for corpus in run.corpora), folder=cache and at_home(cache), progress=main)
+            found = run.loop(state)
+        record = {"settings": run.fingerprint, "sources": [dict(corpus.source) for corpus in run.corpora]}
+        made = run.adapter.initialisation.with_tensors(found)
+        adapter = replace(Adapter.of(reader, learner, made), record=record)
+        outside = episodes_with_outside(run.episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
+        if outside:
+            rule = fit_calibration(TaskLearner(reader, adapter), outside, "calibration" if main else None)
+            adapter = replace(adapter, scope=rule)
+        return adapter
+
+    @torch.inference_mode(False)
+    def plan(
+        self,
+        corpora: Corpus | Sequence[Corpus],
+        valid: Corpus | Sequence[Corpus] = (),
+        output: Path | str | None = None,
+        *,
+        start: Adapter | Mapping[str, Tensor] | None = None,
+        access: HubAccess | None = None,
+    ) -> str:
+        """Return what :meth:`train` would do and take, in ten lines; what it takes and raises is said there.
+
+        Two steps are taken, and thrown away: the largest of the first ones, for their memory, and one of the usual
+        size. Nothing is written.
+        """
+        run = self._begin(corpora, valid, output if output is None else at_home(Path(output)), start, access)
+        with naming_rows(run):
+            return plan_of(run, run.state())
+
+    def _begin(
+        self,
+        corpora: Corpus | Sequence[Corpus],
+        valid: Corpus | Sequence[Corpus],
+        output: Path | None,
+        start: Adapter | Mapping[str, Tensor] | None,
+        access: HubAccess | None,
+    ) -> "Run":
+        """Return a run that can begin: what might fail is made and checked."""
         assert isinstance(self.encoder, EncoderSettings)
-        corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
+        corpora, valid = ((given,) if isinstance(given, Corpus) else tuple(given) for given in (corpora, valid))
         accelerator = Accelerator()
         episodes = MixedEpisodes(corpora, self.seed, names=self.names, unlabelled=self.unlabelled)
         judges = EpisodeSampler(valid, EpisodeSettings(5, 5, 5), self.seed) if valid else None
@@ -156,22 +206,18 @@ class MetaTrainer:
             tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
         except AdapterError as error:
             raise SettingsError(f"the start does not fit: {error}") from error
-        run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes)
-        run.check_fixed()
-        main = accelerator.is_main_process
-        reader.cache(*(corpus.texts for corpus in corpora), folder=cache and at_home(cache), progress=main)
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
         validation = judges.take(VALIDATION_EPISODES) if judges else []
-        found = run.loop(tensors, validation, at_home(Path(output)), fingerprint)
-        record = {"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]}
-        adapter = replace(Adapter.of(reader, learner, shape.with_tensors(found)), record=record)
-        outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
-        if outside:
-            rule = fit_calibration(TaskLearner(reader, adapter), outside, "calibration" if main else None)
-            adapter = replace(adapter, scope=rule)
-        return adapter
+        adapter = Adapter.of(reader, learner, shape).to(encoder.device)
+        run = Run(
+            self, accelerator, reader, adapter, episodes, corpora, valid, validation, tensors, output, fingerprint
+        )
+        run.check_fixed()
+        if output is not None:
+            check_room(output, bytes_of(run))
+        return run
 
     def _fingerprint(
         self, encoder: Encoder, learner: LearnerSettings, corpora: Sequence[Corpus], valid: Sequence[Corpus]
@@ -193,7 +239,7 @@ class MetaTrainer:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A run in progress."""
 
     trainer: MetaTrainer
@@ -201,6 +247,12 @@ class _Run:
     reader: TokenStateReader
     adapter: Adapter  # with the shapes of all tensors
     episodes: MixedEpisodes
+    corpora: Sequence[Corpus]
+    valid: Sequence[Corpus]
+    validation: Sequence[Episode]
+    tensors: Mapping[str, Tensor]  # that it starts from
+    output: Path | None
+    fingerprint: Mapping[str, Any]
 
     @property
     def learned(self) -> list[str]:
@@ -217,18 +269,23 @@ class _Run:
         if not self.learned:
             raise SettingsError(f"fixed ({', '.join(map(repr, fixed)):.200}) leaves nothing to learn")
 
-    def loop(
-        self, tensors: Mapping[str, Tensor], validation: Sequence[Episode], output: Path, fingerprint: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """Take all steps; return what was learned: the last tensors, or those with the best validation accuracy."""
-        trainer, main = self.trainer, self.accelerator.is_main_process
-        parameters = {name: value.detach().clone().to(self.reader.encoder.device) for name, value in tensors.items()}
+    def state(self) -> TrainingState:
+        """Return where the run starts, or where it was stopped."""
+        device = self.reader.encoder.device
+        parameters = {name: value.detach().clone().to(device) for name, value in self.tensors.items()}
         for name in self.learned:
             parameters[name].requires_grad_()
         state = TrainingState(parameters, torch.optim.Adam(self._groups(parameters)))
+        if self.output is not None and (self.output / CHECKPOINT).exists():
+            restore_state(state, self.output / CHECKPOINT, self.fingerprint)
+        return state
+
+    def loop(self, state: TrainingState) -> dict[str, Tensor]:
+        """Take all steps; return what was learned: the last tensors, or those with the best validation accuracy."""
+        trainer, main, validation = self.trainer, self.accelerator.is_main_process, self.validation
+        output, fingerprint = self.output, self.fingerprint
+        assert output is not None
         output.mkdir(parents=True, exist_ok=True)
-        if (output / CHECKPOINT).exists():
-            restore_state(state, output / CHECKPOINT, fingerprint)
         self.accelerator.wait_for_everyone()
         with (
             stop_requests() as stop_requested,
@@ -237,18 +294,19 @@ class _Run:
         ):
             while state.step < trainer.steps:
                 row, stop = self._step(state, stop_requested())
-                if validation and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
+                last, good = state.step == trainer.steps, not state.bad_steps
+                if validation and good and (last or state.step % VALIDATE_EVERY == 0):
                     row["valid_accuracy"] = self._validate(state, validation)
                 write_row(row)
-                shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
+                shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"} if good else {}
                 if state.best:
                     shown["best"] = f"{state.best_accuracy:.3f}"
                 progress.set_postfix(shown, refresh=False)
                 progress.update()
                 if self.accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
                     stop = stop or stop_requested()
-                stop = stop and state.step < trainer.steps
-                if main and (stop or state.step % CHECKPOINT_EVERY == 0 or state.step == trainer.steps):
+                stop = stop and not last
+                if main and (stop or last or (good and state.step % CHECKPOINT_EVERY == 0)):
                     save_state(state, output / CHECKPOINT, fingerprint)
                 if stop:
                     told = f"stopped after step {state.step} of {trainer.steps}; the same command goes on from"
@@ -265,51 +323,91 @@ class _Run:
         rates = ((lora, trainer.lora_rate), (numbers, trainer.number_rate), (centres, CENTRE_RATE))
         return [{"params": [parameters[n] for n in part], "lr": rate, "base": rate} for part, rate in rates if part]
 
-    def _step(self, state: TrainingState, stop: bool) -> tuple[dict[str, float], bool]:
-        """Take one outer step, in place; return its row of the record, and whether any process was asked to stop."""
+    def _step(self, state: TrainingState, stop: bool) -> tuple[dict[str, Any], bool]:
+        """Take one outer step, in place; return its row of the record, and whether any process was asked to stop.
+
+        Tasks without a finite loss and gradient are left out; a step of such alone changes no tensor.
+        """
         trainer, own = self.trainer, self.learned
         first = state.step * trainer.tasks_per_step
         numbers = range(first, min(first + trainer.tasks_per_step, trainer.episodes))
-        mine = [self.episodes[n] for n in numbers[self.accelerator.process_index :: self.accelerator.num_processes]]
-        sums, totals = self._own_share(state, own, mine, f"step {state.step + 1}, on {[e.corpus for e in mine]}")
-        totals[3] = float(stop)
+        mine = numbers[self.accelerator.process_index :: self.accelerator.num_processes]
+        share, dropped = self.own_share(state, {number: self.episodes[number] for number in mine})
+        told = [float(stop), *(float(number in dropped) for number in numbers)]
         # one reduction for everything; the mean is over tasks, so that uneven shares weigh right
-        flat: Tensor = self.accelerator.reduce(torch.cat([*(part.flatten() for part in sums.values()), totals]), "sum")
-        totals = flat[-4:]
-        mean = flat[:-4] / totals[2]
+        flat: Tensor = self.accelerator.reduce(torch.cat([share, share.new_tensor(told)]), "sum")
+        totals = flat[-len(told) - 3 :]
+        mean = flat[: -len(totals)] / totals[2]
         norm = mean.norm()
         loss, accuracy = (totals[:2] / totals[2]).tolist()
+        state.step += 1
+        row: dict[str, Any] = {"step": state.step}
+        left_out = [number for number, flag in zip(numbers, totals[4:].tolist(), strict=True) if flag]
+        if left_out:
+            row["dropped"] = [{"episode": number, "corpus": self.episodes[number].corpus} for number in left_out]
+            if self.accelerator.is_main_process:
+                named = ", ".join(f"episode {each['episode']} of {each['corpus']}" for each in row["dropped"])
+                logger.warning("step %d: no finite loss and gradient on %s: left out", state.step, named)
         if not (norm.isfinite() and math.isfinite(loss)):
-            why = f"loss {loss}, gradient norm {float(norm)}; try smaller learning rates (the last checkpoint is older)"
-            raise DivergedError(f"step {state.step + 1}, on {[self.episodes[n].corpus for n in numbers]}: {why}")
+            state.bad_steps += 1
+            if state.bad_steps >= min(MAX_BAD_STEPS, trainer.steps):
+                on = f"step {state.step}, on {[self.episodes[number].corpus for number in numbers]}"
+                why = f"the last {state.bad_steps} steps had no finite loss and gradient; try smaller learning rates"
+                raise DivergedError(f"{on}: {why} (the checkpoint is of the last good steps)")
+            return row, bool(totals[3] > 0)
+        state.bad_steps = 0
         mean = mean * (MAX_GRADIENT_NORM / norm.clamp(min=MAX_GRADIENT_NORM))
         for value in state.parameters.values():
             value.grad = None
         for name, piece in zip(own, mean.split([state.parameters[name].numel() for name in own]), strict=True):
             state.parameters[name].grad = piece.view_as(state.parameters[name])
-        share = min(1.0, (state.step + 1) / WARMUP) * (1 - state.step / trainer.steps)
+        rate = min(1.0, state.step / WARMUP) * (1 - (state.step - 1) / trainer.steps)
         for group in state.optimiser.param_groups:
-            group["lr"] = group["base"] * share
+            group["lr"] = group["base"] * rate
         state.optimiser.step()
-        state.step += 1
-        told = {"loss": loss, "accuracy": accuracy, "gradient_norm": float(norm)}
-        return {"step": state.step, **{name: round(value, 4) for name, value in told.items()}}, bool(totals[3] > 0)
+        found = {"loss": loss, "accuracy": accuracy, "gradient_norm": float(norm)}
+        return {**row, **{name: round(value, 4) for name, value in found.items()}}, bool(totals[3] > 0)
 
-    def _own_share(
-        self, state: TrainingState, learned: Sequence[str], episodes: Sequence[Episode], where: str
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return what this process's episodes add to a step: gradients, and (4,) loss, accuracy, tasks and a 0."""
-        leaves = {name: state.parameters[name] for name in learned}
-        totals = self.adapter.initialisation.queries.new_zeros(4)
+    def own_share(self, state: TrainingState, episodes: Mapping[int, Episode]) -> tuple[Tensor, set[int]]:
+        """Return what this process's episodes add to a step, as one vector, and the numbers of those left out.
+
+        The vector is the gradients, one after the other, then loss, accuracy and number of tasks. Episodes that are too
+        much for the memory together, or of which one has no finite loss and gradient, are halved until it is known
+        which. SettingsError if one alone is too much.
+        """
+        leaves = {name: state.parameters[name] for name in self.learned}
+        nothing = self.adapter.initialisation.queries.new_zeros(sum(value.numel() for value in leaves.values()) + 3)
         if not episodes:
-            return {name: torch.zeros_like(value) for name, value in leaves.items()}, totals
-        learner = TaskLearner(self.reader, self._with(state.parameters))
+            return nothing, set()
+        learner, full = TaskLearner(self.reader, self._with(state.parameters)), ""
         try:
-            found = ALGORITHMS[self.trainer.algorithm].gradient(learner, episodes, leaves)
+            found = ALGORITHMS[self.trainer.algorithm].gradient(learner, list(episodes.values()), leaves)
+            sums = torch.stack([found.loss.sum(), found.accuracy.sum(), nothing.new_tensor(len(episodes))])
+            share = torch.cat([*(found.gradient[name].flatten() for name in leaves), sums])
+            if share.norm().isfinite():
+                return share, set()
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise DivergedError(f"{where}: {error}; try smaller learning rates") from error
-        totals[:3] = torch.stack([found.loss.sum(), found.accuracy.sum(), totals.new_tensor(len(episodes))])
-        return found.gradient, totals
+            logger.debug("no finite loss: %s", error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory_full(error):
+                raise
+            full = f"{error!s:.200}"
+        if len(episodes) > 1:  # now that the error, which holds on to the memory, is gone
+            if full:
+                said = "step %d: %d tasks together are too much for the memory: halved"
+                logger.warning(said, state.step + 1, len(episodes))
+            torch.cuda.empty_cache()
+            half = len(episodes) // 2
+            parts = [dict(list(episodes.items())[part]) for part in (slice(half), slice(half, None))]
+            (one, of_one), (other, of_other) = (self.own_share(state, part) for part in parts)
+            return one + other, of_one | of_other
+        ((number, episode),) = episodes.items()
+        if full:
+            texts = f"{len(episode.support_texts)} examples of {episode.ways} classes"
+            told = f"step {state.step + 1}: the memory of {nothing.device} is too small for episode {number} alone"
+            smaller = "encoder.max_length, lora.layers or learner.steps, or learner.adapt pooling"
+            raise SettingsError(f"{told} ({episode.corpus}, {texts}); try a smaller {smaller} ({full})")
+        return nothing, {number}
 
     def _with(self, parameters: Mapping[str, Tensor]) -> Adapter:
         return replace(self.adapter, initialisation=self.adapter.initialisation.with_tensors(parameters))
