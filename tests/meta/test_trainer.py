@@ -1,6 +1,7 @@
 """The outer loop: what a step takes, resuming, stopping, validation, and what comes of it."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -45,7 +46,8 @@ SHORT = {"CALIBRATION_EPISODES": 2, "WARMUP": 2, "CHECKPOINT_EVERY": 2}
 
 
 @pytest.fixture(autouse=True)
-def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "textmeta")  # which a test of the command may have changed: no plan
     for name, value in SHORT.items():
         monkeypatch.setattr(trainer_module, name, value)
 

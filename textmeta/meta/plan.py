@@ -139,7 +139,7 @@ def _told_numbers(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def bytes_of(run: "Run") -> int:
