@@ -134,7 +134,7 @@ def train_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of these; the later of two counts")
     run = parser.add_argument_group("The run")
     run.add_argument("--output", type=Path | None, help="folder for checkpoint, record and adapter")
-    told = "say what the run would do and take, by two steps that are thrown away; writes nothing"
+    told = "say what the run would do and take, by one step that is thrown away; writes nothing"
     run.add_argument("--dry_run", "--dry-run", action="store_true", help=told)
     run.add_argument("--corpora", type=list[CorpusSettings], default=[], help="what to train on")
     run.add_argument("--data", type=str | None, help="file with columns text and label, instead of the corpora")

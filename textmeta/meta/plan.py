@@ -1,6 +1,6 @@
 """What a run will do and take, told before it starts, and what may be in its way.
 
-Time and memory are those of two steps that are taken, and thrown away.
+Time and memory are those of one step that is taken, and thrown away.
 """
 
 import shutil
@@ -52,7 +52,7 @@ def plan_of(run: "Run", state: TrainingState, *, keep: bool = True) -> str:
         "algorithm": f"{trainer.algorithm}, {learner.steps} steps on {learner.adapt}, head {learner.head}",
         "episodes": f"{trainer.episodes:,}: {trainer.steps:,} steps of {trainer.tasks_per_step}, {left:,} of them left",
         "device": f"{encoder.device}, precision {trainer.precision}; processes: {processes}{threads}",
-        "time": f"{whole}: {first} for frozen layers, {step_seconds:.2g} s a step; validation and calibration on top",
+        "time": f"{whole}: {first} for frozen layers, about {step_seconds:.2g} s a step; validation comes on top",
         "memory": f"{held}; frozen states of all texts are {_size(kept)}" + " of it" * keep,
     }
     if run.output is not None:
@@ -62,10 +62,10 @@ def plan_of(run: "Run", state: TrainingState, *, keep: bool = True) -> str:
 
 
 def _measured(run: "Run", state: TrainingState) -> tuple[float, int, int, float, int]:
-    """Take two steps, and throw them away: that which holds most among the next ones, and one of the usual size.
+    """Take the step that holds most among the next ones, and throw it away.
 
-    Returns the seconds of the second; the most bytes that the process held at the end of the first, and its texts;
-    seconds and bytes of what the frozen layers make of all texts.
+    Returns the seconds of one of the usual length, by their lengths; the most bytes that the process held at the end of
+    this one, and its texts; seconds and bytes of what the frozen layers make of all texts.
     """
     trainer, learner, encoder = run.trainer, run.adapter.learner, run.reader.encoder
     each, most = trainer.tasks_per_step, CHARACTERS * encoder.settings.max_length
@@ -89,23 +89,20 @@ def _measured(run: "Run", state: TrainingState) -> tuple[float, int, int, float,
     steps = [{n: run.episodes[n] for n in own} for own in numbers]
     sizes = [held(step) for step in steps]
     largest = steps[sizes.index(max(sizes))]
-    usual = min(zip(sizes, steps, strict=True), key=lambda pair: abs(pair[0] - sum(sizes) / len(sizes)))[1]
     copies = {n: v.detach().clone().requires_grad_(v.requires_grad) for n, v in state.parameters.items()}
     if encoder.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(encoder.device)
-    peak, frozen, share, kept = 0, 0.0, 0.0, 0
-    for step in (largest, usual):  # of which the first warms up, too
-        reader, texts, began = run.reader, sorted(set(texts_of(step))), time.perf_counter()
-        if encoder.frozen_layers is not None:
-            states = reader.frozen_states(texts)
-            frozen, kept = time.perf_counter() - began, sum(state.nbytes for state in states)
-            share = sum(length(corpus.texts) for corpus in run.corpora) / length(texts)
-            reader = reader.having(dict(zip(texts, states, strict=True)))
-        began = time.perf_counter()
-        replace(run, reader=reader).own_share(replace(state, parameters=copies), step)
-        seconds = time.perf_counter() - began
-        peak = peak or _peak_memory(encoder.device) - kept
-    return seconds, peak, len(texts_of(largest)), share * frozen, int(share * kept)
+    reader, texts, share, kept, began = run.reader, texts_of(largest), 0.0, 0, time.perf_counter()
+    if encoder.frozen_layers is not None:
+        states = reader.frozen_states(texts)
+        kept = sum(state.nbytes for state in states)
+        share = sum(length(corpus.texts) for corpus in run.corpora) / length(texts)
+        reader = reader.having(dict(zip(texts, states, strict=True)))
+    read = time.perf_counter()
+    replace(run, reader=reader).own_share(replace(state, parameters=copies), largest)
+    seconds = (time.perf_counter() - read) * sum(sizes) / len(sizes) / max(sizes)
+    peak = _peak_memory(encoder.device) - kept
+    return seconds, peak, len(texts), share * (read - began), int(share * kept)
 
 
 def _peak_memory(device: torch.device) -> int:

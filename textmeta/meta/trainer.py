@@ -174,8 +174,7 @@ class MetaTrainer:
     ) -> str:
         """Return what :meth:`train` would do and take, in ten lines; what it takes and raises is said there.
 
-        Two steps are taken, and thrown away: the largest of the first ones, for their memory, and one of the usual
-        size. Nothing is written.
+        The largest of the next steps is taken, and thrown away. Nothing is written.
         """
         run = self._begin(corpora, valid, output if output is None else at_home(Path(output)), start, access)
         with naming_rows(run):
