@@ -135,10 +135,10 @@ TOLD_AND_TAKEN = """
     model, algorithm, adapt, what = sys.argv[1:]
     rng = np.random.default_rng(0)
     words = open(model + "/words").read().split()
-    texts = [" ".join(rng.choice(words, rng.integers(5, 120))) for _ in range(20 * 30)]
+    texts = [" ".join(rng.choice(words, rng.integers(5, 60))) for _ in range(20 * 30)]
     corpus = Corpus.from_pairs("random", texts, [f"class{i % 30}" for i in range(600)])
     learner = LearnerSettings(adapt=adapt, steps=2)
-    how = MetaTrainer(EncoderSettings(model, max_length=128), algorithm=algorithm, learner=learner, episodes=24)
+    how = MetaTrainer(EncoderSettings(model, max_length=64), algorithm=algorithm, learner=learner, episodes=8)
     if what == "told":
         size = plan._size
         plan._size = lambda count: f"{count:.0f}"
