@@ -41,9 +41,9 @@ def train(arguments: Sequence[str]) -> None:
     settings = parsed(train_parser(), arguments)
     trainer = MetaTrainer(**{field.name: settings[field.name] for field in fields(MetaTrainer)})
     # what might fail goes first, for training takes long
-    if settings.output is not None:
-        settings.output = at_home(settings.output)
-        check_destination(settings.output)
+    output: Any = settings.output and at_home(settings.output)
+    if output:
+        check_destination(output)
     elif not settings.dry_run:
         raise SettingsError("nowhere to write to: give --output FOLDER, or --dry-run, which writes nothing")
     whole_number("test_episodes", settings.test_episodes, 2)
@@ -54,18 +54,18 @@ def train(arguments: Sequence[str]) -> None:
         start = load_adapter(settings.start, encoder=settings.encoder.model)[0]
         trainer = replace(trainer, lora=start.lora)
     if settings.dry_run:
-        plan = trainer.plan(corpora, valid, settings.output, start=start)
+        plan = trainer.plan(corpora, valid, output, start=start)
         if PartialState().is_main_process:
             print(plan)
         return
-    adapter = trainer.train(corpora, valid, settings.output, start=start)
+    adapter = trainer.train(corpora, valid, output, start=start)
     state = PartialState()
     if not state.is_main_process:
         return
     reader = adapter.load_reader(device=state.device, precision=trainer.precision)
     learner = TaskLearner(reader, adapter.to(reader.encoder.device))
     adapter = replace(adapter, index=index_corpora(learner, corpora))
-    save_adapter(settings.output, adapter)  # before it is judged, lest that be interrupted
+    save_adapter(output, adapter)  # before it is judged, lest that be interrupted
     results: dict[str, Any] = {}
     table: dict[str, Any] = {}
     for name, sampler in tests:  # the adapter and frozen prototypes on the same episodes
@@ -77,9 +77,9 @@ def train(arguments: Sequence[str]) -> None:
         table[f"{name}: frozen prototypes"] = summary(before)
         table[f"{name}: this adapter"] = {**summary(after), "paired": paired}
     if results:
-        save_adapter(settings.output, replace(adapter, record={**adapter.record, "results": results}))
+        save_adapter(output, replace(adapter, record={**adapter.record, "results": results}))
         print(format_table(table))
-    print(f"The adapter is in {settings.output}: FewShotClassifier({str(settings.output)!r}) has it.")
+    print(f"The adapter is in {output}: FewShotClassifier({str(output)!r}) has it.")
 
 
 def _corpora(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corpus]]:
