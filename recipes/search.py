@@ -16,7 +16,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from textmeta.data.splits import load_parts
 from textmeta.errors import DivergedError, TextMetaError
-from textmeta.meta.trainer import RECORD, MetaTrainer
+from textmeta.meta.outer_loop import RECORD
+from textmeta.meta.trainer import MetaTrainer
 from textmeta.training import parsed, train_parser
 
 SPACE = {  # settings of MetaTrainer; nested ones have dotted names

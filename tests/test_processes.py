@@ -28,7 +28,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import Encoder
 from textmeta.errors import SettingsError, TextMetaError
 from textmeta.files import CHECKPOINT
-from textmeta.meta import trainer
+from textmeta.meta import outer_loop, trainer
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing.store import load_adapter
 
@@ -56,7 +56,7 @@ def together(
     learned = adapter_of(tiny_model, layers=LEARNER.layers, steps=2).initialisation.tensors()
     start = {name: value.double() for name, value in learned.items()}
     for name, value in {**SHORT, "CALIBRATION_EPISODES": 10, "VALIDATION_EPISODES": 9}.items():
-        monkeypatch.setattr(trainer, name, value)
+        monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer, name, value)
 
     def one(number: int, folder: Path, begin: Callable[[int], None], settings: Mapping[str, Any]) -> None:
         for state in (PartialState, AcceleratorState, GradientState):  # as in a process that has just started

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import write_rows
 from tests.test_recipes import recipe
 from textmeta import Corpus
+from textmeta.meta import outer_loop
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.trainer import MetaTrainer
 
@@ -31,7 +32,7 @@ def test_a_search_goes_on_in_the_middle_of_a_trial(
     search, output, data = recipe("search"), tmp_path / "search", tmp_path / "toy.jsonl"
     write_rows(data, corpus)
     for name, value in {"CALIBRATION_EPISODES": 5, "WARMUP": 1, "VALIDATE_EVERY": 1, "VALIDATION_EPISODES": 4}.items():
-        monkeypatch.setattr(trainer_module, name, value)
+        monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer_module, name, value)
 
     def run(*more: str) -> str:
         arguments = ["--data", str(data), "--output", str(output), "--encoder.model", tiny_model, "--episodes=6"]

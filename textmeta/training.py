@@ -42,8 +42,11 @@ def train(arguments: Sequence[str]) -> None:
     settings = parsed(train_parser(), arguments)
     trainer = MetaTrainer(**{field.name: settings[field.name] for field in fields(MetaTrainer)})
     # what might fail goes first, for training takes long
-    settings.output = at_home(settings.output)
-    check_destination(settings.output)
+    output: Any = settings.output and at_home(settings.output)
+    if output:
+        check_destination(output)
+    elif not settings.dry_run:
+        raise SettingsError("nowhere to write to: give --output FOLDER, or --dry-run, which writes nothing")
     whole_number("test_episodes", settings.test_episodes, 2)
     corpora, valid, test = _corpora(settings)
     warn_of_overlap(corpora, test, "test on")
@@ -52,14 +55,19 @@ def train(arguments: Sequence[str]) -> None:
     if settings.start:
         start = load_adapter(settings.start, encoder=settings.encoder.model)[0]
         trainer = replace(trainer, lora=start.lora)
-    adapter = trainer.train(corpora, valid, settings.output, start=start, track=settings.track)
+    if settings.dry_run:
+        plan = trainer.plan(corpora, valid, output, start=start)
+        if PartialState().is_main_process:
+            print(plan)
+        return
+    adapter = trainer.train(corpora, valid, output, start=start, track=settings.track)
     state = PartialState()
     main = state.is_main_process
     reader = adapter.load_reader(device=state.device, precision=trainer.precision)
     learner = TaskLearner(reader, adapter.to(reader.encoder.device))
     adapter = replace(adapter, index=index_corpora(learner, corpora))
     if main:
-        save_adapter(settings.output, adapter)  # before it is judged, lest that be interrupted
+        save_adapter(output, adapter)  # before it is judged, lest that be interrupted
     results: dict[str, Any] = {}
     table: dict[str, Any] = {}
     for name, sampler in tests:  # the adapter and frozen prototypes on the same episodes
@@ -73,9 +81,9 @@ def train(arguments: Sequence[str]) -> None:
     if not main:
         return
     if results:
-        save_adapter(settings.output, replace(adapter, record={**adapter.record, "results": results}))
+        save_adapter(output, replace(adapter, record={**adapter.record, "results": results}))
         print(format_table(table))
-    print(f"The adapter is in {settings.output}: FewShotClassifier({str(settings.output)!r}) has it.")
+    print(f"The adapter is in {output}: FewShotClassifier({str(output)!r}) has it.")
 
 
 def _corpora(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corpus]]:
@@ -118,7 +126,7 @@ def train_parser() -> ArgumentParser:
     """Return the parser of ``textmeta train``: the settings of MetaTrainer, and those of a run."""
     parser = ArgumentParser(
         prog="textmeta train",
-        usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--encoder ID] [--SETTING VALUE ...]",
+        usage="textmeta train [--config FILE] --output FOLDER [--data FILE] [--encoder ID] [--dry-run] [--SETTING ...]",
         description="Meta-train an adapter on labelled texts. The same command goes on with a run that was stopped: by "
         "SIGINT it ends with exit code 130, by SIGTERM with 143, after the step.",
         # wider, and so shorter
@@ -129,7 +137,9 @@ def train_parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these; the later of two counts")
     run = parser.add_argument_group("The run")
-    run.add_argument("--output", type=Path, required=True, help="folder for checkpoint, record and adapter")
+    run.add_argument("--output", type=Path | None, help="folder for checkpoint, record and adapter")
+    told = "say what the run would do and take, by one step that is thrown away; writes nothing"
+    run.add_argument("--dry_run", "--dry-run", action="store_true", help=told)
     run.add_argument("--corpora", type=list[CorpusSettings], default=[], help="what to train on")
     data = "instead of the corpora: a file, a folder of files or an id on the Hub; may be given several times"
     run.add_argument("--data", type=str | list[str] | None, help=data)

@@ -27,6 +27,7 @@ from textmeta import progress
 from textmeta.data.corpus import Corpus
 from textmeta.errors import AdapterError, SettingsError, TrainingInterrupted
 from textmeta.files import CHECKPOINT
+from textmeta.meta import outer_loop
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta import watching
 from textmeta.meta.evaluation import paired_difference
@@ -107,7 +108,7 @@ def test_a_tracker_that_is_not_there_is_named(tiny_model: str, corpus: Corpus, t
 def test_curves_are_drawn_at_the_end_and_at_stops(
     tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    monkeypatch.setattr(trainer_module, "draw_curves", watching.draw_curves)
+    monkeypatch.setattr(outer_loop, "draw_curves", watching.draw_curves)
     monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 2)
     picture = tmp_path / "curves.png"
     with monkeypatch.context() as patch:
@@ -125,7 +126,7 @@ def test_curves_are_drawn_at_the_end_and_at_stops(
     usual = builtins.__import__
     absent = lambda name, *rest: usual("no_such_module" if name.startswith("matplotlib") else name, *rest)  # noqa: E731
     monkeypatch.setattr(builtins, "__import__", absent)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "textmeta"):
         for _ in range(2):
             watching.draw_curves(tmp_path / "record.jsonl")
     assert not picture.exists()
@@ -149,8 +150,8 @@ def validated(monkeypatch: pytest.MonkeyPatch, accuracies: Sequence[Sequence[flo
     """Validate after each step, with these accuracies of the episodes."""
     given = iter(accuracies)
     scores = lambda *_, **__: SimpleNamespace(accuracy=np.array(next(given)))  # noqa: E731
-    monkeypatch.setattr(trainer_module, "score_episodes", scores)
-    monkeypatch.setattr(trainer_module, "VALIDATE_EVERY", 1)
+    monkeypatch.setattr(outer_loop, "score_episodes", scores)
+    monkeypatch.setattr(outer_loop, "VALIDATE_EVERY", 1)
     monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", len(accuracies[0]))
 
 
@@ -246,7 +247,8 @@ import tests.conftest  # as many threads as here: their number changes the last 
 from tests.meta import test_trainer
 from textmeta.data.corpus import Corpus
 from textmeta.errors import TrainingInterrupted
-vars(test_trainer.trainer_module).update(test_trainer.SHORT, VALIDATE_EVERY=3, VALIDATION_EPISODES=3)
+for module in (test_trainer.outer_loop, test_trainer.trainer_module):
+    vars(module).update(test_trainer.SHORT, VALIDATE_EVERY=3, VALIDATION_EPISODES=3)
 texts, labels = Path(sys.argv[2]).read_text().split("\\n\\n")
 corpus = Corpus.from_pairs("toy", texts.split("\\n"), labels.split("\\n"))
 try:
@@ -276,7 +278,7 @@ def test_a_run_stopped_at_random_ends_in_the_same_bits(
         assert process.wait() == (-9 if number == signal.SIGKILL else 143)
         assert len(record.read_text().splitlines()) < 16 * stops
     for name in ("VALIDATE_EVERY", "VALIDATION_EPISODES"):
-        monkeypatch.setattr(trainer_module, name, 3)
+        monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer_module, name, 3)
     whole = train(tiny_model, corpus, tmp_path / "whole", valid=3, episodes=16 * stops, patience=30)
     assert_same(train(tiny_model, corpus, output, valid=3, episodes=16 * stops, patience=30), whole)
     assert record.read_text() == (tmp_path / "whole" / "record.jsonl").read_text()

@@ -183,7 +183,8 @@ class Corpus:
             if own not in dataset.column_names:
                 told = f"has no column {own!r} ({role}); its columns are {dataset.column_names}"
                 raise DataError(f"corpus {name!r} {told}")
-        texts, labels = list(dataset[text_column]), list(dataset[label_column])
+        # at once: row by row takes many times as long
+        texts, labels = dataset[text_column][:], dataset[label_column][:]
         class_names = getattr(dataset.features[label_column], "names", None)  # of a ClassLabel
         if class_names is None or None in labels:
             return cls.from_pairs(name, texts, labels)

@@ -36,6 +36,7 @@ class TrainingState:
     parameters: dict[str, Tensor]
     optimiser: torch.optim.Optimizer
     step: int = 0
+    bad_steps: int = 0  # the last ones, that no task could be learned from
     best_accuracy: float = -1.0
     best_step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)

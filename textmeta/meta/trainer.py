@@ -2,20 +2,17 @@
 
 import json
 import logging
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.data.labels import number, one_of, whole_number
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.data.overview import log_corpora, warn_of_overlap
@@ -23,31 +20,24 @@ from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
-from textmeta.files import CHECKPOINT, at_home
+from textmeta.errors import AdapterError, SettingsError
+from textmeta.files import at_home
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.calibration import episodes_with_outside, fit_calibration
-from textmeta.meta.checkpoint import TrainingState, open_record, restore_state, save_state, stop_requests
-from textmeta.meta.evaluation import half_width, score_episodes
-from textmeta.meta.initialisation import LORA, Initialisation, LearnerSettings
+from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
-from textmeta.meta.watching import draw_curves, trackers, tracking
-from textmeta.processes import exchange, join_processes, shared_out
-from textmeta.progress import progress_bar
+from textmeta.meta.outer_loop import Callback, Run
+from textmeta.meta.plan import bytes_of, check_room, naming_rows, plan_of
+from textmeta.meta.watching import tracking
+from textmeta.processes import join_processes
 
 __all__ = ["MetaTrainer"]
 
 logger = logging.getLogger(__name__)
 
-RECORD = "record.jsonl"
-CENTRES = ("centre", "name_centre")  # with LoRA's factors, the groups that have learning rates of their own
-CENTRE_RATE = 1e-3
 LEAST_RATE = 1e-12
-WARMUP = 20  # steps over which the learning rates rise; then they fall to 0, linearly
-MAX_GRADIENT_NORM = 1.0
-VALIDATE_EVERY, CHECKPOINT_EVERY = 100, 50  # steps
 VALIDATION_EPISODES = 100  # the same each time
 CALIBRATION_EPISODES = 400  # at most; else a tenth of those of training, but 50
 
@@ -125,7 +115,7 @@ class MetaTrainer:
         start: Adapter | Mapping[str, Tensor] | None = None,
         cache: Path | None = None,
         access: HubAccess | None = None,
-        callback: Callable[[dict[str, float]], object] | None = None,
+        callback: Callback | None = None,
         track: Any = (),
     ) -> Adapter:
         """Learn an adapter; the same settings and corpora give the same one, to the bit on the same machine.
@@ -147,7 +137,7 @@ class MetaTrainer:
 
         Raises:
             TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
-            DivergedError: if loss or gradient are not finite.
+            DivergedError: if loss or gradient of all tasks are not finite, five steps in a row.
             SettingsError: if ``output`` holds a run with other settings, ``start`` does not fit, ``fixed`` names no
                 tensor or leaves none to learn, ``patience`` has nothing to validate on, a tracker is not there, or
                 there are more processes than tasks in a step.
@@ -158,12 +148,59 @@ class MetaTrainer:
             with tempfile.TemporaryDirectory() as folder:
                 how: dict[str, Any] = {"start": start, "cache": cache, "access": access, "callback": callback}
                 return self.train(corpora, valid, folder, track=track, **how)
+        run = self._begin(corpora, valid, at_home(Path(output)), start, access, callback, track)
+        main, reader, learner = run.accelerator.is_main_process, run.reader, run.adapter.learner
+        state = run.state()
+        if main and logger.isEnabledFor(logging.INFO) and state.step < self.steps:
+            logger.info(plan_of(run, state, keep=cache is None))
+        with naming_rows(run):
+            texts = (corpus.texts for corpus in run.corpora)
+            reader.cache(*texts, folder=cache and at_home(cache), progress=main, together=True)
+            found = run.loop(state)
+        record = {"settings": run.fingerprint, "sources": [dict(corpus.source) for corpus in run.corpora]}
+        made = run.adapter.initialisation.with_tensors(found)
+        adapter = replace(Adapter.of(reader, learner, made), record=record)
+        outside = episodes_with_outside(run.episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
+        if outside:
+            told = "calibration" if main else None
+            rule = fit_calibration(TaskLearner(reader, adapter), outside, told, together=True)
+            adapter = replace(adapter, scope=rule)
+        return adapter
+
+    @torch.inference_mode(False)
+    def plan(
+        self,
+        corpora: Corpus | Sequence[Corpus],
+        valid: Corpus | Sequence[Corpus] = (),
+        output: Path | str | None = None,
+        *,
+        start: Adapter | Mapping[str, Tensor] | None = None,
+        access: HubAccess | None = None,
+    ) -> str:
+        """Return what :meth:`train` would do and take, in ten lines; what it takes and raises is said there.
+
+        The largest of the next steps is taken, and thrown away. Nothing is written.
+        """
+        run = self._begin(corpora, valid, output if output is None else at_home(Path(output)), start, access)
+        with naming_rows(run):
+            return plan_of(run, run.state())
+
+    def _begin(
+        self,
+        corpora: Corpus | Sequence[Corpus],
+        valid: Corpus | Sequence[Corpus],
+        output: Path | None,
+        start: Adapter | Mapping[str, Tensor] | None,
+        access: HubAccess | None,
+        callback: Callback | None = None,
+        track: Any = (),
+    ) -> Run:
+        """Return a run that can begin: what might fail is made and checked."""
         assert isinstance(self.encoder, EncoderSettings)
-        corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
+        corpora, valid = ((given,) if isinstance(given, Corpus) else tuple(given) for given in (corpora, valid))
         if self.patience and not valid:
             raise SettingsError(f"patience is {self.patience}, but there are no corpora to validate on")
-        output = at_home(Path(output))
-        accelerator = join_processes(**tracking(track, output))
+        accelerator = join_processes(**(tracking(track, output) if output else {}))
         if self.tasks_per_step < accelerator.num_processes:
             few = f"tasks_per_step is {self.tasks_per_step}, too few for {accelerator.num_processes} processes"
             raise SettingsError(f"{few}, each of which is to learn at least one task a step")
@@ -183,26 +220,17 @@ class MetaTrainer:
             tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
         except AdapterError as error:
             raise SettingsError(f"the start does not fit: {error}") from error
-        run = _Run(self, accelerator, reader, Adapter.of(reader, learner, shape).to(encoder.device), episodes, callback)
-        run.check_fixed()
-        main = accelerator.is_main_process
-        reader.cache(
-            *(corpus.texts for corpus in corpora), folder=cache and at_home(cache), progress=main, together=True
-        )
         fingerprint = self._fingerprint(encoder, learner, corpora, valid)
         if begun:
             fingerprint["start"] = tensors_digest(begun)
         validation = judges.take(VALIDATION_EPISODES) if judges else []
-        found = run.loop(tensors, validation, output, fingerprint)
-        record = {"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]}
-        adapter = replace(Adapter.of(reader, learner, shape.with_tensors(found)), record=record)
-        outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
-        if outside:
-            rule = fit_calibration(
-                TaskLearner(reader, adapter), outside, "calibration" if main else None, together=True
-            )
-            adapter = replace(adapter, scope=rule)
-        return adapter
+        adapter = Adapter.of(reader, learner, shape).to(encoder.device)
+        data = (corpora, valid, validation)
+        run = Run(self, accelerator, reader, adapter, episodes, *data, tensors, output, fingerprint, callback)
+        run.check_fixed()
+        if output is not None:
+            check_room(output, bytes_of(run))
+        return run
 
     def _fingerprint(
         self, encoder: Encoder, learner: LearnerSettings, corpora: Sequence[Corpus], valid: Sequence[Corpus]
@@ -223,166 +251,3 @@ class MetaTrainer:
         if not self.patience:  # nor had those of before it
             del told["patience"]
         return json.loads(json.dumps(told))  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run in progress."""
-
-    trainer: MetaTrainer
-    accelerator: Accelerator
-    reader: TokenStateReader
-    adapter: Adapter  # with the shapes of all tensors
-    episodes: MixedEpisodes
-    callback: Callable[[dict[str, float]], object] | None
-
-    @property
-    def learned(self) -> list[str]:
-        """Names of the tensors that are not fixed."""
-        return [name for name in self.adapter.initialisation.tensors() if not name.startswith(self.trainer.fixed)]
-
-    def check_fixed(self) -> None:
-        """Check that the settings fix tensors that are there, and leave some to learn in every step."""
-        names, fixed = self.adapter.initialisation.tensors(), self.trainer.fixed
-        for given in fixed:
-            if not any(name.startswith(given) for name in names):
-                shown = dict.fromkeys(LORA if name.startswith(LORA) else name for name in names)
-                raise SettingsError(f"fixed names {given!r}, but there are {', '.join(shown)}")
-        if not self.learned:
-            raise SettingsError(f"fixed ({', '.join(map(repr, fixed)):.200}) leaves nothing to learn")
-
-    def loop(
-        self, tensors: Mapping[str, Tensor], validation: Sequence[Episode], output: Path, fingerprint: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """Take all steps; return what was learned: the last tensors, or those with the best validation accuracy."""
-        trainer, main = self.trainer, self.accelerator.is_main_process
-        parameters = {name: value.detach().clone().to(self.reader.encoder.device) for name, value in tensors.items()}
-        for name in self.learned:
-            parameters[name].requires_grad_()
-        state = TrainingState(parameters, torch.optim.Adam(self._groups(parameters)))
-        output.mkdir(parents=True, exist_ok=True)
-        restore_state(state, output / CHECKPOINT, fingerprint)
-        steps = shared_out(lambda own: [state.step], range(self.accelerator.num_processes))
-        if len({*steps}) > 1:
-            raise SettingsError(
-                f"processes would go on from different steps ({sorted({*steps})}): all machines must see {output}"
-            )
-        with (
-            stop_requests() as stop_signal,
-            open_record(output / RECORD, state.step, enabled=main) as write_row,
-            trackers(self.accelerator, output, state.step),
-            progress_bar(trainer.steps, trainer.algorithm if main else None, "step", initial=state.step) as progress,
-        ):
-            enough = False  # says the callback
-            while not self._is_over(state):
-                row, stop = self._step(state, enough or stop_signal() > 0)
-                if validation and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
-                    row |= self._validate(state, validation)
-                write_row(row)
-                self.accelerator.log(row, state.step)
-                shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
-                if state.best:
-                    shown["best"] = f"{state.best_accuracy:.3f}"
-                progress.set_postfix(shown, refresh=False)
-                progress.update()
-                enough = enough or bool(main and self.callback and self.callback(row))
-                if self.accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
-                    stop = stop or enough or stop_signal() > 0
-                over = self._is_over(state)
-                if main and (stop or over or state.step % CHECKPOINT_EVERY == 0):
-                    save_state(state, output / CHECKPOINT, fingerprint)
-                if main and (stop or over):
-                    draw_curves(output / RECORD)
-                if stop and not over:
-                    # any process may have got the signal; if none has, it was the callback
-                    if signum := max(shared_out(lambda own: [stop_signal()], range(self.accelerator.num_processes))):
-                        told = f"stopped after step {state.step} of {trainer.steps}; the same command goes on from"
-                        raise TrainingInterrupted(f"{told} {output / CHECKPOINT}", signum)
-                    break
-        if trainer.patience and state.without_gain >= trainer.patience:
-            logger.info(f"no gain in {trainer.patience} validations: training ended after step {state.step}")
-        with exchange():
-            self.accelerator.wait_for_everyone()
-        return {name: value.detach() for name, value in (state.best or state.parameters).items()}
-
-    def _is_over(self, state: TrainingState) -> bool:
-        patience = self.trainer.patience
-        return state.step >= self.trainer.steps or (patience > 0 and state.without_gain >= patience)
-
-    def _groups(self, parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: LoRA, numbers and centres, each with its rate."""
-        trainer, learned = self.trainer, self.learned
-        lora = [name for name in learned if name.startswith(LORA)]
-        centres = [name for name in learned if name in CENTRES]
-        numbers = [name for name in learned if name not in lora and name not in centres]
-        rates = ((lora, trainer.lora_rate), (numbers, trainer.number_rate), (centres, CENTRE_RATE))
-        return [{"params": [parameters[n] for n in part], "lr": rate, "base": rate} for part, rate in rates if part]
-
-    def _step(self, state: TrainingState, stop: bool) -> tuple[dict[str, float], bool]:
-        """Take one outer step, in place; return its row of the record, and whether any process was asked to stop."""
-        trainer, own = self.trainer, self.learned
-        first = state.step * trainer.tasks_per_step
-        numbers = range(first, min(first + trainer.tasks_per_step, trainer.episodes))
-        mine = [self.episodes[n] for n in numbers[self.accelerator.process_index :: self.accelerator.num_processes]]
-        sums, totals = self._own_share(state, own, mine, f"step {state.step + 1}, on {[e.corpus for e in mine]}")
-        totals[3] = float(stop)
-        # one reduction for everything; the mean is over tasks, so that uneven shares weigh right
-        flat: Tensor = torch.cat([*(part.flatten() for part in sums.values()), totals])
-        with exchange():
-            flat = self.accelerator.reduce(flat, "sum")
-        totals = flat[-4:]
-        mean = flat[:-4] / totals[2]
-        norm = mean.norm()
-        loss, accuracy = (totals[:2] / totals[2]).tolist()
-        if not (norm.isfinite() and math.isfinite(loss)):
-            why = f"loss {loss}, gradient norm {float(norm)}; try smaller learning rates (the last checkpoint is older)"
-            raise DivergedError(f"step {state.step + 1}, on {[self.episodes[n].corpus for n in numbers]}: {why}")
-        mean = mean * (MAX_GRADIENT_NORM / norm.clamp(min=MAX_GRADIENT_NORM))
-        for value in state.parameters.values():
-            value.grad = None
-        for name, piece in zip(own, mean.split([state.parameters[name].numel() for name in own]), strict=True):
-            state.parameters[name].grad = piece.view_as(state.parameters[name])
-        share = min(1.0, (state.step + 1) / WARMUP) * (1 - state.step / trainer.steps)
-        for group in state.optimiser.param_groups:
-            group["lr"] = group["base"] * share
-        state.optimiser.step()
-        state.step += 1
-        told = {"loss": loss, "accuracy": accuracy, "gradient_norm": float(norm)}
-        return {"step": state.step, **{name: round(value, 4) for name, value in told.items()}}, bool(totals[3] > 0)
-
-    def _own_share(
-        self, state: TrainingState, learned: Sequence[str], episodes: Sequence[Episode], where: str
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return what this process's episodes add to a step: gradients, and (4,) loss, accuracy, tasks and a 0."""
-        leaves = {name: state.parameters[name] for name in learned}
-        totals = self.adapter.initialisation.queries.new_zeros(4)
-        if not episodes:
-            return {name: torch.zeros_like(value) for name, value in leaves.items()}, totals
-        learner = TaskLearner(self.reader, self._with(state.parameters))
-        try:
-            found = ALGORITHMS[self.trainer.algorithm].gradient(learner, episodes, leaves)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise DivergedError(f"{where}: {error}; try smaller learning rates") from error
-        totals[:3] = torch.stack([found.loss.sum(), found.accuracy.sum(), totals.new_tensor(len(episodes))])
-        return found.gradient, totals
-
-    def _with(self, parameters: Mapping[str, Tensor]) -> Adapter:
-        return replace(self.adapter, initialisation=self.adapter.initialisation.with_tensors(parameters))
-
-    def _validate(self, state: TrainingState, episodes: Sequence[Episode]) -> dict[str, float]:
-        """Return validation accuracy and its interval; keep the tensors if they are the best yet.
-
-        A gain is told by the paired difference from the last gain, for small ones, each within the noise, may add up.
-        """
-        learner = TaskLearner(self.reader, self._with({n: v.detach() for n, v in state.parameters.items()}))
-        each = score_episodes(learner, episodes, together=True).accuracy
-        accuracy = float(np.float32(each.sum())) / len(episodes)
-        if accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_step = accuracy, state.step
-            state.best = {name: value.detach().clone() for name, value in state.parameters.items()}
-        if self.trainer.patience:
-            gain = None if state.last_gain is None else np.array(each) - state.last_gain.numpy()
-            state.without_gain += 1
-            if gain is None or gain.mean() > half_width(gain):
-                state.last_gain, state.without_gain = torch.tensor(each), 0
-        return {"valid_accuracy": accuracy, "valid_accuracy_ci95": half_width(np.array(each))}

@@ -57,7 +57,9 @@ def draw_curves(record: Path) -> None:
     except ImportError:
         _say_once(f"there is no {CURVES} without matplotlib: pip install 'textmeta[plot]'")
         return
-    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    lines = map(json.loads, record.read_text(encoding="utf-8").splitlines())
+    if not (rows := [row for row in lines if "loss" in row]):  # no task could be learned from in the others
+        return
     steps = np.array([row["step"] for row in rows])
     over = max(1, min(SMOOTHED_OVER, len(rows) // 5))
     figure = Figure((8, 6), layout="constrained")
