@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ class MetaTrainer:
         start: Adapter | Mapping[str, Tensor] | None = None,
         cache: Path | None = None,
         access: HubAccess | None = None,
+        callback: Callable[[dict[str, float]], bool | None] | None = None,
     ) -> Adapter:
         """Learn an adapter; the same settings and corpora give the same one, to the bit on the same machine.
 
@@ -139,7 +140,7 @@ class MetaTrainer:
         """
         if output is None:
             with tempfile.TemporaryDirectory() as folder:
-                return self.train(corpora, valid, folder, start=start, cache=cache, access=access)
+                return self.train(corpora, valid, folder, start=start, cache=cache, access=access, callback=callback)
         assert isinstance(self.encoder, EncoderSettings)
         corpora, valid = ((given,) if isinstance(given, Corpus) else given for given in (corpora, valid))
         accelerator = Accelerator()
@@ -164,7 +165,7 @@ class MetaTrainer:
         if begun:
             fingerprint["start"] = tensors_digest(begun)
         validation = judges.take(VALIDATION_EPISODES) if judges else []
-        found = run.loop(tensors, validation, at_home(Path(output)), fingerprint)
+        found = run.loop(tensors, validation, at_home(Path(output)), fingerprint, callback)
         record = {"settings": fingerprint, "sources": [dict(corpus.source) for corpus in corpora]}
         adapter = replace(Adapter.of(reader, learner, shape.with_tensors(found)), record=record)
         outside = episodes_with_outside(episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
@@ -218,7 +219,12 @@ class _Run:
             raise SettingsError(f"fixed ({', '.join(map(repr, fixed)):.200}) leaves nothing to learn")
 
     def loop(
-        self, tensors: Mapping[str, Tensor], validation: Sequence[Episode], output: Path, fingerprint: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, Tensor],
+        validation: Sequence[Episode],
+        output: Path,
+        fingerprint: Mapping[str, Any],
+        callback: Callable[[dict[str, float]], bool | None] | None = None,
     ) -> dict[str, Tensor]:
         """Take all steps; return what was learned: the last tensors, or those with the best validation accuracy."""
         trainer, main = self.trainer, self.accelerator.is_main_process
@@ -240,6 +246,8 @@ class _Run:
                 if validation and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
                     row["valid_accuracy"] = self._validate(state, validation)
                 write_row(row)
+                if callback is not None and callback(row):
+                    break
                 shown = {"loss": f"{row['loss']:.3f}", "acc": f"{row['accuracy']:.3f}"}
                 if state.best:
                     shown["best"] = f"{state.best_accuracy:.3f}"
