@@ -130,6 +130,7 @@ class MetaTrainer:
             start: an adapter, or tensors by name, to go on from.
             cache: folder for what the frozen layers make of the texts, which other runs share; by default memory.
             access: how the Hub is reached for the encoder.
+            callback: is called with each row of the record; if it returns True, training stops.
 
         Raises:
             TrainingInterrupted: on SIGINT or SIGTERM, after writing a checkpoint.
