@@ -29,7 +29,7 @@ BAR_AFTER = 5.0  # seconds
 STATE_EPSILON = 1e-6  # the state of padding is 0
 
 Batch = tuple[list[int], Tensor, Tensor]  # numbers of r rows, the rows (r, V, L, d) with zeros at padding, mask (r, L)
-# of r texts their positions (r,), mask (r, L), states (r, L, d) by frozen layer; states, or ids, that enter adapted ones
+# of r texts: positions (r,), mask (r, L), states (r, L, d) by frozen layer; states, or ids, that enter the adapted ones
 Entering = tuple[Tensor, Tensor, dict[int, Tensor], Tensor]
 
 
