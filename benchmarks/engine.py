@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize, one_hot
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel
 
 from textmeta.data.bundled import load_bundled
 from textmeta.data.corpus import CorpusSettings, load_corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LORA_B, layer_of
+from textmeta.encoder.pretrained import load_pretrained
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
@@ -91,8 +91,9 @@ def by_halves(reader: TokenStateReader) -> States:
 def by_peft(reader: TokenStateReader, attention: str) -> States:
     """Return what reads texts by the whole PEFT model, padded to the longest."""
     encoder, how = reader.encoder, {"padding": True, "truncation": True, "return_tensors": "pt"}
-    model = AutoModel.from_pretrained(encoder.settings.model, attn_implementation=attention).to(encoder.device)
-    model = get_peft_model(model, encoder.peft_config).eval().requires_grad_(False)
+    whole = load_pretrained(encoder.settings.model)[0]
+    whole.set_attn_implementation(attention)
+    model = get_peft_model(whole, encoder.peft_config).to(encoder.device).eval().requires_grad_(False)
 
     def states(texts: tuple[str, ...], factors: Tensors) -> tuple[Tensor, Tensor]:
         given = dict(encoder.tokenizer(list(texts), max_length=encoder.settings.max_length, **how).to(encoder.device))
@@ -170,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a local corpus with columns text and label")
     parser.add_argument("--adapt", choices=["pooling", "lora"], default="pooling")
+    parser.add_argument("--algorithms", nargs="+", choices=["fomaml", "maml"], default=["fomaml", "maml"])
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", default=EncoderSettings().model)
@@ -194,7 +196,7 @@ def main() -> None:
     adapter = replace(Adapter.of(fresh, learner, start), initialisation=start.with_tensors(leaves))
     sides_of_time = [f"{name}, ms" for name in (*readers, "loop")] if on_gpu else []
     rows = [("algorithm", "tasks", "loop to fresh", "loop to cached", "distance of the gradients", *sides_of_time)]
-    for algorithm, tasks in itertools.product(("fomaml", "maml"), arguments.tasks):
+    for algorithm, tasks in itertools.product(arguments.algorithms, arguments.tasks):
         episodes, run, second = sampler.take(tasks), ALGORITHMS[algorithm].gradient, algorithm == "maml"
         cached.cache([text for e in episodes for text in (*e.support_texts, *e.query_texts)])
         read = by_peft(fresh, "eager" if second else "sdpa") if lora else by_halves(fresh)
