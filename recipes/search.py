@@ -12,7 +12,6 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ SPACE = {  # settings of MetaTrainer, of a list or between two numbers; nested o
     "lora.rank": [4, 8, 16],
     "learner.steps": {"low": 2, "high": 8},
 }
-SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+RANDOM = optuna.samplers.RandomSampler
+SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": RANDOM, "grid": RANDOM}  # a grid is asked for as a whole
 UNPRUNED = 3  # trials before a worse one is stopped
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -41,12 +41,16 @@ def main() -> None:
     """Run the trials that are missing; print all, and how to train with the best settings."""
     parser = train_parser()
     parser.add_argument("--search", type=dict[str, Any], default=SPACE, help="setting to values, or low, high, log")
-    parser.add_argument("--sampler", choices=[*SAMPLERS, "grid"], default="tpe", help="how the next trial is drawn")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default="tpe", help="how the next trial is drawn")
     parser.add_argument("--prune", type=bool, default=True, help="stop a trial that is below the median of others")
     parser.add_argument("--trials", type=int | None, help="by default 20, or the whole grid")
     settings = parsed(parser, sys.argv[1:])
-    space = {name: distribution(name, given) for name, given in settings.search.items()}
-    every = {name: values(name, of) for name, of in space.items()} if settings.sampler == "grid" else {}
+    space, grid = {name: distribution(name, given) for name, given in settings.search.items()}, []
+    if settings.sampler == "grid":
+        if between := [name for name, of in space.items() if not isinstance(of, CategoricalDistribution)]:
+            raise SettingsError(f"search {between[0]}: a grid needs a list of values")
+        rows = itertools.product(*(of.choices for of in space.values()))
+        grid = [dict(zip(space, row, strict=True)) for row in rows]
     for name, of in space.items():  # what does not fit is told before anything runs
         for value in of.choices if isinstance(of, CategoricalDistribution) else (of.low, of.high):
             trainer_with(parser, {name: value})
@@ -60,7 +64,7 @@ def main() -> None:
     named = {"study_name": "search", "storage": f"sqlite:///{output / 'study.db'}", "load_if_exists": True}
     study = optuna.create_study(direction="maximize", pruner=pruner, **named)
     # a seed of its own each time the search goes on, lest it draw the first trials again
-    study.sampler = SAMPLERS.get(settings.sampler, optuna.samplers.RandomSampler)(seed=base.seed + len(study.trials))
+    study.sampler = SAMPLERS[settings.sampler](seed=base.seed + len(study.trials))
     told = json.dumps([repr(base), settings.search, [corpus.summary for corpus in corpora + valid]])
     if study.user_attrs.get("settings", told) != told:
         sys.exit(f"{output} holds a search with other settings or corpora: give another folder")
@@ -68,7 +72,6 @@ def main() -> None:
     for left in study.get_trials(states=(TrialState.RUNNING,)):  # it was stopped: take it up again
         study.tell(left.number, state=TrialState.FAIL)
         study.enqueue_trial(left.params, {"folder": left.user_attrs.get("folder", f"trial-{left.number:03d}")})
-    grid = [dict(zip(every, row, strict=True)) for row in itertools.product(*every.values())] if every else []
     for row in grid:
         study.enqueue_trial(row, skip_if_exists=True)
     trials = settings.trials or len(grid) or 20
@@ -83,9 +86,9 @@ def main() -> None:
     print(f"\n| {' | '.join(['trial', *space, 'best accuracy', 'steps'])} |\n|{'---|' * (len(space) + 3)}")
     for trial in study.get_trials(states=DONE):
         shown = [f"{value:.2g}" if isinstance(value, float) else str(value) for value in map(trial.params.get, space)]
-        best, steps = max(trial.intermediate_values.values(), default=0.0), max(trial.intermediate_values, default=0)
-        stopped = f"{steps}, stopped" if trial.state == TrialState.PRUNED else str(steps)
-        print(f"| {' | '.join([str(trial.number), *shown, f'{100 * best:.2f}', stopped])} |")
+        told = trial.intermediate_values or {0: 0.0}  # of one that diverged
+        steps = f"{max(told)}{', stopped' * (trial.state == TrialState.PRUNED)}"
+        print(f"| {' | '.join([str(trial.number), *shown, f'{100 * max(told.values()):.2f}', steps])} |")
     best = shlex.join(options(study.best_params))
     print(f"\nThe best told {100 * study.best_value:.2f} % of the validation queries. For textmeta train: {best}")
 
@@ -99,15 +102,6 @@ def distribution(name: str, given: Any) -> BaseDistribution:
         return (IntDistribution if whole else FloatDistribution)(**given)
     except (TypeError, KeyError, ValueError) as error:
         raise SettingsError(f"search {name}: expected a list, or low and high, given {given!r:.80}") from error
-
-
-def values(name: str, of: BaseDistribution) -> Sequence[Any]:
-    """Return all values of a setting, for a grid."""
-    if isinstance(of, CategoricalDistribution):
-        return of.choices
-    if not isinstance(of, IntDistribution):
-        raise SettingsError(f"search {name}: a grid needs a list of values, or whole numbers")
-    return range(of.low, of.high + 1, of.step)
 
 
 def options(params: dict[str, Any]) -> list[str]:
