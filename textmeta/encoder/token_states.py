@@ -288,12 +288,12 @@ class TokenStateReader:
         return TokenStates(len(texts), tuple(batches))
 
     def _id_batches(self, texts: Sequence[str]) -> Iterator[Batch]:
-        """Yield the token ids (r, L) of texts in batches."""
+        """Return the token ids (r, L) of texts in batches, which are made one by one."""
         read = self.encoder.tokenize(texts) if texts else []
         windows = [(number, ids) for number, own in enumerate(read) for ids in own]
         rows = [torch.tensor(ids).view(1, -1, 1) for _, ids in windows]
-        for numbers, ids, mask in _padded(rows, self.encoder.overhead, device=self.encoder.device):
-            yield [windows[number][0] for number in numbers], ids[:, 0, :, 0], mask
+        padded = _padded(rows, self.encoder.overhead, device=self.encoder.device)
+        return (([windows[number][0] for number in numbers], ids[:, 0, :, 0], mask) for numbers, ids, mask in padded)
 
 
 def _padded(
