@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-slow test-gpu check format wheel clean
+.PHONY: demo test test-slow test-gpu engine check format wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py
@@ -17,6 +17,13 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+# one script for a GPU, of under 8 minutes: make test-gpu engine; DEVICE=cpu tries the second part without one
+DEVICE ?= cuda
+engine: $(INSTALLED)
+	for how in "" "--precision bf16" "--adapt lora" "--adapt lora --precision bf16"; do \
+		timeout 100 $(BIN)/python benchmarks/engine.py --device $(DEVICE) $$how || exit 1; \
+	done
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

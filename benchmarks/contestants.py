@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from textmeta.data.episodes import Episode
 from textmeta.encoder.pretrained import tensors_digest
-from textmeta.encoder.token_states import TokenStateReader, TokenStates
+from textmeta.encoder.token_states import Entering, TokenStateReader, TokenStates
 from textmeta.heads.scope import scope_probability
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import in_parts
@@ -39,10 +39,20 @@ class KnownStates:
             found = self.reader.read(part, self.factors).unpadded()
             self.states.update({text: state.clone() for text, state in zip(part, found, strict=True)})
 
-    def read(self, texts: Sequence[str], factors: object = None, row_task: Tensor | None = None) -> TokenStates:
+    def entering(self, texts: Sequence[str]) -> Iterator[Entering]:
+        """Yield what enters the adapted layers, for steps on LoRA."""
+        return self.reader.entering(texts)
+
+    def read(
+        self,
+        texts: Sequence[str],
+        factors: object = None,
+        row_task: Tensor | None = None,
+        entered: Sequence[Entering] | None = None,
+    ) -> TokenStates:
         """Return the states of texts that are known."""
         if row_task is not None:
-            return self.reader.read(texts, factors, row_task)  # type: ignore[arg-type]
+            return self.reader.read(texts, factors, row_task, entered)  # type: ignore[arg-type]
         return TokenStates.padded([self.states[text] for text in texts], overhead=512)
 
 

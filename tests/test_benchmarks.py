@@ -29,12 +29,18 @@ def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
     module.main()
 
 
+@pytest.mark.parametrize("adapt", ["pooling", "lora"])
 def test_the_engine_returns_the_gradient_of_a_plain_loop(
-    benchmark, toy: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    adapt: str,
+    benchmark,
+    toy: Path,
+    tiny_model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--data", str(toy), "--model", tiny_model, "--tasks", "2", "--repeats", "1"]
-    run(benchmark("engine"), monkeypatch, *arguments)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    arguments = ["--data", str(toy), "--model", tiny_model, "--tasks", "2", "--repeats", "1", "--adapt", adapt]
+    run(benchmark("engine"), monkeypatch, *arguments, "--threads", "1")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:2] for row in rows[2:]] == [["fomaml", "2"], ["maml", "2"]]
     for *_, fresh, cached, distance in rows[2:]:
         assert float(fresh) > 0

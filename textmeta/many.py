@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from textmeta.classifier import FewShotClassifier
 from textmeta.data.labels import checked_texts, label_array
 from textmeta.encoder.encoder import warning_of
+from textmeta.encoder.token_states import Reader
 from textmeta.errors import DataError
-from textmeta.meta.learner import LearnedTask, Reader
+from textmeta.meta.learner import LearnedTask
 from textmeta.sharing.store import Fitted
 
 __all__ = ["predict_many"]

@@ -31,7 +31,7 @@ from textmeta.nearest import index_corpora
 from textmeta.sharing.folder import check_destination
 from textmeta.sharing.store import load_adapter, save_adapter
 
-__all__ = ["parsed", "plain_help", "train", "train_parser"]
+__all__ = ["corpora_of", "parsed", "plain_help", "train", "train_parser"]
 
 TEST_WAYS, TEST_QUERIES = 5, 5
 TABLES: dict[str, Iterable[str]] = {"ALGORITHMS": ALGORITHMS, "HEADS": HEADS}
@@ -48,7 +48,7 @@ def train(arguments: Sequence[str]) -> None:
     elif not settings.dry_run:
         raise SettingsError("nowhere to write to: give --output FOLDER, or --dry-run, which writes nothing")
     whole_number("test_episodes", settings.test_episodes, 2)
-    corpora, valid, test = _corpora(settings)
+    corpora, valid, test = corpora_of(settings)
     warn_of_overlap(corpora, test, "test on")
     tests = _tests(test, settings.test_shots, trainer.seed)
     start = None
@@ -86,7 +86,7 @@ def train(arguments: Sequence[str]) -> None:
     print(f"The adapter is in {output}: FewShotClassifier({str(output)!r}) has it.")
 
 
-def _corpora(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corpus]]:
+def corpora_of(settings: Namespace) -> tuple[list[Corpus], list[Corpus], list[Corpus]]:
     """Return corpora to train on, to choose by, and to test on."""
     sources, given = settings.data or settings.corpora, settings.corpora
     if settings.data and len(given) == 1 and given[0].splits:
@@ -138,7 +138,7 @@ def train_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of these; the later of two counts")
     run = parser.add_argument_group("The run")
     run.add_argument("--output", type=Path | None, help="folder for checkpoint, record and adapter")
-    told = "say what the run would do and take, by one step that is thrown away; writes nothing"
+    told = "say what a run would do and take; writes nothing"
     run.add_argument("--dry_run", "--dry-run", action="store_true", help=told)
     run.add_argument("--corpora", type=list[CorpusSettings], default=[], help="what to train on")
     data = "instead of the corpora: a file, a folder of files or an id on the Hub; may be given several times"

@@ -4,7 +4,7 @@
 not pass for MAML's, nor MAML's for FOMAML's stated formula.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,12 +15,12 @@ from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode
 from textmeta.encoder.encoder import Encoder
-from textmeta.encoder.token_states import TokenStates
+from textmeta.encoder.token_states import Entering, Reader, TokenStates
 from textmeta.meta import learner as learner_module
 from textmeta.meta.algorithms import ALGORITHMS, query_losses
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.initialisation import LearnerSettings
-from textmeta.meta.learner import Reader, TaskLearner
+from textmeta.meta.learner import TaskLearner
 
 Tensors = dict[str, Tensor]
 TOLERANCE = 1e-6
@@ -64,13 +64,20 @@ class Remembering:
         self.reader, self.factors = reader, factors
         self.known: dict[tuple[str, ...], TokenStates] = {}
 
+    def entering(self, texts: Sequence[str]) -> Iterable[Entering]:
+        return self.reader.entering(texts)
+
     def read(
-        self, texts: Sequence[str], factors: Mapping[str, Tensor] | None = None, row_task: Tensor | None = None
+        self,
+        texts: Sequence[str],
+        factors: Mapping[str, Tensor] | None = None,
+        row_task: Tensor | None = None,
+        entered: Sequence[Entering] | None = None,
     ) -> TokenStates:
         if factors is None or any(
             factors[n].shape != value.shape or not torch.equal(factors[n], value) for n, value in self.factors.items()
         ):
-            return self.reader.read(texts, factors, row_task)
+            return self.reader.read(texts, factors, row_task, entered)
         if tuple(texts) not in self.known:
             self.known[tuple(texts)] = self.reader.read(texts, factors)
         return self.known[tuple(texts)]

@@ -27,9 +27,8 @@ from textmeta import progress
 from textmeta.data.corpus import Corpus
 from textmeta.errors import AdapterError, SettingsError, TrainingInterrupted
 from textmeta.files import CHECKPOINT
-from textmeta.meta import outer_loop
+from textmeta.meta import outer_loop, watching
 from textmeta.meta import trainer as trainer_module
-from textmeta.meta import watching
 from textmeta.meta.evaluation import paired_difference
 from textmeta.progress import progress_bar
 

@@ -91,5 +91,11 @@ def plain_attention(
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
 
+def _mask(*, attention_mask: Tensor | None, allow_is_bidirectional_skip: bool = False, **given: Any) -> Tensor | None:
+    """Return transformers' mask; None where there is no padding, but for a GPU, which to look at means to wait for."""
+    skip = allow_is_bidirectional_skip and (attention_mask is None or attention_mask.device.type == "cpu")
+    return sdpa_mask(attention_mask=attention_mask, allow_is_bidirectional_skip=skip, **given)
+
+
 AttentionInterface.register(NAME, _switched_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _mask)

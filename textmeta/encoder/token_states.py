@@ -6,10 +6,11 @@ import itertools
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,12 +24,14 @@ from textmeta.errors import EncoderError, SettingsError
 from textmeta.processes import shared_out
 from textmeta.progress import progress_bar
 
-__all__ = ["StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
+__all__ = ["Entering", "Reader", "StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
 
 MAX_TOKENS = 2048  # of one forward, with padding: more of MiniLM do not stay in a core's cache
 STATE_EPSILON = 1e-6  # the state of padding is 0
 
 Batch = tuple[list[int], Tensor, Tensor]  # numbers of r rows, the rows (r, V, L, d) with zeros at padding, mask (r, L)
+# of r texts: positions (r,), mask (r, L), states (r, L, d) by frozen layer; states, or ids, that enter the adapted ones
+Entering = tuple[Tensor, Tensor, dict[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,18 @@ class TokenStates:
         """Return the states (V, length, d) of texts as padded batches, of so many tokens at most."""
         parts = _padded(states, overhead, max_tokens)
         return cls(len(states), tuple(StateBatch(torch.tensor(n, device=m.device), s, m) for n, s, m in parts))
+
+
+class Reader(Protocol):
+    """What gives the token states of texts: :class:`TokenStateReader`, or a graph."""
+
+    def entering(self, texts: Sequence[str]) -> Iterable[Entering]:
+        """Return what enters the adapted layers, of texts that are read several times."""
+
+    def read(
+        self, texts: Sequence[str], factors: Any = None, row_task: Tensor | None = None, entered: Any = None
+    ) -> TokenStates:
+        """Return the token states of texts, with LoRA's factors, (out, in), or (tasks, out, in) for one set a task."""
 
 
 class TokenStateReader:
@@ -218,8 +233,32 @@ class TokenStateReader:
         told += ["window"] * (encoder.settings.long_texts == "window") + [encoder.prompt] * bool(encoder.prompt)
         return hashlib.sha256(json.dumps([*told, *texts]).encode()).hexdigest()[:32]
 
+    def entering(self, texts: Sequence[str]) -> Iterator[Entering]:
+        """Yield what enters the adapted layers, in batches on the device; what is kept of a text is not made again."""
+        encoder, frozen = self.encoder, self.encoder.frozen_layers
+        kept = [number for number, text in enumerate(texts) if text in self._kept]
+        fresh = [number for number, text in enumerate(texts) if text not in self._kept]
+        split = [torch.split(self._kept[texts[number]], encoder.settings.max_length, 1) for number in kept]
+        windows = [number for number, own in zip(kept, split, strict=True) for _ in own]
+        stored = _padded(list(itertools.chain(*split)), encoder.overhead, device=encoder.device)
+        parts = ((windows, stored), (fresh, self._id_batches([texts[number] for number in fresh])))
+        for own, (numbers, given, mask) in ((own, batch) for own, part in parts for batch in part):
+            rows = torch.tensor([own[number] for number in numbers], device=encoder.device)
+            if given.is_floating_point():  # what the frozen layers made of the texts
+                lower = given.to(torch.promote_types(given.dtype, torch.float32)).unbind(1)
+                yield rows, mask, dict(zip(self._lower, lower, strict=True)), lower[-1]
+            elif frozen is not None:
+                lower = encoder.states(given, mask, adapted=False)
+                yield rows, mask, dict(enumerate(lower)), lower[frozen]
+            else:
+                yield rows, mask, {}, given
+
     def read(
-        self, texts: Sequence[str], factors: Mapping[str, Tensor] | None = None, row_task: Tensor | None = None
+        self,
+        texts: Sequence[str],
+        factors: Mapping[str, Tensor] | None = None,
+        row_task: Tensor | None = None,
+        entered: Sequence[Entering] | None = None,
     ) -> TokenStates:
         """Return the token states of texts, at least float32.
 
@@ -229,32 +268,26 @@ class TokenStateReader:
             texts: n texts; equal ones are computed again.
             factors: every LoRA factor, (out, in) or (tasks, out, in); without LoRA where left out.
             row_task: (n,) int64, task of each text, where a factor has a task dimension.
+            entered: what :meth:`entering` made of the texts, where they are read several times.
         """
         encoder, frozen = self.encoder, self.encoder.frozen_layers
         differentiated = factors is not None and any(factor.requires_grad for factor in factors.values())
-        folded = {} if differentiated or row_task is not None else self._weights_with(factors or {})
-        kept = [number for number, text in enumerate(texts) if text in self._kept]
-        fresh = [number for number, text in enumerate(texts) if text not in self._kept]
-        split = [torch.split(self._kept[texts[number]], encoder.settings.max_length, 1) for number in kept]
-        windows = [number for number, own in zip(kept, split, strict=True) for _ in own]
-        stored = _padded(list(itertools.chain(*split)), encoder.overhead, device=encoder.device)
-        parts = ((windows, stored), (fresh, self._id_batches([texts[number] for number in fresh])))
+        folded: dict[str, Tensor] = {}
+        if not differentiated and row_task is None:  # making the weights takes longer than reading a short text
+            held = list((factors or {}).values())
+            told = [(id(factor), factor._version) for factor in held]  # training changes factors in place
+            kept = self._folded
+            if kept[0] != told:
+                self._folded = kept = told, held, {}  # as a whole: other threads may be reading
+            folded = kept[2]
         batches: list[StateBatch] = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
-            for own, (numbers, given, mask) in ((own, batch) for own, part in parts for batch in part):
-                rows = torch.tensor([own[number] for number in numbers], device=encoder.device)
-                found: dict[int, Tensor] = {}
-                entering = given
-                if given.is_floating_point():  # what the frozen layers made of the texts
-                    lower = given.to(torch.promote_types(given.dtype, torch.float32)).unbind(1)
-                    found, entering = dict(zip(self._lower, lower, strict=True)), lower[-1]
-                elif frozen is not None:
-                    lower = encoder.states(given, mask, adapted=False)
-                    found, entering = dict(enumerate(lower)), lower[frozen]
+            for rows, mask, lower, given in self.entering(texts) if entered is None else entered:
+                found = dict(lower)
                 if self._adapted:
                     task = None if row_task is None else row_task[rows]
                     with nullcontext() if factors is None else using_factors(factors, task, folded):
-                        found |= zip(itertools.count(frozen or 0), encoder.states(entering, mask, adapted=True))
+                        found |= zip(itertools.count(frozen or 0), encoder.states(given, mask, adapted=True))
                 if encoder.first_token:
                     last = self.layers[-1]
                     found[last] = found[last][:, :1].expand_as(found[last])
@@ -262,25 +295,13 @@ class TokenStateReader:
                 batches.append(StateBatch(rows, states.masked_fill_(~mask[:, None, :, None], 0), mask))
         return TokenStates(len(texts), tuple(batches))
 
-    def _weights_with(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return where the weights with these factors folded in are kept, those of the last factors alone.
-
-        Making them takes longer than reading a short text with them.
-        """
-        held = list(factors.values())
-        told = [(id(factor), factor._version) for factor in held]  # training changes factors in place
-        kept = self._folded
-        if kept[0] != told:
-            self._folded = kept = told, held, {}  # as a whole: other threads may be reading
-        return kept[2]
-
     def _id_batches(self, texts: Sequence[str]) -> Iterator[Batch]:
-        """Yield the token ids (r, L) of texts in batches."""
+        """Return the token ids (r, L) of texts in batches, which are made one by one."""
         read = self.encoder.tokenize(texts) if texts else []
         windows = [(number, ids) for number, own in enumerate(read) for ids in own]
         rows = [torch.tensor(ids).view(1, -1, 1) for _, ids in windows]
-        for numbers, ids, mask in _padded(rows, self.encoder.overhead, device=self.encoder.device):
-            yield [windows[number][0] for number in numbers], ids[:, 0, :, 0], mask
+        padded = _padded(rows, self.encoder.overhead, device=self.encoder.device)
+        return (([windows[number][0] for number in numbers], ids[:, 0, :, 0], mask) for numbers, ids, mask in padded)
 
 
 def _padded(

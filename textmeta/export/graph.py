@@ -182,12 +182,16 @@ def _task_graph(states: onnx.ModelProto, adapter: Adapter, task: LearnedTask, wi
 
 
 class GraphReader:
-    """Reads token states by a graph of them, in which LoRA is folded: :class:`~textmeta.meta.learner.Reader`."""
+    """Reads token states by a graph of them, in which LoRA is folded."""
 
     def __init__(self, graph: onnx.ModelProto, encoder: Encoder) -> None:
         self.session, self.encoder = open_session(graph.SerializeToString()), encoder
 
-    def read(self, texts: Sequence[str], factors: object = None, row_task: Tensor | None = None) -> TokenStates:
+    def entering(self, texts: Sequence[str]) -> list[Any]:
+        """Return nothing: no step changes what is folded in."""
+        return []
+
+    def read(self, texts: Sequence[str], factors: Any = None, row_task: Any = None, entered: Any = None) -> TokenStates:
         """Return the token states of texts, whatever the factors."""
         device, batches = self.encoder.device, []
         for numbers, ids, mask, place in text_batches(self.encoder.tokenize(texts)):

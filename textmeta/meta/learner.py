@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
 from textmeta.encoder.lora import LORA_B, layer_of
-from textmeta.encoder.token_states import TokenStates
+from textmeta.encoder.token_states import Reader, TokenStates
 from textmeta.heads import HEADS
 from textmeta.heads.common import Examples, log_shots, mean_over_classes, temperature
 from textmeta.heads.evidence import fold_nll, folds_of, left_out_scores, mixture
@@ -24,20 +23,11 @@ from textmeta.meta.batch import Rows, TaskBatch, parts_in_turn
 from textmeta.meta.initialisation import LORA
 from textmeta.meta.inner_loop import LossOfStep, inner_steps
 
-__all__ = ["QUERIES", "Answers", "LearnedTask", "Reader", "TaskLearner"]
+__all__ = ["QUERIES", "Answers", "LearnedTask", "TaskLearner"]
 
 GRADIENT_EPSILON = 1e-4
 KEPT_TEXTS = 512  # texts, times inner steps, whose activations are kept for the second order of LoRA steps
 QUERIES, OFFSET = "queries", "offset"
-
-
-class Reader(Protocol):
-    """What gives the token states of texts: :class:`~textmeta.encoder.token_states.TokenStateReader`, or a cache."""
-
-    def read(
-        self, texts: Sequence[str], factors: Mapping[str, Tensor] | None = None, row_task: Tensor | None = None
-    ) -> TokenStates:
-        """Return the token states of texts, with LoRA's factors, (out, in), or (tasks, out, in) for one set a task."""
 
 
 @dataclass(frozen=True)
@@ -357,12 +347,15 @@ class TaskLearner:
             own_weights = [rows.pad(flat if chosen is None else flat[chosen]) for rows, _, chosen in parts]
             voting = [part.weighted(own) for part, own in zip(voting, own_weights, strict=True)]
         told = [with_company(part) for part in voting]
+        # once for all steps, on a GPU without waiting for it; of a large task a step has its own, lest memory grow
+        whole = with_lora and parts[0][2] is None
+        entered = list(self.reader.entering(batch.support.texts)) if whole else None
 
         def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
             rows, _, chosen = parts[step]
             if with_lora:
                 factors = {name: tensors[LORA + name] for name in init.lora}
-                own = self.reader.read(rows.texts, factors, rows.row_task)
+                own = self.reader.read(rows.texts, factors, rows.row_task, entered)
             else:
                 own = states if chosen is None else states.where(chosen)
             queries = tensors[QUERIES]

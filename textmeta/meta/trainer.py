@@ -57,7 +57,7 @@ class MetaTrainer:
         tasks_per_step: episodes whose gradients are averaged in one step of Adam, over all processes.
         lora_rate: learning rate of LoRA's factors.
         number_rate: of numbers and pooling queries.
-        names: share of the episodes that come with names of their classes.
+        names: share of the episodes with names of their classes.
         unlabelled: share of the episodes that come with unlabelled texts.
         fixed: names of tensors, or beginnings of them, that are not learned.
         precision: "bf16" runs the encoder's matrix products in bfloat16, "no" all in float32.
