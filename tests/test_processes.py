@@ -113,7 +113,10 @@ def test_processes_train_what_one_does(together: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(tensors, alone, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+HANGING = pytest.param(signal.SIGSTOP, id="hanging", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, id="killed"), HANGING])
 def test_a_lost_process_ends_the_others(number: int, together: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that was told to stop, and finishes its step before."""
     monkeypatch.setattr(processes, "LONGEST_WAIT", timedelta(seconds=3 if number == signal.SIGSTOP else 600))
@@ -132,7 +135,9 @@ def test_a_lost_process_ends_the_others(number: int, together: Any, monkeypatch:
 
 def test_more_processes_than_tasks_are_refused(together: Any) -> None:
     told = "SettingsError: tasks_per_step is 1, too few for 2 processes"
-    assert [(code, said[: len(told)]) for code, said in together(2, tasks_per_step=1)] == [(2, told)] * 2
+    (code, first), (other, second) = together(2, tasks_per_step=1)
+    assert (code, other) == (2, 2)
+    assert any(said.startswith(told) for said in (first, second)), "the other may lose the one that said it"
 
 
 def test_processes_that_see_different_folders_are_refused(together: Any, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ STEPS, WARM_UP = 200, 50
 WAYS = (("maml", "pooling", 512), ("maml", "lora", 0))
 
 
+@pytest.mark.slow
 def test_memory_stays_the_same_over_200_steps(
     encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
