@@ -56,6 +56,8 @@ def main() -> None:
         for value in of.choices if isinstance(of, CategoricalDistribution) else (of.low, of.high):
             trainer_with(parser, {name: value})
     base, output = trainer_with(parser, {}), settings.output
+    if output is None:
+        raise SettingsError("nowhere to write to: give --output FOLDER")
     corpora, valid, _ = corpora_of(settings)
     if not valid:
         raise SettingsError("nothing to judge trials by: give valid corpora, or hold classes out")
