@@ -147,7 +147,7 @@ def train_parser() -> ArgumentParser:
     run.add_argument("--fold", type=str | None, help="which class split, where the corpora's files have several")
     run.add_argument("--hold_out", type=bool, default=True, help="classes to choose and test by; false trains on all")
     run.add_argument("--valid", type=list[CorpusSettings], default=[], help="corpora to choose by; none is split then")
-    run.add_argument("--start", type=str | None, help="adapter to start from, with its LoRA and learner settings")
+    run.add_argument("--start", type=str | None, help="adapter to start from, with its settings")
     run.add_argument("--test_shots", type=list[int], default=[1, 5], help="shots of the tests")
     run.add_argument("--test_episodes", type=int, default=600, help="episodes of each test")
     run.add_argument(
