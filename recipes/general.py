@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from textmeta import CorpusSettings, MetaTrainer, TextMetaError, load_corpus
 from textmeta.data.bundled import load_bundled
@@ -110,7 +111,8 @@ def main() -> None:
         check_destination(arguments.output)  # before what takes long
         corpora = training_corpora(arguments.data_dir)
         adapter = make(corpora, replace(GENERAL, seed=arguments.seed), arguments.output, arguments.cache)
-        save_adapter(arguments.output, adapter)
+        if PartialState().is_main_process:
+            save_adapter(arguments.output, adapter)
     except TextMetaError as error:
         sys.exit(str(error))
     print(f"The adapter is in {arguments.output}.")

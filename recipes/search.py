@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 
 from textmeta.data.corpus import Corpus
 from textmeta.errors import DivergedError, SettingsError, TextMetaError
+from textmeta.meta.checkpoint import rows_of
 from textmeta.meta.outer_loop import RECORD
 from textmeta.meta.trainer import MetaTrainer
 from textmeta.training import corpora_of, parsed, train_parser
@@ -58,6 +59,9 @@ def main() -> None:
     base, output = trainer_with(parser, {}), settings.output
     if output is None:
         raise SettingsError("nowhere to write to: give --output FOLDER")
+    for name in ("dry_run", "start", "track"):
+        if settings[name]:
+            raise SettingsError(f"--{name} has no meaning in a search")
     corpora, valid, _ = corpora_of(settings)
     if not valid:
         raise SettingsError("nothing to judge trials by: give valid corpora, or hold classes out")
@@ -133,12 +137,12 @@ def accuracy(
 
     record = folder / RECORD
     try:
-        for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else ():
-            judge(json.loads(line))  # of a trial that goes on
+        for row in rows_of(record):  # of a trial that goes on
+            judge(row)
         trainer.train(corpora, valid, folder, cache=folder.parent / "frozen", callback=judge)
     except DivergedError:
         return 0.0
-    return max(told.values())
+    return max(told.values(), default=0.0)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,10 @@ def exchange() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # as those of gloo and NCCL are
+        if os.environ.get("WORLD_SIZE", "1") == "1" or isinstance(error, torch.OutOfMemoryError):
+            raise
         told = "lost another process of this run, which has ended or hangs; if it has said why, that is shown too"
-        raise LostProcessError(f"{told} ({str(error).splitlines()[0]:.200})") from error
+        raise LostProcessError(f"{told} ({str(error).strip():.200})") from error
 
 
 def shared_out(work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R]:

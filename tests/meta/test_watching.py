@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.meta.test_trainer import Died, assert_same, on_each_step, rows_of, short_runs, train  # noqa: F401
+from tests.meta.test_trainer import Died, assert_same, on_each_step, rows_of, short_runs, train, trainer_of  # noqa: F401
 from textmeta import progress
 from textmeta.data.corpus import Corpus
 from textmeta.errors import AdapterError, SettingsError, TrainingInterrupted
@@ -216,6 +216,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_model: str, corpu
     flipped = newest[:-9] + bytes([newest[-9] ^ 64]) + newest[-8:]  # which safetensors does not notice
     for damaged in (newest[:5000], b"", flipped):
         (tmp_path / CHECKPOINT).write_bytes(damaged)
+        with (tmp_path / "record.jsonl").open("a") as file:  # torn
+            file.write('{"step": 7, "dropped": [{"episode": 6}')
+        with pytest.warns(UserWarning, match=rf"{CHECKPOINT}: .*goes on from .*{BEFORE}"):
+            trainer_of(tiny_model).plan(corpus.restrict(corpus.class_names[:5]), output=tmp_path)
+        assert (tmp_path / CHECKPOINT).read_bytes() == damaged, "a plan changes nothing"
         with pytest.warns(UserWarning, match=rf"{CHECKPOINT}: .*goes on from .*{BEFORE}"):
             assert_same(train(tiny_model, corpus, tmp_path), whole)
         assert rows_of(tmp_path) == record

@@ -50,9 +50,12 @@ def open_texts(
             rows = _objects(lines)
         elif form == "csv":
             first = next(lines, "")
-            between = separator(first, needed, tabs=name.lower().endswith(".tsv"))
-            rows = csv.DictReader(itertools.chain([first], lines), delimiter=between, strict=True)
-            columns = list(rows.fieldnames or ())
+            try:
+                between = separator(first, needed, tabs=name.lower().endswith(".tsv"))
+                rows = csv.DictReader(itertools.chain([first], lines), delimiter=between, strict=True)
+                columns = list(rows.fieldnames or ())
+            except csv.Error as error:
+                raise DataError(f"{place[0]}: {error}") from error
             twice = len(set(columns)) < len(columns) if label_column is None else columns.count(label_column) > 1
             if columns.count(column) != 1 or twice:
                 raise DataError(f"{name}: expected a column {column!r}, and none twice; its columns are {few(columns)}")

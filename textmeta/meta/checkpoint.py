@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from textmeta.encoder.pretrained import tensors_digest
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.files import write_atomically
 
-__all__ = ["TrainingState", "open_record", "restore_state", "save_state", "stop_requests"]
+__all__ = ["TrainingState", "open_record", "restore_state", "rows_of", "save_state", "stop_requests"]
 
 BEFORE = "checkpoint.before"
 NUMBERS = ("step", "best_accuracy", "best_step", "without_gain")  # of a training state
@@ -42,6 +42,7 @@ class TrainingState:
     best: dict[str, Tensor] = field(default_factory=dict)
     last_gain: Tensor | None = None  # (E,) validation accuracy of each episode when there last was a gain
     without_gain: int = 0  # validations since
+    damaged: Path | None = None  # checkpoint that could not be read
 
 
 def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -58,6 +59,9 @@ def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any])
         "settings": fingerprint,
         "sha256": tensors_digest(content),
     }
+    if state.damaged == path:  # set aside, lest it become the one before
+        path.replace(path.with_suffix(".damaged"))
+        state.damaged = None
     write_atomically(path, save(content, metadata={"state": json.dumps(told)}), path.with_stem(BEFORE))
 
 
@@ -75,8 +79,7 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
         except AdapterError as error:
             if each == there[-1]:
                 raise
-            with suppress(FileNotFoundError):  # lest it become the one before; another process may have been quicker
-                path.replace(path.with_suffix(".damaged"))
+            state.damaged = path
             warnings.warn(f"{error}; the run goes on from {there[-1]}, the one before", stacklevel=2)
     else:
         return
@@ -129,6 +132,12 @@ def _differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {saved!r:.60} there, {now!r:.60} now"
 
 
+def rows_of(record: Path) -> list[dict[str, Any]]:
+    """Return the rows of a record, if there is one, without a last one that was cut short."""
+    whole = record.read_text(encoding="utf-8").rpartition("\n")[0] if record.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 @contextmanager
 def open_record(path: Path, step: int, *, enabled: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """Open a JSON Lines file, a row a step, and give what appends a row; rows after a step are dropped before.
@@ -138,9 +147,8 @@ def open_record(path: Path, step: int, *, enabled: bool) -> Iterator[Callable[[M
     if not enabled:
         yield lambda row: None
         return
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+    kept = [row for row in rows_of(path) if row["step"] <= step]
+    write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
     with path.open("a", encoding="utf-8", buffering=1) as file:  # a row is on its way when it is written
         yield lambda row: print(json.dumps(dict(row)), file=file)
 

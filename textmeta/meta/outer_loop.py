@@ -108,10 +108,10 @@ class Run:
             progress_bar(trainer.steps, trainer.algorithm if main else None, "step", initial=state.step) as progress,
         ):
             enough = False  # says the callback
-            while not self._is_over(state):
+            while not self.is_over(state):
                 row, stop = self._step(state, enough or stop_signal() > 0)
                 good = not state.bad_steps
-                if validation and good and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
+                if validation and (state.step % VALIDATE_EVERY == 0 or state.step == trainer.steps):
                     row |= self._validate(state, validation)
                 write_row(row)
                 self.accelerator.log({name: value for name, value in row.items() if name != "dropped"}, state.step)
@@ -123,7 +123,7 @@ class Run:
                 enough = enough or bool(main and self.callback and self.callback(row))
                 if self.accelerator.num_processes == 1:  # several have to agree, in the next step's reduction
                     stop = stop or enough or stop_signal() > 0
-                over = self._is_over(state)
+                over = self.is_over(state)
                 if main and (stop or over or (good and state.step % CHECKPOINT_EVERY == 0)):
                     save_state(state, output / CHECKPOINT, fingerprint)
                 if main and (stop or over):
@@ -134,13 +134,14 @@ class Run:
                         told = f"stopped after step {state.step} of {trainer.steps}; the same command goes on from"
                         raise TrainingInterrupted(f"{told} {output / CHECKPOINT}", signum)
                     break
-        if trainer.patience and state.without_gain >= trainer.patience:
+        if main and trainer.patience and state.without_gain >= trainer.patience:
             logger.info(f"no gain in {trainer.patience} validations: training ended after step {state.step}")
         with exchange():
             self.accelerator.wait_for_everyone()
         return {name: value.detach() for name, value in (state.best or state.parameters).items()}
 
-    def _is_over(self, state: TrainingState) -> bool:
+    def is_over(self, state: TrainingState) -> bool:
+        """Return whether no step is left to take."""
         patience = self.trainer.patience
         return state.step >= self.trainer.steps or (patience > 0 and state.without_gain >= patience)
 

@@ -38,7 +38,7 @@ STATUS = Path("/proc/self/status")
 def plan_of(run: "Run", state: TrainingState, *, keep: bool = True) -> str:
     """Return what a run does and takes from a state on, a line each; ``keep``: whether memory keeps frozen states."""
     trainer, learner, encoder = run.trainer, run.adapter.learner, run.reader.encoder
-    processes, left = run.accelerator.num_processes, trainer.steps - state.step
+    processes, left = run.accelerator.num_processes, 0 if run.is_over(state) else trainer.steps - state.step
     step_seconds, peak, texts, frozen_seconds, kept = _measured(run, state)
     whole, first = (timedelta(seconds=round(s)) for s in (frozen_seconds + left * step_seconds, frozen_seconds))
     tensors = run.adapter.initialisation.tensors()
@@ -140,10 +140,10 @@ def _size(count: float) -> str:
 
 
 def bytes_of(run: "Run") -> int:
-    """Return what a run writes, about: checkpoint and adapter, and another of each while it is replaced."""
+    """Return what a run writes, about: two checkpoints and the adapter, and another of each while it is replaced."""
     tensors = run.adapter.initialisation.tensors()
     all_, learned = (4 * sum(tensors[name].numel() for name in names) for names in (tensors, run.learned))
-    return 2 * (all_ + 2 * learned + all_ * bool(run.validation) + all_) + 200 * run.trainer.steps
+    return 3 * (all_ + 2 * learned + all_ * bool(run.validation)) + 2 * all_ + 200 * run.trainer.steps
 
 
 def check_room(folder: Path, needed: int) -> int:

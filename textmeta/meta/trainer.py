@@ -132,7 +132,7 @@ class MetaTrainer:
             cache: folder for what the frozen layers make of the texts, which other runs share; by default memory.
             access: how the Hub is reached for the encoder.
             callback: called after each step, by the main process, with the step's row of the record; if it returns
-                True, no further step is taken, and what was learned is the result.
+                True, no further step is taken (by several processes one), and what was learned is the result.
             track: which of accelerate's trackers get the rows, too, such as "tensorboard"; one or several.
 
         Raises:
@@ -151,9 +151,9 @@ class MetaTrainer:
         run = self._begin(corpora, valid, at_home(Path(output)), start, access, callback, track)
         main, reader, learner = run.accelerator.is_main_process, run.reader, run.adapter.learner
         state = run.state()
-        if main and logger.isEnabledFor(logging.INFO) and state.step < self.steps:
-            logger.info(plan_of(run, state, keep=cache is None))
         with naming_rows(run):
+            if main and logger.isEnabledFor(logging.INFO) and not run.is_over(state):
+                logger.info(plan_of(run, state, keep=cache is None))
             texts = (corpus.texts for corpus in run.corpora)
             reader.cache(*texts, folder=cache and at_home(cache), progress=main, together=True)
             found = run.loop(state)

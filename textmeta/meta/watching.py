@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from accelerate.tracking import filter_trackers
 
 from textmeta.errors import SettingsError
 from textmeta.files import write_atomically
+from textmeta.meta.checkpoint import rows_of
 
 __all__ = ["draw_curves", "trackers", "tracking"]
 
@@ -57,8 +57,8 @@ def draw_curves(record: Path) -> None:
     except ImportError:
         _say_once(f"there is no {CURVES} without matplotlib: pip install 'textmeta[plot]'")
         return
-    lines = map(json.loads, record.read_text(encoding="utf-8").splitlines())
-    if not (rows := [row for row in lines if "loss" in row]):  # no task could be learned from in the others
+    every = rows_of(record)
+    if not (rows := [row for row in every if "loss" in row]):  # no task could be learned from in the others
         return
     steps = np.array([row["step"] for row in rows])
     over = max(1, min(SMOOTHED_OVER, len(rows) // 5))
@@ -69,7 +69,7 @@ def draw_curves(record: Path) -> None:
         axes.plot(steps, values, color="C0", alpha=0.25)
         axes.plot(steps[over - 1 :], smooth, color="C0", label=f"training, mean of {over} steps")
         axes.set_ylabel(name)
-    judged = [[row[key] for key in ("step", *VALID)] for row in rows if row.keys() >= set(VALID)]
+    judged = [[row[key] for key in ("step", *VALID)] for row in every if row.keys() >= set(VALID)]
     if judged:
         axes.errorbar(*np.transpose(judged), color="C1", capsize=3, label="validation, with 95 % intervals")
     axes.legend()
