@@ -21,14 +21,14 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import WORDS, write_rows
-from tests.meta.test_trainer import LEARNER, SHORT, on_each_step, rows_of, train
+from tests.meta.test_trainer import LEARNER, SHORT, on_each_step, rows_of, set_constants, train
 from tests.test_classifier import adapter_of
 from textmeta import processes
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import Encoder
 from textmeta.errors import SettingsError, TextMetaError
 from textmeta.files import CHECKPOINT
-from textmeta.meta import outer_loop, trainer
+from textmeta.meta import trainer
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing.store import load_adapter
 
@@ -55,8 +55,7 @@ def together(
     corpus = Corpus.from_pairs("toy", corpus.texts, [names[label] for label in corpus.labels])
     learned = adapter_of(tiny_model, layers=LEARNER.layers, steps=2).initialisation.tensors()
     start = {name: value.double() for name, value in learned.items()}
-    for name, value in {**SHORT, "CALIBRATION_EPISODES": 10, "VALIDATION_EPISODES": 9}.items():
-        monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer, name, value)
+    set_constants(monkeypatch, **{**SHORT, "CALIBRATION_EPISODES": 10, "VALIDATION_EPISODES": 9})
 
     def one(number: int, folder: Path, begin: Callable[[int], None], settings: Mapping[str, Any]) -> None:
         for state in (PartialState, AcceleratorState, GradientState):  # as in a process that has just started

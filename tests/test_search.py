@@ -9,11 +9,11 @@ from types import ModuleType
 import pytest
 
 from tests.conftest import write_rows
+from tests.meta.test_trainer import set_constants
 from tests.test_recipes import recipe
 from textmeta import Corpus
 from textmeta.errors import SettingsError
 from textmeta.meta import outer_loop
-from textmeta.meta import trainer as trainer_module
 
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -23,9 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 def search(corpus: Corpus, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The recipe, with two steps a trial, validated after each by the corpus itself."""
     found, data = recipe("search"), write_rows(tmp_path / "toy.jsonl", corpus)
-    small = {"CALIBRATION_EPISODES": 3, "WARMUP": 1, "VALIDATE_EVERY": 1, "VALIDATION_EPISODES": 3}
-    for name, value in small.items():
-        monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer_module, name, value)
+    set_constants(monkeypatch, CALIBRATION_EPISODES=3, WARMUP=1, VALIDATE_EVERY=1, VALIDATION_EPISODES=3)
     arguments = ["--data", str(data), "--output", str(tmp_path / "out"), "--encoder.model", tiny_model, "--episodes=4"]
     arguments += ["--valid", json.dumps([{"dataset": str(data)}])]
 

@@ -43,11 +43,16 @@ LEARNER = LearnerSettings((2, 4), steps=2)
 SHORT = {"CALIBRATION_EPISODES": 2, "WARMUP": 2, "CHECKPOINT_EVERY": 2}
 
 
+def set_constants(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
+    """Change constants of training, in the module that has each."""
+    for name, value in values.items():
+        monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer_module, name, value)
+
+
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "textmeta")  # which a test of the command may have changed: no plan
-    for name, value in SHORT.items():
-        monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer_module, name, value)
+    set_constants(monkeypatch, **SHORT)
     monkeypatch.setattr(outer_loop, "draw_curves", lambda record: None)  # takes time
 
 

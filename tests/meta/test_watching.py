@@ -22,7 +22,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.meta.test_trainer import Died, assert_same, on_each_step, rows_of, short_runs, train, trainer_of  # noqa: F401
+from tests.meta.test_trainer import (  # noqa: F401
+    Died,
+    assert_same,
+    on_each_step,
+    rows_of,
+    set_constants,
+    short_runs,
+    train,
+    trainer_of,
+)
 from textmeta import progress
 from textmeta.data.corpus import Corpus
 from textmeta.errors import AdapterError, SettingsError, TrainingInterrupted
@@ -281,8 +290,7 @@ def test_a_run_stopped_at_random_ends_in_the_same_bits(
         process.send_signal(number)
         assert process.wait() == (-9 if number == signal.SIGKILL else 143)
         assert len(record.read_text().splitlines()) < 16 * stops
-    for name in ("VALIDATE_EVERY", "VALIDATION_EPISODES"):
-        monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer_module, name, 3)
+    set_constants(monkeypatch, VALIDATE_EVERY=3, VALIDATION_EPISODES=3)
     whole = train(tiny_model, corpus, tmp_path / "whole", valid=3, episodes=16 * stops, patience=30)
     assert_same(train(tiny_model, corpus, output, valid=3, episodes=16 * stops, patience=30), whole)
     assert record.read_text() == (tmp_path / "whole" / "record.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Texts alone, without labels: lines, CSV or JSON Lines, read a row at a time, so that there may be any number."""
+"""Texts, alone or with labels: lines, CSV or JSON Lines, read a row at a time, so that there may be any number."""
 
 import csv
 import itertools

@@ -59,8 +59,8 @@ def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any])
         "settings": fingerprint,
         "sha256": tensors_digest(content),
     }
-    if state.damaged == path:  # set aside, lest it become the one before
-        path.replace(path.with_suffix(".damaged"))
+    if state.damaged:  # set aside, lest it become the one before
+        state.damaged.replace(path.with_suffix(".damaged"))
         state.damaged = None
     write_atomically(path, save(content, metadata={"state": json.dumps(told)}), path.with_stem(BEFORE))
 

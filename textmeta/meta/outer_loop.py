@@ -96,11 +96,10 @@ class Run:
         output, fingerprint = self.output, self.fingerprint
         assert output is not None
         output.mkdir(parents=True, exist_ok=True)
-        steps = shared_out(lambda own: [state.step], range(self.accelerator.num_processes))
-        if len({*steps}) > 1:
-            raise SettingsError(
-                f"processes would go on from different steps ({sorted({*steps})}): all machines must see {output}"
-            )
+        steps = {*shared_out(lambda own: [state.step], range(self.accelerator.num_processes))}
+        if len(steps) > 1:
+            told = f"processes would go on from different steps ({sorted(steps)})"
+            raise SettingsError(f"{told}: all machines must see {output}")
         with (
             stop_requests() as stop_signal,
             open_record(output / RECORD, state.step, enabled=main) as write_row,
@@ -257,8 +256,8 @@ class Run:
             state.best_accuracy, state.best_step = accuracy, state.step
             state.best = {name: value.detach().clone() for name, value in state.parameters.items()}
         if self.trainer.patience:
-            gain = None if state.last_gain is None else np.array(each) - state.last_gain.numpy()
+            gain = None if state.last_gain is None else each - state.last_gain.numpy()
             state.without_gain += 1
             if gain is None or gain.mean() > half_width(gain):
                 state.last_gain, state.without_gain = torch.tensor(each), 0
-        return {"valid_accuracy": accuracy, "valid_accuracy_ci95": half_width(np.array(each))}
+        return {"valid_accuracy": accuracy, "valid_accuracy_ci95": half_width(each)}
