@@ -78,7 +78,8 @@ def together(
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        for name, value in (("WORLD_SIZE", str(count)), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        launcher = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        for name, value in launcher.items():  # what torchrun sets; accelerate warns where the last is not set
             monkeypatch.setenv(name, value)
         given = {"episodes": 5, "tasks_per_step": 3, **settings}
         fork = multiprocessing.get_context("fork").Process
