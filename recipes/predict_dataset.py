@@ -29,7 +29,7 @@ from textmeta.data.texts import separator
 from textmeta.errors import DataError, SettingsError
 from textmeta.files import at_home, read_json, write_atomically
 from textmeta.meta.initialisation import whole_number
-from textmeta.processes import join_processes
+from textmeta.processes import exchange, join_processes
 from textmeta.sharing.folder import MANIFEST
 from textmeta.sharing.locate import read_located
 
@@ -127,7 +127,8 @@ def label_all(options: argparse.Namespace) -> None:
             raise SettingsError(f"{output} holds answers that were made otherwise: {told}; give another folder")
     output.mkdir(parents=True, exist_ok=True)
     missing = [number for number, path in enumerate(labeller.paths) if not path.exists()]
-    state.wait_for_everyone()  # until all have found the same ones missing
+    with exchange():
+        state.wait_for_everyone()  # until all have found the same ones missing
     if state.is_main_process:
         write_atomically(record, json.dumps(made, indent=2).encode())
     if options.ray and missing:
@@ -135,7 +136,8 @@ def label_all(options: argparse.Namespace) -> None:
     else:
         for number in missing[state.process_index :: state.num_processes]:
             print(labeller.label(number), flush=True)
-    state.wait_for_everyone()
+    with exchange():
+        state.wait_for_everyone()
     if state.is_main_process:
         print(f"{sum(map(len, labeller.shards))} rows are labelled, in {len(labeller.paths)} files of {output}")
 

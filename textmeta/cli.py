@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("textmeta").setLevel(logging.INFO if given[:1] == ["train"] else logging.WARNING)
+    level = logging.INFO if given[:1] == ["train"] else logging.WARNING
+    # of several processes the first speaks for all
+    logging.getLogger("textmeta").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_once(set())

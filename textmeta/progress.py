@@ -1,5 +1,6 @@
 """The bar of long work: on a terminal it moves, elsewhere, as in the log of a job, it is a plain line now and then."""
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -37,9 +38,10 @@ def progress_bar(
 ) -> tqdm:
     """Return a tqdm of ``total`` units, with rate and remaining time; without a label it shows nothing.
 
-    One that is ``brief`` shows after some seconds alone, and is gone at its end.
+    Of several processes that torchrun or accelerate started, the first shows it. One that is ``brief`` shows after some seconds alone, and is gone at its end.
     """
-    how: dict[str, Any] = {"leave": not brief, "delay": BAR_AFTER * brief, "disable": label is None}
+    disable = label is None or os.environ.get("RANK", "0") != "0"
+    how: dict[str, Any] = {"leave": not brief, "delay": BAR_AFTER * brief, "disable": disable}
     if not (sys.stderr and sys.stderr.isatty()) and "ipykernel" not in sys.modules:  # which can show a bar, too
         how |= {"file": _Lines(sys.stderr), "ncols": 0, "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY}
     return tqdm(over, label, total, unit=unit, initial=initial, **how)

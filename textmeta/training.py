@@ -73,8 +73,8 @@ def train(arguments: Sequence[str]) -> None:
     table: dict[str, Any] = {}
     for name, sampler in tests:  # the adapter and frozen prototypes on the same episodes
         episodes = sampler.take(settings.test_episodes)
-        before = frozen_prototypes(reader, episodes, f"{name}, frozen" if main else None, together=True)
-        after = score_episodes(learner, episodes, name if main else None, together=True)
+        before = frozen_prototypes(reader, episodes, f"{name}, frozen", together=True)
+        after = score_episodes(learner, episodes, name, together=True)
         paired = paired_difference(after, before)
         results[name] = {"frozen": summary(before), "meta_trained": summary(after), "paired": paired}
         table[f"{name}: frozen prototypes"] = summary(before)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import DataError
+from textmeta.errors import DataError, DivergedError, SettingsError
 from textmeta.meta import evaluation
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import (
@@ -28,6 +29,7 @@ from textmeta.meta.evaluation import (
     summary,
 )
 from textmeta.meta.initialisation import LearnerSettings
+from textmeta.meta.learner import TaskLearner
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +180,25 @@ def test_the_table_has_a_row_a_result() -> None:
     assert first.split(" | ")[:2] == ["frozen ", "50.00 ± 62.10"]
     assert second.split(" | ")[:3] == ["adapter", "75.00 ± 62.10", "75.00   "]
     assert second.endswith("+25.00 [+25.00, +25.00]")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (torch.linalg.LinAlgError("input is not positive-definite"), DivergedError, "no finite solution"),  # type: ignore[attr-defined]
+        (MemoryError(), SettingsError, r"the memory is too small for \d+ texts"),
+        (RuntimeError("The size of tensor a (3) must match"), RuntimeError, "must match"),
+    ],
+)
+def test_errors_on_episodes_name_them(
+    error: Exception, kind: type[Exception], said: str, episodes: list[Episode], encoder64: Encoder, monkeypatch: Any
+) -> None:
+    learner = make_learner(encoder64, LearnerSettings((1, 3, 4), steps=2))
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TaskLearner, "answer", fail)
+    with pytest.raises(kind, match=said) as found:
+        score_episodes(learner, episodes)
+    assert kind is RuntimeError or str(found.value).startswith("scoring 8 episodes of toy: ")

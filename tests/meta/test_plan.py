@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,19 @@ def test_a_full_disk_is_said_before(
             train(tiny_model, corpus, folder / "run")
     finally:
         os.system(f"umount {folder}")
+
+
+def test_a_run_that_goes_on_may_write_over_its_own_files(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_model, corpus, tmp_path, callback=lambda row: row["step"] == 1)
+    needed = plan_module.bytes_of(trainer_of(tiny_model)._begin(corpus_of_five(corpus), (), tmp_path, None, None))
+    free = needed - (tmp_path / CHECKPOINT).stat().st_size
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    train(tiny_model, corpus, tmp_path)
+    assert len(rows_of(tmp_path)) == 6
+    with pytest.raises(SettingsError, match="take about 0.1 MiB, but"):
+        train(tiny_model, corpus, tmp_path / "new")
 
 
 def test_what_is_written_is_no_more_than_what_is_told(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from textmeta.data.episodes import Episode
 from textmeta.encoder.lora import LORA_B
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import LORA, LearnerSettings
-from textmeta.meta.learner import QUERIES, TaskLearner
+from textmeta.meta.learner import KEPT_TEXTS, QUERIES, TaskLearner
 
 __all__ = ["ALGORITHMS", "Algorithm", "MetaGradient", "query_losses"]
 
@@ -103,6 +103,13 @@ def _with_queries_as_support(episode: Episode) -> Episode:
 def _gradient(
     learner: TaskLearner, episodes: Sequence[Episode], leaves: Mapping[str, Tensor], second_order: bool
 ) -> MetaGradient:
+    settings, texts = learner.adapter.learner, sum(len(e.support_texts) for e in episodes)
+    if second_order and "lora" in settings.adapt and len(episodes) > 1 and texts * settings.steps > KEPT_TEXTS:
+        # together, every step would be computed again in the backward pass
+        half = len(episodes) // 2
+        one, other = (_gradient(learner, part, leaves, second_order) for part in (episodes[:half], episodes[half:]))
+        total = {name: one.gradient[name] + other.gradient[name] for name in leaves}
+        return MetaGradient(total, torch.cat([one.loss, other.loss]), torch.cat([one.accuracy, other.accuracy]))
     loss, accuracy = query_losses(learner, episodes, second_order)
     # no leaf may have a part in these episodes: step sizes where a task takes no step
     found = (

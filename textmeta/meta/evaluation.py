@@ -13,10 +13,11 @@ from torch import Tensor
 
 from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import DataError
+from textmeta.errors import DataError, DivergedError, SettingsError
 from textmeta.heads.pooling import pool, to_length_one
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.learner import TaskLearner
+from textmeta.meta.plan import is_memory_full
 from textmeta.processes import shared_out
 from textmeta.progress import progress_bar
 
@@ -145,12 +146,26 @@ def by_parts(
         found = []
         with progress_bar(sum(map(len, parts)), progress, "episode") as bar:
             for part in parts:
-                found.append(work(part))
+                try:
+                    found.append(work(part))
+                except (RuntimeError, MemoryError) as error:
+                    raise _told(error, part) from error
                 bar.update(len(part))
         return found
 
     parts = list(in_parts(episodes))
     return shared_out(every, parts) if together else every(parts)
+
+
+def _told(error: Exception, part: Sequence[Episode]) -> Exception:
+    """Return what tells an error on some episodes in our words, if these have caused it."""
+    where = f"{len(part)} episodes of {', '.join(sorted({e.corpus for e in part}))}"
+    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        return DivergedError(f"scoring {where}: no finite solution ({error!s:.200})")
+    if is_memory_full(error):
+        texts = sum(len(e.support_texts + e.unlabelled_texts + e.query_texts) for e in part)
+        return SettingsError(f"scoring {where}: the memory is too small for {texts} texts ({error!s:.200})")
+    return error
 
 
 def in_parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:

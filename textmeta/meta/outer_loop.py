@@ -104,7 +104,7 @@ class Run:
             stop_requests() as stop_signal,
             open_record(output / RECORD, state.step, enabled=main) as write_row,
             trackers(self.accelerator, output, state.step),
-            progress_bar(trainer.steps, trainer.algorithm if main else None, "step", initial=state.step) as progress,
+            progress_bar(trainer.steps, trainer.algorithm, "step", initial=state.step) as progress,
         ):
             enough = False  # says the callback
             while not self.is_over(state):

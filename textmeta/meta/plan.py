@@ -80,8 +80,8 @@ def _measured(run: "Run", state: TrainingState) -> tuple[float, int, int, float,
 
     def held(step: Mapping[int, Episode]) -> int:  # about
         support = [text for episode in step.values() for text in episode.support_texts]
-        every = second_order and len(support) * learner.steps <= KEPT_TEXTS  # else one inner step at a time
-        return length(texts_of(step)) + 2 * with_lora * length(support) * (learner.steps if every else 1)
+        kept = min(learner.steps, max(1.0, KEPT_TEXTS / max(1, len(support)))) if second_order else 1.0  # steps
+        return int(length(texts_of(step)) + 2 * with_lora * length(support) * kept)
 
     begin = min(state.step, trainer.steps - 1) * each
     starts = range(begin, min(begin + max(LOOKED_AT, each), trainer.episodes), each)
@@ -147,13 +147,17 @@ def bytes_of(run: "Run") -> int:
 
 
 def check_room(folder: Path, needed: int) -> int:
-    """Return how many bytes are free where a folder is to be written; SettingsError if too few, or nothing can be."""
+    """Return how many bytes are free where a folder is to be written; SettingsError if too few, or nothing can be.
+
+    What the folder holds already counts as free: a run that goes on writes over it.
+    """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(4096))
             file.flush()
         free = shutil.disk_usage(there).free
+        free += sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if there == folder else 0
     except OSError as error:
         raise SettingsError(f"nothing can be written to {folder}: {there}: {error.strerror}") from error
     if free < needed:

@@ -149,21 +149,20 @@ class MetaTrainer:
                 how: dict[str, Any] = {"start": start, "cache": cache, "access": access, "callback": callback}
                 return self.train(corpora, valid, folder, track=track, **how)
         run = self._begin(corpora, valid, at_home(Path(output)), start, access, callback, track)
-        main, reader, learner = run.accelerator.is_main_process, run.reader, run.adapter.learner
+        reader, learner = run.reader, run.adapter.learner
         state = run.state()
         with naming_rows(run):
-            if main and logger.isEnabledFor(logging.INFO) and not run.is_over(state):
+            if run.accelerator.is_main_process and logger.isEnabledFor(logging.INFO) and not run.is_over(state):
                 logger.info(plan_of(run, state, keep=cache is None))
             texts = (corpus.texts for corpus in run.corpora)
-            reader.cache(*texts, folder=cache and at_home(cache), progress=main, together=True)
+            reader.cache(*texts, folder=cache and at_home(cache), progress=True, together=True)
             found = run.loop(state)
         record = {"settings": run.fingerprint, "sources": [dict(corpus.source) for corpus in run.corpora]}
         made = run.adapter.initialisation.with_tensors(found)
         adapter = replace(Adapter.of(reader, learner, made), record=record)
         outside = episodes_with_outside(run.episodes, min(CALIBRATION_EPISODES, max(50, self.episodes // 10)))
         if outside:
-            told = "calibration" if main else None
-            rule = fit_calibration(TaskLearner(reader, adapter), outside, told, together=True)
+            rule = fit_calibration(TaskLearner(reader, adapter), outside, "calibration", together=True)
             adapter = replace(adapter, scope=rule)
         return adapter
 

@@ -238,7 +238,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
 def check_destination(folder: Path, known: Collection[str] = ()) -> None:
     """Check, before long work, that a folder can be replaced as a whole; put back what a crash set aside.
 
-    AdapterError if it is a file, the working folder (or holds it), a mount point, or holds what can run code; files of
+    AdapterError if it is a file, the working folder (or holds it), a mount point, or holds other folders or what can run code; files of
     the known names may be of any kind.
     """
     folder = folder.resolve()
@@ -250,6 +250,9 @@ def check_destination(folder: Path, known: Collection[str] = ()) -> None:
         raise AdapterError(f"cannot write an adapter to {folder}, {told}")
     if folder.exists():
         _check_no_code(folder, {path.name for path in folder.iterdir()}.difference(known))
+        if folders := sorted(path.name for path in folder.iterdir() if path.is_dir()):
+            told = f"it holds other folders ({', '.join(folders[:5])}); give a folder of its own"
+            raise AdapterError(f"cannot write an adapter to {folder}: {told}")
 
 
 def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
@@ -264,12 +267,7 @@ def _carried_over(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
         if present and not present & files.keys():
             raise AdapterError(f"cannot write an adapter to {folder}: it holds another {MANIFEST}, which would be lost")
         replaced |= listed
-    carried = [path for path in folder.iterdir() if path.name not in replaced]
-    folders = sorted(path.name for path in carried if path.is_dir())
-    if folders:
-        told = f"it holds other folders ({', '.join(folders[:5])}); give a folder of its own"
-        raise AdapterError(f"cannot write an adapter to {folder}: {told}")
-    return carried
+    return [path for path in folder.iterdir() if path.name not in replaced]
 
 
 def _put_back(folder: Path) -> None:
