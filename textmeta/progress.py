@@ -38,7 +38,8 @@ def progress_bar(
 ) -> tqdm:
     """Return a tqdm of ``total`` units, with rate and remaining time; without a label it shows nothing.
 
-    Of several processes that torchrun or accelerate started, the first shows it. One that is ``brief`` shows after some seconds alone, and is gone at its end.
+    Of several processes that torchrun or accelerate started, the first shows it. One that is ``brief`` shows after some
+    seconds alone, and is gone at its end.
     """
     disable = label is None or os.environ.get("RANK", "0") != "0"
     how: dict[str, Any] = {"leave": not brief, "delay": BAR_AFTER * brief, "disable": disable}

@@ -208,7 +208,7 @@ def test_a_run_that_goes_on_may_write_over_its_own_files(
     monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     train(tiny_model, corpus, tmp_path)
     assert len(rows_of(tmp_path)) == 6
-    with pytest.raises(SettingsError, match="take about 0.1 MiB, but"):
+    with pytest.raises(SettingsError, match=r"take about 0.1 MiB, but"):
         train(tiny_model, corpus, tmp_path / "new")
 
 

@@ -238,8 +238,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
 def check_destination(folder: Path, known: Collection[str] = ()) -> None:
     """Check, before long work, that a folder can be replaced as a whole; put back what a crash set aside.
 
-    AdapterError if it is a file, the working folder (or holds it), a mount point, or holds other folders or what can run code; files of
-    the known names may be of any kind.
+    AdapterError if it is a file, the working folder (or holds it), a mount point, or holds other folders or what can
+    run code; files of the known names may be of any kind.
     """
     folder = folder.resolve()
     _put_back(folder)
