@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from types import ModuleType
 # before any library reads them: no test may reach a network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # the Hub of the tests has plain LFS alone
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="textmeta-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np

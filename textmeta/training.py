@@ -46,7 +46,7 @@ def train(arguments: Sequence[str]) -> None:
     if output:
         check_destination(output)
     elif not settings.dry_run:
-        raise SettingsError("nowhere to write to: give --output FOLDER, or --dry-run, which writes nothing")
+        raise SettingsError("nowhere to write to: give --output FOLDER, or --dry-run, which needs none")
     whole_number("test_episodes", settings.test_episodes, 2)
     corpora, valid, test = corpora_of(settings)
     warn_of_overlap(corpora, test, "test on")
@@ -139,7 +139,7 @@ def train_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of these; the later of two counts")
     run = parser.add_argument_group("The run")
     run.add_argument("--output", type=Path | None, help="folder for checkpoint, record and adapter")
-    told = "say what a run would do and take; writes nothing"
+    told = "say what a run would do and take, and make no folder"
     run.add_argument("--dry_run", "--dry-run", action="store_true", help=told)
     run.add_argument("--corpora", type=list[CorpusSettings], default=[], help="what to train on")
     data = "instead of the corpora: a file, a folder of files or an id on the Hub; may be given several times"

@@ -85,6 +85,22 @@ def test_the_plan_says_what_is_learned_from_what(tiny_model: str, corpus: Corpus
     assert re.search(r"corpora +4, 336 texts of 21 classes: 2 \(of2\) to 12 \(of12\)$", trainer.plan(many), re.M)
 
 
+def test_what_was_measured_is_remembered_for_the_same_run(
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "REMEMBERED", tmp_path / "plans")
+    asked = instead(monkeypatch, lambda *_: None)
+    trainer = trainer_of(tiny_model)
+    first, again = trainer.plan(corpus), trainer.plan(corpus)
+    assert len(asked) == 1
+    assert re.sub(r" \(measured 20\d\d-\d\d-\d\d \d\d:\d\d\)", "", again) == first != again
+    for kept in (tmp_path / "plans").iterdir():
+        kept.write_text("[1.0,")
+    assert "measured" not in trainer.plan(corpus)
+    replace(trainer, seed=1).plan(corpus)
+    assert len(asked) == 3
+
+
 @pytest.mark.parametrize("adapt", ["pooling", "lora"])
 def test_the_largest_step_is_measured_and_changes_no_bit(
     adapt: str, tiny_model: str, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch

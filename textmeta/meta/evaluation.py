@@ -7,8 +7,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from scipy.stats import t as students_t
-from sklearn.metrics import f1_score
 from torch import Tensor
 
 from textmeta.data.episodes import OUTSIDE, Episode
@@ -182,6 +180,8 @@ def in_parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:
 
 
 def _scores_of(episode: Episode, logits: Tensor) -> tuple[Any, ...]:
+    from sklearn.metrics import f1_score  # noqa: PLC0415 - takes a second, which a plan need not wait
+
     own = np.flatnonzero(episode.query_labels != OUTSIDE)
     if not own.size:
         raise DataError(f"corpus {episode.corpus!r}: an episode has no query of its classes, so nothing can be scored")
@@ -196,6 +196,8 @@ def half_width(values: np.ndarray) -> float:
     """Return the half-width of the 95 % interval of a mean (Student's t); DataError of fewer than two values."""
     if len(values) < 2:
         raise DataError(f"an interval needs at least 2 episodes, given {len(values)}")
+    from scipy.stats import t as students_t  # noqa: PLC0415 - likewise
+
     return float(students_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 

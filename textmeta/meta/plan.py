@@ -3,23 +3,29 @@
 Time and memory are those of one step that is taken, and thrown away.
 """
 
+import hashlib
+import json
+import platform
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode
 from textmeta.errors import DataError, SettingsError, TextMetaError
+from textmeta.files import write_atomically
 from textmeta.meta.checkpoint import TrainingState
 from textmeta.meta.initialisation import LORA
 from textmeta.meta.learner import KEPT_TEXTS, QUERIES
@@ -32,14 +38,19 @@ __all__ = ["bytes_of", "check_room", "is_memory_full", "naming_rows", "plan_of"]
 LOOKED_AT = 1000  # episodes of a run, among whose steps the largest is looked for
 NAMED = 3  # corpora that are told one by one
 CHARACTERS = 6  # of a token, where lengths are told without a tokenizer
+REMEMBERED = Path(constants.HF_HOME, "textmeta", "plans")
 STATUS = Path("/proc/self/status")
 
 
-def plan_of(run: "Run", state: TrainingState, *, keep: bool = True) -> str:
-    """Return what a run does and takes from a state on, a line each; ``keep``: whether memory keeps frozen states."""
+def plan_of(run: "Run", state: TrainingState, *, keep: bool = True, remember: bool = False) -> str:
+    """Return what a run does and takes from a state on, a line each; ``keep``: whether memory keeps frozen states.
+
+    What was measured is remembered, in the folder of the Hub library's cache, for who asks again for the same.
+    """
     trainer, learner, encoder = run.trainer, run.adapter.learner, run.reader.encoder
     processes, left = run.accelerator.num_processes, 0 if run.is_over(state) else trainer.steps - state.step
-    step_seconds, peak, texts, frozen_seconds, kept = _measured(run, state)
+    found, when = _remembered(run, state) if remember else (_measured(run, state), "")
+    step_seconds, peak, texts, frozen_seconds, kept = found
     whole, first = (timedelta(seconds=round(s)) for s in (frozen_seconds + left * step_seconds, frozen_seconds))
     tensors = run.adapter.initialisation.tensors()
     threads = f" of {torch.get_num_threads()} threads" * (encoder.device.type == "cpu")
@@ -52,13 +63,29 @@ def plan_of(run: "Run", state: TrainingState, *, keep: bool = True) -> str:
         "algorithm": f"{trainer.algorithm}, {learner.steps} steps on {learner.adapt}, head {learner.head}",
         "episodes": f"{trainer.episodes:,}: {trainer.steps:,} steps of {trainer.tasks_per_step}, {left:,} of them left",
         "device": f"{encoder.device}, precision {trainer.precision}; processes: {processes}{threads}",
-        "time": f"{whole}: {first} for frozen layers, about {step_seconds:.2g} s a step; validation comes on top",
+        "time": f"{whole}: {first} for frozen layers, about {step_seconds:.2g} s a step{when}; validation comes on top",
         "memory": f"{held}; frozen states of all texts are {_size(kept)}" + " of it" * keep,
     }
     if run.output is not None:
         free = check_room(run.output, bytes_of(run))
         lines["disk"] = f"{_size(bytes_of(run))} at most in {run.output}, where {_size(free)} are free"
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
+
+
+def _remembered(run: "Run", state: TrainingState) -> tuple[Sequence[float], str]:
+    """Return what :func:`_measured` finds, or found when it was asked for the same on this machine, and when."""
+    processes, device = run.accelerator.num_processes, str(run.reader.encoder.device)
+    of_machine = [platform.node(), device, processes, torch.get_num_threads(), torch.__version__, version("textmeta")]
+    told = json.dumps([run.fingerprint, state.step, *of_machine])
+    path = REMEMBERED / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError):  # there is none, or none that is whole
+        found = json.loads(path.read_text())
+        return found, f" (measured {datetime.fromtimestamp(path.stat().st_mtime).astimezone():%Y-%m-%d %H:%M})"
+    found = _measured(run, state)
+    with suppress(OSError):  # then it is measured again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(found).encode())
+    return found, ""
 
 
 def _measured(run: "Run", state: TrainingState) -> tuple[float, int, int, float, int]:
