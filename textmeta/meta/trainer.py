@@ -178,8 +178,8 @@ class MetaTrainer:
     ) -> str:
         """Return what :meth:`train` would do and take, in ten lines; what it takes and raises is said there.
 
-        The largest of the next steps is taken, and thrown away. What it took is kept in the Hub library's cache, so that
-        the same plan is there sooner the next time; nothing else is written.
+        The largest of the next steps is taken, and thrown away. What it took is kept in the Hub library's cache, and
+        so the same plan is there sooner the next time; nothing else is written.
         """
         run = self._begin(corpora, valid, output if output is None else at_home(Path(output)), start, access)
         with naming_rows(run):
