@@ -1,11 +1,11 @@
 """What lies under the classifier: its adapter and encoder, loaded when they are needed; saving, sharing, copying."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -50,44 +50,31 @@ class _Loaded(NamedTuple):
     learner: TaskLearner | None = None
 
 
+@dataclass(eq=False, repr=False)
 class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     """An estimator of scikit-learn that loads an adapter and its encoder when they are first needed, and keeps them.
 
     What its arguments mean is said by :class:`~textmeta.classifier.FewShotClassifier`.
     """
 
-    _access = HubAccess()
-    _kept: _Loaded | None = None  # replaced as a whole, as what is fitted: other threads may be predicting
-    _fitted: Fitted | None = None
+    adapter: str | Path | Adapter | None = DEFAULT_ADAPTER
+    _: KW_ONLY
+    encoder: str | None = None
+    adapt: Adapt | None = None
+    steps: int | None = None
+    class_weight: Literal["balanced"] | Mapping[Any, float] | None = "balanced"
+    max_length: int | None = None
+    long_texts: LongTexts | None = None
+    batch_size: int = 512
+    device: str | torch.device | None = None
+    precision: Literal["auto", "bf16", "no"] = "auto"
+    errors: Literal["raise", "replace"] = "raise"
+    progress: bool = True
 
-    def __init__(
-        self,
-        adapter: str | Path | Adapter | None = DEFAULT_ADAPTER,
-        *,
-        encoder: str | None = None,
-        adapt: Adapt | None = None,
-        steps: int | None = None,
-        class_weight: Literal["balanced"] | Mapping[Any, float] | None = "balanced",
-        max_length: int | None = None,
-        long_texts: LongTexts | None = None,
-        batch_size: int = 512,
-        device: str | torch.device | None = None,
-        precision: Literal["auto", "bf16", "no"] = "auto",
-        errors: Literal["raise", "replace"] = "raise",
-        progress: bool = True,
-    ) -> None:
-        self.adapter = adapter
-        self.encoder = encoder
-        self.adapt = adapt
-        self.steps = steps
-        self.class_weight = class_weight
-        self.max_length = max_length
-        self.long_texts = long_texts
-        self.batch_size = batch_size
-        self.device = device
-        self.precision = precision
-        self.errors = errors
-        self.progress = progress
+    # no arguments, and so without an annotation; replaced as a whole, for other threads may be predicting
+    _access = HubAccess()
+    _kept = cast("_Loaded | None", None)
+    _fitted = cast("Fitted | None", None)
 
     @classmethod
     @torch.inference_mode(False)  # no gradient could be taken of what is loaded in it
