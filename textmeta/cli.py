@@ -136,6 +136,8 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
+    from jinja2 import TemplateError  # noqa: PLC0415
+
     from textmeta.data.labels import plain  # noqa: PLC0415
     from textmeta.files import read_json  # noqa: PLC0415
     from textmeta.sharing.card import adapter_info  # noqa: PLC0415
@@ -148,5 +150,5 @@ def _info(options: argparse.Namespace) -> None:
     where = plain(f"{found.folder} ({found.kind}{f', commit {found.commit}' if found.commit else ''})")
     try:
         print(adapter_info(*told, where=where, size=f"{sum(map(len, files.values())) / 2**20:.1f} MiB"), end="")
-    except (KeyError, TypeError, ValueError, AttributeError):  # a description may be anybody's, too
+    except (KeyError, TypeError, ValueError, AttributeError, TemplateError):  # a description may be anybody's, too
         print(f"what       an adapter, whose description is not as textmeta writes it\nwhere      {where}")
