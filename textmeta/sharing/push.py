@@ -4,8 +4,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
 
@@ -48,8 +49,7 @@ def push_adapter(
         if not is_repo_id(base_model):
             raise AdapterError(f"base_model must be an id on the Hub (such as 'owner/name'), given {base_model!r:.80}")
         adapter = replace(adapter, encoder=replace(adapter.encoder, model=base_model, revision=None), commit=None)
-    _check_encoder(adapter)
-    return _push_files(adapter_files(adapter, fitted), to)
+    return _push_files(adapter, adapter_files(adapter, fitted), to)
 
 
 def push_folder(folder: str | Path, to: Destination, *, base_model: str | None = None) -> CommitInfo:
@@ -62,22 +62,18 @@ def push_folder(folder: str | Path, to: Destination, *, base_model: str | None =
     adapter, fitted = load_adapter(folder)
     if base_model is not None:
         return push_adapter(adapter, fitted, to, base_model=base_model)
-    _check_encoder(adapter)
     files = read_adapter_files(folder)
     if (folder / CARD).is_file():
         files[CARD] = read_file(folder, CARD)
-    return _push_files(files, to)
+    return _push_files(adapter, files, to)
 
 
-def _check_encoder(adapter: Adapter) -> None:
+def _push_files(adapter: Adapter, files: Mapping[str, bytes], to: Destination) -> CommitInfo:
     if not is_repo_id(adapter.encoder.model) or is_folder(adapter.encoder.model):
         raise AdapterError(
             f"not pushed: the adapter's encoder is {adapter.encoder.model!r}, a folder of this machine, which nobody "
             "else has; say which encoder on the Hub it is (base_model='owner/name'; its weights are checked on loading)"
         )
-
-
-def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
     prefix = subfolder_prefix(to.subfolder)
     contents = {name: content for name, content in files.items() if name != CARD}
     contents[MANIFEST] = manifest_of(contents)
@@ -101,7 +97,7 @@ def _push_files(files: Mapping[str, bytes], to: Destination) -> CommitInfo:
         contents[CARD] = files[CARD].replace(PLACEHOLDER.encode(), name.encode())
     present = {file.rfilename for file in head.siblings or []}
     stale = sorted(name for name in ADAPTER_FILES - contents.keys() if prefix + name in present)
-    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+    operations: list[Any] = [
         *(CommitOperationAdd(prefix + name, content) for name, content in sorted(contents.items())),
         *(CommitOperationDelete(prefix + name) for name in stale),
     ]

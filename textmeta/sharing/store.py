@@ -62,6 +62,8 @@ TASK_AXES = {
     **{"present": "1C", "nll": "1", "view_nll": "1V", "name_evidence": "1", "shots": "1"},
 }
 TRUTHS = ("classes", "present")
+# of an adapter, what is stored under its own name
+SAME = ("encoder", "lora", "learner", "record", "versions", "prompt", "first_token")
 SETTINGS = {"adapt": None, "steps": None, "class_weight": "balanced"}  # of a fit, as they are by default
 
 
@@ -136,17 +138,12 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
     if index is not None and index.classes:
         vectors = torch.from_numpy(np.concatenate([index.vectors[corpus] for corpus in index.classes]))
         others[INDEX] = (BYTE * vectors / vectors.abs().amax(1, keepdim=True)).nan_to_num().round().to(torch.int8)
+    same = {name: getattr(adapter, name) for name in SAME}
     meta = {
+        **{name: value if isinstance(value, str | bool | Mapping) else asdict(value) for name, value in same.items()},
         "format_version": FORMAT,
-        "versions": dict(adapter.versions),
-        "encoder": asdict(adapter.encoder),
         "encoder_commit": adapter.commit,
         "encoder_sha256": adapter.weights_sha256,
-        "lora": asdict(adapter.lora),
-        "learner": asdict(adapter.learner),
-        "record": dict(adapter.record),
-        "prompt": adapter.prompt,
-        "first_token": adapter.first_token,
         "index": index and [{"name": name, "classes": list(classes)} for name, classes in index.classes.items()],
     }
     files = {
@@ -270,19 +267,13 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
     probe, scope, vectors = tensors.pop(PROBE), tensors.pop(SCOPE, None), tensors.pop(INDEX, None)
     init = start.with_tensors({**{LORA + name: value for name, value in lora.items()}, **tensors})
     adapter = Adapter(
-        encoder=meta.encoder,
+        **{name: getattr(meta, name) for name in SAME},
         weights_sha256=meta.encoder_sha256,
-        lora=meta.lora,
-        learner=meta.learner,
         initialisation=init,
         probe=probe,
         scope=scope,
         commit=meta.encoder_commit,
         index=None if meta.index is None or vectors is None else _index(meta.index, vectors, path),
-        record=meta.record,
-        versions=meta.versions,
-        prompt=meta.prompt,
-        first_token=meta.first_token,
     )
     if files[CONFIG] != _config_file(adapter):  # so it can hold nothing else that PEFT would act on
         raise AdapterError(f"{folder / CONFIG} does not say what follows from {META} and {WEIGHTS}")
