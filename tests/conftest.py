@@ -10,7 +10,7 @@ from types import ModuleType
 
 # before any library reads them: no test may reach a network
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_XET"] = "1"  # the Hub of the tests has plain LFS alone
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # the Hub of the tests has it not
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np

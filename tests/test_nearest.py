@@ -14,15 +14,7 @@ from textmeta.errors import DataError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.learner import TaskLearner
-from textmeta.nearest import (
-    ClassMatch,
-    KnownTask,
-    TaskEmbedding,
-    index_corpora,
-    nearest_tasks,
-    similarity,
-    task_embedding,
-)
+from textmeta.nearest import TaskEmbedding, index_corpora, nearest_tasks, similarity, task_embedding
 
 SIZE = 8
 
@@ -74,11 +66,6 @@ def test_classes_that_a_corpus_has_too_few_of_are_missing() -> None:
     assert found.similarity == pytest.approx(by_brute_force(given.classes, unit(2, 0)), abs=1e-5)
     cosines = [match.cosine for match in found.matches]
     assert cosines == sorted(cosines, reverse=True)
-
-
-def test_names_in_a_known_task_cannot_move_a_terminals_cursor() -> None:
-    known = KnownTask("bank\x1b[2J", 0.5, (ClassMatch("card", "lost\ncard", 0.9),))
-    assert str(known).isprintable()
 
 
 def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(

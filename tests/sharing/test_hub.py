@@ -336,7 +336,7 @@ def test_503_twice_and_a_connection_cut_in_mid_download_are_got_over(
     push(pushed, fitted)
     hub.faults += [
         Fault("status", path="revision/main|tree", times=2),
-        Fault("cut", path="storage|resolve", method="GET", times=2, after=500),
+        Fault("cut", path="resolve", method="GET", times=2, after=500),
     ]
     found = loaded_logits()
     assert not [fault for fault in hub.faults if fault.times], "both were played"
@@ -348,7 +348,7 @@ def test_download_that_never_gets_through_leaves_nothing_that_is_used(
     hub: HubServer, pushed: Adapter, kind: Any, message: str
 ) -> None:
     push(pushed)
-    hub.faults.append(Fault(kind, path=r"storage", method="GET", times=10**6, after=500))
+    hub.faults.append(Fault(kind, path="resolve", method="GET", times=10**6, after=500))
     with pytest.raises(HubError, match=message):
         load_adapter(ADAPTER)
     hub.faults.clear()
