@@ -31,6 +31,7 @@ from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
 __all__ = ["AdapterEstimator", "NotFittedError"]
 
+IncludeSupport = Literal[False, "states", "texts"]
 NOT_FITTED = "this classifier has not been fitted since its arguments were set: call fit(texts, labels) first"
 OF_ADAPTER = ("adapter", "encoder", "max_length", "long_texts")
 OF_TASK = (*OF_ADAPTER, "adapt", "steps", "class_weight")
@@ -135,9 +136,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         self.device = device
         return self
 
-    def save_pretrained(
-        self, folder: str | Path, *, include_support: Literal[False, "states", "texts"] = False
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, *, include_support: IncludeSupport = False) -> None:
         """Write the adapter, and the fitted task if there is one, to a folder.
 
         Args:
@@ -162,7 +161,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         token: str | bool | None = None,
         private: bool | None = None,
         commit_message: str | None = None,
-        include_support: Literal[False, "states", "texts"] = False,
+        include_support: IncludeSupport = False,
         base_model: str | None = None,
     ) -> CommitInfo:
         """Push the adapter, and the fitted task if there is one, to the Hub, in one commit or not at all; return it.
@@ -308,7 +307,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         own = {"_access": replace(self._access, token=None), "_kept": kept}
         return {name: value for name, value in {**super().__getstate__(), **own}.items() if name != "_lock"}
 
-    def _to_store(self, include_support: Literal[False, "states", "texts"]) -> Fitted | None:
+    def _to_store(self, include_support: IncludeSupport) -> Fitted | None:
         """Return what is stored of the fitted task, if there is one."""
         one_of("include_support", include_support, (False, "states", "texts"))
         fitted = self._now() if self.__sklearn_is_fitted__() else None

@@ -25,7 +25,7 @@ from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.errors import AdapterError, HubError
 from textmeta.files import destination, is_folder, read_json
-from textmeta.hub import HubAccess, check_revision, is_repo_id
+from textmeta.hub import check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
 from textmeta.meta.initialisation import LORA, Adapt, Initialisation, LearnerSettings
 from textmeta.meta.learner import LearnedTask
@@ -212,22 +212,15 @@ def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.flo
 # Loading
 
 
-def load_adapter(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    access: HubAccess | None = None,
-    encoder: str | None = None,
-) -> tuple[Adapter, Fitted | None]:
+def load_adapter(name: str | Path, *, encoder: str | None = None, **place: Any) -> tuple[Adapter, Fitted | None]:
     """Load an adapter by its name, checking hashes, settings, and names, shapes and numbers of all tensors.
 
     The same adapter is one object, however often it is loaded. Nothing in it is run or imported, and nothing outside
-    its folder is read but the contents of the Hub's cache. Arguments and errors are those of
+    its folder is read but the contents of the Hub's cache. Place and errors are those of
     :func:`~textmeta.sharing.locate.read_located`; without ``encoder``, which the caller will load in place of the
     adapter's, an adapter from the Hub that names a folder of this machine is refused.
     """
-    files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
+    files, where = read_located(name, **place)
     adapter, fitted = _parse(files, where.folder)
     model = adapter.encoder.model
     if encoder is None and where.kind == "hub" and (not is_repo_id(model) or is_folder(model)):
