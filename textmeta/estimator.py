@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from threading import RLock
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
@@ -16,7 +18,6 @@ from textmeta.data.labels import one_of, whole_number
 from textmeta.encoder.encoder import LongTexts, best_precision, device_of
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, SettingsError, TextMetaError
-from textmeta.export import onnx_part
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
@@ -29,7 +30,7 @@ from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import Destination, push_adapter
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
-__all__ = ["AdapterEstimator", "NotFittedError"]
+__all__ = ["AdapterEstimator", "NotFittedError", "onnx_part"]
 
 IncludeSupport = Literal[False, "states", "texts"]
 NOT_FITTED = "this classifier has not been fitted since its arguments were set: call fit(texts, labels) first"
@@ -322,6 +323,14 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         if fitted is None or fitted.inputs is None or (include_support == "texts" and fitted.inputs.states):
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
         return fitted if include_support == "texts" else replace(fitted, inputs=fitted.inputs.as_states(self._reader))
+
+
+def onnx_part(name: str) -> ModuleType:
+    """Return a file of :mod:`textmeta.export` by its name; SettingsError if what it needs is not installed."""
+    try:
+        return import_module(f"textmeta.export.{name}")
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"ONNX needs {error.name}: pip install 'textmeta[onnx]'") from error
 
 
 def _state_of(model: str) -> tuple[Any, ...]:
