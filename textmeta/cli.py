@@ -33,9 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("textmeta").setLevel(logging.INFO if given[:1] == ["train"] else logging.WARNING)
+    told: set[str] = set()
+
+    def show_once(message: Warning | str, *_: Any, **__: Any) -> None:
+        """Show a warning in one line, and others of its words not again, whatever their numbers."""
+        beginning = re.split(r"\d", str(message))[0]
+        if beginning not in told:
+            told.add(beginning)
+            print(f"textmeta: {' '.join(str(message).split())}", file=sys.stderr)
+
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_once(set())
+            warnings.showwarning = show_once
             if given[:1] == ["train"]:
                 from textmeta.training import train  # noqa: PLC0415
 
@@ -48,18 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("textmeta: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _show_once(told: set[str]) -> Any:
-    """Return what shows a warning in one line, and others of its words not again, whatever their numbers."""
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        beginning = re.split(r"\d", str(message))[0]
-        if beginning not in told:
-            told.add(beginning)
-            print(f"textmeta: {' '.join(str(message).split())}", file=sys.stderr)
-
-    return show
 
 
 def _run(options: argparse.Namespace) -> None:
