@@ -82,15 +82,12 @@ def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(
         assert not np.allclose(other.vectors[name], vectors, atol=1e-3)
 
 
-def embedding_of(learner: TaskLearner, episode: Episode) -> TaskEmbedding:
-    with torch.no_grad():
-        return task_embedding(learner.learn(TaskBatch.of_episodes([episode])), episode.class_names)
-
-
 def test_vectors_of_the_index_are_those_of_a_task_with_the_same_texts(learner: TaskLearner, corpus: Corpus) -> None:
     """The index goes its own way to them, so that this compares two ways."""
     part = corpus.restrict(corpus.class_names[:3])
     rows = [row for index in range(3) for row in part.rows_of(index)]
     whole = Episode("", part.class_names, tuple(part.texts[row] for row in rows), part.labels[rows], (), np.zeros(0))
     found = index_corpora(learner, [part], rows=1000).vectors["toy"]
-    np.testing.assert_allclose(embedding_of(learner, whole).classes, found, atol=1e-5)
+    with torch.no_grad():
+        task = learner.learn(TaskBatch.of_episodes([whole]))
+    np.testing.assert_allclose(task_embedding(task, whole.class_names).classes, found, atol=1e-5)

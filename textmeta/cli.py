@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--subfolder", help="of the folder or repository")
     yes_or_no = argparse.BooleanOptionalAction
     to.add_argument("--private", action=yes_or_no, help="a new repository; by default as its owner has set it")
-    to.add_argument("--message", help="of the commit")
+    to.add_argument("--message", dest="commit_message", help="of the commit")
     to.add_argument("--base-model", help="id on the Hub of the encoder, where the adapter names a folder")
     return parser
 
@@ -126,10 +126,10 @@ def _add_classifying(commands: Any) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    from textmeta.sharing.push import Destination, push_folder  # noqa: PLC0415
+    from textmeta.sharing.push import push_folder  # noqa: PLC0415
 
-    to = Destination(options.repo, options.revision, options.subfolder, None, options.private, options.message)
-    print(push_folder(options.folder, to, base_model=options.base_model).commit_url)
+    given = {name: vars(options)[name] for name in ("base_model", "revision", "subfolder", "private", "commit_message")}
+    print(push_folder(options.folder, options.repo, **given).commit_url)
 
 
 def _info(options: argparse.Namespace) -> None:

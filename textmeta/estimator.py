@@ -27,7 +27,7 @@ from textmeta.meta.learner import TaskLearner
 from textmeta.meta.shared import shared
 from textmeta.sharing.locate import DEFAULT_ADAPTER, subfolder_prefix
 from textmeta.sharing.merged import write_merged
-from textmeta.sharing.push import Destination, push_adapter
+from textmeta.sharing.push import push_adapter
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
 __all__ = ["AdapterEstimator", "NotFittedError", "onnx_part"]
@@ -181,8 +181,9 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             AdapterError: if it cannot be saved, or its encoder is no id on the Hub.
             HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
         """
-        to = Destination(repo_id, revision, subfolder, token, private, commit_message)
-        return push_adapter(self._adapter, self._to_store(include_support), to, base_model=base_model)
+        how: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token, "private": private}
+        how |= {"base_model": base_model, "commit_message": commit_message}
+        return push_adapter(self._adapter, self._to_store(include_support), repo_id, **how)
 
     def merge(self, folder: str | Path) -> None:
         """Write the encoder with its LoRA merged, that of the fitted task if it has its own, as a sentence encoder.

@@ -57,19 +57,11 @@ def test_second_save_replaces_the_files_of_the_first_and_other_files_survive(
     assert names(tmp_path) == {"adapter"}
 
 
-def make_subfolder(folder: Path) -> None:
-    (folder / "src").mkdir()
-
-
-def make_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text(f"{'0' * 64}  notes.txt\n")
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_subfolder, r"holds other folders \(src\)"),
-        (make_manifest, "holds another SHA256SUMS"),
+        (lambda folder: (folder / "src").mkdir(), r"holds other folders \(src\)"),
+        (lambda folder: (folder / MANIFEST).write_text(f"{'0' * 64}  notes.txt\n"), "holds another SHA256SUMS"),
         (lambda folder: (folder / "run.py").write_text(""), "kind that can run code"),
         (os.chdir, "working folder"),
     ],

@@ -48,15 +48,11 @@ def refused(folder: Path, *, naming: str) -> str:
 # What is saved comes back
 
 
-def same_tensors(found: Adapter, expected: Adapter) -> bool:
-    ours, theirs = found.initialisation.tensors(), expected.initialisation.tensors()
-    assert ours.keys() == theirs.keys()
-    return all(torch.equal(ours[name], value) and ours[name].dtype == torch.float32 for name, value in theirs.items())
-
-
 def test_adapter_comes_back_to_the_bit(saved: Path, adapter: Adapter) -> None:
     found, _ = load_adapter(saved)
-    assert same_tensors(found, adapter)
+    ours, theirs = found.initialisation.tensors(), adapter.initialisation.tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) and ours[name].dtype == torch.float32 for name, value in theirs.items())
     assert torch.equal(found.scope, torch.arange(8.0))
     assert torch.equal(found.probe, adapter.probe)
     for name in ("encoder", "weights_sha256", "lora", "learner", "commit", "record", "versions"):
@@ -258,16 +254,10 @@ def test_setting_that_cannot_be_is_named(folder: Path, place: str, change: dict[
 # The encoder
 
 
-def copy_of(tiny_model: str, to: Path, change: Callable[[Path], object] = lambda _: None) -> str:
-    shutil.copytree(tiny_model, to)
-    change(to)
-    return str(to)
-
-
 def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_of(tiny_model, tmp_path / "models" / "tiny")
+    shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "adapter", "models/tiny")
     monkeypatch.chdir("/")

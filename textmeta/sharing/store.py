@@ -199,13 +199,11 @@ def write_json(content: Any) -> bytes:
 
 def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> bytes:
     """Return the content of a safetensors file; whole numbers stay such."""
-    stored = {
+    stored = {}
+    for name, value in tensors.items():
+        own = value.detach().to("cpu", value.dtype if value.dtype == torch.int8 else dtype)
         # copies, because safetensors refuses tensors that share memory
-        name: value.detach()
-        .to("cpu", value.dtype if value.dtype == torch.int8 else dtype)
-        .clone(memory_format=torch.contiguous_format)
-        for name, value in tensors.items()
-    }
+        stored[name] = own.clone(memory_format=torch.contiguous_format)
     return save(stored, metadata={"format": "pt"})  # which PEFT and transformers ask for
 
 
