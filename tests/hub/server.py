@@ -15,13 +15,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
-from tests.hub import cards
+import yaml
 
 USER = "tester"
 TOKEN = "hf_" + "writes" * 5
 READ_TOKEN = "hf_" + "reads" * 6
 ROLES = {TOKEN: "write", READ_TOKEN: "read"}  # of the user's tokens
 ATTRIBUTES = {".gitattributes": b"*.safetensors -text\n"}
+# the Hub's rules for the metadata at the top of a README.md, as far as our cards go
+CARD_TEXTS = ("library_name", "pipeline_tag")
+CARD_ID = r"(?!.*(?:--|\.\.))(?:[\w-]+/)?[\w.-]+"
+CARD_LISTS = {  # of texts that match; the last three may be one text
+    "tags": ".*",
+    "metrics": ".*",
+    "license": "apache-2.0|mit|bsd-3-clause|cc0-1.0|cc-by(-nc)?(-sa|-nd)?-[234].0|(a|l)?gpl-3.0|other|unknown",
+    "datasets": CARD_ID,
+    "base_model": CARD_ID,
+}
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
 
 class Request(NamedTuple):
@@ -253,7 +264,7 @@ class HubServer:
         commit = repo.find(revision or "main")
         info = {"id": id, "sha": commit, "private": repo.private, "gated": repo.gated, "tags": []}
         files = repo.commits[commit]
-        if "README.md" in files and (card := cards.metadata(files["README.md"].decode())):
+        if "README.md" in files and (card := card_metadata(files["README.md"].decode())):
             info["cardData"] = card
         return as_json({**info, "siblings": [{"rfilename": path} for path in files]})
 
@@ -284,7 +295,7 @@ class HubServer:
 
     def validate_card(self, request: Request) -> Reply:
         body = json.loads(request.body)
-        errors = cards.errors(body["content"]) if body["repoType"] == "model" else []
+        errors = card_errors(body["content"]) if body["repoType"] == "model" else []
         return as_json({"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200)
 
     # writing
@@ -346,6 +357,32 @@ def content(request: Request, data: bytes, headers: Mapping[str, str]) -> Reply:
     if start >= end:
         raise HubError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{len(data)}"})
     return Reply(206, data[start:end], {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})
+
+
+def card_metadata(content: str) -> dict[str, Any] | None:
+    """The metadata of a card; None if it has none."""
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", content, re.DOTALL)
+    value = yaml.safe_load(match[1]) if match else None
+    return value if isinstance(value, dict) else None
+
+
+def card_errors(content: str) -> list[str]:
+    """What the Hub refuses the card of a model for."""
+    try:
+        card = card_metadata(content) or {}
+    except yaml.YAMLError as error:
+        return [f"Invalid YAML: {error}"]
+    found = [f'"{key}" must be a string' for key in CARD_TEXTS if not isinstance(card.get(key, ""), str)]
+    for number, (key, pattern) in enumerate(CARD_LISTS.items()):
+        value = card.get(key, [])
+        items = [value] if isinstance(value, str) and number > 1 else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            found.append(f'"{key}" must be an array of strings')
+        else:
+            found += [f'"{key}" cannot be "{i}"' for i in items if not re.fullmatch(pattern, i, re.ASCII)]
+    if card.get("base_model_relation", "adapter") not in RELATIONS:
+        found.append(f'"base_model_relation" must be one of {RELATIONS}')
+    return found
 
 
 ID = "(?P<id>[^/]+(?:/[^/]+)?)"
