@@ -11,7 +11,7 @@ from types import ModuleType
 
 # before any library reads them: no test may reach a network
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_XET"] = "1"  # the Hub of the tests has plain LFS alone
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # the Hub of the tests has it not
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="textmeta-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

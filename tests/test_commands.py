@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -293,11 +292,3 @@ def test_interrupted_has_a_code_of_its_own(
         run("predict", folder, tmp_path / "a.txt")
     assert ended.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_help_says_the_codes_and_the_version_is_shown(capsys: Shown) -> None:
-    for argument, shown in (("--version", f"textmeta {version('textmeta')}\n"), ("--help", "143 terminated")):
-        with pytest.raises(SystemExit) as ended:
-            run(argument)
-        assert ended.value.code == 0
-        assert shown in capsys.readouterr().out

@@ -14,15 +14,7 @@ from textmeta.errors import DataError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.learner import TaskLearner
-from textmeta.nearest import (
-    ClassMatch,
-    KnownTask,
-    TaskEmbedding,
-    index_corpora,
-    nearest_tasks,
-    similarity,
-    task_embedding,
-)
+from textmeta.nearest import TaskEmbedding, index_corpora, nearest_tasks, similarity, task_embedding
 
 SIZE = 8
 
@@ -76,11 +68,6 @@ def test_classes_that_a_corpus_has_too_few_of_are_missing() -> None:
     assert cosines == sorted(cosines, reverse=True)
 
 
-def test_names_in_a_known_task_cannot_move_a_terminals_cursor() -> None:
-    known = KnownTask("bank\x1b[2J", 0.5, (ClassMatch("card", "lost\ncard", 0.9),))
-    assert str(known).isprintable()
-
-
 def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(
     learner: TaskLearner, corpus: Corpus
 ) -> None:
@@ -95,15 +82,12 @@ def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(
         assert not np.allclose(other.vectors[name], vectors, atol=1e-3)
 
 
-def embedding_of(learner: TaskLearner, episode: Episode) -> TaskEmbedding:
-    with torch.no_grad():
-        return task_embedding(learner.learn(TaskBatch.of_episodes([episode])), episode.class_names)
-
-
 def test_vectors_of_the_index_are_those_of_a_task_with_the_same_texts(learner: TaskLearner, corpus: Corpus) -> None:
     """The index goes its own way to them, so that this compares two ways."""
     part = corpus.restrict(corpus.class_names[:3])
     rows = [row for index in range(3) for row in part.rows_of(index)]
     whole = Episode("", part.class_names, tuple(part.texts[row] for row in rows), part.labels[rows], (), np.zeros(0))
     found = index_corpora(learner, [part], rows=1000).vectors["toy"]
-    np.testing.assert_allclose(embedding_of(learner, whole).classes, found, atol=1e-5)
+    with torch.no_grad():
+        task = learner.learn(TaskBatch.of_episodes([whole]))
+    np.testing.assert_allclose(task_embedding(task, whole.class_names).classes, found, atol=1e-5)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -272,18 +271,16 @@ def test_what_many_cannot_take_is_named(adapter: Adapter) -> None:
 
 def test_threads_predict_while_others_refit(adapter: Adapter) -> None:
     """8 threads over 5 classifiers: every answer is that of the one or the other task of its classifier."""
-    calls = int(os.environ.get("TEXTMETA_CALLS", "30"))
-    texts = TEXTS[:3]
+    calls, texts = int(os.environ.get("TEXTMETA_CALLS", "30")), TEXTS[:3]
+    ways = ([0, 2, 4, 5], "aabb"), (range(6), "ccddee")
     fits = [
-        [
-            (SUPPORT[:4], [f"{number}a", f"{number}a", f"{number}b", f"{number}b"]),
-            (SUPPORT, [f"{number}{c}" for c in "ccddee"]),
-        ]
+        [([SUPPORT[(row + number) % 6] for row in rows], [f"{number}{c}" for c in classes]) for rows, classes in ways]
         for number in range(5)
     ]
     tasks = [FewShotClassifier(adapter).fit(*fit[0]) for fit in fits]
     allowed = [[one.fit(*way).predict_proba(texts) for way in fit] for one, fit in zip(tasks, fits, strict=True)]
     labels = [[one.fit(*way).predict(texts).tolist() for way in fit] for one, fit in zip(tasks, fits, strict=True)]
+    assert not np.allclose(allowed[0][1], allowed[1][1], atol=1e-3)
     done: list[bool] = []
     wrong = []
 
@@ -301,18 +298,17 @@ def test_threads_predict_while_others_refit(adapter: Adapter) -> None:
             if not right:
                 wrong.append((thread, call))
 
-    def refit() -> None:
-        for number, way in itertools.cycle(itertools.product(range(5), (0, 1))):
+    def refit(first: int) -> None:
+        for number, way in itertools.cycle(itertools.product(range(first, 5, 2), (0, 1))):
             if done:
                 return
             tasks[number].fit(*fits[number][way])
 
-    other = Thread(target=refit)
-    other.start()
-    try:
-        with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(10) as pool:
+        fitting = list(map(pool.submit, [refit] * 2, range(2)))
+        try:
             list(pool.map(predict, range(8)))  # which raises what they raise
-    finally:
-        done.append(True)
-        other.join()
+        finally:
+            done.append(True)
+    assert [one.result() for one in fitting] == [None, None]
     assert not wrong

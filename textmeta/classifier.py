@@ -31,8 +31,7 @@ from textmeta.data.labels import (
 )
 from textmeta.encoder.encoder import warning_of
 from textmeta.errors import AdapterError, DataError
-from textmeta.estimator import AdapterEstimator, NotFittedError
-from textmeta.export import onnx_part
+from textmeta.estimator import AdapterEstimator, NotFittedError, onnx_part
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.learner import Answers, TaskLearner
 from textmeta.meta.left_out import LeftOut, SuspectLabel, left_out

@@ -35,9 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     level = logging.INFO if given[:1] == ["train"] else logging.WARNING
     # of several processes the first speaks for all
     logging.getLogger("textmeta").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    told: set[str] = set()
+
+    def show_once(message: Warning | str, *_: Any, **__: Any) -> None:
+        """Show a warning in one line, and others of its words not again, whatever their numbers."""
+        beginning = re.split(r"\d", str(message))[0]
+        if beginning not in told:
+            told.add(beginning)
+            print(f"textmeta: {' '.join(str(message).split())}", file=sys.stderr)
+
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_once(set())
+            warnings.showwarning = show_once
             if given[:1] == ["train"]:
                 from textmeta.training import train  # noqa: PLC0415
 
@@ -50,18 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("textmeta: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _show_once(told: set[str]) -> Any:
-    """Return what shows a warning in one line, and others of its words not again, whatever their numbers."""
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        beginning = re.split(r"\d", str(message))[0]
-        if beginning not in told:
-            told.add(beginning)
-            print(f"textmeta: {' '.join(str(message).split())}", file=sys.stderr)
-
-    return show
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -96,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--subfolder", help="of the folder or repository")
     yes_or_no = argparse.BooleanOptionalAction
     to.add_argument("--private", action=yes_or_no, help="a new repository; by default as its owner has set it")
-    to.add_argument("--message", help="of the commit")
+    to.add_argument("--message", dest="commit_message", help="of the commit")
     to.add_argument("--base-model", help="id on the Hub of the encoder, where the adapter names a folder")
     return parser
 
@@ -131,13 +128,15 @@ def _add_classifying(commands: Any) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    from textmeta.sharing.push import Destination, push_folder  # noqa: PLC0415
+    from textmeta.sharing.push import push_folder  # noqa: PLC0415
 
-    to = Destination(options.repo, options.revision, options.subfolder, None, options.private, options.message)
-    print(push_folder(options.folder, to, base_model=options.base_model).commit_url)
+    given = {name: vars(options)[name] for name in ("base_model", "revision", "subfolder", "private", "commit_message")}
+    print(push_folder(options.folder, options.repo, **given).commit_url)
 
 
 def _info(options: argparse.Namespace) -> None:
+    from jinja2 import TemplateError  # noqa: PLC0415
+
     from textmeta.data.labels import plain  # noqa: PLC0415
     from textmeta.files import read_json  # noqa: PLC0415
     from textmeta.sharing.card import adapter_info  # noqa: PLC0415
@@ -150,5 +149,5 @@ def _info(options: argparse.Namespace) -> None:
     where = plain(f"{found.folder} ({found.kind}{f', commit {found.commit}' if found.commit else ''})")
     try:
         print(adapter_info(*told, where=where, size=f"{sum(map(len, files.values())) / 2**20:.1f} MiB"), end="")
-    except (KeyError, TypeError, ValueError, AttributeError):  # a description may be anybody's, too
+    except (KeyError, TypeError, ValueError, AttributeError, TemplateError):  # a description may be anybody's, too
         print(f"what       an adapter, whose description is not as textmeta writes it\nwhere      {where}")

@@ -1,11 +1,13 @@
 """What lies under the classifier: its adapter and encoder, loaded when they are needed; saving, sharing, copying."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from threading import RLock
-from typing import Any, Literal, NamedTuple, Self
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -16,7 +18,6 @@ from textmeta.data.labels import one_of, whole_number
 from textmeta.encoder.encoder import LongTexts, best_precision, device_of
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, SettingsError, TextMetaError
-from textmeta.export import onnx_part
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
@@ -26,11 +27,12 @@ from textmeta.meta.learner import TaskLearner
 from textmeta.meta.shared import shared
 from textmeta.sharing.locate import DEFAULT_ADAPTER, subfolder_prefix
 from textmeta.sharing.merged import write_merged
-from textmeta.sharing.push import Destination, push_adapter
+from textmeta.sharing.push import push_adapter
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
-__all__ = ["AdapterEstimator", "NotFittedError"]
+__all__ = ["AdapterEstimator", "NotFittedError", "onnx_part"]
 
+IncludeSupport = Literal[False, "states", "texts"]
 NOT_FITTED = "this classifier has not been fitted since its arguments were set: call fit(texts, labels) first"
 OF_ADAPTER = ("adapter", "encoder", "max_length", "long_texts")
 OF_TASK = (*OF_ADAPTER, "adapt", "steps", "class_weight")
@@ -50,44 +52,31 @@ class _Loaded(NamedTuple):
     learner: TaskLearner | None = None
 
 
+@dataclass(eq=False, repr=False)
 class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     """An estimator of scikit-learn that loads an adapter and its encoder when they are first needed, and keeps them.
 
     What its arguments mean is said by :class:`~textmeta.classifier.FewShotClassifier`.
     """
 
-    _access = HubAccess()
-    _kept: _Loaded | None = None  # replaced as a whole, as what is fitted: other threads may be predicting
-    _fitted: Fitted | None = None
+    adapter: str | Path | Adapter | None = DEFAULT_ADAPTER
+    _: KW_ONLY
+    encoder: str | None = None
+    adapt: Adapt | None = None
+    steps: int | None = None
+    class_weight: Literal["balanced"] | Mapping[Any, float] | None = "balanced"
+    max_length: int | None = None
+    long_texts: LongTexts | None = None
+    batch_size: int = 512
+    device: str | torch.device | None = None
+    precision: Literal["auto", "bf16", "no"] = "auto"
+    errors: Literal["raise", "replace"] = "raise"
+    progress: bool = True
 
-    def __init__(
-        self,
-        adapter: str | Path | Adapter | None = DEFAULT_ADAPTER,
-        *,
-        encoder: str | None = None,
-        adapt: Adapt | None = None,
-        steps: int | None = None,
-        class_weight: Literal["balanced"] | Mapping[Any, float] | None = "balanced",
-        max_length: int | None = None,
-        long_texts: LongTexts | None = None,
-        batch_size: int = 512,
-        device: str | torch.device | None = None,
-        precision: Literal["auto", "bf16", "no"] = "auto",
-        errors: Literal["raise", "replace"] = "raise",
-        progress: bool = True,
-    ) -> None:
-        self.adapter = adapter
-        self.encoder = encoder
-        self.adapt = adapt
-        self.steps = steps
-        self.class_weight = class_weight
-        self.max_length = max_length
-        self.long_texts = long_texts
-        self.batch_size = batch_size
-        self.device = device
-        self.precision = precision
-        self.errors = errors
-        self.progress = progress
+    # no arguments, and so without an annotation; replaced as a whole, for other threads may be predicting
+    _access = HubAccess()
+    _kept = cast("_Loaded | None", None)
+    _fitted = cast("Fitted | None", None)
 
     @classmethod
     @torch.inference_mode(False)  # no gradient could be taken of what is loaded in it
@@ -148,9 +137,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         self.device = device
         return self
 
-    def save_pretrained(
-        self, folder: str | Path, *, include_support: Literal[False, "states", "texts"] = False
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, *, include_support: IncludeSupport = False) -> None:
         """Write the adapter, and the fitted task if there is one, to a folder.
 
         Args:
@@ -175,7 +162,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         token: str | bool | None = None,
         private: bool | None = None,
         commit_message: str | None = None,
-        include_support: Literal[False, "states", "texts"] = False,
+        include_support: IncludeSupport = False,
         base_model: str | None = None,
     ) -> CommitInfo:
         """Push the adapter, and the fitted task if there is one, to the Hub, in one commit or not at all; return it.
@@ -194,8 +181,9 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             AdapterError: if it cannot be saved, or its encoder is no id on the Hub.
             HubError: no right to write, no answer, or somebody else pushed in between; nothing is changed then.
         """
-        to = Destination(repo_id, revision, subfolder, token, private, commit_message)
-        return push_adapter(self._adapter, self._to_store(include_support), to, base_model=base_model)
+        how: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token, "private": private}
+        how |= {"base_model": base_model, "commit_message": commit_message}
+        return push_adapter(self._adapter, self._to_store(include_support), repo_id, **how)
 
     def merge(self, folder: str | Path) -> None:
         """Write the encoder with its LoRA merged, that of the fitted task if it has its own, as a sentence encoder.
@@ -321,7 +309,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         own = {"_access": replace(self._access, token=None), "_kept": kept}
         return {name: value for name, value in {**super().__getstate__(), **own}.items() if name != "_lock"}
 
-    def _to_store(self, include_support: Literal[False, "states", "texts"]) -> Fitted | None:
+    def _to_store(self, include_support: IncludeSupport) -> Fitted | None:
         """Return what is stored of the fitted task, if there is one."""
         one_of("include_support", include_support, (False, "states", "texts"))
         fitted = self._now() if self.__sklearn_is_fitted__() else None
@@ -336,6 +324,14 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         if fitted is None or fitted.inputs is None or (include_support == "texts" and fitted.inputs.states):
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
         return fitted if include_support == "texts" else replace(fitted, inputs=fitted.inputs.as_states(self._reader))
+
+
+def onnx_part(name: str) -> ModuleType:
+    """Return a file of :mod:`textmeta.export` by its name; SettingsError if what it needs is not installed."""
+    try:
+        return import_module(f"textmeta.export.{name}")
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"ONNX needs {error.name}: pip install 'textmeta[onnx]'") from error
 
 
 def _state_of(model: str) -> tuple[Any, ...]:

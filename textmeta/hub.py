@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 WAITS = (1, 3, 9)  # seconds before further tries, where the Hub answers that it has trouble
 DEADLINE = 5.0  # seconds to wait for an answer
+SILENT = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)  # which say that nobody was asked, or answered
 
 
 @dataclass(frozen=True)
@@ -124,45 +125,37 @@ def clear_hub_errors(
     try:
         yield
     except Exception as error:
-        explained = _explain(error, repo_id, revision, kind, token)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def _explain(
-    error: Exception, repo_id: str, revision: str | None, kind: str, token: str | bool | None
-) -> HubError | None:
-    """Return an error of our own for one of the Hub library's, None for one of somebody else's."""
-    what, at = f"the {kind} {repo_id!r}", f"(revision {revision or 'main'})"
-    where = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
-    has_token = token is not False and bool(token if isinstance(token, str) else get_token())
-    lacking = "the token given has no right to it"
-    if not has_token:
+        what, at = f"the {kind} {repo_id!r}", f"(revision {revision or 'main'})"
+        where = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
         lacking = "no token was given: log in with `hf auth login`, or give a token"
-    if isinstance(error, errors.GatedRepoError):  # before its base class
-        return HubError(f"{what} is gated: ask for access at {where}; {lacking}")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return HubError(f"there is no {kind} {repo_id!r} on the Hub ({where}), or it is private and {lacking}")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(f"{what} has no revision {revision!r} (branch, tag or commit): see {where}")
-    if isinstance(error, errors.HFValidationError):
-        return HubError(f"{repo_id!r} is no id of a {kind} on the Hub (such as 'name' or 'owner/name'): {error}")
-    if isinstance(error, errors.IncompleteSnapshotError):
-        lost = "is in the cache, and the Hub cannot be asked for the rest"
-        return HubUnreachableError(f"only a part of {what} {at} {lost}: {error}")
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        said = f"the Hub answers status {status} for {what}: {_first_line(error)}"
-        return HubError(f"{said}; {lacking}" if status in (401, 403) else said)
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) or _is_network_error(error):
-        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
-        reason = f"{type(cause).__name__}: {_first_line(cause)}" if cause else "only local files were asked for"
-        silent = f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason})"
-        return HubUnreachableError(f"{silent}, and {what} {at} is not in the cache")
-    if isinstance(error, OSError | RuntimeError):  # a file that arrived in part or damaged, a full disk
-        return HubError(f"{what} could not be transferred: {_first_line(error)}")
-    return None
+        if token is not False and (token if isinstance(token, str) else get_token()):
+            lacking = "the token given has no right to it"
+        own = HubError
+        if isinstance(error, errors.GatedRepoError):  # before its base class
+            told = f"{what} is gated: ask for access at {where}; {lacking}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            told = f"there is no {kind} {repo_id!r} on the Hub ({where}), or it is private and {lacking}"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            told = f"{what} has no revision {revision!r} (branch, tag or commit): see {where}"
+        elif isinstance(error, errors.HFValidationError):
+            told = f"{repo_id!r} is no id of a {kind} on the Hub (such as 'name' or 'owner/name'): {error}"
+        elif isinstance(error, errors.IncompleteSnapshotError):
+            own, lost = HubUnreachableError, "is in the cache, and the Hub cannot be asked for the rest"
+            told = f"only a part of {what} {at} {lost}: {error}"
+        elif isinstance(error, errors.HfHubHTTPError):
+            status = error.response.status_code
+            told = f"the Hub answers status {status} for {what}: {_first_line(error)}"
+            told += f"; {lacking}" if status in (401, 403) else ""
+        elif isinstance(error, SILENT) or _is_network_error(error):
+            own = HubUnreachableError
+            cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+            reason = f"{type(cause).__name__}: {_first_line(cause)}" if cause else "only local files were asked for"
+            told = f"the Hub ({constants.ENDPOINT}) cannot be reached ({reason}), and {what} {at} is not in the cache"
+        elif isinstance(error, OSError | RuntimeError):  # a file that arrived in part or damaged, a full disk
+            told = f"{what} could not be transferred: {_first_line(error)}"
+        else:
+            raise
+        raise own(told) from error
 
 
 def _may_pass(error: BaseException | None) -> bool:

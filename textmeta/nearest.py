@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from textmeta.data.corpus import Corpus
-from textmeta.data.labels import Label, plain
+from textmeta.data.labels import Label
 from textmeta.errors import DataError
 from textmeta.heads.pooling import pool, to_length_one
 from textmeta.meta.adapter import ClassIndex
@@ -54,11 +54,6 @@ class KnownTask(NamedTuple):
     corpus: str  # its name
     similarity: float  # of the two tasks, at most 1
     matches: tuple[ClassMatch, ...]  # of their classes, the most alike first; fewer where the corpus has fewer
-
-    def __str__(self) -> str:
-        """Say it in a line. The names are those of whoever made the adapter, so nothing in them moves a cursor."""
-        pairs = ", ".join(f"{plain(match.label)} ~ {plain(match.known)}" for match in self.matches[:3])
-        return f"{plain(self.corpus)} ({self.similarity:.2f}): {pairs}{', …' if len(self.matches) > 3 else ''}"
 
 
 def similarity(one: TaskEmbedding, two: TaskEmbedding) -> float:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable
+from io import TextIOBase
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -13,18 +14,16 @@ BAR_AFTER = 5.0  # seconds that brief work may take without a bar
 LINE_EVERY = 30.0  # seconds
 
 
-class _Lines:
+class _Lines(TextIOBase):
     """What a bar is written to where there is no terminal: moves of the cursor are left out."""
 
     def __init__(self, file: TextIO):
         self._file = file
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         if line := text.replace("\x1b[A", "").strip():
             print(line, file=self._file, flush=True)
-
-    def flush(self) -> None:
-        pass
+        return len(text)
 
 
 def progress_bar(

@@ -267,7 +267,7 @@ def test_first_rows_are_downloaded_alone(hub: HubServer) -> None:
     corpus = load_corpus(CorpusSettings("lab/large", rows=100))
     assert len(corpus) == 100
     assert corpus.texts[99].startswith("text 99 ")
-    calls = [call for call in hub.requests if call.method == "GET" and "/storage/" in call.path]
+    calls = [call for call in hub.requests if call.method == "GET" and "/resolve/" in call.path]
     ranges = [call.headers.get("range", "") for call in calls]
     sizes = [int(end) - int(start) + 1 for start, end in re.findall(r"bytes=(\d+)-(\d+)", " ".join(ranges))]
     assert 0 < sum(sizes) < 0.6 * len(content), "`datasets` reads the first block twice: for the columns, for the rows"

@@ -1,7 +1,6 @@
-"""Pointing the clients of this process at a local Hub, for one test."""
+"""A local Hub that the clients of this process use, for one test."""
 
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,23 +15,22 @@ from huggingface_hub.utils import _http, close_session
 
 from tests.hub.server import HubServer
 
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE")
-PROXY_VARIABLES = ("NO_PROXY", "no_proxy")  # the Hub is on this machine, not beyond a proxy
 
-
-def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path) -> None:
-    """Let huggingface_hub, transformers and datasets, imported offline, use a Hub, an empty cache and no token.
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """Let huggingface_hub, transformers and datasets, imported offline, use an empty Hub, an empty cache and no token.
 
     Most settings are read from modules at each use. What is kept from one use to the next is replaced or dropped:
     client objects and file systems. Connections that are open do no harm: the Hub at their other end is gone.
     """
-    for name in TOKEN_VARIABLES:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
-    for name in PROXY_VARIABLES:
-        monkeypatch.setenv(name, "127.0.0.1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")  # the Hub is on this machine, not beyond a proxy
+    cache, server = tmp_path / "huggingface", HubServer()
     settings = {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_TELEMETRY": True,
         "HF_HOME": str(cache),
@@ -45,10 +43,10 @@ def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path) 
     HfFileSystem.clear_instance_cache()
     if getproxies().keys() - {"no"}:
         close_session()  # its proxies were chosen when it was made
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # made at the first use
     settings = {
-        "HF_ENDPOINT": hub.url,
+        "HF_ENDPOINT": server.url,
         "HF_HUB_OFFLINE": False,
         "HF_UPDATE_DOWNLOAD_COUNTS": False,  # kept elsewhere than on the Hub
         "USE_PARQUET_EXPORT": False,  # likewise
@@ -58,16 +56,8 @@ def point_clients(monkeypatch: pytest.MonkeyPatch, hub: HubServer, cache: Path) 
     }
     for name, value in settings.items():
         monkeypatch.setattr(datasets.config, name, value)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """An empty Hub that the clients of this process use, with a cache and no token of their own."""
-    with HubServer() as server, warnings.catch_warnings():
-        # the client sends files to the storage in a way that its own HTTP library calls outdated
-        warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
-        point_clients(monkeypatch, server, tmp_path / "huggingface")
-        no_waits = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-        for module in (_http, huggingface_hub.file_download):
-            monkeypatch.setattr(module, "time", no_waits)  # clients try again at once
+    no_waits = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    for module in (_http, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "time", no_waits)  # clients try again at once
+    with server:
         yield server

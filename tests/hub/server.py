@@ -1,7 +1,6 @@
 """A plain Hugging Face Hub on this machine, in memory, for tests that speak to it with the real clients.
 
-Large files are served from a second address, as the Hub serves them from other hosts than its own: clients treat that
-differently, and must not send their token there.
+Every file is a regular one, with no storage of large files beside the repository: that is the clients' own affair.
 """
 
 import base64
@@ -12,20 +11,28 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
-from tests.hub import cards
+import yaml
 
 USER = "tester"
 TOKEN = "hf_" + "writes" * 5
 READ_TOKEN = "hf_" + "reads" * 6
 ROLES = {TOKEN: "write", READ_TOKEN: "read"}  # of the user's tokens
-LARGE = ("*.arrow", "*.bin", "*.gz", "*.npy", "*.npz", "*.parquet", "*.pt", "*.safetensors", "*.zip")
-REGULAR_LIMIT = 10_000_000  # bytes above which a file is a large one
-ATTRIBUTES = {".gitattributes": "".join(f"{p} filter=lfs diff=lfs merge=lfs -text\n" for p in LARGE).encode()}
+ATTRIBUTES = {".gitattributes": b"*.safetensors -text\n"}
+# the Hub's rules for the metadata at the top of a README.md, as far as our cards go
+CARD_TEXTS = ("library_name", "pipeline_tag")
+CARD_ID = r"(?!.*(?:--|\.\.))(?:[\w-]+/)?[\w.-]+"
+CARD_LISTS = {  # of texts that match; the last three may be one text
+    "tags": ".*",
+    "metrics": ".*",
+    "license": "apache-2.0|mit|bsd-3-clause|cc0-1.0|cc-by(-nc)?(-sa|-nd)?-[234].0|(a|l)?gpl-3.0|other|unknown",
+    "datasets": CARD_ID,
+    "base_model": CARD_ID,
+}
+RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
 
 class Request(NamedTuple):
@@ -76,24 +83,9 @@ class Fault:
     after: int = 0
 
 
-class File(NamedTuple):
-    """A file in a commit."""
-
-    data: bytes
-    large: bool
-
-    @property
-    def etag(self) -> str:
-        """What versions of the file are told apart by: the SHA-256, or the name that git gives a regular file."""
-        if self.large:
-            return hashlib.sha256(self.data).hexdigest()
-        return hashlib.sha1(f"blob {len(self.data)}\0".encode() + self.data).hexdigest()
-
-
-def is_large(path: str, data: bytes, size: int | None = None) -> bool:
-    """Whether a file goes to the storage of large files: by its name, its size or because it is not text."""
-    named = any(fnmatch(path.rpartition("/")[2], pattern) for pattern in LARGE)
-    return named or (len(data) if size is None else size) > REGULAR_LIMIT or b"\0" in data[:512]
+def etag(data: bytes) -> str:
+    """Return what versions of a file are told apart by: the name that git gives it."""
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
 
 
 @dataclass
@@ -104,7 +96,7 @@ class Repo:
     id: str
     private: bool = False
     gated: bool = False
-    commits: dict[str, dict[str, File]] = field(default_factory=dict)
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -118,9 +110,9 @@ class Repo:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
-    def put(self, branch: str, files: dict[str, File]) -> str:
+    def put(self, branch: str, files: dict[str, bytes]) -> str:
         """Put a commit with these files on a branch."""
-        state = [len(self.commits), self.refs.get(branch), sorted((path, file.etag) for path, file in files.items())]
+        state = [len(self.commits), self.refs.get(branch), sorted((path, etag(data)) for path, data in files.items())]
         commit = hashlib.sha1(json.dumps([self.id, *state]).encode()).hexdigest()
         self.commits[commit], self.refs[branch] = files, commit
         return commit
@@ -141,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.command != "HEAD":
                 self.wfile.write(reply.body[:cut])
 
-    do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815
+    do_GET = do_HEAD = do_POST = _answer  # noqa: N815
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -152,26 +144,23 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}  # by kind and name
-        self.storage: dict[str, bytes] = {}  # large files by SHA-256
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self._errors: list[Exception] = []  # mistakes of the server itself
         self._lock = threading.Lock()
         self._ending = threading.Event()
-        self._listeners = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
-        self.url, self._storage_url = (f"http://127.0.0.1:{listener.server_port}" for listener in self._listeners)
+        self._listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._listener.server_port}"
 
     def __enter__(self) -> "HubServer":
-        for listener in self._listeners:
-            listener.hub = self
-            threading.Thread(target=listener.serve_forever, args=(0.005,), daemon=True).start()
+        self._listener.hub = self
+        threading.Thread(target=self._listener.serve_forever, args=(0.005,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ending.set()
-        for listener in self._listeners:
-            listener.shutdown()
-            listener.server_close()
+        self._listener.shutdown()
+        self._listener.server_close()
         if self._errors:
             raise self._errors[0]
 
@@ -190,12 +179,11 @@ class HubServer:
     ) -> str:
         """Commit files to a branch; the hash of the commit."""
         repo = self.repos[repo_type, repo_id]
-        new = {path: File(data, is_large(path, data)) for path, data in files.items()}
-        return repo.put(revision, {**repo.commits[repo.refs[revision]], **new})
+        return repo.put(revision, {**repo.commits[repo.refs[revision]], **files})
 
     def files(self, repo_id: str, revision: str = "main", *, repo_type: str = "model") -> dict[str, bytes]:
         repo = self.repos[repo_type, repo_id]
-        return {path: file.data for path, file in repo.commits[repo.find(revision)].items()}
+        return dict(repo.commits[repo.find(revision)])
 
     def tag(self, repo_id: str, name: str, *, repo_type: str = "model") -> None:
         repo = self.repos[repo_type, repo_id]
@@ -276,7 +264,7 @@ class HubServer:
         commit = repo.find(revision or "main")
         info = {"id": id, "sha": commit, "private": repo.private, "gated": repo.gated, "tags": []}
         files = repo.commits[commit]
-        if "README.md" in files and (card := cards.metadata(files["README.md"].data.decode())):
+        if "README.md" in files and (card := card_metadata(files["README.md"].decode())):
             info["cardData"] = card
         return as_json({**info, "siblings": [{"rfilename": path} for path in files]})
 
@@ -288,45 +276,26 @@ class HubServer:
         if path and path not in folders:
             raise HubError(404, f'{path} does not exist on "{revision}"', "EntryNotFound")
         found: list[dict[str, Any]] = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": p} for p in folders]
-        for name, file in files.items():
-            found.append({"type": "file", "oid": file.etag[:40], "size": len(file.data), "path": name})
-            if file.large:
-                found[-1]["lfs"] = {"oid": file.etag, "size": len(file.data), "pointerSize": 134}
+        for name, data in files.items():
+            found.append({"type": "file", "oid": etag(data), "size": len(data), "path": name})
         inside = [entry for entry in found if not path or entry["path"].startswith(f"{path}/")]
         if "recursive=true" not in request.path:
             inside = [entry for entry in inside if entry["path"].rpartition("/")[0] == path]
         return as_json(inside)
 
     def resolve(self, request: Request, kind: str, id: str, revision: str, path: str) -> Reply:
-        """Return a file, or for a large one the way to the storage."""
         repo = self._readable(request, kind, id)
         if repo.gated and not (self._role(request) and id.startswith(f"{USER}/")):
             raise HubError(403 if self._role(request) else 401, f"Access to {id} is restricted.", "GatedRepo")
         headers = {"X-Repo-Commit": (commit := repo.find(revision))}
-        file = repo.commits[commit].get(path)
-        if file is None:
+        data = repo.commits[commit].get(path)
+        if data is None:
             raise HubError(404, "Entry not found", "EntryNotFound", **headers)
-        headers["ETag"] = f'"{file.etag}"'
-        if not file.large:
-            return content(request, file.data, headers)
-        self.storage[file.etag] = file.data
-        headers |= {"X-Linked-Size": str(len(file.data)), "X-Linked-Etag": headers["ETag"]}
-        return Reply(302, b"", {**headers, "Location": f"{self._storage_url}/storage/{file.etag}?filename={path}"})
-
-    def stored(self, request: Request, sha256: str) -> Reply:
-        """Receive a large file, or send one; clients may not give their token away here."""
-        if "authorization" in request.headers:
-            raise HubError(400, "No Authorization header is allowed here")
-        if request.method != "PUT":
-            return content(request, self.storage[sha256], {"ETag": f'"{sha256}"'})
-        if hashlib.sha256(request.body).hexdigest() != sha256:
-            raise HubError(400, "The content has another SHA-256")
-        self.storage[sha256] = request.body
-        return Reply()
+        return content(request, data, {**headers, "ETag": f'"{etag(data)}"'})
 
     def validate_card(self, request: Request) -> Reply:
         body = json.loads(request.body)
-        errors = cards.errors(body["content"]) if body["repoType"] == "model" else []
+        errors = card_errors(body["content"]) if body["repoType"] == "model" else []
         return as_json({"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200)
 
     # writing
@@ -351,20 +320,11 @@ class HubServer:
     def preupload(self, request: Request, kind: str, id: str, revision: str) -> Reply:
         """Tell how each file is to be sent, and what the repository has at its place."""
         repo = self._writable(request, kind, id)
-        head = repo.commits[repo.find(revision)]
-        files = []
+        head, files = repo.commits[repo.find(revision)], []
         for file in json.loads(request.body)["files"]:
-            large = is_large(path := file["path"], base64.b64decode(file["sample"]), file["size"])
-            oid = {"oid": head[path].etag} if path in head else {}
-            files.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, **oid})
+            oid = {"oid": etag(head[file["path"]])} if file["path"] in head else {}
+            files.append({"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, **oid})
         return as_json({"files": files, "commitOid": repo.refs[revision]})
-
-    def batch(self, request: Request, kind: str, id: str) -> Reply:
-        self._writable(request, kind, id)
-        objects = json.loads(request.body)["objects"]
-        for item in objects:
-            item["actions"] = {"upload": {"href": f"{self._storage_url}/storage/{item['oid']}"}}
-        return as_json({"transfer": "basic", "objects": objects})
 
     def apply(self, request: Request, kind: str, id: str, revision: str) -> Reply:
         """Put a commit on a branch: a header and the operations, one JSON object per line."""
@@ -378,9 +338,7 @@ class HubServer:
         for operation in operations:
             value, key = operation["value"], operation["key"]
             if key == "file":
-                files[value["path"]] = File(base64.b64decode(value["content"]), large=False)
-            elif key == "lfsFile":
-                files[value["path"]] = File(self.storage[value["oid"]], large=True)
+                files[value["path"]] = base64.b64decode(value["content"])
             else:
                 assert key == "deletedFile", key
                 del files[value["path"]]
@@ -401,6 +359,32 @@ def content(request: Request, data: bytes, headers: Mapping[str, str]) -> Reply:
     return Reply(206, data[start:end], {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"})
 
 
+def card_metadata(content: str) -> dict[str, Any] | None:
+    """The metadata of a card; None if it has none."""
+    match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", content, re.DOTALL)
+    value = yaml.safe_load(match[1]) if match else None
+    return value if isinstance(value, dict) else None
+
+
+def card_errors(content: str) -> list[str]:
+    """What the Hub refuses the card of a model for."""
+    try:
+        card = card_metadata(content) or {}
+    except yaml.YAMLError as error:
+        return [f"Invalid YAML: {error}"]
+    found = [f'"{key}" must be a string' for key in CARD_TEXTS if not isinstance(card.get(key, ""), str)]
+    for number, (key, pattern) in enumerate(CARD_LISTS.items()):
+        value = card.get(key, [])
+        items = [value] if isinstance(value, str) and number > 1 else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            found.append(f'"{key}" must be an array of strings')
+        else:
+            found += [f'"{key}" cannot be "{i}"' for i in items if not re.fullmatch(pattern, i, re.ASCII)]
+    if card.get("base_model_relation", "adapter") not in RELATIONS:
+        found.append(f'"base_model_relation" must be one of {RELATIONS}')
+    return found
+
+
 ID = "(?P<id>[^/]+(?:/[^/]+)?)"
 REPO = rf"(?P<kind>model|dataset)s/{ID}"  # as the API names a repository
 PAGE = rf"(?:(?P<kind>dataset)s/)?{ID}"  # as web pages and files do
@@ -411,10 +395,7 @@ ROUTES: list[tuple[str, str, Callable[..., Reply]]] = [  # method, all of the en
     ("GET", f"/api/{REPO}/tree/{AT}(?:/(?P<path>.+))?", HubServer.tree),
     ("GET", f"/api/{REPO}(?:/revision/{AT})?", HubServer.repo_info),
     ("GET", f"/{PAGE}/resolve/{AT}/(?P<path>.+)", HubServer.resolve),
-    ("GET", "/storage/(?P<sha256>[0-9a-f]{64})", HubServer.stored),
-    ("PUT", "/storage/(?P<sha256>[0-9a-f]{64})", HubServer.stored),
     ("POST", f"/api/{REPO}/branch/(?P<name>[^/]+)", HubServer.create_branch),
     ("POST", f"/api/{REPO}/preupload/{AT}", HubServer.preupload),
     ("POST", f"/api/{REPO}/commit/{AT}", HubServer.apply),
-    ("POST", rf"/{PAGE}\.git/info/lfs/objects/batch", HubServer.batch),
 ]

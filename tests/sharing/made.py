@@ -102,10 +102,3 @@ def rewrite_json(folder: Path, name: str, change: Callable[[dict[str, Any]], obj
     content = json.loads((folder / name).read_text(encoding="utf-8"))
     change(content)
     rewrite(folder, name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
-
-
-def unlist(folder: Path, name: str) -> None:
-    """Remove a file and its line in the manifest."""
-    (folder / name).unlink()
-    lines = (folder / MANIFEST).read_text().splitlines(keepends=True)
-    (folder / MANIFEST).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))

@@ -97,9 +97,7 @@ def test_card_tells_of_encoder_training_and_results(trained: Adapter) -> None:
     assert "| 5-way 1-shot | 600 | 85.27 ± 0.79 | 87.36 ± 0.79 | +2.09 [+1.62, +2.56] | 3.1 |" in card
     assert f'from_pretrained("lab/tiny", revision="{COMMIT}")' in card
     assert "Written with torch 2.13.0." in card
-    assert "$" not in card
-    assert "<!-- if" not in card
-    assert "<!-- end" not in card
+    assert not re.search(r"\{[{%]", card)
     assert "\n\n\n" not in card
     assert "Results" not in card_of(replace(trained, record={}))
 

@@ -24,7 +24,7 @@ from textmeta.meta.adapter import Adapter
 from textmeta.sharing import locate as locating
 from textmeta.sharing.folder import MANIFEST
 from textmeta.sharing.locate import Location, read_located
-from textmeta.sharing.push import Destination, push_adapter, push_folder
+from textmeta.sharing.push import push_adapter, push_folder
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
 
 ENCODER, ADAPTER = "lab/tiny", "tester/adapter"
@@ -62,8 +62,7 @@ def fitted(pushed_reader: TokenStateReader, pushed: Adapter) -> Fitted:
 
 
 def push(adapter: Adapter, fitted: Fitted | None = None, to: str = ADAPTER, **options: Any) -> CommitInfo:
-    base_model = options.pop("base_model", None)
-    return push_adapter(adapter, fitted, Destination(to, **{"token": TOKEN, **options}), base_model=base_model)
+    return push_adapter(adapter, fitted, to, **{"token": TOKEN, **options})
 
 
 def loaded_logits(name: str = ADAPTER, access: HubAccess | None = None, **options: Any) -> torch.Tensor:
@@ -143,7 +142,7 @@ def test_folder_is_pushed_with_what_was_edited_in_its_card(
     save_adapter(tmp_path / "adapter", pushed, fitted)
     card = (tmp_path / "adapter" / "README.md").read_text()
     (tmp_path / "adapter" / "README.md").write_text(card.replace("# Fitted", "# My own"))
-    push_folder(tmp_path / "adapter", Destination("tester/copy", token=TOKEN))
+    push_folder(tmp_path / "adapter", "tester/copy", token=TOKEN)
     files, copy = contents(tmp_path / "adapter"), hub.files("tester/copy")
     assert b"# My own" in copy.pop("README.md")
     assert {name: copy[name] for name in files if name != "README.md"} == {
@@ -202,11 +201,16 @@ def test_snapshot_folder_of_the_cache_can_be_named(hub: HubServer, pushed: Adapt
 # Errors
 
 
-def test_no_such_repository(hub: HubServer) -> None:
-    with pytest.raises(HubError, match=r"'tester/none' is no folder here.*no model 'tester/none'.*no token was given"):
-        load_adapter("tester/none")
-    with pytest.raises(HubError, match=r"no model 'tester/none'.*the token given has no right to it"):
-        load_adapter("tester/none", access=HubAccess(TOKEN))
+def test_no_such_repository_and_a_gated_one(hub: HubServer) -> None:
+    hub.add_repo("lab/gated", {"textmeta.json": b"{}"}, gated=True)
+    gated = rf"'lab/gated' is gated: ask for access at {hub.url}/lab/gated; .*log in"
+    for name, token, message in (
+        ("tester/none", None, r"'tester/none' is no folder here.*no model 'tester/none'.*no token was given"),
+        ("tester/none", TOKEN, r"no model 'tester/none'.*the token given has no right to it"),
+        ("lab/gated", None, gated),
+    ):
+        with pytest.raises(HubError, match=message):
+            load_adapter(name, access=HubAccess(token))
 
 
 def test_private_repository_and_private_encoder(hub: HubServer, pushed: Adapter) -> None:
@@ -226,12 +230,6 @@ def test_private_push_into_a_public_repository_is_refused(hub: HubServer, pushed
     with pytest.raises(HubError, match=r"not pushed: 'tester/adapter' is there already, and is public"):
         push(pushed, fitted, private=True)
     assert hub.files(ADAPTER) == before
-
-
-def test_gated_repository(hub: HubServer) -> None:
-    hub.add_repo("lab/gated", {"textmeta.json": b"{}"}, gated=True)
-    with pytest.raises(HubError, match=rf"'lab/gated' is gated: ask for access at {hub.url}/lab/gated; .*log in"):
-        load_adapter("lab/gated")
 
 
 @pytest.mark.parametrize("revision", ["v9", "../x", "/etc", "a..b", "", "x" * 300, "a\nb"])
@@ -254,27 +252,27 @@ def test_no_network_and_nothing_cached(hub: HubServer, monkeypatch: pytest.Monke
         load_adapter(ADAPTER)
 
 
-@pytest.mark.parametrize("way", ["folder", "hub"])
-def test_a_setfit_model_is_told_as_one(hub: HubServer, tmp_path: Path, way: str) -> None:
-    files = {"config_setfit.json": b"{}", "model_head.pkl": b"", "config.json": b"{}", "model.safetensors": b""}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    hub.add_repo("lab/setfit", files)
-    with pytest.raises(AdapterError, match=r"is a SetFit model and no textmeta adapter.*give the examples"):
-        load_adapter(tmp_path if way == "folder" else "lab/setfit")
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "modules.json", "notes.txt"])
-def test_repository_that_is_no_adapter(hub: HubServer, name: str) -> None:
-    hub.add_repo("lab/other", {name: b"{}"})
-    with pytest.raises(AdapterError, match=f"'lab/other' on the Hub is no textmeta adapter: it has no {MANIFEST}"):
-        load_adapter("lab/other")
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["adapter_config.json", "modules.json", "notes.txt"], f"is no textmeta adapter: it has no {MANIFEST}"),
+        (["config_setfit.json", "model_head.pkl", "config.json"], "is a SetFit model and no textm.*give the examples"),
+    ],
+    ids=["other", "SetFit"],
+)
+def test_what_is_no_adapter_is_told(hub: HubServer, tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}")
+    hub.add_repo("lab/other", dict.fromkeys(names, b"{}"))
+    for name in (tmp_path, "lab/other"):
+        with pytest.raises(AdapterError, match=f"({tmp_path}|'lab/other' on the Hub) {message}"):
+            load_adapter(name)
 
 
 def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
     hub: HubServer, tiny_model: str, adapter: Adapter, saved: Path, encoder_on_hub: str
 ) -> None:
-    for attempt in (lambda: push(adapter), lambda: push_folder(saved, Destination(ADAPTER, token=TOKEN))):
+    for attempt in (lambda: push(adapter), lambda: push_folder(saved, ADAPTER, token=TOKEN)):
         with pytest.raises(AdapterError, match=r"not pushed: the adapter's encoder is '/.*a folder of this machine"):
             attempt()
     assert ("model", ADAPTER) not in hub.repos
@@ -287,7 +285,7 @@ def test_encoder_that_is_a_folder_is_not_pushed_and_not_opened(
     # and with the encoder's name on the Hub it can be pushed
     for attempt in (
         lambda: push(adapter, base_model=ENCODER),
-        lambda: push_folder(saved, Destination(ADAPTER, token=TOKEN), base_model=ENCODER),
+        lambda: push_folder(saved, ADAPTER, token=TOKEN, base_model=ENCODER),
     ):
         attempt()
         assert load_adapter(ADAPTER)[0].load_reader().encoder.settings.model == ENCODER
@@ -319,12 +317,12 @@ def test_card_that_the_hub_refuses_is_not_pushed(hub: HubServer, pushed: Adapter
     card = tmp_path / "adapter" / "README.md"
     card.write_text(card.read_text().replace("library_name: textmeta", "license: my-own"))
     with pytest.raises(AdapterError, match=r"does not accept the metadata block of README\.md.*license"):
-        push_folder(tmp_path / "adapter", Destination(ADAPTER, token=TOKEN))
+        push_folder(tmp_path / "adapter", ADAPTER, token=TOKEN)
     assert ("model", ADAPTER) not in hub.repos
 
 
 def test_tokens_are_not_shown() -> None:
-    assert "secret" not in repr(HubAccess("secret")) + repr(Destination(ADAPTER, token="secret"))
+    assert "secret" not in repr(HubAccess("secret"))
 
 
 # Faults
@@ -336,7 +334,7 @@ def test_503_twice_and_a_connection_cut_in_mid_download_are_got_over(
     push(pushed, fitted)
     hub.faults += [
         Fault("status", path="revision/main|tree", times=2),
-        Fault("cut", path="storage|resolve", method="GET", times=2, after=500),
+        Fault("cut", path="resolve", method="GET", times=2, after=500),
     ]
     found = loaded_logits()
     assert not [fault for fault in hub.faults if fault.times], "both were played"
@@ -348,7 +346,7 @@ def test_download_that_never_gets_through_leaves_nothing_that_is_used(
     hub: HubServer, pushed: Adapter, kind: Any, message: str
 ) -> None:
     push(pushed)
-    hub.faults.append(Fault(kind, path=r"storage", method="GET", times=10**6, after=500))
+    hub.faults.append(Fault(kind, path="resolve", method="GET", times=10**6, after=500))
     with pytest.raises(HubError, match=message):
         load_adapter(ADAPTER)
     hub.faults.clear()

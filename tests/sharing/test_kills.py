@@ -4,10 +4,13 @@ The kills are real (SIGKILL), of forked processes that save; the disk's part (wh
 calls are counted among the moments.
 """
 
+import itertools
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +23,27 @@ OLD = {"a.dat": b"old a" * 1000, "b.json": b"old b", "c.json": b"both"}
 NEW = {"a.dat": b"new a" * 1000, "c.json": b"both", "d.json": b"new d", "e.json": b"new e"}
 
 
-class DyingFile:
-    """A file whose write may be the last thing that its process does, half done."""
-
-    def __init__(self, file: Any, moment: Callable[[], bool]) -> None:
-        self._file, self._moment = file, moment
-
-    def write(self, content: bytes) -> None:
-        if self._moment():
-            self._file.write(content[: len(content) // 2])
-            self._file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        self._file.write(content)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> "DyingFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+# what the interpreter reports of itself, and fsync, which it does not
+MOMENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.copyfile", "fsync"}
 
 
 def kill_at(nth: int) -> None:
-    """Let this process die at its nth write, fsync, rename, copy or making or removing of a folder."""
-    calls = 0
+    """Let this process die right before the nth of its moments; of a file that was not synced half is lost."""
+    count, sync = itertools.count(1), os.fsync
 
-    def moment() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls == nth
+    def moment(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in MOMENTS and next(count) == nth:
+            with suppress(OSError):  # of a folder
+                if event == "fsync":
+                    os.ftruncate(*arguments, os.fstat(*arguments).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            if moment():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **options)
+    def dying_sync(descriptor: int) -> None:
+        moment("fsync", (descriptor,))
+        sync(descriptor)
 
-        return call
-
-    for target, name in (
-        *((os, "fsync"), (os, "rmdir"), (os, "unlink"), (shutil, "copy2")),
-        *((Path, "rename"), (Path, "mkdir")),
-    ):
-        setattr(target, name, dying(getattr(target, name)))
-    opened = Path.open
-
-    def open_dying(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        file = opened(path, mode, *arguments, **options)
-        return DyingFile(file, moment) if "w" in mode else file
-
-    Path.open = open_dying  # type: ignore[method-assign, assignment]
+    sys.addaudithook(moment)
+    os.fsync = dying_sync  # type: ignore[assignment]
 
 
 def killed_saves(folder: Path) -> Iterator[int]:
@@ -108,7 +80,7 @@ def test_kill_at_every_write_fsync_and_rename(tmp_path: Path) -> None:
         assert (folder / "notes.txt").read_text() == "mine"
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
         start()
-    assert len(outcomes) > 15, "5 files with a write and a sync each, 2 folders synced, 2 renames"
+    assert len(outcomes) > 15, "5 files opened and synced, 2 folders synced, 2 renames"
     news = outcomes.index(NEW)
     assert news > 0
     assert outcomes == [OLD] * news + [NEW] * (len(outcomes) - news), "old until the new one is whole, new from then on"

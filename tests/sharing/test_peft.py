@@ -19,7 +19,7 @@ from textmeta.errors import AdapterError
 from textmeta.heads.pooling import pool
 from textmeta.meta.adapter import Adapter
 from textmeta.sharing.merged import write_merged
-from textmeta.sharing.push import Destination, push_adapter
+from textmeta.sharing.push import push_adapter
 
 TEXTS = ["bal bel", "fim fon gur dal kes", "bal", "kut kut dal fim bel bol bun bam ban"]
 
@@ -47,7 +47,7 @@ def test_peft_and_transformers_make_the_features_of_the_adapter(
     if way == "hub":
         encoder, name = "lab/tiny", "tester/adapter"
         hub.add_repo(encoder, {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
-        push_adapter(adapter, None, Destination(name, token=TOKEN), base_model=encoder)
+        push_adapter(adapter, None, name, token=TOKEN, base_model=encoder)
     expected = our_features(reader, adapter.initialisation.lora)
     for model in (PeftModel.from_pretrained(AutoModel.from_pretrained(encoder), name), AutoModel.from_pretrained(name)):
         torch.testing.assert_close(mean_features(model, encoder), expected, rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Adapter folders: what is saved comes back to the bit, and what is not what was saved is refused by name."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from tests.sharing.made import (
     rewrite_tensors,
     save,
     unit,
-    unlist,
 )
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
@@ -34,10 +34,8 @@ from textmeta.meta.adapter import Adapter, ClassIndex
 from textmeta.sharing.folder import FORMAT, MANIFEST
 from textmeta.sharing.store import adapter_files, load_adapter, save_adapter
 
-META, TENSORS, WEIGHTS, CLASSIFIER, HEAD = (
-    *("textmeta.json", "textmeta.safetensors", "adapter_model.safetensors"),
-    *("classifier.json", "classifier.safetensors"),
-)
+META, TENSORS, WEIGHTS = "textmeta.json", "textmeta.safetensors", "adapter_model.safetensors"
+HEAD = "classifier.safetensors"
 
 
 def refused(folder: Path, *, naming: str) -> str:
@@ -49,15 +47,11 @@ def refused(folder: Path, *, naming: str) -> str:
 # What is saved comes back
 
 
-def same_tensors(found: Adapter, expected: Adapter) -> bool:
-    ours, theirs = found.initialisation.tensors(), expected.initialisation.tensors()
-    assert ours.keys() == theirs.keys()
-    return all(torch.equal(ours[name], value) and ours[name].dtype == torch.float32 for name, value in theirs.items())
-
-
 def test_adapter_comes_back_to_the_bit(saved: Path, adapter: Adapter) -> None:
     found, _ = load_adapter(saved)
-    assert same_tensors(found, adapter)
+    ours, theirs = found.initialisation.tensors(), adapter.initialisation.tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) and ours[name].dtype == torch.float32 for name, value in theirs.items())
     assert torch.equal(found.scope, torch.arange(8.0))
     assert torch.equal(found.probe, adapter.probe)
     for name in ("encoder", "weights_sha256", "lora", "learner", "commit", "record", "versions"):
@@ -159,19 +153,17 @@ def test_what_would_not_be_loaded_is_not_saved(adapter: Adapter, tmp_path: Path,
 
 @pytest.mark.parametrize("name", [*LISTED, *FITTED])
 def test_damaged_file_is_found(folder: Path, name: str) -> None:
-    good = (folder / name).read_bytes()
-    flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 0xFF
-    for content in (bytes(flipped), good[: len(good) // 2]):
-        (folder / name).write_bytes(content)
-        refused(folder, naming=f"{name} is damaged")
+    os.truncate(folder / name, (folder / name).stat().st_size // 2)
+    refused(folder, naming=f"{name} is damaged")
     (folder / name).unlink()
     refused(folder, naming=f"lacks the file {name}")
 
 
 @pytest.mark.parametrize("name", [*LISTED[1:], *FITTED])
 def test_file_that_the_manifest_never_listed_is_missed(folder: Path, name: str) -> None:
-    unlist(folder, name)
+    (folder / name).unlink()
+    lines = (folder / MANIFEST).read_text().splitlines(keepends=True)
+    (folder / MANIFEST).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
     refused(folder, naming=f"it has no {name}")
 
 
@@ -224,11 +216,6 @@ def test_truth_values_must_be_such(folder: Path) -> None:
     refused(folder, naming=f"{HEAD}: present holds something else than 0 and 1")
 
 
-def test_labels_must_be_as_many_as_the_classes_of_the_task(folder: Path) -> None:
-    rewrite_json(folder, CLASSIFIER, lambda content: content.update(classes=["a", "b", "c"]))
-    assert "expected (1, 3" in refused(folder, naming=HEAD)
-
-
 @pytest.mark.parametrize("found", [FORMAT + 1, 10**30, 7, 1, 0, -1, 8.0, True, "8", None, [8]])
 def test_another_format_is_refused(folder: Path, found: object) -> None:
     rewrite_json(folder, META, lambda meta: meta.update(format_version=found))
@@ -256,6 +243,7 @@ def test_another_format_is_refused(folder: Path, found: object) -> None:
         ("", {"encoder_commit": "../../models--lab--evil/blobs/abc"}),
         ("", {"encoder_commit": "main"}),
         ("", {"encoder_sha256": "12"}),
+        *(("", {key: 3}) for key in ("encoder", "record", "versions", "index")),
     ],
     ids=str,
 )
@@ -264,28 +252,13 @@ def test_setting_that_cannot_be_is_named(folder: Path, place: str, change: dict[
     assert re.search(rf"{META}: .*{place}.*{next(iter(change))}", refused(folder, naming=META), re.DOTALL)
 
 
-@pytest.mark.parametrize("key", ["encoder", "lora", "learner", "record", "versions", "index", "encoder_sha256"])
-def test_part_that_is_missing_or_of_another_kind_is_refused(folder: Path, key: str) -> None:
-    good = (folder / META).read_bytes()
-    for change in (lambda meta: meta.pop(key), lambda meta: meta.update({key: 3})):
-        rewrite_json(folder, META, change)
-        assert key in refused(folder, naming=META)
-        rewrite(folder, META, good)
-
-
 # The encoder
-
-
-def copy_of(tiny_model: str, to: Path, change: Callable[[Path], object] = lambda _: None) -> str:
-    shutil.copytree(tiny_model, to)
-    change(to)
-    return str(to)
 
 
 def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_of(tiny_model, tmp_path / "models" / "tiny")
+    shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "adapter", "models/tiny")
     monkeypatch.chdir("/")

@@ -25,7 +25,7 @@ from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LORA_B, LoraSettings
 from textmeta.errors import AdapterError, HubError
 from textmeta.files import destination, is_folder, read_json
-from textmeta.hub import HubAccess, check_revision, is_repo_id
+from textmeta.hub import check_revision, is_repo_id
 from textmeta.meta.adapter import PROBES, Adapter, ClassIndex
 from textmeta.meta.initialisation import LORA, Adapt, Initialisation, LearnerSettings
 from textmeta.meta.learner import LearnedTask
@@ -62,6 +62,8 @@ TASK_AXES = {
     **{"present": "1C", "nll": "1", "view_nll": "1V", "name_evidence": "1", "shots": "1"},
 }
 TRUTHS = ("classes", "present")
+# of an adapter, what is stored under its own name
+SAME = ("encoder", "lora", "learner", "record", "versions", "prompt", "first_token")
 SETTINGS = {"adapt": None, "steps": None, "class_weight": "balanced"}  # of a fit, as they are by default
 
 
@@ -136,17 +138,12 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
     if index is not None and index.classes:
         vectors = torch.from_numpy(np.concatenate([index.vectors[corpus] for corpus in index.classes]))
         others[INDEX] = (BYTE * vectors / vectors.abs().amax(1, keepdim=True)).nan_to_num().round().to(torch.int8)
+    same = {name: getattr(adapter, name) for name in SAME}
     meta = {
+        **{name: value if isinstance(value, str | bool | Mapping) else asdict(value) for name, value in same.items()},
         "format_version": FORMAT,
-        "versions": dict(adapter.versions),
-        "encoder": asdict(adapter.encoder),
         "encoder_commit": adapter.commit,
         "encoder_sha256": adapter.weights_sha256,
-        "lora": asdict(adapter.lora),
-        "learner": asdict(adapter.learner),
-        "record": dict(adapter.record),
-        "prompt": adapter.prompt,
-        "first_token": adapter.first_token,
         "index": index and [{"name": name, "classes": list(classes)} for name, classes in index.classes.items()],
     }
     files = {
@@ -202,35 +199,26 @@ def write_json(content: Any) -> bytes:
 
 def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> bytes:
     """Return the content of a safetensors file; whole numbers stay such."""
-    stored = {
+    stored = {}
+    for name, value in tensors.items():
+        own = value.detach().to("cpu", value.dtype if value.dtype == torch.int8 else dtype)
         # copies, because safetensors refuses tensors that share memory
-        name: value.detach()
-        .to("cpu", value.dtype if value.dtype == torch.int8 else dtype)
-        .clone(memory_format=torch.contiguous_format)
-        for name, value in tensors.items()
-    }
+        stored[name] = own.clone(memory_format=torch.contiguous_format)
     return save(stored, metadata={"format": "pt"})  # which PEFT and transformers ask for
 
 
 # Loading
 
 
-def load_adapter(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    access: HubAccess | None = None,
-    encoder: str | None = None,
-) -> tuple[Adapter, Fitted | None]:
+def load_adapter(name: str | Path, *, encoder: str | None = None, **place: Any) -> tuple[Adapter, Fitted | None]:
     """Load an adapter by its name, checking hashes, settings, and names, shapes and numbers of all tensors.
 
     The same adapter is one object, however often it is loaded. Nothing in it is run or imported, and nothing outside
-    its folder is read but the contents of the Hub's cache. Arguments and errors are those of
+    its folder is read but the contents of the Hub's cache. Place and errors are those of
     :func:`~textmeta.sharing.locate.read_located`; without ``encoder``, which the caller will load in place of the
     adapter's, an adapter from the Hub that names a folder of this machine is refused.
     """
-    files, where = read_located(name, revision=revision, subfolder=subfolder, access=access)
+    files, where = read_located(name, **place)
     adapter, fitted = _parse(files, where.folder)
     model = adapter.encoder.model
     if encoder is None and where.kind == "hub" and (not is_repo_id(model) or is_folder(model)):
@@ -270,19 +258,13 @@ def _parse(files: Mapping[str, bytes], folder: Path) -> tuple[Adapter, Fitted | 
     probe, scope, vectors = tensors.pop(PROBE), tensors.pop(SCOPE, None), tensors.pop(INDEX, None)
     init = start.with_tensors({**{LORA + name: value for name, value in lora.items()}, **tensors})
     adapter = Adapter(
-        encoder=meta.encoder,
+        **{name: getattr(meta, name) for name in SAME},
         weights_sha256=meta.encoder_sha256,
-        lora=meta.lora,
-        learner=meta.learner,
         initialisation=init,
         probe=probe,
         scope=scope,
         commit=meta.encoder_commit,
         index=None if meta.index is None or vectors is None else _index(meta.index, vectors, path),
-        record=meta.record,
-        versions=meta.versions,
-        prompt=meta.prompt,
-        first_token=meta.first_token,
     )
     if files[CONFIG] != _config_file(adapter):  # so it can hold nothing else that PEFT would act on
         raise AdapterError(f"{folder / CONFIG} does not say what follows from {META} and {WEIGHTS}")
