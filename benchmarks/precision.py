@@ -12,7 +12,7 @@ import scores
 from cells import cells_of, choose_corpora
 from choose import RESULTS, SHIPPED
 from contestants import Contestant, contestant_run
-from measure import Options, print_table
+from measure import Options, markdown
 from runs import do_missing, read_lines
 
 from textmeta.export.graph import GraphReader, quantized, states_graph
@@ -53,13 +53,12 @@ def main() -> None:
         do_missing(runs, lines, arguments.results)
     found = scores.accuracies(lines)
     methods = {suffix: f"{VARIANT}{suffix} @ {arguments.adapter.name}" for suffix in ("", *LEAST)}
-    print_table(scores.mean_rows(found, {name: name for name in methods.values()}, SHOTS))
+    print(markdown(scores.mean_rows(found, {name: name for name in methods.values()}, SHOTS)))
     table = [scores.GOALS]
     for name, least in LEAST.items():
         told = scores.differences(found, methods[name], [methods[""]], SHOTS)[0]
         table.append(scores.goal_row(f"{name.strip()} over float32, points", told, least))
-    print()
-    print_table(table)
+    print("\n" + markdown(table))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """How fast textmeta is beside what people use otherwise: to fit, to predict, one text, a cold start; memory and size.
 
+And what of a fit is learning, what a batch of tasks takes beside one by one, and second order beside first.
+
     python benchmarks/speed.py --data-dir DATA --quick     # in five minutes on 2 cores
     python benchmarks/speed.py --data-dir DATA             # the tables, in 25 minutes
 
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -23,10 +26,17 @@ import numpy as np
 import torch
 from baselines import encoder_folder
 from cells import choose_corpora
-from measure import Options, alternate, peak_of, print_table, resident
+from choose import SHIPPED
+from contestants import KnownStates
+from measure import Options, alternate, markdown
 
 from textmeta import FewShotClassifier
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.meta.algorithms import ALGORITHMS
+from textmeta.meta.batch import TaskBatch
+from textmeta.meta.learner import TaskLearner
+from textmeta.sharing.store import load_adapter
 
 Predict = Callable[[list[str]], object]
 Fit = Callable[[list[str], list[str]], Predict]
@@ -244,8 +254,10 @@ def memory_rows(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator
             if size == "77x10" and name in LONG:
                 row.append("–")  # too long
                 continue
-            command = (__file__, "--data-dir", arguments.data_dir, "--memory-of", name, size)
-            row.append(peak_of(*command, "--device", arguments.device))
+            of = ["--memory-of", name, size, "--device", arguments.device]
+            command = [sys.executable, __file__, "--data-dir", str(arguments.data_dir), *of]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            row.append(f"{int(done.stdout.split()[-1]) / 1024:.0f}")
         yield [name, *row]
 
 
@@ -274,6 +286,42 @@ def share_rows(data_dir: Path, texts: int, repeats: int) -> Iterator[list[str]]:
     yield ["linear maps at the measured matrix-product peak", f"{flops / peak / whole:.2f}"]
 
 
+def learning_rows(data_dir: Path, repeats: int) -> Iterator[list[str]]:
+    """Yield what learning takes beside encode, 16 tasks as one batch beside one by one, second order beside first.
+
+    Token states are given; texts are banking77's, the gradients of two 5-way 5-shot tasks.
+    """
+    adapter, _ = load_adapter(SHIPPED)
+    reader, init = adapter.load_reader(), adapter.initialisation
+    leaves = {name: value.requires_grad_() for name, value in init.tensors().items()}
+    whole = TaskLearner(reader, replace(adapter, initialisation=init.with_tensors(leaves)))
+
+    def episodes(ways: int, shots: int, count: int) -> list[Episode]:
+        return EpisodeSampler(_corpus(data_dir, "banking77"), EpisodeSettings(ways, shots, 5), seed=0).take(count)
+
+    def learn(tasks: list[Episode]) -> Callable[[], object]:
+        batch, known = TaskBatch.of_episodes(tasks), KnownStates(reader, init.lora)
+        known.know(batch.support.texts)
+        states = known.read(batch.support.texts)
+        known.read = lambda *_: states
+        return torch.no_grad()(lambda: TaskLearner(known, adapter).learn(batch))
+
+    many, two = episodes(5, 5, 16), episodes(5, 5, 2)
+    single = [learn([task]) for task in many]
+    maml, fomaml = (partial(ALGORITHMS[name].gradient, whole, two, leaves) for name in ("maml", "fomaml"))
+    pairs = [("16 tasks as one batch", learn(many), "one by one", lambda: [run() for run in single])]
+    pairs += [("meta-gradient of second order", maml, "of first order", fomaml)]
+    for ways, shots in ((5, 5), (77, 10)):
+        tasks = episodes(ways, shots, 1)
+        encode = partial(sentence_encoder("cpu").encode, list(tasks[0].support_texts))
+        pairs.append((f"learn {ways} x {shots}", learn(tasks), "encode", encode))
+    yield ["what", "median s", "beside", "median s", "ratio"]
+    for title, run, other, beside in pairs:
+        times = alternate({title: run, other: beside}, repeats, title)
+        own, rival = median(times[title]), median(times[other])
+        yield [title, f"{own:.3f}", other, f"{rival:.3f}", f"{own / rival:.2f}"]
+
+
 def main() -> None:
     """Print the tables."""
     parser = Options(__doc__, threads=2)
@@ -286,7 +334,7 @@ def main() -> None:
         name, size = arguments.memory_of
         texts, labels = examples(arguments.data_dir, *map(int, size.split("x")))
         sides(arguments.device, [name])[name](texts, labels)(texts)
-        print(resident("VmHWM"))
+        print(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
         return
     data_dir, quick = arguments.data_dir, arguments.quick
     fits = sides(arguments.device)
@@ -294,13 +342,14 @@ def main() -> None:
     if quick:
         fits.pop(LONG[0])
     short = {name: fit for name, fit in fits.items() if name not in LONG}
-    print_table(list(fit_rows(data_dir, fits, sizes, repeats, 0 if quick else arguments.limit)))
-    print_table(list(predict_rows(data_dir, short if quick else fits, count, repeats)))
-    print_table(list(share_rows(data_dir, count, repeats)))
+    print(markdown(fit_rows(data_dir, fits, sizes, repeats, 0 if quick else arguments.limit)))
+    print(markdown(predict_rows(data_dir, short if quick else fits, count, repeats)))
+    print(markdown(share_rows(data_dir, count, repeats)))
     if arguments.device == "cpu":
-        print_table(list(cold_rows(data_dir, 1 if quick else repeats)))
+        print(markdown(learning_rows(data_dir, repeats)))
+        print(markdown(cold_rows(data_dir, 1 if quick else repeats)))
     if not quick:
-        print_table(list(memory_rows(arguments, list(fits))))
+        print(markdown(memory_rows(arguments, list(fits))))
 
 
 if __name__ == "__main__":
