@@ -15,7 +15,7 @@ from pathlib import Path
 
 import scores
 from cells import HEADLINE, SHOTS, Cell, cells_of, choose_corpora, report_corpora
-from contestants import Contestant, contestant_run
+from contestants import Contestant, contestant_runs
 from measure import NOT_YET, Options, markdown, show
 from runs import do_missing, made_with, read_lines
 from train_core import AFTER, ARMS
@@ -25,11 +25,6 @@ RESULTS = HERE / "results" / "ablation.jsonl"
 CHUNK, EPISODES = 50, 100  # of a line; of a cell
 BASE = "base"
 OF_NAMES = ("base", "no-names", "names-after")  # judged with names, too
-
-
-def judged(arm: str) -> tuple[str, ...]:
-    """Return the variants of episodes that an arm is judged on."""
-    return ("plain", "names") if arm in OF_NAMES else ("plain",)
 
 
 def run(cells: list[Cell], data_dir: Path, folder: Path, arms: list[str], episodes: int) -> None:
@@ -42,13 +37,8 @@ def run(cells: list[Cell], data_dir: Path, folder: Path, arms: list[str], episod
             subprocess.run([*map(str, [*command, "--output", folder / arm, *start])], check=True)
         who = Contestant(folder / arm, precision="bf16", cache=frozen)
         who.check_alone(lines)
-        runs = (
-            contestant_run(cell, who, variant, first, CHUNK)
-            for cell in cells
-            for first in range(0, episodes, CHUNK)
-            for variant in judged(arm)
-        )
-        do_missing(runs, lines, RESULTS, told)
+        variants = ("plain", "names") if arm in OF_NAMES else ("plain",)
+        do_missing(contestant_runs(cells, [who], variants, episodes, CHUNK), lines, RESULTS, told)
 
 
 def tables(choose: bool = False) -> dict[str, str]:

@@ -14,13 +14,14 @@ are paired by episode; intervals are of 95 %, over episodes, of means over corpo
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import scores
 from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import HEADLINE, REPORT, SHOTS, Cell, cells_of, report_corpora, result_of
 from choose import LAST_LAYER, SHIPPED
-from contestants import Contestant, contestant_run
+from contestants import Contestant, contestant_runs
 from measure import NOT_YET, Options, markdown, show
 from runs import Line, Run, do_missing, made_with, read_lines
 
@@ -72,17 +73,6 @@ GAINS = {  # title, method, and its rivals: the best of them at each number of s
 # Recording
 
 
-def adapter_runs(
-    cells: Sequence[Cell], who: Contestant, episodes: int, variants: Sequence[str], suffix: str = ""
-) -> Iterator[Run]:
-    """Yield the runs of an adapter, corpus by corpus."""
-    for cell in cells:
-        for variant in [name for name in variants if cell.shots == 1 or "alone" not in name]:
-            most = min(episodes, FEWER_EPISODES) if variant in FEWER else episodes
-            for first in range(0, most, CHUNK):
-                yield contestant_run(cell, who, variant, first, min(CHUNK, most - first), suffix)
-
-
 def setfit_runs(cells: Sequence[Cell], device: str) -> Iterator[Run]:
     """Yield the runs of SetFit: a chunk of every cell before the next chunk of any."""
     from setfit_rival import setfit_answers  # noqa: PLC0415 - an extra
@@ -114,12 +104,17 @@ def record(arguments: argparse.Namespace, results: Path) -> None:
         elif part == "setfit":
             runs = setfit_runs(cells, arguments.device)
         else:
-            long = [cell for cell in cells if cell.corpus.name in LONG and cell.shots in SETFIT_EPISODES]
-            who = Contestant(arguments.adapter, max_length=LONG_LENGTH if part == "long" else None)
-            who.check_alone(lines)
-            runs = adapter_runs(cells, who, episodes, variants)
+            who = Contestant(arguments.adapter)
+            fewer = [name for name in variants if name in FEWER]
+            runs = chain(
+                contestant_runs(cells, [who], [name for name in variants if name not in fewer], episodes, CHUNK),
+                contestant_runs(cells, [who], fewer, min(episodes, FEWER_EPISODES), CHUNK),
+            )
             if part == "long":  # as short as SetFit gets them
-                runs = adapter_runs(long, who, LONG_EPISODES, ["plain"], f"-{LONG_LENGTH}")
+                who = Contestant(arguments.adapter, max_length=LONG_LENGTH, suffix=f"-{LONG_LENGTH}")
+                long = [cell for cell in cells if cell.corpus.name in LONG and cell.shots in SETFIT_EPISODES]
+                runs = contestant_runs(long, [who], ["plain"], LONG_EPISODES, CHUNK)
+            who.check_alone(lines)
         do_missing(runs, lines, results / FILES[part], told)
 
 

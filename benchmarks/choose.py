@@ -15,11 +15,10 @@ from typing import Any
 
 import scores
 from cells import SHOTS, VARIANTS, cells_of, choose_corpora
-from contestants import Contestant, contestant_run
+from contestants import Contestant, contestant_runs
 from measure import Options, markdown
-from runs import Run, do_missing, read_lines
+from runs import do_missing, read_lines
 
-from textmeta.data.corpus import Corpus
 from textmeta.sharing.store import load_adapter, save_adapter
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,26 +27,6 @@ SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-general"
 FIRST = "first-settled"  # the adapter that came with textmeta before
 CHUNK, EPISODES = 50, 200  # of a line; of a cell
 LAST_LAYER = ("prototypes-last-256", "logistic-last-256")  # the rivals of whose means the better one counts
-
-
-def runs(
-    corpora: Sequence[Corpus],
-    contestants: Sequence[Contestant],
-    variants: Sequence[str],
-    episodes: int,
-    shots: Sequence[int],
-    suffix: str,
-) -> Iterator[Run]:
-    """Yield the runs of some contestants, corpus by corpus."""
-    for cell in cells_of(corpora, shots):
-        for who in contestants:
-            for first in range(0, episodes, CHUNK):
-                for variant in variants:
-                    if "others" in variant and len(cell.corpus.class_names) <= 5:
-                        continue
-                    if "alone" in variant and cell.shots != 1:
-                        continue
-                    yield contestant_run(cell, who, variant, first, CHUNK, suffix)
 
 
 def table(found: Mapping[str, scores.Cells]) -> Iterator[str]:
@@ -127,16 +106,15 @@ def main() -> None:
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
         folders = arguments.adapters or [SHIPPED]
-        contestants = [Contestant(folder, changes, arguments.precision, arguments.cache) for folder in folders]
+        suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
+        contestants = [
+            Contestant(folder, changes, arguments.precision, arguments.cache, suffix=suffix) for folder in folders
+        ]
         for who in contestants:
             who.check_alone(lines)
-        suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
-        corpora = choose_corpora(arguments.data_dir, arguments.corpora)
-        do_missing(
-            list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),
-            lines,
-            arguments.results,
-        )
+        cells = cells_of(choose_corpora(arguments.data_dir, arguments.corpora), arguments.shots)
+        runs = contestant_runs(cells, contestants, arguments.variants, arguments.episodes, CHUNK)
+        do_missing(runs, lines, arguments.results)
     names = [FIRST, *(folder.name for folder in arguments.adapters or [SHIPPED])]
     found = {
         method: cells

@@ -23,7 +23,7 @@ import numpy as np
 import scores
 from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import EPISODE_SEED, Cell, cells_of
-from contestants import Contestant, contestant_run, scope_scores
+from contestants import Contestant, contestant_runs, scope_scores
 from measure import NOT_YET, Options, markdown, show
 from runs import Line, Run, do_missing, missing, read_lines
 from sklearn.metrics import roc_auc_score
@@ -175,10 +175,8 @@ def frozen_runs(folds: Sequence[Fold]) -> Iterator[Run]:
 
 def adapter_runs(fold: Fold, who: Any) -> Iterator[Run]:
     """Yield the runs of a fold's adapter."""
-    for variant in ("plain", "names"):
-        for cell, episodes in fold.cells:
-            for first in range(0, episodes, CHUNK):
-                yield contestant_run(cell, who, variant, first, min(CHUNK, episodes - first))
+    for cell, episodes in fold.cells:
+        yield from contestant_runs([cell], [who], ("plain", "names"), episodes, CHUNK)
     yield from (scope_run(fold, cell, "plain", who) for cell in fold.scope_cells)
 
 
@@ -189,7 +187,7 @@ def record(data_dir: Path, results: Path, folder: Path, cache: Path | None, corp
     do_missing(frozen_runs(folds), lines, results)
     for kind, names in ADAPTERS.items():
         for fold in [fold for fold in folds if fold.fold in names]:
-            if missing(adapter_runs(fold, SimpleNamespace(name=kind)), lines):
+            if missing(adapter_runs(fold, SimpleNamespace(name=kind, suffix="")), lines):
                 who = Contestant(train(fold, kind, folder, cache), name=kind)
                 who.check_alone(lines, fold.label)
                 do_missing(adapter_runs(fold, who), lines, results)
