@@ -22,11 +22,11 @@ class Options(argparse.ArgumentParser):
         self.add_argument("--threads", type=int, default=threads)
 
     def parsed(self) -> argparse.Namespace:
-        """Parse the command line and set the threads; --run and --quick need data."""
+        """Parse the command line and set the threads; what reads corpora needs data."""
         found = self.parse_args()
         torch.set_num_threads(found.threads)
-        if found.data_dir is None and (getattr(found, "run", False) or getattr(found, "quick", False)):
-            self.error("--run and --quick need --data-dir")
+        if found.data_dir is None and any(vars(found).get(name) for name in ("run", "quick", "train")):
+            self.error("--run, --quick and --train need --data-dir")
         return found
 
 

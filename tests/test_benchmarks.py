@@ -13,6 +13,7 @@ from tests.test_classifier import adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
+from textmeta.errors import AdapterError
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.initialisation import LearnerSettings
 from textmeta.sharing.store import load_adapter, save_adapter
@@ -48,19 +49,11 @@ def test_the_engine_returns_the_gradient_of_a_plain_loop(
         assert float(distance) < 1e-4
 
 
-def train(
-    core: ModuleType, monkeypatch: pytest.MonkeyPatch, data_dir: Path, arm: str, folder: Path, *more: str
-) -> dict[str, torch.Tensor]:
-    arguments = ["--data-dir", str(data_dir), "--arm", arm, "--output", str(folder), *more]
-    run(core, monkeypatch, *arguments, "--cache", str(data_dir / "frozen"))
-    return load_adapter(folder)[0].initialisation.tensors()
-
-
 @pytest.mark.slow
 def test_an_arm_is_trained_and_another_goes_on_from_it(
     benchmark, toy: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core = benchmark("train_core")
+    core = benchmark("ablation")
     monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
     small = {"encoder": EncoderSettings(tiny_model, max_length=32), "lora": LoraSettings(rank=4), "episodes": 4}
     two = {"layers": (2, 4)}
@@ -70,17 +63,21 @@ def test_an_arm_is_trained_and_another_goes_on_from_it(
     (tmp_path / "corpora.csv").write_text("corpus,source,licence\none,here,MIT\n")
     monkeypatch.setattr(sys.modules["general"], "CORPORA", tmp_path / "corpora.csv")
     (tmp_path / "one.jsonl").write_text(toy.read_text())
-    before = train(core, monkeypatch, tmp_path, "no-names", tmp_path / "first")
-    start = ["--start", str(tmp_path / "first")]
-    after = train(core, monkeypatch, tmp_path, "names-after", tmp_path / "second", *start)
+
+    def trained(arm: str) -> dict[str, torch.Tensor]:
+        arguments = ["--data-dir", str(tmp_path), "--train", arm, "--folder", str(tmp_path)]
+        run(core, monkeypatch, *arguments, "--cache", str(tmp_path / "frozen"))
+        return load_adapter(tmp_path / arm)[0].initialisation.tensors()
+
+    with pytest.raises(AdapterError, match="no-names"):  # which comes before
+        trained("names-after")
+    before, after = trained("no-names"), trained("names-after")
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert "name_gate" in changed
     assert changed <= {name for name in after if "name" in name} | {"log_zero_shot_scale"}
-    without = train(core, monkeypatch, tmp_path, "no-centre", tmp_path / "third")
+    without = trained("no-centre")
     assert without["log_centre_strength"] == -30
     assert not without["centre"].any()
-    with pytest.raises(SystemExit):
-        train(core, monkeypatch, tmp_path, "names-after", tmp_path / "fourth")
 
 
 def test_scope_scores_tell_other_classes(
