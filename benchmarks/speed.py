@@ -29,6 +29,9 @@ from cells import choose_corpora
 from choose import SHIPPED
 from contestants import KnownStates
 from measure import Options, alternate, markdown
+from peft import LoraConfig, get_peft_model
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from textmeta import FewShotClassifier
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
@@ -57,6 +60,8 @@ COLD = {  # what a new process runs before it has its first answer; names in bra
 
 # The sides: each fits, and returns what predicts
 
+tokenizer_of = cache(AutoTokenizer.from_pretrained)
+
 
 @cache
 def sentence_encoder(device: str):
@@ -66,96 +71,70 @@ def sentence_encoder(device: str):
     return SentenceTransformer(encoder_folder(), device=device)
 
 
-def textmeta_fit(precision: str, device: str) -> Fit:
-    """Return the fit of one classifier, which keeps its encoder."""
-    classifier = FewShotClassifier(precision=precision, device=device, progress=False)
-    return lambda texts, labels: classifier.fit(texts, labels).predict
+def onnx_fit(int8: bool, texts: list[str], labels: list[str]) -> Predict:
+    """Fit, export the classifier, and return what predicts by ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        FewShotClassifier(device="cpu").fit(texts, labels).export_onnx(Path(folder) / "m", int8=int8)
+        return FewShotClassifier.from_pretrained(Path(folder) / "m", backend="onnx").predict
 
 
-def onnx_fit(int8: bool) -> Fit:
-    """Return a fit that exports the classifier, and predicts by ONNX Runtime."""
-
-    def fit(texts: list[str], labels: list[str]) -> Predict:
-        with tempfile.TemporaryDirectory() as folder:
-            FewShotClassifier(device="cpu").fit(texts, labels).export_onnx(Path(folder) / "m", int8=int8)
-            return FewShotClassifier.from_pretrained(Path(folder) / "m", backend="onnx").predict
-
-    return fit
+def logistic_fit(device: str, texts: list[str], labels: list[str]) -> Predict:
+    """Fit logistic regression to sentence embeddings."""
+    head = LogisticRegression(max_iter=1000).fit(sentence_encoder(device).encode(texts), labels)
+    return lambda queries: head.predict(sentence_encoder(device).encode(queries))
 
 
-def logistic_fit(device: str) -> Fit:
-    """Return the fit of logistic regression on sentence embeddings."""
-    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
-
-    def fit(texts: list[str], labels: list[str]) -> Predict:
-        head = LogisticRegression(max_iter=1000).fit(sentence_encoder(device).encode(texts), labels)
-        return lambda queries: head.predict(sentence_encoder(device).encode(queries))
-
-    return fit
-
-
-def setfit_fit(device: str) -> Fit:
-    """Return SetFit's."""
+def setfit_fit(device: str, texts: list[str], labels: list[str]) -> Predict:
+    """Fit SetFit."""
     from setfit_rival import setfit_model  # noqa: PLC0415 - an extra
 
-    def fit(texts: list[str], labels: list[str]) -> Predict:
-        return setfit_model(texts, np.unique(labels, return_inverse=True)[1], 256, device).predict
-
-    return fit
+    return setfit_model(texts, np.unique(labels, return_inverse=True)[1], 256, device).predict
 
 
-def peft_fit(device: str) -> Fit:
-    """Return what fine-tunes the encoder with PEFT's LoRA."""
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415
+def peft_fit(device: str, texts: list[str], labels: list[str]) -> Predict:
+    """Fine-tune the encoder with PEFT's LoRA."""
+    tokenizer = tokenizer_of(encoder_folder())
+    numbers = torch.tensor(np.unique(labels, return_inverse=True)[1], device=device)
+    base = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=int(numbers.max()) + 1)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS")).to(device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
 
-    tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
+    def logits(rows: list[str]) -> torch.Tensor:
+        batch = tokenizer(rows, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
+        return model(**batch).logits
 
-    def fit(texts: list[str], labels: list[str]) -> Predict:
-        numbers = torch.tensor(np.unique(labels, return_inverse=True)[1], device=device)
-        base = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=int(numbers.max()) + 1)
-        model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS")).to(device).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        order = rng.permutation(len(texts))
+        for start in range(0, len(texts), 8):
+            rows = order[start : start + 8]
+            loss = torch.nn.functional.cross_entropy(logits([texts[row] for row in rows]), numbers[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.eval()
 
-        def logits(rows: list[str]) -> torch.Tensor:
-            batch = tokenizer(rows, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
-            return model(**batch).logits
+    @torch.inference_mode()
+    def predict(queries: list[str]) -> object:
+        return [logits(queries[start : start + 32]).argmax(-1) for start in range(0, len(queries), 32)]
 
-        rng = np.random.default_rng(0)
-        for _ in range(20):
-            order = rng.permutation(len(texts))
-            for start in range(0, len(texts), 8):
-                rows = order[start : start + 8]
-                loss = torch.nn.functional.cross_entropy(logits([texts[row] for row in rows]), numbers[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        model.eval()
-
-        @torch.inference_mode()
-        def predict(queries: list[str]) -> object:
-            return [logits(queries[start : start + 32]).argmax(-1) for start in range(0, len(queries), 32)]
-
-        return predict
-
-    return fit
+    return predict
 
 
-def sides(device: str, names: Sequence[str] | None = None) -> dict[str, Fit]:
+def sides(device: str) -> dict[str, Fit]:
     """Return the sides by name."""
-    made: dict[str, Callable[[], Fit]] = {
-        DEFAULT: lambda: textmeta_fit("auto", device),
-        "textmeta, float32": lambda: textmeta_fit("no", device),
-        ENCODE: lambda: lambda texts, _: (sentence_encoder(device).encode(texts), sentence_encoder(device).encode)[1],
-        "sentence-transformers, logistic regression": lambda: logistic_fit(device),
-        "textmeta, ONNX": lambda: onnx_fit(int8=False),
-        "textmeta, ONNX, int8": lambda: onnx_fit(int8=True),
-        LONG[0]: lambda: peft_fit(device),
-        LONG[1]: lambda: setfit_fit(device),
+    fast, exact = (FewShotClassifier(precision=how, device=device, progress=False) for how in ("auto", "no"))
+    made: dict[str, Fit] = {  # the first two keep their encoder
+        DEFAULT: lambda texts, labels: fast.fit(texts, labels).predict,
+        "textmeta, float32": lambda texts, labels: exact.fit(texts, labels).predict,
+        ENCODE: lambda texts, _: (sentence_encoder(device).encode(texts), sentence_encoder(device).encode)[1],
+        "sentence-transformers, logistic regression": partial(logistic_fit, device),
+        "textmeta, ONNX": partial(onnx_fit, False),
+        "textmeta, ONNX, int8": partial(onnx_fit, True),
+        LONG[0]: partial(peft_fit, device),
+        LONG[1]: partial(setfit_fit, device),
     }
-    if device != "cpu":
-        made = {name: side for name, side in made.items() if "ONNX" not in name}
-    return {name: side() for name, side in made.items() if names is None or name in names}
+    return {name: side for name, side in made.items() if device == "cpu" or "ONNX" not in name}
 
 
 # What is measured
@@ -333,7 +312,7 @@ def main() -> None:
     if arguments.memory_of:
         name, size = arguments.memory_of
         texts, labels = examples(arguments.data_dir, *map(int, size.split("x")))
-        sides(arguments.device, [name])[name](texts, labels)(texts)
+        sides(arguments.device)[name](texts, labels)(texts)
         print(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
         return
     data_dir, quick = arguments.data_dir, arguments.quick
