@@ -202,9 +202,7 @@ def main() -> None:
     """Print the tables, after recording what is asked for."""
     parser = Options(__doc__, needs_data=False)
     parser.add_argument("--run", action="store_true", help="record what is missing")
-    parser.add_argument(
-        "--quick", action="store_true", help="record few episodes of the seven corpora, beside the others"
-    )
+    parser.add_argument("--quick", action="store_true", help="record few episodes, of the seven corpora, elsewhere")
     parser.add_argument("--draw", action="store_true", help="draw the pictures")
     parser.add_argument("--parts", nargs="+", choices=FILES, default=list(FILES))
     parser.add_argument("--adapter", type=Path, default=SHIPPED)

@@ -10,6 +10,7 @@ at its own 64). Differences are paired by episode; intervals are of 95 %, over e
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +63,17 @@ def table(found: Mapping[str, scores.Cells]) -> Iterator[str]:
 def results_of(found: Mapping[str, scores.Cells], errors: Mapping[tuple[str, int], float], name: str) -> dict[str, Any]:
     """Return, as a model card takes it, how an adapter does beside prototypes, with names and without."""
     results = {}
-    for variant, told in (("plain", ""), ("names", ", names read")):
-        for k in SHOTS:
-            method = f"{variant} @ {name}"
-            own = {key: values for key, values in found.get(method, {}).items() if key[1] == k}
-            rival = {key: found["prototypes-last-256"][key][: len(values)] for key, values in own.items()}
-            rows = [scores.difference(one, {key: 0 * v for key, v in own.items()}, list(own)) for one in (own, rival)]
-            paired = scores.difference(own, rival, list(own))
-            if paired is None or None in rows:
-                continue
-            ours, frozen = ({"accuracy": row[0] / 100, "accuracy_ci95": row[1] / 100} for row in rows if row)
+    for (variant, told), k in product((("plain", ""), ("names", ", names read")), SHOTS):
+        method = f"{variant} @ {name}"
+        own = {key: values for key, values in found.get(method, {}).items() if key[1] == k}
+        rival = {key: found["prototypes-last-256"][key][: len(values)] for key, values in own.items()}
+        ours, frozen, paired = scores.mean(own, k), scores.mean(rival, k), scores.difference(own, rival, list(own))
+        if ours and frozen and paired:
+            before, after = ({"accuracy": row[0] / 100, "accuracy_ci95": row[1] / 100} for row in (frozen, ours))
             mean, half = (value / 100 for value in paired)
             results[f"{len(own)} other corpora, 5-way {k}-shot{told}"] = {
-                "frozen": frozen,
-                "meta_trained": {**ours, "episodes": sum(map(len, own.values())), "ece": errors[method, k] / 100},
+                "frozen": before,
+                "meta_trained": {**after, "episodes": sum(map(len, own.values())), "ece": errors[method, k] / 100},
                 "paired": {"difference": mean, "low": mean - half, "high": mean + half},
             }
     return results
@@ -92,9 +90,7 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
     parser.add_argument("--episodes", type=int, default=EPISODES)
-    parser.add_argument(
-        "--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own"
-    )
+    parser.add_argument("--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="not the adapter's own")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the encoder's matrix products")
     parser.add_argument("--cache", type=Path, help="folder for the states of the frozen layers, which adapters share")
     parser.add_argument("--by-corpus", action="store_true")

@@ -33,20 +33,16 @@ class Options(argparse.ArgumentParser):
 def alternate(sides: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, list[float]]:
     """Return the seconds of each side, timed in turn, after one turn that does not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for turn in tqdm(range(1 + repeats), desc=label, unit="turn", leave=False):
         for name, run in sides.items():
-            _wait()
+            wait()
             start = time.perf_counter()
             run()
-            _wait()
+            wait()
             if turn:
                 times[name].append(time.perf_counter() - start)
     return times
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def markdown(rows: Iterable[Sequence[str]]) -> str:

@@ -41,10 +41,9 @@ def main() -> None:
     parser = Options(__doc__)
     parser.add_argument("--commit", required=True, help="of the installed textmeta, told in every line")
     parser.add_argument("--report", action="store_true", help="on the corpora to report by")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parsed()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    output = arguments.output or RESULTS / ("report_v0_1.jsonl" if arguments.report else "v0_1.jsonl")
+    output = RESULTS / ("report_v0_1.jsonl" if arguments.report else "v0_1.jsonl")
     if arguments.report:
         cells = list(cells_of(report_corpora(arguments.data_dir), list(REPORT_EPISODES)))
         runs = rival_runs(cells, "textmeta-0.1", answers, REPORT_EPISODES, CHUNK)

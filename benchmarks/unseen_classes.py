@@ -71,6 +71,9 @@ ERRORS_CUT = {"banking77": 30, "clinc150": 30, "huffpost": 20, "20news": 20}  # 
 AUROC = 97.7  # of clinc150 at 5 shots
 
 
+whole = cache(load_corpus)
+
+
 @dataclass(frozen=True)
 class Fold:
     """A fold of a corpus, by their names, of a data folder."""
@@ -87,7 +90,7 @@ class Fold:
     def part(self, part: str) -> Corpus:
         """Return its "train", "valid" or "test" classes."""
         classes = getattr(read_class_split(self.data_dir / f"{self.name}.splits.json", self.fold), part)
-        return replace(whole(self.data_dir / f"{self.name}.jsonl").restrict(classes), name=self.label)
+        return replace(whole(str(self.data_dir / f"{self.name}.jsonl")).restrict(classes), name=self.label)
 
     @cached_property
     def cells(self) -> list[tuple[Cell, int]]:
@@ -100,12 +103,6 @@ class Fold:
     def scope_cells(self) -> list[Cell]:
         """Those that come with texts of no class."""
         return [cell for cell, _ in self.cells[len(FIVE_WAY[0]) :] if self.name == "clinc150"]
-
-
-@cache
-def whole(path: Path) -> Corpus:
-    """Load a corpus once."""
-    return load_corpus(str(path))
 
 
 # Recording

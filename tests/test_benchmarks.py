@@ -87,11 +87,20 @@ def test_scope_scores_tell_other_classes(
     toy.rename(tmp_path / "choose" / "toy.jsonl")
     adapter = adapter_of(tiny_model, scope=torch.eye(8)[0])  # the largest probability alone tells
     save_adapter(tmp_path / "adapter", adapter)
-    arguments = ["--data-dir", str(tmp_path), "--episodes", "2", "--adapter", str(tmp_path / "adapter")]
-    run(benchmark("out_of_scope"), monkeypatch, *arguments)
+    arguments = [
+        "--data-dir",
+        str(tmp_path),
+        "--table",
+        "scope",
+        "--episodes",
+        "2",
+        "--adapter",
+        str(tmp_path / "adapter"),
+    ]
+    run(benchmark("other_classes"), monkeypatch, *arguments)
     _, name, _, scope, largest, _ = capsys.readouterr().out.splitlines()[2].split("|")
     assert name.strip() == "toy"
     assert scope == largest != " 50.0 "
     save_adapter(tmp_path / "adapter", replace(adapter, scope=None))
     with pytest.raises(SystemExit):
-        run(benchmark("out_of_scope"), monkeypatch, *arguments)
+        run(benchmark("other_classes"), monkeypatch, *arguments)
