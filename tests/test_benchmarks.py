@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -25,22 +24,12 @@ def toy(corpus: Corpus, tmp_path: Path) -> Path:
     return write_rows(tmp_path / "toy.jsonl", corpus)
 
 
-def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", [str(module.__file__), *arguments])
-    module.main()
-
-
 @pytest.mark.parametrize("adapt", ["pooling", "lora"])
 def test_the_engine_returns_the_gradient_of_a_plain_loop(
-    adapt: str,
-    benchmark,
-    toy: Path,
-    tiny_model: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    adapt: str, benchmark, run_script, toy: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--data", str(toy), "--model", tiny_model, "--tasks", "2", "--repeats", "1", "--adapt", adapt]
-    run(benchmark("engine"), monkeypatch, *arguments, "--threads", "1")
+    arguments = ["--data", toy, "--model", tiny_model, "--tasks=2", "--repeats=1", "--adapt", adapt, "--threads=1"]
+    run_script(benchmark("engine"), *arguments)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:2] for row in rows[2:]] == [["fomaml", "2"], ["maml", "2"]]
     for *_, fresh, cached, distance in rows[2:]:
@@ -51,7 +40,7 @@ def test_the_engine_returns_the_gradient_of_a_plain_loop(
 
 @pytest.mark.slow
 def test_an_arm_is_trained_and_another_goes_on_from_it(
-    benchmark, toy: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark, run_script, toy: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = benchmark("ablation")
     monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
@@ -65,8 +54,8 @@ def test_an_arm_is_trained_and_another_goes_on_from_it(
     (tmp_path / "one.jsonl").write_text(toy.read_text())
 
     def trained(arm: str) -> dict[str, torch.Tensor]:
-        arguments = ["--data-dir", str(tmp_path), "--train", arm, "--folder", str(tmp_path)]
-        run(core, monkeypatch, *arguments, "--cache", str(tmp_path / "frozen"))
+        places = ["--data-dir", tmp_path, "--folder", tmp_path, "--cache", tmp_path / "frozen"]
+        run_script(core, "--train", arm, *places)
         return load_adapter(tmp_path / arm)[0].initialisation.tensors()
 
     with pytest.raises(AdapterError, match="no-names"):  # which comes before
@@ -81,26 +70,17 @@ def test_an_arm_is_trained_and_another_goes_on_from_it(
 
 
 def test_scope_scores_tell_other_classes(
-    benchmark, toy: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    benchmark, run_script, toy: Path, tiny_model: str, tmp_path: Path, capsys
 ) -> None:
     (tmp_path / "choose").mkdir()
     toy.rename(tmp_path / "choose" / "toy.jsonl")
     adapter = adapter_of(tiny_model, scope=torch.eye(8)[0])  # the largest probability alone tells
     save_adapter(tmp_path / "adapter", adapter)
-    arguments = [
-        "--data-dir",
-        str(tmp_path),
-        "--table",
-        "scope",
-        "--episodes",
-        "2",
-        "--adapter",
-        str(tmp_path / "adapter"),
-    ]
-    run(benchmark("other_classes"), monkeypatch, *arguments)
+    arguments = ["--data-dir", tmp_path, "--table=scope", "--episodes=2", "--adapter", tmp_path / "adapter"]
+    run_script(benchmark("other_classes"), *arguments)
     _, name, _, scope, largest, _ = capsys.readouterr().out.splitlines()[2].split("|")
     assert name.strip() == "toy"
     assert scope == largest != " 50.0 "
     save_adapter(tmp_path / "adapter", replace(adapter, scope=None))
     with pytest.raises(SystemExit):
-        run(benchmark("other_classes"), monkeypatch, *arguments)
+        run_script(benchmark("other_classes"), *arguments)
