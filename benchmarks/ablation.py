@@ -35,15 +35,14 @@ from general import GENERAL, training_corpora
 
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 CHUNK, EPISODES = 50, 100  # of a line; of a cell
-BASE = "base"
 OF_NAMES = ("base", "no-names", "names-after")  # judged with names, too
-BASE_ARM = replace(GENERAL, episodes=1600)
+BASE = replace(GENERAL, episodes=1600)
 # all tensors that have no part in names
 NOT_OF_NAMES = tuple(f.name for f in fields(Initialisation) if "name" not in f.name and f.name != "log_zero_shot_scale")
 
 
-def _learner(episodes: int = BASE_ARM.episodes, *, fixed: tuple[str, ...] = (), **changes: Any) -> MetaTrainer:
-    return replace(BASE_ARM, learner=replace(BASE_ARM.learner, **changes), episodes=episodes, fixed=fixed)
+def _learner(episodes: int = BASE.episodes, *, fixed: tuple[str, ...] = (), **changes: Any) -> MetaTrainer:
+    return replace(BASE, learner=replace(BASE.learner, **changes), episodes=episodes, fixed=fixed)
 
 
 # All arms take as long as the base arm: numbers of episodes are by time measured on equal episodes.
@@ -51,7 +50,7 @@ ARMS: dict[str, MetaTrainer] = {
     "last-layer": _learner(fixed=("lora.",), layers=(6,), adapt="none"),
     "views": _learner(fixed=("lora.",), adapt="none"),
     "views-steps": _learner(fixed=("lora.",)),
-    "base": BASE_ARM,
+    "base": BASE,
     "views-lora": _learner(adapt="none"),
     "layers-6": _learner(layers=(6,)),
     "layers-3-to-6": _learner(layers=(3, 4, 5, 6)),
@@ -59,27 +58,24 @@ ARMS: dict[str, MetaTrainer] = {
     "layers-0-to-6": _learner(layers=(0, 1, 2, 3, 4, 5, 6)),
     "steps-3": _learner(steps=3),
     "steps-12": _learner(steps=12),
-    "fomaml": replace(BASE_ARM, algorithm="fomaml"),
-    "reptile": replace(BASE_ARM, algorithm="reptile"),
-    "meta-sgd": replace(BASE_ARM, algorithm="meta_sgd"),
-    "protonet": replace(BASE_ARM, algorithm="protonet"),
-    "anil": replace(BASE_ARM, algorithm="anil"),
-    "no-centre": replace(BASE_ARM, fixed=("centre", "log_centre_strength")),
-    "corpora-5": BASE_ARM,
-    "corpora-20": BASE_ARM,
-    "no-names": replace(BASE_ARM, names=0.0),
-    "names-after": replace(
-        BASE_ARM, episodes=200, fixed=NOT_OF_NAMES
-    ),  # the names' own numbers, once all else is learned
+    "fomaml": replace(BASE, algorithm="fomaml"),
+    "reptile": replace(BASE, algorithm="reptile"),
+    "meta-sgd": replace(BASE, algorithm="meta_sgd"),
+    "protonet": replace(BASE, algorithm="protonet"),
+    "anil": replace(BASE, algorithm="anil"),
+    "no-centre": replace(BASE, fixed=("centre", "log_centre_strength")),
+    "corpora-5": BASE,
+    "corpora-20": BASE,
+    "no-names": replace(BASE, names=0.0),
+    "names-after": replace(BASE, episodes=200, fixed=NOT_OF_NAMES),  # the names' own numbers, once all else is learned
 }
-TWO_VIEWS = replace(GENERAL, episodes=3000)
 SEARCH = {  # runs in search of a better default
     "full-2000": _learner(2000, layers=(3, 4, 5, 6)),
-    "two-views-3000": TWO_VIEWS,
-    "two-views-6600": replace(TWO_VIEWS, episodes=6600),
-    "slow-lora": replace(TWO_VIEWS, lora_rate=2e-4),
-    "six-layers": replace(TWO_VIEWS, lora=replace(GENERAL.lora, layers=6), episodes=1500),
-    "four-tasks": replace(TWO_VIEWS, tasks_per_step=4),
+    "two-views-3000": GENERAL,
+    "two-views-6600": replace(GENERAL, episodes=6600),
+    "slow-lora": replace(GENERAL, lora_rate=2e-4),
+    "six-layers": replace(GENERAL, lora=replace(GENERAL.lora, layers=6), episodes=1500),
+    "four-tasks": replace(GENERAL, tasks_per_step=4),
 }
 STARTS: dict[str, Mapping[str, torch.Tensor]] = {"no-centre": {"log_centre_strength": torch.tensor(-30.0)}}
 AFTER = {"names-after": "no-names"}  # the arm whose adapter another starts from
@@ -127,10 +123,10 @@ def rows(found: Mapping[str, scores.Cells], corpora: list[str]) -> Iterator[list
             own = {key: row for key, row in found.get(f"{variant} @ {arm}", {}).items() if key[0] in corpora}
             if not own:
                 continue
-            rival = "plain" if arm == BASE else variant
-            told = scores.difference(own, found.get(f"{rival} @ {BASE}", {}), list(own))
+            rival = "plain" if arm == "base" else variant
+            told = scores.difference(own, found.get(f"{rival} @ base", {}), list(own))
             means = [scores.shown(scores.mean(own, k, corpora), "") for k in SHOTS]
-            name, base = arm + ", with names" * (variant == "names"), (variant, arm) == ("plain", BASE)
+            name, base = arm + ", with names" * (variant == "names"), (variant, arm) == ("plain", "base")
             yield [name, *means, "" if base else scores.shown(told), str(min(map(len, own.values())))]
 
 
