@@ -12,17 +12,20 @@ are paired by episode; intervals are of 95 %, over episodes, of means over corpo
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import scores
-from baselines import BASELINES, FrozenViews, baseline_runs
-from cells import HEADLINE, REPORT, SHOTS, Cell, cells_of, report_corpora, result_of
+from baselines import BASELINES, FrozenViews, baseline_runs, rival_runs
+from cells import HEADLINE, REPORT, SHOTS, Cell, cells_of, report_corpora
 from choose import LAST_LAYER, SHIPPED
-from contestants import Contestant, contestant_run
+from contestants import Contestant, contestant_runs
 from measure import NOT_YET, Options, markdown, show
-from runs import Line, Run, do_missing, made_with, read_lines
+from runs import Line, do_missing, made_with, read_lines
+
+from textmeta.data.episodes import Episode
 
 RESULTS = Path(__file__).parent / "results"
 FILES = dict.fromkeys(("frozen", "textmeta", "long"), "report.jsonl") | {"setfit": "report_setfit.jsonl"}
@@ -72,55 +75,41 @@ GAINS = {  # title, method, and its rivals: the best of them at each number of s
 # Recording
 
 
-def adapter_runs(
-    cells: Sequence[Cell], who: Contestant, episodes: int, variants: Sequence[str], suffix: str = ""
-) -> Iterator[Run]:
-    """Yield the runs of an adapter, corpus by corpus."""
-    for cell in cells:
-        for variant in [name for name in variants if cell.shots == 1 or "alone" not in name]:
-            most = min(episodes, FEWER_EPISODES) if variant in FEWER else episodes
-            for first in range(0, most, CHUNK):
-                yield contestant_run(cell, who, variant, first, min(CHUNK, most - first), suffix)
-
-
-def setfit_runs(cells: Sequence[Cell], device: str) -> Iterator[Run]:
-    """Yield the runs of SetFit: a chunk of every cell before the next chunk of any."""
-    from setfit_rival import setfit_answers  # noqa: PLC0415 - an extra
-
-    def score(cell: Cell, first: int) -> dict:
-        episodes = [cell.episode(number) for number in range(first, first + SETFIT_CHUNK)]
-        length = LONG_LENGTH if cell.corpus.name in LONG else 256
-        return {**result_of(setfit_answers(episodes, length, device), episodes), "setfit": version("setfit")}
-
-    for first in range(0, max(SETFIT_EPISODES.values()), SETFIT_CHUNK):
-        for cell in cells:
-            if first < SETFIT_EPISODES.get(cell.shots, 0):
-                yield Run(cell.key("setfit", first, SETFIT_CHUNK), lambda c=cell, f=first: score(c, f))
-
-
 def record(arguments: argparse.Namespace, results: Path) -> None:
     """Do the runs that are missing, part by part."""
-    told = {**made_with("textmeta", "torch", "transformers"), "device": arguments.device}
     corpora, shots, episodes, variants, parts = REPORT, ALL_SHOTS, EPISODES, VARIANTS, arguments.parts
     if arguments.quick:
         corpora, shots, episodes, variants = HEADLINE, QUICK_SHOTS, QUICK_EPISODES, QUICK_VARIANTS
         parts = ["frozen", "textmeta"]
     cells = list(cells_of(report_corpora(arguments.data_dir, corpora), shots))
+    who = Contestant(arguments.adapter)
+    # as SetFit reads long texts
+    short = Contestant(arguments.adapter, max_length=LONG_LENGTH, suffix=f"-{LONG_LENGTH}")
+
+    def setfit(cell: Cell, own: Sequence[Episode]) -> list[np.ndarray]:
+        from setfit_rival import setfit_answers  # noqa: PLC0415 - an extra
+
+        return setfit_answers(own, LONG_LENGTH if cell.corpus.name in LONG else 256, arguments.device)
+
     for part in parts:
         lines = read_lines(results / FILES[part])
+        who.check_alone(lines)
         if part == "frozen":
             names = [name for name in BASELINES if name != "prototypes-views"]
             runs = baseline_runs(cells, names, FrozenViews(256), episodes)
         elif part == "setfit":
-            runs = setfit_runs(cells, arguments.device)
-        else:
+            runs = rival_runs(cells, "setfit", setfit, SETFIT_EPISODES, SETFIT_CHUNK)
+        elif part == "long":
             long = [cell for cell in cells if cell.corpus.name in LONG and cell.shots in SETFIT_EPISODES]
-            who = Contestant(arguments.adapter, max_length=LONG_LENGTH if part == "long" else None)
-            who.check_alone(lines)
-            runs = adapter_runs(cells, who, episodes, variants)
-            if part == "long":  # as short as SetFit gets them
-                runs = adapter_runs(long, who, LONG_EPISODES, ["plain"], f"-{LONG_LENGTH}")
-        do_missing(runs, lines, results / FILES[part], told)
+            runs = contestant_runs(long, [short], ["plain"], LONG_EPISODES, CHUNK)
+        else:
+            usual, fewer = ([name for name in variants if (name in FEWER) == few] for few in (False, True))
+            runs = chain(
+                contestant_runs(cells, [who], usual, episodes, CHUNK),
+                contestant_runs(cells, [who], fewer, min(episodes, FEWER_EPISODES), CHUNK),
+            )
+        libraries = ("textmeta", "torch", "transformers", *["setfit"] * (part == "setfit"))
+        do_missing(runs, lines, results / FILES[part], {**made_with(*libraries), "device": arguments.device})
 
 
 # Tables
@@ -213,9 +202,7 @@ def main() -> None:
     """Print the tables, after recording what is asked for."""
     parser = Options(__doc__, needs_data=False)
     parser.add_argument("--run", action="store_true", help="record what is missing")
-    parser.add_argument(
-        "--quick", action="store_true", help="record few episodes of the seven corpora, beside the others"
-    )
+    parser.add_argument("--quick", action="store_true", help="record few episodes, of the seven corpora, elsewhere")
     parser.add_argument("--draw", action="store_true", help="draw the pictures")
     parser.add_argument("--parts", nargs="+", choices=FILES, default=list(FILES))
     parser.add_argument("--adapter", type=Path, default=SHIPPED)

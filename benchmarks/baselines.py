@@ -3,9 +3,12 @@
 Version 0.1 of textmeta reads this file, too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
+from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 from textmeta.data.episodes import Episode
 
 VIEWS = 4  # upper layers of the encoder
+Answer = Callable[[Cell, Sequence[Episode]], list[np.ndarray]]  # class probabilities of each episode's queries
 PROTOTYPE_TEMPERATURE = 15.0  # makes cosines probabilities; accuracies do not depend on it
 
 
@@ -106,14 +110,27 @@ BASELINES = {
 
 def baseline_runs(cells: Sequence[Cell], methods: Sequence[str], frozen: FrozenViews, episodes: int) -> Iterator[Run]:
     """Yield a run of each cell and method; what uses no example is run at one shot alone."""
-    for cell in cells:
-        for name in methods:
-            if cell.shots == 1 or "alone" not in BASELINES[name].variant:
-                key = cell.key(f"{name}-{frozen.max_length}", 0, episodes)
-                yield Run(key, lambda c=cell, b=BASELINES[name]: _score(c, b, frozen, episodes))
+
+    def work(cell: Cell, baseline: Baseline) -> dict[str, Any]:
+        own = [VARIANTS[baseline.variant](cell.episode(number), cell, number) for number in range(episodes)]
+        frozen.read([text for e in own for text in (*e.support_texts, *e.query_texts, *(e.label_names or ()))])
+        return result_of([baseline.answer(frozen, e) for e in own], own)
+
+    for cell, name in product(cells, methods):
+        if cell.shots == 1 or "alone" not in BASELINES[name].variant:
+            key = cell.key(f"{name}-{frozen.max_length}", 0, episodes)
+            yield Run(key, partial(work, cell, BASELINES[name]))
 
 
-def _score(cell: Cell, baseline: Baseline, frozen: FrozenViews, count: int) -> dict[str, list[int]]:
-    episodes = [VARIANTS[baseline.variant](cell.episode(number), cell, number) for number in range(count)]
-    frozen.read([text for e in episodes for text in (*e.support_texts, *e.query_texts, *(e.label_names or ()))])
-    return result_of([baseline.answer(frozen, e) for e in episodes], episodes)
+def rival_runs(
+    cells: Sequence[Cell], method: str, answer: Answer, episodes: Mapping[int, int], chunk: int
+) -> Iterator[Run]:
+    """Yield the runs of a method that takes long, on so many episodes by shots: a chunk of every cell in turn."""
+
+    def work(cell: Cell, first: int) -> dict[str, Any]:
+        own = [cell.episode(number) for number in range(first, first + chunk)]
+        return result_of(answer(cell, own), own)
+
+    for first, cell in product(range(0, max(episodes.values()), chunk), cells):
+        if first < episodes.get(cell.shots, 0):
+            yield Run(cell.key(method, first, chunk), partial(work, cell, first))

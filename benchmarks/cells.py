@@ -142,17 +142,10 @@ VARIANTS: Mapping[str, Callable[[Episode, Cell, int], Episode]] = {
 def with_unlabelled(
     episode: Episode, corpus: Corpus, seed: int, number: int, per_class: int = 15, mixture: str = "same"
 ) -> Episode:
-    """Return an episode with unlabelled texts, a pure function of the arguments.
+    """Return an episode with unlabelled texts of its corpus, a pure function of the arguments.
 
-    They are drawn from the rows of the corpus whose texts are in neither the support nor the query set, and shuffled.
-
-    Args:
-        episode: of classes of the corpus.
-        corpus: to draw from.
-        seed: of all draws.
-        number: of the episode, so that each has draws of its own.
-        per_class: unlabelled texts of a class, or as many as there are.
-        mixture: "same", "skewed" or "others" (:func:`~textmeta.data.mixed_episodes.draw_unlabelled`).
+    They are drawn from the rows whose texts are in neither the support nor the query set, and shuffled; what
+    ``per_class`` and the mixture mean, :func:`~textmeta.data.mixed_episodes.draw_unlabelled` says.
     """
     from textmeta.data.mixed_episodes import draw_unlabelled  # noqa: PLC0415 - 0.1 has none
 

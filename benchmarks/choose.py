@@ -10,16 +10,16 @@ at its own 64). Differences are paired by episode; intervals are of 95 %, over e
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import scores
 from cells import SHOTS, VARIANTS, cells_of, choose_corpora
-from contestants import Contestant, contestant_run
+from contestants import Contestant, contestant_runs
 from measure import Options, markdown
-from runs import Run, do_missing, read_lines
+from runs import do_missing, read_lines
 
-from textmeta.data.corpus import Corpus
 from textmeta.sharing.store import load_adapter, save_adapter
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,26 +28,6 @@ SHIPPED = Path(__file__).parents[1] / "textmeta" / "adapters" / "minilm-general"
 FIRST = "first-settled"  # the adapter that came with textmeta before
 CHUNK, EPISODES = 50, 200  # of a line; of a cell
 LAST_LAYER = ("prototypes-last-256", "logistic-last-256")  # the rivals of whose means the better one counts
-
-
-def runs(
-    corpora: Sequence[Corpus],
-    contestants: Sequence[Contestant],
-    variants: Sequence[str],
-    episodes: int,
-    shots: Sequence[int],
-    suffix: str,
-) -> Iterator[Run]:
-    """Yield the runs of some contestants, corpus by corpus."""
-    for cell in cells_of(corpora, shots):
-        for who in contestants:
-            for first in range(0, episodes, CHUNK):
-                for variant in variants:
-                    if "others" in variant and len(cell.corpus.class_names) <= 5:
-                        continue
-                    if "alone" in variant and cell.shots != 1:
-                        continue
-                    yield contestant_run(cell, who, variant, first, CHUNK, suffix)
 
 
 def table(found: Mapping[str, scores.Cells]) -> Iterator[str]:
@@ -83,20 +63,17 @@ def table(found: Mapping[str, scores.Cells]) -> Iterator[str]:
 def results_of(found: Mapping[str, scores.Cells], errors: Mapping[tuple[str, int], float], name: str) -> dict[str, Any]:
     """Return, as a model card takes it, how an adapter does beside prototypes, with names and without."""
     results = {}
-    for variant, told in (("plain", ""), ("names", ", names read")):
-        for k in SHOTS:
-            method = f"{variant} @ {name}"
-            own = {key: values for key, values in found.get(method, {}).items() if key[1] == k}
-            rival = {key: found["prototypes-last-256"][key][: len(values)] for key, values in own.items()}
-            rows = [scores.difference(one, {key: 0 * v for key, v in own.items()}, list(own)) for one in (own, rival)]
-            paired = scores.difference(own, rival, list(own))
-            if paired is None or None in rows:
-                continue
-            ours, frozen = ({"accuracy": row[0] / 100, "accuracy_ci95": row[1] / 100} for row in rows if row)
+    for (variant, told), k in product((("plain", ""), ("names", ", names read")), SHOTS):
+        method = f"{variant} @ {name}"
+        own = {key: values for key, values in found.get(method, {}).items() if key[1] == k}
+        rival = {key: found["prototypes-last-256"][key][: len(values)] for key, values in own.items()}
+        ours, frozen, paired = scores.mean(own, k), scores.mean(rival, k), scores.difference(own, rival, list(own))
+        if ours and frozen and paired:
+            before, after = ({"accuracy": row[0] / 100, "accuracy_ci95": row[1] / 100} for row in (frozen, ours))
             mean, half = (value / 100 for value in paired)
             results[f"{len(own)} other corpora, 5-way {k}-shot{told}"] = {
-                "frozen": frozen,
-                "meta_trained": {**ours, "episodes": sum(map(len, own.values())), "ece": errors[method, k] / 100},
+                "frozen": before,
+                "meta_trained": {**after, "episodes": sum(map(len, own.values())), "ece": errors[method, k] / 100},
                 "paired": {"difference": mean, "low": mean - half, "high": mean + half},
             }
     return results
@@ -113,9 +90,7 @@ def main() -> None:
     parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
     parser.add_argument("--episodes", type=int, default=EPISODES)
-    parser.add_argument(
-        "--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="instead of the adapter's own"
-    )
+    parser.add_argument("--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="not the adapter's own")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the encoder's matrix products")
     parser.add_argument("--cache", type=Path, help="folder for the states of the frozen layers, which adapters share")
     parser.add_argument("--by-corpus", action="store_true")
@@ -127,16 +102,15 @@ def main() -> None:
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
         folders = arguments.adapters or [SHIPPED]
-        contestants = [Contestant(folder, changes, arguments.precision, arguments.cache) for folder in folders]
+        suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
+        contestants = [
+            Contestant(folder, changes, arguments.precision, arguments.cache, suffix=suffix) for folder in folders
+        ]
         for who in contestants:
             who.check_alone(lines)
-        suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
-        corpora = choose_corpora(arguments.data_dir, arguments.corpora)
-        do_missing(
-            list(runs(corpora, contestants, arguments.variants, arguments.episodes, arguments.shots, suffix)),
-            lines,
-            arguments.results,
-        )
+        cells = cells_of(choose_corpora(arguments.data_dir, arguments.corpora), arguments.shots)
+        runs = contestant_runs(cells, contestants, arguments.variants, arguments.episodes, CHUNK)
+        do_missing(runs, lines, arguments.results)
     names = [FIRST, *(folder.name for folder in arguments.adapters or [SHIPPED])]
     found = {
         method: cells

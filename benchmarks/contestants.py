@@ -2,14 +2,16 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cells import VARIANTS, Cell, result_of
+from cells import VARIANTS, WAYS, Cell, result_of
 from runs import Line, Run
 from torch import Tensor
 
@@ -66,6 +68,7 @@ class Contestant:
         cache: folder for the states of the frozen layers.
         max_length: tokens of a text, if not as many as the adapter says.
         name: what results call it, if not as the folder.
+        suffix: what they add to the name of a variant, for what it does otherwise.
     """
 
     def __init__(
@@ -76,9 +79,10 @@ class Contestant:
         cache: Path | None = None,
         max_length: int | None = None,
         name: str | None = None,
+        suffix: str = "",
     ) -> None:
         adapter, _ = load_adapter(folder)
-        self.name = name or folder.name
+        self.name, self.suffix = name or folder.name, suffix
         told = f"{tensors_digest(adapter.initialisation.tensors())} {adapter.learner}"
         self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
         if max_length:
@@ -136,12 +140,22 @@ def scope_scores(learner: TaskLearner, episode: Episode) -> tuple[np.ndarray, np
     return scores.numpy(), answers.logits[0].softmax(-1).amax(-1).numpy()
 
 
-def contestant_run(cell: Cell, who: Contestant, variant: str, first: int, count: int, suffix: str = "") -> Run:
-    """Return the run that scores an adapter on some episodes; a suffix tells what it does otherwise."""
+def contestant_runs(
+    cells: Iterable[Cell], contestants: Sequence[Contestant], variants: Sequence[str], episodes: int, chunk: int
+) -> Iterator[Run]:
+    """Yield the runs that score adapters on episodes of each cell, in the variants that it can have, by chunks."""
 
-    def work() -> dict[str, Any]:
-        episodes = [VARIANTS[variant](cell.episode(n), cell, n) for n in range(first, first + count)]
-        answers, seconds = who.answers(cell, episodes)
-        return {**result_of(answers, episodes), "adapter_sha256": who.digest, "episode_seconds": round(seconds, 4)}
+    def work(cell: Cell, who: Contestant, variant: str, numbers: range) -> dict[str, Any]:
+        own = [VARIANTS[variant](cell.episode(number), cell, number) for number in numbers]
+        answers, seconds = who.answers(cell, own)
+        return {**result_of(answers, own), "adapter_sha256": who.digest, "episode_seconds": round(seconds, 4)}
 
-    return Run({**cell.key(variant + suffix, first, count), "adapter": who.name}, work)
+    for cell, who, first in product(cells, contestants, range(0, episodes, chunk)):
+        numbers = range(first, min(first + chunk, episodes))
+        for variant in variants:
+            if "alone" in variant and cell.shots != 1:
+                continue
+            if "others" in variant and len(cell.corpus.class_names) <= WAYS:
+                continue
+            key = cell.key(variant + who.suffix, first, len(numbers)) | {"adapter": who.name}
+            yield Run(key, partial(work, cell, who, variant, numbers))

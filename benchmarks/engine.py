@@ -18,7 +18,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from measure import alternate, print_table
+from measure import alternate, markdown
 from peft import get_peft_model
 from torch import Tensor
 from torch.func import functional_call
@@ -212,7 +212,7 @@ def main() -> None:
         rows.append((algorithm, str(tasks), *ratios, f"{float((one - two).norm() / two.norm()):.0e}", *ms))
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {arguments.threads} threads"
     print(f"{corpus.name}, steps on {arguments.adapt}, precision {arguments.precision}, {where}\n")
-    print_table(rows)
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

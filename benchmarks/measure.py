@@ -1,12 +1,9 @@
-"""What the benchmarks share: options, timing sides in turn, memory, printing a table."""
+"""What the benchmarks share: options, timing sides in turn, printing a table."""
 
 import argparse
-import ctypes
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,61 +22,33 @@ class Options(argparse.ArgumentParser):
         self.add_argument("--threads", type=int, default=threads)
 
     def parsed(self) -> argparse.Namespace:
-        """Parse the command line and set the threads; --run and --quick need data."""
+        """Parse the command line and set the threads; what reads corpora needs data."""
         found = self.parse_args()
         torch.set_num_threads(found.threads)
-        if found.data_dir is None and (getattr(found, "run", False) or getattr(found, "quick", False)):
-            self.error("--run and --quick need --data-dir")
+        if found.data_dir is None and any(vars(found).get(name) for name in ("run", "quick", "train")):
+            self.error("--run, --quick and --train need --data-dir")
         return found
 
 
 def alternate(sides: dict[str, Callable[[], object]], repeats: int, label: str) -> dict[str, list[float]]:
     """Return the seconds of each side, timed in turn, after one turn that does not count."""
     times: dict[str, list[float]] = {name: [] for name in sides}
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for turn in tqdm(range(1 + repeats), desc=label, unit="turn", leave=False):
         for name, run in sides.items():
-            _wait()
+            wait()
             start = time.perf_counter()
             run()
-            _wait()
+            wait()
             if turn:
                 times[name].append(time.perf_counter() - start)
     return times
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def settle(model: torch.nn.Module) -> None:
-    """Load weights that are only mapped from their file yet, and give back what the heap holds free."""
-    for parameter in model.parameters():
-        parameter.sum()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def resident(kind: str) -> int:
-    """Return VmRSS or VmHWM, the resident memory now or at its peak, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(kind))
-
-
-def peak_of(*command: object) -> str:
-    """Return, in MiB, what a process of Python prints last in KiB."""
-    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
-    return f"{int(done.stdout.split()[-1]) / 1024:.0f}"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Iterable[Sequence[str]]) -> str:
     """Return a table, its head first."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print a Markdown table."""
-    print(markdown(rows))
+    head, *others = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, "|" + "---|" * (head.count(" | ") + 1), *others])
 
 
 def filled(page: str, tables: Mapping[str, str]) -> str:

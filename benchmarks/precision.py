@@ -11,22 +11,14 @@ from pathlib import Path
 import scores
 from cells import cells_of, choose_corpora
 from choose import RESULTS, SHIPPED
-from contestants import Contestant, contestant_run
-from measure import Options, print_table
+from contestants import Contestant, contestant_runs
+from measure import Options, markdown
 from runs import do_missing, read_lines
 
 from textmeta.export.graph import GraphReader, quantized, states_graph
 
 SHOTS, VARIANT = (5,), "names"
 LEAST = {" bf16": -0.1, " int8": -0.3}  # points that each may cost
-
-
-def int8_contestant(folder: Path) -> Contestant:
-    """Return an adapter whose states are read by a graph of int8 numbers."""
-    who = Contestant(folder)
-    graph = quantized(states_graph(who.reader, who.adapter.initialisation.lora), who.reader.encoder)
-    who.reader = GraphReader(graph, who.reader.encoder)
-    return who
 
 
 def main() -> None:
@@ -40,26 +32,22 @@ def main() -> None:
     arguments = parser.parsed()
     lines = read_lines(arguments.results)
     if arguments.run:
-        bf16, int8 = Contestant(arguments.adapter, precision="bf16"), int8_contestant(arguments.adapter)
-        sides = {"": Contestant(arguments.adapter), " bf16": bf16, " int8": int8}
-        for who in sides.values():
-            who.check_alone(lines)
-        corpora = choose_corpora(arguments.data_dir, arguments.corpora)
-        runs = [
-            contestant_run(cell, who, VARIANT, 0, arguments.episodes, suffix)
-            for cell in cells_of(corpora, SHOTS)
-            for suffix, who in sides.items()
-        ]
+        float32, int8 = (Contestant(arguments.adapter, suffix=suffix) for suffix in ("", " int8"))
+        bf16 = Contestant(arguments.adapter, precision="bf16", suffix=" bf16")
+        graph = quantized(states_graph(int8.reader, int8.adapter.initialisation.lora), int8.reader.encoder)
+        int8.reader = GraphReader(graph, int8.reader.encoder)
+        float32.check_alone(lines)
+        cells = cells_of(choose_corpora(arguments.data_dir, arguments.corpora), SHOTS)
+        runs = contestant_runs(cells, [float32, bf16, int8], [VARIANT], arguments.episodes, arguments.episodes)
         do_missing(runs, lines, arguments.results)
     found = scores.accuracies(lines)
     methods = {suffix: f"{VARIANT}{suffix} @ {arguments.adapter.name}" for suffix in ("", *LEAST)}
-    print_table(scores.mean_rows(found, {name: name for name in methods.values()}, SHOTS))
+    print(markdown(scores.mean_rows(found, {name: name for name in methods.values()}, SHOTS)))
     table = [scores.GOALS]
     for name, least in LEAST.items():
         told = scores.differences(found, methods[name], [methods[""]], SHOTS)[0]
         table.append(scores.goal_row(f"{name.strip()} over float32, points", told, least))
-    print()
-    print_table(table)
+    print("\n" + markdown(table))
 
 
 if __name__ == "__main__":

@@ -10,44 +10,30 @@ tokens). Each chunk of episodes is a line of the results, and is not repeated.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from baselines import BASELINES, FrozenViews, baseline_runs
-from cells import SHOTS, Cell, cells_of, choose_corpora, report_corpora, result_of
+from baselines import BASELINES, FrozenViews, baseline_runs, rival_runs
+from cells import SHOTS, Cell, cells_of, choose_corpora, report_corpora
 from measure import Options
-from runs import Run, do_missing, read_lines
+from runs import do_missing, read_lines
 
 from textmeta import FewShotClassifier
 from textmeta.data.episodes import Episode
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS, BASELINE_EPISODES, CHUNK = (64, 256), 200, 5
-CHOOSE_EPISODES, REPORT_EPISODES, EPISODES_OF_20 = 20, 50, 20
+CHOOSE_EPISODES, REPORT_EPISODES = dict.fromkeys(SHOTS, 20), {**dict.fromkeys(SHOTS, 50), 20: 20}  # by shots
+classifier = cache(FewShotClassifier)
 
 
-def old(classifier: Callable[[], FewShotClassifier], cell: Cell, first: int) -> dict[str, list[int]]:
-    """Score textmeta 0.1."""
-    episodes = [cell.episode(number) for number in range(first, first + CHUNK)]
-    return result_of([answer(classifier(), e) for e in episodes], episodes)
-
-
-def answer(classifier: FewShotClassifier, episode: Episode) -> np.ndarray:
-    """Fit on the support set of an episode and tell the probabilities of its queries."""
-    classifier.fit(list(episode.support_texts), episode.support_labels.tolist())
-    return classifier.predict_proba(list(episode.query_texts))
-
-
-def old_runs(cells: Sequence[Cell], episodes: int) -> Iterator[Run]:
-    """Yield the runs of 0.1: a chunk of every cell before the next chunk of any."""
-    classifier = cache(FewShotClassifier)
-    for first in range(0, episodes, CHUNK):
-        for cell in cells:
-            if first < (EPISODES_OF_20 if cell.shots == 20 else episodes):
-                key = cell.key("textmeta-0.1", first, CHUNK)
-                yield Run(key, lambda cell=cell, first=first: old(classifier, cell, first))
+def answers(cell: Cell, episodes: Sequence[Episode]) -> list[np.ndarray]:
+    """Fit textmeta 0.1 on the support set of each episode, and tell the probabilities of its queries."""
+    fitted = (classifier().fit(list(e.support_texts), e.support_labels.tolist()) for e in episodes)
+    return [one.predict_proba(list(e.query_texts)) for one, e in zip(fitted, episodes, strict=True)]
 
 
 def main() -> None:
@@ -55,21 +41,17 @@ def main() -> None:
     parser = Options(__doc__)
     parser.add_argument("--commit", required=True, help="of the installed textmeta, told in every line")
     parser.add_argument("--report", action="store_true", help="on the corpora to report by")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--parts", nargs="+", choices=("baselines", "old"), default=["baselines", "old"])
     arguments = parser.parsed()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    output = arguments.output or RESULTS / ("report_v0_1.jsonl" if arguments.report else "v0_1.jsonl")
-    runs: list[Run] = []
+    output = RESULTS / ("report_v0_1.jsonl" if arguments.report else "v0_1.jsonl")
     if arguments.report:
-        runs += old_runs(list(cells_of(report_corpora(arguments.data_dir), (*SHOTS, 20))), REPORT_EPISODES)
+        cells = list(cells_of(report_corpora(arguments.data_dir), list(REPORT_EPISODES)))
+        runs = rival_runs(cells, "textmeta-0.1", answers, REPORT_EPISODES, CHUNK)
     else:
         cells = list(cells_of(choose_corpora(arguments.data_dir)))
         methods = [name for name, baseline in BASELINES.items() if baseline.variant in ("names-alone", "plain")]
-        for length in LENGTHS if "baselines" in arguments.parts else ():
-            runs += baseline_runs(cells, methods, FrozenViews(length), BASELINE_EPISODES)
-        if "old" in arguments.parts:
-            runs += old_runs(cells, CHOOSE_EPISODES)
+        parts = [baseline_runs(cells, methods, FrozenViews(length), BASELINE_EPISODES) for length in LENGTHS]
+        runs = chain(*parts, rival_runs(cells, "textmeta-0.1", answers, CHOOSE_EPISODES, CHUNK))
     do_missing(runs, read_lines(output), output, {"commit": arguments.commit})
 
 

@@ -16,8 +16,6 @@ from tqdm import tqdm
 
 from textmeta.files import write_atomically
 
-__all__ = ["Line", "Run", "do_missing", "made_with", "missing", "read_lines"]
-
 Line = dict[str, Any]
 
 

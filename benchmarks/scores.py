@@ -99,13 +99,8 @@ def differences(
 ) -> list[Told | None]:
     """Return paired differences at each number of shots, to the best of some others there, and one that is pooled.
 
-    Args:
-        found: cells by method.
-        one: method.
-        others: rivals.
-        shots: of the differences.
-        corpora: all have to be there; by default those that both have.
-        pooled: the numbers of shots that the last one is pooled over, by default all.
+    Of corpora that are named all have to be there; else those count that both have. The last is over the numbers of
+    shots in ``pooled``, by default all.
     """
     told, ours, theirs = {}, {}, {}
     for k in shots:

@@ -1,5 +1,7 @@
 """How fast textmeta is beside what people use otherwise: to fit, to predict, one text, a cold start; memory and size.
 
+And what of a fit is learning, what a batch of tasks takes beside one by one, and second order beside first.
+
     python benchmarks/speed.py --data-dir DATA --quick     # in five minutes on 2 cores
     python benchmarks/speed.py --data-dir DATA             # the tables, in 25 minutes
 
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -23,10 +26,20 @@ import numpy as np
 import torch
 from baselines import encoder_folder
 from cells import choose_corpora
-from measure import Options, alternate, peak_of, print_table, resident
+from choose import SHIPPED
+from contestants import KnownStates
+from measure import Options, alternate, markdown
+from peft import LoraConfig, get_peft_model
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from textmeta import FewShotClassifier
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.meta.algorithms import ALGORITHMS
+from textmeta.meta.batch import TaskBatch
+from textmeta.meta.learner import TaskLearner
+from textmeta.sharing.store import load_adapter
 
 Predict = Callable[[list[str]], object]
 Fit = Callable[[list[str], list[str]], Predict]
@@ -47,6 +60,8 @@ COLD = {  # what a new process runs before it has its first answer; names in bra
 
 # The sides: each fits, and returns what predicts
 
+tokenizer_of = cache(AutoTokenizer.from_pretrained)
+
 
 @cache
 def sentence_encoder(device: str):
@@ -56,96 +71,70 @@ def sentence_encoder(device: str):
     return SentenceTransformer(encoder_folder(), device=device)
 
 
-def textmeta_fit(precision: str, device: str) -> Fit:
-    """Return the fit of one classifier, which keeps its encoder."""
-    classifier = FewShotClassifier(precision=precision, device=device, progress=False)
-    return lambda texts, labels: classifier.fit(texts, labels).predict
+def onnx_fit(int8: bool, texts: list[str], labels: list[str]) -> Predict:
+    """Fit, export the classifier, and return what predicts by ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        FewShotClassifier(device="cpu").fit(texts, labels).export_onnx(Path(folder) / "m", int8=int8)
+        return FewShotClassifier.from_pretrained(Path(folder) / "m", backend="onnx").predict
 
 
-def onnx_fit(int8: bool) -> Fit:
-    """Return a fit that exports the classifier, and predicts by ONNX Runtime."""
-
-    def fit(texts: list[str], labels: list[str]) -> Predict:
-        with tempfile.TemporaryDirectory() as folder:
-            FewShotClassifier(device="cpu").fit(texts, labels).export_onnx(Path(folder) / "m", int8=int8)
-            return FewShotClassifier.from_pretrained(Path(folder) / "m", backend="onnx").predict
-
-    return fit
+def logistic_fit(device: str, texts: list[str], labels: list[str]) -> Predict:
+    """Fit logistic regression to sentence embeddings."""
+    head = LogisticRegression(max_iter=1000).fit(sentence_encoder(device).encode(texts), labels)
+    return lambda queries: head.predict(sentence_encoder(device).encode(queries))
 
 
-def logistic_fit(device: str) -> Fit:
-    """Return the fit of logistic regression on sentence embeddings."""
-    from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
-
-    def fit(texts: list[str], labels: list[str]) -> Predict:
-        head = LogisticRegression(max_iter=1000).fit(sentence_encoder(device).encode(texts), labels)
-        return lambda queries: head.predict(sentence_encoder(device).encode(queries))
-
-    return fit
-
-
-def setfit_fit(device: str) -> Fit:
-    """Return SetFit's."""
+def setfit_fit(device: str, texts: list[str], labels: list[str]) -> Predict:
+    """Fit SetFit."""
     from setfit_rival import setfit_model  # noqa: PLC0415 - an extra
 
-    def fit(texts: list[str], labels: list[str]) -> Predict:
-        return setfit_model(texts, np.unique(labels, return_inverse=True)[1], 256, device).predict
-
-    return fit
+    return setfit_model(texts, np.unique(labels, return_inverse=True)[1], 256, device).predict
 
 
-def peft_fit(device: str) -> Fit:
-    """Return what fine-tunes the encoder with PEFT's LoRA."""
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415
+def peft_fit(device: str, texts: list[str], labels: list[str]) -> Predict:
+    """Fine-tune the encoder with PEFT's LoRA."""
+    tokenizer = tokenizer_of(encoder_folder())
+    numbers = torch.tensor(np.unique(labels, return_inverse=True)[1], device=device)
+    base = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=int(numbers.max()) + 1)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS")).to(device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
 
-    tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
+    def logits(rows: list[str]) -> torch.Tensor:
+        batch = tokenizer(rows, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
+        return model(**batch).logits
 
-    def fit(texts: list[str], labels: list[str]) -> Predict:
-        numbers = torch.tensor(np.unique(labels, return_inverse=True)[1], device=device)
-        base = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=int(numbers.max()) + 1)
-        model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS")).to(device).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        order = rng.permutation(len(texts))
+        for start in range(0, len(texts), 8):
+            rows = order[start : start + 8]
+            loss = torch.nn.functional.cross_entropy(logits([texts[row] for row in rows]), numbers[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.eval()
 
-        def logits(rows: list[str]) -> torch.Tensor:
-            batch = tokenizer(rows, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
-            return model(**batch).logits
+    @torch.inference_mode()
+    def predict(queries: list[str]) -> object:
+        return [logits(queries[start : start + 32]).argmax(-1) for start in range(0, len(queries), 32)]
 
-        rng = np.random.default_rng(0)
-        for _ in range(20):
-            order = rng.permutation(len(texts))
-            for start in range(0, len(texts), 8):
-                rows = order[start : start + 8]
-                loss = torch.nn.functional.cross_entropy(logits([texts[row] for row in rows]), numbers[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        model.eval()
-
-        @torch.inference_mode()
-        def predict(queries: list[str]) -> object:
-            return [logits(queries[start : start + 32]).argmax(-1) for start in range(0, len(queries), 32)]
-
-        return predict
-
-    return fit
+    return predict
 
 
-def sides(device: str, names: Sequence[str] | None = None) -> dict[str, Fit]:
+def sides(device: str) -> dict[str, Fit]:
     """Return the sides by name."""
-    made: dict[str, Callable[[], Fit]] = {
-        DEFAULT: lambda: textmeta_fit("auto", device),
-        "textmeta, float32": lambda: textmeta_fit("no", device),
-        ENCODE: lambda: lambda texts, _: (sentence_encoder(device).encode(texts), sentence_encoder(device).encode)[1],
-        "sentence-transformers, logistic regression": lambda: logistic_fit(device),
-        "textmeta, ONNX": lambda: onnx_fit(int8=False),
-        "textmeta, ONNX, int8": lambda: onnx_fit(int8=True),
-        LONG[0]: lambda: peft_fit(device),
-        LONG[1]: lambda: setfit_fit(device),
+    fast, exact = (FewShotClassifier(precision=how, device=device, progress=False) for how in ("auto", "no"))
+    made: dict[str, Fit] = {  # the first two keep their encoder
+        DEFAULT: lambda texts, labels: fast.fit(texts, labels).predict,
+        "textmeta, float32": lambda texts, labels: exact.fit(texts, labels).predict,
+        ENCODE: lambda texts, _: (sentence_encoder(device).encode(texts), sentence_encoder(device).encode)[1],
+        "sentence-transformers, logistic regression": partial(logistic_fit, device),
+        "textmeta, ONNX": partial(onnx_fit, False),
+        "textmeta, ONNX, int8": partial(onnx_fit, True),
+        LONG[0]: partial(peft_fit, device),
+        LONG[1]: partial(setfit_fit, device),
     }
-    if device != "cpu":
-        made = {name: side for name, side in made.items() if "ONNX" not in name}
-    return {name: side() for name, side in made.items() if names is None or name in names}
+    return {name: side for name, side in made.items() if device == "cpu" or "ONNX" not in name}
 
 
 # What is measured
@@ -244,8 +233,10 @@ def memory_rows(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator
             if size == "77x10" and name in LONG:
                 row.append("–")  # too long
                 continue
-            command = (__file__, "--data-dir", arguments.data_dir, "--memory-of", name, size)
-            row.append(peak_of(*command, "--device", arguments.device))
+            of = ["--memory-of", name, size, "--device", arguments.device]
+            command = [sys.executable, __file__, "--data-dir", str(arguments.data_dir), *of]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            row.append(f"{int(done.stdout.split()[-1]) / 1024:.0f}")
         yield [name, *row]
 
 
@@ -274,6 +265,42 @@ def share_rows(data_dir: Path, texts: int, repeats: int) -> Iterator[list[str]]:
     yield ["linear maps at the measured matrix-product peak", f"{flops / peak / whole:.2f}"]
 
 
+def learning_rows(data_dir: Path, repeats: int) -> Iterator[list[str]]:
+    """Yield what learning takes beside encode, 16 tasks as one batch beside one by one, second order beside first.
+
+    Token states are given; texts are banking77's, the gradients of two 5-way 5-shot tasks.
+    """
+    adapter, _ = load_adapter(SHIPPED)
+    reader, init = adapter.load_reader(), adapter.initialisation
+    leaves = {name: value.requires_grad_() for name, value in init.tensors().items()}
+    whole = TaskLearner(reader, replace(adapter, initialisation=init.with_tensors(leaves)))
+
+    def episodes(ways: int, shots: int, count: int) -> list[Episode]:
+        return EpisodeSampler(_corpus(data_dir, "banking77"), EpisodeSettings(ways, shots, 5), seed=0).take(count)
+
+    def learn(tasks: list[Episode]) -> Callable[[], object]:
+        batch, known = TaskBatch.of_episodes(tasks), KnownStates(reader, init.lora)
+        known.know(batch.support.texts)
+        states = known.read(batch.support.texts)
+        known.read = lambda *_: states
+        return torch.no_grad()(lambda: TaskLearner(known, adapter).learn(batch))
+
+    many, two = episodes(5, 5, 16), episodes(5, 5, 2)
+    single = [learn([task]) for task in many]
+    maml, fomaml = (partial(ALGORITHMS[name].gradient, whole, two, leaves) for name in ("maml", "fomaml"))
+    pairs = [("16 tasks as one batch", learn(many), "one by one", lambda: [run() for run in single])]
+    pairs += [("meta-gradient of second order", maml, "of first order", fomaml)]
+    for ways, shots in ((5, 5), (77, 10)):
+        tasks = episodes(ways, shots, 1)
+        encode = partial(sentence_encoder("cpu").encode, list(tasks[0].support_texts))
+        pairs.append((f"learn {ways} x {shots}", learn(tasks), "encode", encode))
+    yield ["what", "median s", "beside", "median s", "ratio"]
+    for title, run, other, beside in pairs:
+        times = alternate({title: run, other: beside}, repeats, title)
+        own, rival = median(times[title]), median(times[other])
+        yield [title, f"{own:.3f}", other, f"{rival:.3f}", f"{own / rival:.2f}"]
+
+
 def main() -> None:
     """Print the tables."""
     parser = Options(__doc__, threads=2)
@@ -285,8 +312,8 @@ def main() -> None:
     if arguments.memory_of:
         name, size = arguments.memory_of
         texts, labels = examples(arguments.data_dir, *map(int, size.split("x")))
-        sides(arguments.device, [name])[name](texts, labels)(texts)
-        print(resident("VmHWM"))
+        sides(arguments.device)[name](texts, labels)(texts)
+        print(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
         return
     data_dir, quick = arguments.data_dir, arguments.quick
     fits = sides(arguments.device)
@@ -294,13 +321,14 @@ def main() -> None:
     if quick:
         fits.pop(LONG[0])
     short = {name: fit for name, fit in fits.items() if name not in LONG}
-    print_table(list(fit_rows(data_dir, fits, sizes, repeats, 0 if quick else arguments.limit)))
-    print_table(list(predict_rows(data_dir, short if quick else fits, count, repeats)))
-    print_table(list(share_rows(data_dir, count, repeats)))
+    print(markdown(fit_rows(data_dir, fits, sizes, repeats, 0 if quick else arguments.limit)))
+    print(markdown(predict_rows(data_dir, short if quick else fits, count, repeats)))
+    print(markdown(share_rows(data_dir, count, repeats)))
     if arguments.device == "cpu":
-        print_table(list(cold_rows(data_dir, 1 if quick else repeats)))
+        print(markdown(learning_rows(data_dir, repeats)))
+        print(markdown(cold_rows(data_dir, 1 if quick else repeats)))
     if not quick:
-        print_table(list(memory_rows(arguments, list(fits))))
+        print(markdown(memory_rows(arguments, list(fits))))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 import scores
 from baselines import BASELINES, FrozenViews, baseline_runs
 from cells import EPISODE_SEED, Cell, cells_of
-from contestants import Contestant, contestant_run, scope_scores
+from contestants import Contestant, contestant_runs, scope_scores
 from measure import NOT_YET, Options, markdown, show
 from runs import Line, Run, do_missing, missing, read_lines
 from sklearn.metrics import roc_auc_score
@@ -71,6 +71,9 @@ ERRORS_CUT = {"banking77": 30, "clinc150": 30, "huffpost": 20, "20news": 20}  # 
 AUROC = 97.7  # of clinc150 at 5 shots
 
 
+whole = cache(load_corpus)
+
+
 @dataclass(frozen=True)
 class Fold:
     """A fold of a corpus, by their names, of a data folder."""
@@ -87,7 +90,7 @@ class Fold:
     def part(self, part: str) -> Corpus:
         """Return its "train", "valid" or "test" classes."""
         classes = getattr(read_class_split(self.data_dir / f"{self.name}.splits.json", self.fold), part)
-        return replace(whole(self.data_dir / f"{self.name}.jsonl").restrict(classes), name=self.label)
+        return replace(whole(str(self.data_dir / f"{self.name}.jsonl")).restrict(classes), name=self.label)
 
     @cached_property
     def cells(self) -> list[tuple[Cell, int]]:
@@ -100,12 +103,6 @@ class Fold:
     def scope_cells(self) -> list[Cell]:
         """Those that come with texts of no class."""
         return [cell for cell, _ in self.cells[len(FIVE_WAY[0]) :] if self.name == "clinc150"]
-
-
-@cache
-def whole(path: Path) -> Corpus:
-    """Load a corpus once."""
-    return load_corpus(str(path))
 
 
 # Recording
@@ -175,10 +172,8 @@ def frozen_runs(folds: Sequence[Fold]) -> Iterator[Run]:
 
 def adapter_runs(fold: Fold, who: Any) -> Iterator[Run]:
     """Yield the runs of a fold's adapter."""
-    for variant in ("plain", "names"):
-        for cell, episodes in fold.cells:
-            for first in range(0, episodes, CHUNK):
-                yield contestant_run(cell, who, variant, first, min(CHUNK, episodes - first))
+    for cell, episodes in fold.cells:
+        yield from contestant_runs([cell], [who], ("plain", "names"), episodes, CHUNK)
     yield from (scope_run(fold, cell, "plain", who) for cell in fold.scope_cells)
 
 
@@ -189,7 +184,7 @@ def record(data_dir: Path, results: Path, folder: Path, cache: Path | None, corp
     do_missing(frozen_runs(folds), lines, results)
     for kind, names in ADAPTERS.items():
         for fold in [fold for fold in folds if fold.fold in names]:
-            if missing(adapter_runs(fold, SimpleNamespace(name=kind)), lines):
+            if missing(adapter_runs(fold, SimpleNamespace(name=kind, suffix="")), lines):
                 who = Contestant(train(fold, kind, folder, cache), name=kind)
                 who.check_alone(lines, fold.label)
                 do_missing(adapter_runs(fold, who), lines, results)

@@ -14,14 +14,7 @@ from textmeta.data.bundled import load_bundled
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.meta.adapter import Adapter
-from textmeta.meta.evaluation import (
-    EpisodeScores,
-    format_table,
-    frozen_prototypes,
-    paired_difference,
-    score_episodes,
-    summary,
-)
+from textmeta.meta.evaluation import format_table, frozen_prototypes, paired_difference, score_episodes, summary
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.locate import DEFAULT_ADAPTER
 from textmeta.sharing.store import load_adapter, save_adapter
@@ -50,22 +43,18 @@ def show(classifier: FewShotClassifier, support: dict[str, list[str]], texts: li
 
 def compared(adapters: dict[str, Adapter], corpus: Corpus, number: int) -> dict[str, dict]:
     """Return the rows of a table: frozen prototypes, and each adapter beside them, at 1 and at 5 examples a class."""
-    episodes = {
-        title: EpisodeSampler(corpus, EpisodeSettings(5, shots, 5, label_names=1.0), seed=1).take(number)
-        for title, shots in (("1 shot", 1), ("5 shots", 5))
-    }
-    frozen: dict[str, EpisodeScores] = {}
     rows: dict[str, dict] = {}
-    for name, adapter in adapters.items():
-        reader = adapter.load_reader()
+    readers = {name: adapter.load_reader() for name, adapter in adapters.items()}
+    for reader in readers.values():
         reader.cache(corpus.texts)
-        for title, part in episodes.items():
-            if title not in frozen:
-                frozen[title] = frozen_prototypes(reader, part, f"frozen prototypes, {title}")
-                rows[f"{title}: frozen prototypes"] = summary(frozen[title])
-            found = score_episodes(TaskLearner(reader, adapter), part, f"{name}, {title}")
-            rows[f"{title}: {name}"] = {**summary(found), "paired": paired_difference(found, frozen[title])}
-    return dict(sorted(rows.items(), key=lambda row: row[0].startswith("5")))
+    for title, shots in (("1 shot", 1), ("5 shots", 5)):
+        episodes = EpisodeSampler(corpus, EpisodeSettings(5, shots, 5, label_names=1.0), seed=1).take(number)
+        frozen = frozen_prototypes(next(iter(readers.values())), episodes, f"frozen prototypes, {title}")
+        rows[f"{title}: frozen prototypes"] = summary(frozen)
+        for name, reader in readers.items():
+            found = score_episodes(TaskLearner(reader, adapters[name]), episodes, f"{name}, {title}")
+            rows[f"{title}: {name}"] = {**summary(found), "paired": paired_difference(found, frozen)}
+    return rows
 
 
 def main(output: Path, encoder: EncoderSettings, shipped: str, episodes: int, tests: int) -> None:
@@ -90,13 +79,10 @@ def main(output: Path, encoder: EncoderSettings, shipped: str, episodes: int, te
     print("\nA new task, learned by your adapter:")
     show(FewShotClassifier(output), NOTES, WRITTEN)
     print("\nWhat next:")
-    for line, what in (
-        ("FewShotClassifier().fit(texts, labels)", "your own task, with the shipped adapter"),
-        (f"FewShotClassifier({str(output)!r})", "the same with the one just trained"),
-        ("textmeta train --data FILE --output FOLDER", "an adapter trained on your labelled texts"),
-        (f"textmeta push {output} OWNER/NAME", "share it on the Hugging Face Hub"),
-    ):
-        print(f"  {line:44}{what}")
+    print("  FewShotClassifier().fit(texts, labels)      your own task, with the shipped adapter")
+    print(f"  {f'FewShotClassifier({str(output)!r})':44}the same with the one just trained")
+    print("  textmeta train --data FILE --output FOLDER  an adapter trained on your labelled texts")
+    print(f"  {f'textmeta push {output} OWNER/NAME':44}share it on the Hugging Face Hub")
 
 
 if __name__ == "__main__":

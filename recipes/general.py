@@ -9,7 +9,6 @@ goes on with a run that was stopped; on the same kind of machine, with as many t
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,34 +44,24 @@ GENERAL = MetaTrainer(
     episodes=3000,
     precision="bf16",
 )
-# The rule for texts that belong to no class is set on these, by an adapter that has not seen them.
-LEFT_OUT = (
-    "awesome_go",
-    "blimp_phenomenon",
-    "casino_strategy",
-    "counselchat_topic",
-    "hs_goods",
-    "medquad_answers",
-    "museum_object",
-    "public_apis",
-    "truthfulqa_category",
-    "wordnet_glosses",
-)
 LEFT_OUT_EPISODES = 1000  # of the run without them
 CALIBRATION_EPISODES = 400
 
 
+def listed() -> list[dict[str, str]]:
+    """Return the rows of the list of corpora."""
+    with CORPORA.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def training_corpora(data_dir: Path) -> list[Corpus]:
     """Load the corpora, at most 80 rows a class, the bundled one last."""
-    return [*_from_files(data_dir), load_bundled()[0]]
-
-
-def _from_files(data_dir: Path) -> Iterator[Corpus]:
-    with CORPORA.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            name = f"{row['corpus']}.jsonl"
-            path = data_dir / "train" / name if (data_dir / "train" / name).exists() else data_dir / name
-            yield thinned(load_corpus(CorpusSettings(str(path), license=row["licence"])), ROWS)
+    found = []
+    for row in listed():
+        name = f"{row['corpus']}.jsonl"
+        path = data_dir / "train" / name if (data_dir / "train" / name).exists() else data_dir / name
+        found.append(thinned(load_corpus(CorpusSettings(str(path), license=row["licence"])), ROWS))
+    return [*found, load_bundled()[0]]
 
 
 def thinned(corpus: Corpus, rows: int) -> Corpus:
@@ -84,10 +73,10 @@ def thinned(corpus: Corpus, rows: int) -> Corpus:
 
 
 def make(corpora: list[Corpus], trainer: MetaTrainer, output: Path, cache: Path | None = None) -> Adapter:
-    """Train the adapter, and another one without ten of the corpora, which sets what gradients cannot."""
+    """Train the adapter, and another one without ten of the corpora: on these it sets the rule for what is no class."""
     adapter = trainer.train(corpora, output=output, cache=cache)
-    seen = [corpus for corpus in corpora if corpus.name not in LEFT_OUT]
-    unseen = [corpus for corpus in corpora if corpus.name in LEFT_OUT]
+    left_out = [row["corpus"] for row in listed() if row["left_out"]]
+    seen, unseen = ([corpus for corpus in corpora if (corpus.name in left_out) == out] for out in (False, True))
     beside = output.with_name(f"{output.name}-left-out")  # for its checkpoint
     shorter = replace(trainer, episodes=LEFT_OUT_EPISODES).train(seen, output=beside, cache=cache)
     reader = adapter.load_reader()

@@ -18,6 +18,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from textmeta.data.corpus import Corpus
@@ -33,8 +34,7 @@ SPACE = {  # settings of MetaTrainer, of a list or between two numbers; nested o
     "lora.rank": [4, 8, 16],
     "learner.steps": {"low": 2, "high": 8},
 }
-RANDOM = optuna.samplers.RandomSampler
-SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": RANDOM, "grid": RANDOM}  # a grid is asked for as a whole
+SAMPLERS = {"tpe": TPESampler, "random": RandomSampler, "grid": RandomSampler}  # a grid is asked for as a whole
 UNPRUNED = 3  # trials before a worse one is stopped
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -135,9 +135,8 @@ def accuracy(
             if row["step"] < trainer.steps and trial.should_prune():
                 raise optuna.TrialPruned
 
-    record = folder / RECORD
     try:
-        for row in rows_of(record):  # of a trial that goes on
+        for row in rows_of(folder / RECORD):  # of a trial that goes on
             judge(row)
         trainer.train(corpora, valid, folder, cache=folder.parent / "frozen", callback=judge)
     except DivergedError:

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,3 +126,14 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Import a benchmark by its name, as it finds others when it is run."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     return importlib.import_module
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run the main function of a recipe or a benchmark that is imported, as a command line with arguments would."""
+
+    def run(module: ModuleType, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [str(module.__file__), *map(str, arguments)])
+        module.main()
+
+    return run

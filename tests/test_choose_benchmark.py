@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,11 @@ import pytest
 
 from tests.conftest import write_rows
 from tests.data.test_episodes import numbered
+from tests.test_classifier import adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
-from textmeta.encoder.encoder import Encoder
-from textmeta.encoder.token_states import TokenStateReader
 from textmeta.meta import evaluation
-from textmeta.meta.adapter import Adapter
 from textmeta.meta.evaluation import _calibration_error, score_episodes
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import load_adapter, save_adapter
 
@@ -41,10 +37,8 @@ def data_dir(corpus: Corpus, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def adapter(encoder: Encoder, tmp_path: Path) -> Path:
-    settings = LearnerSettings(layers=(2, 4), steps=2)
-    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
-    save_adapter(tmp_path / "tiny", Adapter.of(TokenStateReader(encoder, settings.layers), settings, start))
+def adapter(tiny_model: str, tmp_path: Path) -> Path:
+    save_adapter(tmp_path / "tiny", adapter_of(tiny_model, layers=(2, 4), steps=2))
     return tmp_path / "tiny"
 
 
@@ -53,17 +47,17 @@ def record(
     choose: ModuleType,
     data_dir: Path,
     adapter: Path,
+    run_script: Callable[..., None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., str]:
     """Record 6 episodes a cell in results.jsonl, 3 a line, with further options; return what is printed."""
     monkeypatch.setattr(choose, "CHUNK", 3)
-    command = ["--data-dir", str(data_dir), "--results", str(tmp_path / "results.jsonl"), "--episodes", "6", "--run"]
+    places = ["--data-dir", data_dir, "--results", tmp_path / "results.jsonl", "--adapters", adapter]
 
     def run(*more: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["choose.py", *command, "--adapters", str(adapter), *more])
-        choose.main()
+        run_script(choose, *places, "--episodes=6", "--run", *more)
         return capsys.readouterr().out
 
     return run

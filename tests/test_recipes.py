@@ -9,17 +9,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 
 from tests.conftest import write_rows
+from tests.test_classifier import adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.splits import read_class_split
-from textmeta.encoder.encoder import Encoder, EncoderSettings
+from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
-from textmeta.encoder.token_states import TokenStateReader
 from textmeta.meta import trainer as trainer_module
-from textmeta.meta.adapter import Adapter
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
+from textmeta.meta.initialisation import LearnerSettings
 from textmeta.meta.trainer import MetaTrainer
 from textmeta.sharing.store import load_adapter, save_adapter
 from textmeta.training import parsed, train_parser
@@ -51,14 +49,11 @@ def test_configs_are_what_textmeta_train_takes(config: Path, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*most tokens of")  # its texts are English
 def test_demo(
-    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
-    reader = TokenStateReader(encoder)
-    settings = LearnerSettings(layers=reader.layers)
-    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
-    save_adapter(tmp_path / "shipped", Adapter.of(reader, settings, start))
-    tiny = EncoderSettings(encoder.settings.model, max_length=32)
+    save_adapter(tmp_path / "shipped", adapter_of(tiny_model))
+    tiny = EncoderSettings(tiny_model, max_length=32)
     recipe("demo").main(tmp_path / "own", tiny, str(tmp_path / "shipped"), episodes=4, tests=3)
     printed = capsys.readouterr().out
     assert "'flat tyre, halfway up the hill' →" in printed
@@ -87,22 +82,23 @@ def test_every_corpus_of_the_general_adapter_has_a_licence() -> None:
     rows = list(csv.DictReader(general.CORPORA.read_text(encoding="utf-8").splitlines()))
     assert len({row["corpus"] for row in rows}) == len(rows) == 81  # and the bundled one
     assert all(row["source"] and row["licence"] for row in rows)
-    assert set(general.LEFT_OUT) < {row["corpus"] for row in rows}
+    assert sum(row["left_out"] == "yes" for row in rows) == 10
 
 
 @pytest.mark.slow
 def test_the_general_adapter_is_made_again_byte_for_byte(
-    corpus: Corpus, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, tiny_model: str, run_script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its scope is told by a run without some corpora, and its card names all with their licences."""
     general = recipe("general")
     for name in ("train/one", "train/two", "three"):
         write_rows(tmp_path / f"{name}.jsonl", corpus)
-    (tmp_path / "corpora.csv").write_text("corpus,source,licence\none,here,MIT\ntwo,here,CC0\nthree,here,Apache-2.0\n")
+    (tmp_path / "corpora.csv").write_text(
+        "corpus,source,licence,left_out\none,here,MIT,\ntwo,here,CC0,yes\nthree,here,Apache-2.0,\n"
+    )
     tiny, learner = EncoderSettings(tiny_model, max_length=32), LearnerSettings(layers=(2, 4))
     for name, value in {
         "CORPORA": tmp_path / "corpora.csv",
-        "LEFT_OUT": ("two",),
         "LEFT_OUT_EPISODES": 2,
         "CALIBRATION_EPISODES": 5,
         "GENERAL": replace(general.GENERAL, encoder=tiny, lora=LoraSettings(rank=4), learner=learner, episodes=4),
@@ -116,14 +112,8 @@ def test_the_general_adapter_is_made_again_byte_for_byte(
         "train",
         lambda self, corpora, **more: trained.append([c.name for c in corpora]) or train(self, corpora, **more),
     )
-    threads = torch.get_num_threads()
     for output in ("first", "second"):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["general.py", "--data-dir", str(tmp_path), "--output", str(tmp_path / output), f"--threads={threads}"],
-        )
-        general.main()
+        run_script(general, "--data-dir", tmp_path, "--output", tmp_path / output)
     assert trained == [["one", "two", "three", "everyday"], ["one", "three", "everyday"]] * 2
     for file in ("adapter_model.safetensors", "textmeta.safetensors"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,27 +53,20 @@ def accuracy(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyP
     return module
 
 
-def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict]:
-    """Run a benchmark; return the lines of its results."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
-    module.main()
-    results = Path(arguments[arguments.index("--results") + 1])
-    return lines_of(results / "report.jsonl" if results.is_dir() else results)
-
-
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_cells_are_recorded_once_and_are_what_users_get(
-    accuracy: ModuleType, data_dir: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys
+    accuracy: ModuleType, run_script: Callable[..., None], data_dir: Path, tiny_model: str, capsys
 ) -> None:
     save_adapter(data_dir / "tiny", adapter_of(tiny_model))
-    command = ["--data-dir", str(data_dir), "--adapter", str(data_dir / "tiny"), "--results", str(data_dir)]
+    command = ["--data-dir", data_dir, "--adapter", data_dir / "tiny", "--results", data_dir]
     command += ["--parts", "frozen", "textmeta", "long", "--run"]
-    lines = run(accuracy, monkeypatch, *command)
-    table = capsys.readouterr().out
-    assert run(accuracy, monkeypatch, *command, "--draw") == lines
+    run_script(accuracy, *command)
+    lines, table = lines_of(data_dir / "report.jsonl"), capsys.readouterr().out
+    run_script(accuracy, *command, "--draw")
+    assert lines_of(data_dir / "report.jsonl") == lines
     assert capsys.readouterr().out in table
     assert all((data_dir / f"{name}.png").exists() for name in ("accuracy_over_shots", "reliability", "gain_by_corpus"))
     rights = {}
@@ -102,12 +94,11 @@ def test_cells_are_recorded_once_and_are_what_users_get(
 
 
 def test_a_quick_run_has_a_file_of_its_own(
-    accuracy: ModuleType, data_dir: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+    accuracy: ModuleType, run_script: Callable[..., None], data_dir: Path, tiny_model: str, monkeypatch
 ) -> None:
     save_adapter(data_dir / "tiny", adapter_of(tiny_model))
     monkeypatch.chdir(data_dir)
-    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--quick", "--data-dir", ".", "--adapter", "tiny"])
-    accuracy.main()
+    run_script(accuracy, "--quick", "--data-dir=.", "--adapter=tiny")
     lines = lines_of(data_dir / "runs" / "quick" / "report.jsonl")
     assert {line["key"]["shots"] for line in lines} == {1, 5, 10}
     assert not (data_dir / "report.jsonl").exists()
@@ -125,7 +116,11 @@ def test_a_line_of_many_episodes_stands_for_shorter_ones(benchmark: Callable[[st
 
 
 def test_folds_are_trained_and_recorded_once(
-    benchmark: Callable[[str], ModuleType], data_dir: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, capsys
+    benchmark: Callable[[str], ModuleType],
+    run_script: Callable[..., None],
+    data_dir: Path,
+    tiny_model: str,
+    monkeypatch,
 ) -> None:
     module = benchmark("unseen_classes")
     small = {"encoder": EncoderSettings(tiny_model, max_length=32), "lora": LoraSettings(rank=4)}
@@ -135,14 +130,16 @@ def test_folds_are_trained_and_recorded_once(
         **{"CORPORA": ("clinc150",), "FOLDS": folds, "ADAPTERS": {"own": folds, "beside": folds[:1]}, "CHUNK": 2},
         **{"TRAINING": {"clinc150": 2, "beside": 2}, "FIVE_WAY": few, "ALL_WAY": ((1,), 2), "SCOPE": ((1,), 2)},
         **{"GENERAL": replace(module.GENERAL, **small), "CALIBRATION_EPISODES": 20, "AIMS": {("clinc150", 1): 50.0}},
-        **{"training_corpora": lambda data_dir: [module.whole(data_dir / "toy.jsonl")]},
+        **{"training_corpora": lambda data_dir: [module.whole(str(data_dir / "toy.jsonl"))]},
     }.items():
         monkeypatch.setattr(module, name, value)
-    command = ["--data-dir", str(data_dir), "--folder", str(data_dir / "folds"), "--cache", str(data_dir / "frozen")]
-    command += ["--results", str(data_dir / "lines.jsonl"), "--run"]
-    lines = run(module, monkeypatch, *command)
+    command = ["--data-dir", data_dir, "--folder", data_dir / "folds", "--cache", data_dir / "frozen", "--run"]
+    command += ["--results", data_dir / "lines.jsonl"]
+    run_script(module, *command)
+    lines = lines_of(data_dir / "lines.jsonl")
     tables = module.tables(lines)
-    assert run(module, monkeypatch, *command) == lines
+    run_script(module, *command)
+    assert lines_of(data_dir / "lines.jsonl") == lines
     sources = load_adapter(data_dir / "folds" / "clinc150-02-own")[0].record["settings"]["corpora"]
     assert [(source["name"], source["classes"]) for source in sources] == [("clinc150-02", 3)]
     rights = [

@@ -1,8 +1,8 @@
 """The search for settings of meta-training, on the tiny encoder."""
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -20,18 +20,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 
 
 @pytest.fixture
-def search(corpus: Corpus, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def search(
+    corpus: Corpus, tiny_model: str, run_script: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
     """The recipe, with two steps a trial, validated after each by the corpus itself."""
     found, data = recipe("search"), write_rows(tmp_path / "toy.jsonl", corpus)
     set_constants(monkeypatch, CALIBRATION_EPISODES=3, WARMUP=1, VALIDATE_EVERY=1, VALIDATION_EPISODES=3)
-    arguments = ["--data", str(data), "--output", str(tmp_path / "out"), "--encoder.model", tiny_model, "--episodes=4"]
+    arguments = ["--data", data, "--output", tmp_path / "out", "--encoder.model", tiny_model, "--episodes=4"]
     arguments += ["--valid", json.dumps([{"dataset": str(data)}])]
-
-    def run(*more: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["search.py", *arguments, *more])
-        found.main()
-
-    found.run = run
+    found.run = partial(run_script, found, *arguments)
     return found
 
 

@@ -6,7 +6,6 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, FrameType
@@ -47,8 +46,7 @@ MAX_LINES = 450
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
 def place(module: str) -> int:
@@ -94,8 +92,6 @@ def test_no_file_is_long(path: Path) -> None:
 
 @EVERY_FILE
 def test_files_list_their_public_names(path: Path) -> None:
-    if path.name == "__init__.py" and path.parent.name != "bundled":
-        return
     module = importlib.import_module(module_name(path))
     assert module.__doc__
     assert all(hasattr(module, name) for name in module.__all__)
@@ -170,48 +166,27 @@ def test_what_is_not_needed_is_not_loaded(code: str, absent: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@dataclass
-class Entered:
-    """The functions of textmeta that a call entered, and how deep they were nested."""
+def entered(call: Callable[[], object]) -> tuple[dict[CodeType, str], int]:
+    """Return the functions of textmeta that a call entered, with their names, and how deep they were nested."""
+    found: dict[CodeType, str] = {}
+    depth = deepest = 0
 
-    functions: set[CodeType] = field(default_factory=set)
-    depth: int = 0
-    deepest: int = 0
-
-    @property
-    def files(self) -> set[str]:
-        return {code.co_filename for code in self.functions}
-
-    @property
-    def names(self) -> str:
-        return ", ".join(sorted(f"{Path(code.co_filename).stem}.{code.co_qualname}" for code in self.functions))
-
-    def watch(self, frame: FrameType, event: str, _: object) -> None:
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        nonlocal depth, deepest
         code = frame.f_code
-        # comprehensions and lambdas are a part of their function
-        if (
-            event not in ("call", "return")
-            or code.co_name.startswith("<")
-            or not code.co_filename.startswith(f"{PACKAGE}/")
-        ):
-            return
-        if event == "call":
-            self.functions.add(code)
-            self.depth += 1
-            self.deepest = max(self.deepest, self.depth)
-        else:
-            self.depth -= 1
+        own = code.co_filename.startswith(f"{PACKAGE}/") and not code.co_name.startswith("<")
+        if own and event in ("call", "return"):  # comprehensions and lambdas are a part of their function
+            found[code] = f"{Path(code.co_filename).stem}.{code.co_qualname}"
+            depth += 1 if event == "call" else -1
+            deepest = max(deepest, depth)
 
-
-def entered(call: Callable[[], object]) -> Entered:
-    found = Entered()
     before = sys.getprofile()
-    sys.setprofile(found.watch)
+    sys.setprofile(watch)
     try:
         call()
     finally:
         sys.setprofile(before)
-    return found
+    return found, deepest
 
 
 @pytest.fixture(scope="module")
@@ -222,15 +197,15 @@ def classifier(tiny_model: str) -> FewShotClassifier:
 
 @pytest.mark.parametrize("unlabelled", [(), TEXTS[:-1]], ids=["plain", "unlabelled"])
 def test_fit_is_short_to_follow(classifier: FewShotClassifier, unlabelled: list[str]) -> None:
-    found = entered(lambda: classifier.fit(SUPPORT, LABELS, unlabelled=unlabelled))
-    assert "classifier.FewShotClassifier.fit" in found.names
-    assert len(found.functions) <= 81, found.names
-    assert len(found.files) <= 19, found.files
-    assert found.deepest <= 9
+    functions, deepest = entered(lambda: classifier.fit(SUPPORT, LABELS, unlabelled=unlabelled))
+    assert "classifier.FewShotClassifier.fit" in functions.values()
+    assert len(functions) <= 81, functions
+    assert len({code.co_filename for code in functions}) <= 19, functions
+    assert deepest <= 9
 
 
 def test_predict_is_short_to_follow(classifier: FewShotClassifier) -> None:
-    found = entered(lambda: classifier.predict(TEXTS))
-    assert "predicting.PredictsTexts.predict" in found.names
-    assert len(found.functions) <= 32, found.names
-    assert found.deepest <= 7
+    functions, deepest = entered(lambda: classifier.predict(TEXTS))
+    assert "predicting.PredictsTexts.predict" in functions.values()
+    assert len(functions) <= 32, functions
+    assert deepest <= 7
