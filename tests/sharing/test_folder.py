@@ -75,7 +75,7 @@ def test_folder_that_is_no_place_for_an_adapter_is_refused_unharmed(
     (folder / "notes.txt").write_text("mine")
     make(folder)
     before = names(folder)
-    if make is not make_manifest:  # which some files may stand in for
+    if "another" not in message:  # which depends on the files
         with pytest.raises(AdapterError, match=message):
             check_destination(folder)
     with pytest.raises(AdapterError, match=message):
