@@ -23,6 +23,7 @@ from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.pretrained import tensors_digest
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.files import CHECKPOINT
 from textmeta.heads import HEADS
@@ -269,13 +270,10 @@ def test_a_checkpoint_with_other_parameters_is_refused_and_left_alone(
     tiny_model: str, corpus: Corpus, tmp_path: Path, finished: Path
 ) -> None:
     """Of a version of textmeta that learned one parameter more: its moments would be those of others."""
-    path = tmp_path / CHECKPOINT
+    path, tensors = tmp_path / CHECKPOINT, {**load_file(finished / CHECKPOINT), "parameters/of_old": torch.zeros(2)}
     with safe_open(finished / CHECKPOINT, framework="pt") as file:
-        told = json.loads(file.metadata()["state"])
-    del told["sha256"]  # of the tensors as they are
-    save_file(
-        {**load_file(finished / CHECKPOINT), "parameters/of_old": torch.zeros(2)}, path, {"state": json.dumps(told)}
-    )
+        told = {**json.loads(file.metadata()["state"]), "sha256": tensors_digest(tensors)}
+    save_file(tensors, path, {"state": json.dumps(told)})
     before = path.read_bytes()
     with pytest.raises(SettingsError, match=rf"{CHECKPOINT} was written by another version of textmeta: of_old is"):
         train(tiny_model, corpus, tmp_path, episodes=1)

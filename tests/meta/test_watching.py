@@ -2,7 +2,6 @@
 
 import builtins
 import itertools
-import json
 import logging
 import os
 import signal
@@ -18,8 +17,7 @@ import numpy as np
 import pytest
 import trackio
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.meta.test_trainer import (  # noqa: F401
@@ -239,18 +237,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_model: str, corpu
         (tmp_path / name).write_bytes(b"")
     with pytest.warns(UserWarning, match="goes on"), pytest.raises(AdapterError, match=BEFORE):
         train(tiny_model, corpus, tmp_path)
-
-
-def test_a_checkpoint_of_before_this_goes_on(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    """One that knows nothing of patience, nor its own digest."""
-    whole = train(tiny_model, corpus, tmp_path)
-    with safe_open(tmp_path / BEFORE, framework="pt") as file:
-        told = json.loads(file.metadata()["state"])
-    old = {key: told[key] for key in ("step", "best_accuracy", "best_step", "settings")}
-    save_file(load_file(tmp_path / BEFORE), tmp_path / CHECKPOINT, {"state": json.dumps(old)})
-    (tmp_path / BEFORE).unlink()
-    assert old["step"] < 6
-    assert_same(train(tiny_model, corpus, tmp_path), whole)
 
 
 SCRIPT = """

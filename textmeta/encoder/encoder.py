@@ -65,7 +65,6 @@ class EncoderSettings:
     long_texts: LongTexts = "cut"
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if self.long_texts not in get_args(LongTexts):
             raise SettingsError(f"long_texts must be 'cut' or 'window', given {self.long_texts!r:.60}")
         if self.max_length < 3:  # a text's own token stands between two special ones
@@ -306,8 +305,6 @@ def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Mod
             exact = False
     if exact and without_before:
         return prefix, suffix
-    told = (
-        "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower"
-    )
-    logger.warning(told, type(model).__name__)
+    told = "cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower"
+    logger.warning("%s %s", type(model).__name__, told)
     return None, model

@@ -81,7 +81,6 @@ class MetaTrainer:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if isinstance(self.encoder, str):
             object.__setattr__(self, "encoder", EncoderSettings(self.encoder))
         object.__setattr__(self, "fixed", (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed))
