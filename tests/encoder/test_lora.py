@@ -84,20 +84,20 @@ def test_where_lora_is_put(tiny_model: str, settings: LoraSettings, names: set[s
     assert all(shape[".lora_B." in name] == 8 for name, shape in encoder.factor_shapes.items()), "the rank"
 
 
-def test_unknown_targets_are_named_with_what_there_is(tiny_model: str) -> None:
-    with pytest.raises(EncoderError, match=r"'nonsense'.*encoder\.layer\.2\.attention"):
-        Encoder(EncoderSettings(tiny_model), LoraSettings(targets=("nonsense",)))
-
-
-def test_too_many_layers_are_refused(tiny_model: str) -> None:
-    with pytest.raises(SettingsError, match="layers is 9, but the encoder has 4"):
-        Encoder(EncoderSettings(tiny_model), LoraSettings(layers=9))
-
-
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0}, {"alpha": 10**400}, {"layers": 0}])
-def test_settings_out_of_range_are_named(wrong: dict[str, int]) -> None:
-    with pytest.raises(SettingsError, match=f"lora {next(iter(wrong))} must be"):
-        LoraSettings(**wrong)
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"targets": ("nonsense",)}, EncoderError, r"'nonsense'.*encoder\.layer\.2\.attention"),
+        ({"layers": 9}, SettingsError, "layers is 9, but the encoder has 4"),
+        ({"rank": 0}, SettingsError, "lora rank must be"),
+        ({"alpha": 0}, SettingsError, "lora alpha must be"),
+        ({"alpha": 10**400}, SettingsError, "lora alpha must be"),
+        ({"layers": 0}, SettingsError, "lora layers must be"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(tiny_model: str, wrong: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Encoder(EncoderSettings(tiny_model), LoraSettings(**wrong))
 
 
 def test_layer_of_a_factor() -> None:

@@ -111,14 +111,13 @@ class TokenStateReader:
         # the last factors and their versions; weights with them in it
         self._folded: tuple[list[tuple[int, int]], list[Tensor], dict[str, Tensor]] = [], [], {}
 
-    def cache(
-        self, *groups: Sequence[str], folder: Path | None = None, progress: bool = True, together: bool = False
-    ) -> None:
+    def cache(self, *groups: Sequence[str], folder: Path | None = None, progress: bool = True) -> None:
         """Keep what the frozen layers make of texts, in half precision, for every later :meth:`read` of them.
 
-        Their bits depend on the set of the texts of a group alone, and on how many processes read it ``together``, so
-        that a resumed run has the same. In a folder each group is kept as a file, for other runs with this encoder,
-        these layers and this length, and is read by one process. Of a model that cannot be split nothing is kept.
+        The processes of a run share the reading. The bits depend on the set of the texts of a group alone, and on how
+        many processes there are, so that a resumed run has the same. In a folder each group is kept as a file, for
+        other runs with this encoder, these layers and this length, and is read by one process. Of a model that cannot
+        be split nothing is kept.
         """
         if self.encoder.frozen_layers is None:
             return
@@ -126,11 +125,11 @@ class TokenStateReader:
         total = sum(map(len, distinct))
         with progress_bar(total, "frozen layers" if progress else None, "text", brief=True) as bar:
             for texts in distinct:
-                if together and folder is None:  # by way of the CPU, for a tensor comes back to the device it was on
+                if folder is None:  # by way of the CPU, for a tensor comes back to the device it was on
                     read = shared_out(lambda own: [state.cpu() for state in self.frozen_states(own, bar)], texts)
                     states = [state.to(self.encoder.device) for state in read]
                 else:
-                    states = self._frozen_states(texts, folder, bar)
+                    states = self._stored_states(texts, folder, bar)
                 self._kept.update(zip(texts, states, strict=True))
 
     @torch.no_grad()
@@ -164,10 +163,8 @@ class TokenStateReader:
         reader._kept = {**self._kept, **states}
         return reader
 
-    def _frozen_states(self, texts: Sequence[str], folder: Path | None, bar: tqdm) -> list[Tensor]:
-        """Return the states (lower, length, d) of each text, by way of a file if there is a folder for it."""
-        if folder is None:
-            return self.frozen_states(texts, bar)
+    def _stored_states(self, texts: Sequence[str], folder: Path, bar: tqdm) -> list[Tensor]:
+        """Return the states (lower, length, d) of each text, by way of a file."""
         encoder = self.encoder
         # all that the states depend on
         told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower]
