@@ -142,8 +142,9 @@ class TaskLearner:
             there = batch.unlabelled.there.to(views.dtype)
             penalty = init.log_penalty.exp()
             share = unlabelled_weight(init.unlabelled_weight, shots, examples, there.sum(1))
-            texts, numbers = (support_z, extra_z, there), (mixed, penalty, share, scale)
-            weights = soft_labelled_ridge(weights, *texts, examples, *numbers, by_name)
+            weights = soft_labelled_ridge(
+                weights, support_z, extra_z, there, examples, mixed, penalty, share, scale, by_name
+            )
         if settings.adapt == "offset":
             weights = self._adapt_offset(support_z, weights, scale, examples, second_order)
         # of the upper view the mean of each class, or its name where it has no example
