@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from textmeta.errors import EncoderError, SettingsError
+from textmeta.data.labels import whole_number
+from textmeta.errors import EncoderError
 
 __all__ = ["LORA_B", "TARGETS", "LoraSettings", "inject", "layer_of", "lora_config", "using_factors", "zero_start"]
 
@@ -55,9 +56,8 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         for name in ("layers", "rank", "alpha"):
-            given = getattr(self, name)
-            if given is not None and not 1 <= given <= MOST:
-                raise SettingsError(f"lora {name} must be from 1 to {MOST}, given {given!r:.40}")
+            if (given := getattr(self, name)) is not None:
+                whole_number(f"lora {name}", given, 1, MOST)
 
 
 def lora_config(model: PreTrainedModel, layers_name: str, first_layer: int, settings: LoraSettings) -> LoraConfig:
