@@ -1,14 +1,10 @@
-"""LoRA whose factors travel with the call: where it is put, threads, errors. Its arithmetic: test_families.py."""
-
-import threading
+"""LoRA whose factors travel with the call: where it is put. Arithmetic: test_families; threads: test_algorithms."""
 
 import pytest
 import torch
 
-from tests.encoder.given import TEXTS, moved_factors
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraLinear, LoraSettings, layer_of, using_factors, zero_start
-from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import EncoderError, SettingsError
 
 
@@ -18,24 +14,6 @@ def test_zero_start_is_a_function_of_the_seed(encoder: Encoder) -> None:
     assert all((".lora_B." in name) == torch.equal(one[name], other[name]) for name in one)
     bound = 32**-0.5  # rows of A have 32 entries
     assert all(0.9 * bound < value.abs().max() <= bound for name, value in one.items() if ".lora_A." in name)
-
-
-def test_threads_do_not_see_each_others_factors(encoder: Encoder) -> None:
-    reader, tasks = TokenStateReader(encoder), [moved_factors(encoder, seed) for seed in range(4)]
-    expected = [reader.read(TEXTS, task).unpadded() for task in tasks]
-    wrong = []
-
-    def work(number: int) -> None:
-        for _ in range(30):
-            if not all(map(torch.equal, reader.read(TEXTS, tasks[number]).unpadded(), expected[number])):
-                wrong.append(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 def test_factors_are_out_of_use_after_an_error() -> None:

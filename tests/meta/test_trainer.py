@@ -218,9 +218,10 @@ def test_training_where_gradients_are_switched_off(tiny_model: str, corpus: Corp
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
-def test_the_encoder_may_be_named_alone(tiny_model: str) -> None:
+def test_an_encoder_and_a_fixed_tensor_may_be_named_alone(tiny_model: str) -> None:
     assert MetaTrainer(encoder=tiny_model).encoder == EncoderSettings(tiny_model)
     assert MetaTrainer(tiny_model, episodes=7, tasks_per_step=2).steps == 4
+    assert MetaTrainer(fixed=["lora."]) == MetaTrainer(fixed="lora.") == MetaTrainer(fixed=("lora.",))  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------------- going on
@@ -350,10 +351,6 @@ def test_fixed_names_tensors_and_leaves_some(
 def test_lora_can_be_learned_alone(tiny_model: str, corpus: Corpus) -> None:
     alone = train(tiny_model, corpus, episodes=1, fixed=ALL_BUT_LORA).initialisation.lora
     assert all(value.any() for value in alone.values())
-
-
-def test_fixed_may_be_a_list_or_one_name() -> None:
-    assert MetaTrainer(fixed=["lora."]) == MetaTrainer(fixed="lora.") == MetaTrainer(fixed=("lora.",))  # type: ignore[arg-type]
 
 
 def test_training_starts_from_what_is_given(tiny_model: str, corpus: Corpus) -> None:
