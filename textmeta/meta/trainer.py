@@ -4,7 +4,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -144,17 +143,19 @@ class MetaTrainer:
             LostProcessError: if another process of the run ends or hangs.
             DataError: if a corpus has too few classes or texts.
         """
-        place: Any = tempfile.TemporaryDirectory() if output is None else nullcontext(output)
-        with place as folder:
-            run = self._begin(corpora, valid, folder, start, access, callback, track)
-            main, reader, learner = run.accelerator.is_main_process, run.reader, run.adapter.learner
-            state = run.state()
-            with naming_rows(run):
-                if main and logger.isEnabledFor(logging.INFO) and not run.is_over(state):
-                    logger.info(plan_of(run, state, keep=cache is None))
-                texts = (corpus.texts for corpus in run.corpora)
-                reader.cache(*texts, folder=cache and at_home(cache), progress=main)
-                found = run.loop(state)
+        if output is None:
+            with tempfile.TemporaryDirectory() as folder:
+                how: dict[str, Any] = {"start": start, "cache": cache, "access": access, "callback": callback}
+                return self.train(corpora, valid, folder, track=track, **how)
+        run = self._begin(corpora, valid, at_home(Path(output)), start, access, callback, track)
+        main, reader, learner = run.accelerator.is_main_process, run.reader, run.adapter.learner
+        state = run.state()
+        with naming_rows(run):
+            if main and logger.isEnabledFor(logging.INFO) and not run.is_over(state):
+                logger.info(plan_of(run, state, keep=cache is None))
+            texts = (corpus.texts for corpus in run.corpora)
+            reader.cache(*texts, folder=cache and at_home(cache), progress=main)
+            found = run.loop(state)
         record = {"settings": run.fingerprint, "sources": [dict(corpus.source) for corpus in run.corpora]}
         made = run.adapter.initialisation.with_tensors(found)
         adapter = replace(Adapter.of(reader, learner, made), record=record)
@@ -179,7 +180,7 @@ class MetaTrainer:
 
         The largest of the next steps is taken, and thrown away. Nothing is written.
         """
-        run = self._begin(corpora, valid, output, start, access)
+        run = self._begin(corpora, valid, output if output is None else at_home(Path(output)), start, access)
         with naming_rows(run):
             return plan_of(run, run.state())
 
@@ -187,7 +188,7 @@ class MetaTrainer:
         self,
         corpora: Corpus | Sequence[Corpus],
         valid: Corpus | Sequence[Corpus],
-        place: Path | str | None,
+        output: Path | None,
         start: Adapter | Mapping[str, Tensor] | None,
         access: HubAccess | None,
         callback: Callback | None = None,
@@ -195,7 +196,6 @@ class MetaTrainer:
     ) -> Run:
         """Return a run that can begin: what might fail is made and checked."""
         assert isinstance(self.encoder, EncoderSettings)
-        output = None if place is None else at_home(Path(place))
         corpora, valid = ((given,) if isinstance(given, Corpus) else tuple(given) for given in (corpora, valid))
         if self.patience and not valid:
             raise SettingsError(f"patience is {self.patience}, but there are no corpora to validate on")
