@@ -197,7 +197,7 @@ def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adap
         (["--data", "{data}", "--output", "."], "working folder"),
         (["--data", "{data}", "--start", "no-such"], "no-such"),
         (["--data", "{data}", "--episodes", "0"], "episodes must be a whole number from 1, given 0"),
-        (["--data", "{data}", "--encoder.max_length", "1"], "at least 3 tokens, given 1"),
+        (["--data", "{data}", "--encoder.max_length", "1"], "a whole number from 3, given 1"),
     ],
 )
 def test_what_cannot_be_run_ends_in_a_line_before_training(

@@ -255,7 +255,7 @@ def test_evaluate(folder: Path, tmp_path: Path, capsys: Shown) -> None:
         (["predict", "M", "file.jsonl"], '{"text": "a", "n": NaN}\n', "file.jsonl, line 1: NaN is no number of JSON"),
         (["predict", "M", "file.jsonl"], '{"text": "a", "n": -1e999}\n', "file.jsonl, line 1: -1e999 is no number"),
         (["predict", "M", "file.csv", "--output", "file.jsonl"], "text\na\nb,2\n", "file.csv, line 3: expected"),
-        (["predict", "M", "file.csv", "--output", "o.xlsx"], "", "o.xlsx: expected .csv, .tsv, .jsonl, .json or .txt"),
+        (["predict", "M", "file.csv", "--output", "o.xlsx"], "", "o.xlsx: expected .json, .jsonl, .csv, .tsv or .txt"),
         (["predict", "M", "file.txt"], "good\ncaf\udce9\n", "file.txt, line 2: expected lines, CSV or JSON"),
         (["predict", "M", "file.txt", "--output", "file.txt"], "a\n", "is the file of the texts itself"),
         (["predict", "M", "file.txt", "--output", "no/such"], "a\n", "no/such"),

@@ -171,5 +171,5 @@ def test_windows_can_be_cached_and_chosen_from(adapter: Adapter, tmp_path: Path)
 
 
 def test_other_ways_are_refused(adapter: Adapter) -> None:
-    with pytest.raises(SettingsError, match="long_texts must be 'cut' or 'window', given 'split'"):
+    with pytest.raises(SettingsError, match="long_texts must be one of 'cut', 'window', given 'split'"):
         of(adapter, long_texts="split").fit(SUPPORT, LABELS)

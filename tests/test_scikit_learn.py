@@ -1,6 +1,5 @@
 """What scikit-learn's own checks ask of an estimator, with texts where these give numbers.
 
-The checks themselves are run on the head alone, in tests/heads/test_estimator_checks.py.
 Most of it is in test_classifier.py: cloning, arguments, labels, pickles, subsets and order of texts, one class, scores.
 Not asked for: that a weight of 2 is two copies (folds and shots count examples), and whatever is of columns of numbers:
 their count and names, dtypes, sparse or complex or infinite values, one feature, memory layout.

@@ -228,7 +228,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
     @property
     def _reader(self) -> TokenStateReader:
         """What reads token states."""
-        return self._learner.reader  # type: ignore[return-value] # not a cache
+        return self._learner.reader
 
     @property
     def _any_encoder(self) -> bool:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from textmeta.classifier import FewShotClassifier
 from textmeta.data.labels import checked_texts, label_array
 from textmeta.encoder.encoder import warning_of
-from textmeta.encoder.token_states import Reader
+from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import DataError
 from textmeta.meta.learner import LearnedTask
 from textmeta.sharing.store import Fitted
@@ -20,7 +20,7 @@ from textmeta.sharing.store import Fitted
 __all__ = ["predict_many"]
 
 Stack = tuple[Sequence[weakref.ref[Fitted]], LearnedTask]
-_STACKED: weakref.WeakKeyDictionary[Reader, Stack] = weakref.WeakKeyDictionary()
+_STACKED: weakref.WeakKeyDictionary[TokenStateReader, Stack] = weakref.WeakKeyDictionary()
 MOST_TEXTS = 8192  # at once, times tasks: memory stays bounded
 
 
@@ -58,7 +58,7 @@ def predict_many(classifiers: Iterable[FewShotClassifier], texts: Iterable[str])
     return [label_array(fitted.classes)[np.concatenate(parts)] for (fitted, _), parts in zip(held, chosen, strict=True)]
 
 
-def _stacked(tasks: list[Fitted], reader: Reader) -> LearnedTask:
+def _stacked(tasks: list[Fitted], reader: TokenStateReader) -> LearnedTask:
     """Return T tasks as one object, padded to the most classes; those that a reader was last asked for are kept."""
     if len(tasks) == 1:
         return tasks[0].task  # which may have factors of its own

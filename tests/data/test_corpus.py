@@ -26,32 +26,21 @@ def test_other_labels_are_classes_as_they_are_written(labels: list) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "message"),
+    ("texts", "labels", "message"),
     [
-        (["a", None], "'c', row 1: text is null"),
-        ([3, 4], "'c', row 0: text is int 3, expected a string"),
-        (["a", " \t\n"], "'c', row 1: text is empty"),
+        (["a", None], ["x", "y"], "'c', row 1: text is null"),
+        ([3, 4], ["x", "y"], "'c', row 0: text is int 3, expected a string"),
+        (["a", " \t\n"], ["x", "y"], "'c', row 1: text is empty"),
+        (["a", "b"], ["x", None], "row 1: label is null"),
+        (["a", "b"], [1, None], "row 1: label is null"),
+        (["a", "b"], [0.5, 1.0], "row 0: label is float 0.5, expected a string or a whole number"),
+        (["a", "b"], [True, False], "row 0: label is bool True"),
+        (["a", "b"], [["x"], ["y"]], "row 0: label is list"),
     ],
 )
-def test_unusable_text_is_named_with_its_row(texts: list, message: str) -> None:
+def test_unusable_text_or_label_is_named_with_its_row(texts: list, labels: list, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Corpus.from_dataset(in_hand(texts, ["x", "y"]), name="c")
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (["x", None], "row 1: label is null"),
-        ([1, None], "row 1: label is null"),
-        ([0.5, 1.0], "row 0: label is float 0.5, expected a string or a whole number"),
-        ([True, False], "row 0: label is bool True"),
-        ([["x"], ["y"]], "row 0: label is list"),
-    ],
-    ids=["null string", "null integer", "float", "bool", "list"],
-)
-def test_unusable_label_is_named_with_its_row(labels: list, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        Corpus.from_dataset(in_hand(["a", "b"], labels), name="c")
+        Corpus.from_dataset(in_hand(texts, labels), name="c")
 
 
 def test_hidden_class_labels_are_named_and_counted() -> None:

@@ -18,10 +18,6 @@ def write(folder: Path, content: object) -> Path:
     return path
 
 
-def test_flat_file(tmp_path: Path) -> None:
-    assert read_class_split(write(tmp_path, FLAT)) == ClassSplit(("a", "b"), ("c",), ("d",))
-
-
 def test_corpora_are_split_by_a_fold_of_their_files(tmp_path: Path) -> None:
     (tmp_path / "corpus.csv").write_text("text,label\n" + "".join(f"{name} text,{name}\n" for name in "abcd"))
     path = write(tmp_path, {"01": FLAT, "02": {"train": ["d"], "valid": ["a"], "test": ["b", "c"]}})
@@ -30,20 +26,7 @@ def test_corpora_are_split_by_a_fold_of_their_files(tmp_path: Path) -> None:
         "train": ("d",), "valid": ("a",), "test": ("b", "c"),
     }  # fmt: skip
     assert parts["train"][0].source["fold"] == "02"
-
-
-@pytest.mark.parametrize("fold", ["03", None])
-def test_missing_fold_lists_the_folds(tmp_path: Path, fold: str | None) -> None:
-    path = write(tmp_path, {"02": FLAT, "01": FLAT})
-    with pytest.raises(DataError) as caught:
-        read_class_split(path, fold)
-    assert f"no fold {fold!r}" in str(caught.value)
-    assert "['01', '02']" in str(caught.value)
-
-
-def test_fold_of_a_flat_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no fold '01', but one split"):
-        read_class_split(write(tmp_path, FLAT), "01")
+    assert read_class_split(write(tmp_path, FLAT)) == ClassSplit(("a", "b"), ("c",), ("d",))
 
 
 def test_class_given_twice_is_named() -> None:
@@ -53,32 +36,30 @@ def test_class_given_twice_is_named() -> None:
         ClassSplit(("a",), ("c", "c"), ("d",))
 
 
+FOLDS = json.dumps({"02": FLAT, "01": FLAT})
+
+
 @pytest.mark.parametrize(
-    ("content", "part"),
+    ("content", "fold", "message"),
     [
-        ({"01": {"train": ["a"], "valid": ["b"]}}, "test"),
-        ({"01": {**FLAT, "valid": "b"}}, "valid"),
-        ({"01": {**FLAT, "valid": [1]}}, "valid"),
-        ({"01": ["a", "b"]}, "train"),
+        (FOLDS, "03", r"no fold '03', but \['01', '02'\]"),
+        (FOLDS, None, r"no fold None, but \['01', '02'\]"),
+        (json.dumps(FLAT), "01", "no fold '01', but one split"),
+        ('{"01": {"train": ["a"], "valid": ["b"]}}', "01", "fold 01: 'test' must be a list of class names"),
+        (json.dumps({"01": {**FLAT, "valid": "b"}}), "01", "fold 01: 'valid' must be a list of class names"),
+        (json.dumps({"01": {**FLAT, "valid": [1]}}), "01", "fold 01: 'valid' must be a list of class names"),
+        ('{"01": ["a", "b"]}', "01", "fold 01: 'train' must be a list of class names"),
+        ('["a"]', None, "expected a JSON object, found list"),
+        ("{", None, r"splits\.json"),
     ],
-    ids=["missing part", "string", "number", "list"],
 )
-def test_part_that_is_no_list_of_names_is_an_error(tmp_path: Path, content: object, part: str) -> None:
-    with pytest.raises(DataError, match=f"fold 01: '{part}' must be a list of class names"):
-        read_class_split(write(tmp_path, content), "01")
-
-
-def test_file_that_holds_no_object_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected a JSON object, found list"):
-        read_class_split(write(tmp_path, ["a"]))
-
-
-def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.json"):
-        read_class_split(tmp_path / "nowhere.json")
-    (tmp_path / "splits.json").write_text("{", encoding="utf-8")
+def test_file_that_has_no_such_split_is_named(tmp_path: Path, content: str, fold: str | None, message: str) -> None:
+    path = tmp_path / "splits.json"
     with pytest.raises(DataError, match=r"splits\.json"):
-        read_class_split(tmp_path / "splits.json")
+        read_class_split(path)
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_class_split(path, fold)
 
 
 def test_drawn_split_is_disjoint_and_complete() -> None:

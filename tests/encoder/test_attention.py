@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from textmeta.encoder import attention
-from textmeta.encoder.attention import twice_differentiable, use_switched_attention
+from textmeta.encoder.attention import attention_by, plain_attention, use_switched_attention
 
 IDS = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])
 MASK = (IDS > 0).long()
@@ -43,7 +43,7 @@ def curvature(model: BertModel, embeddings: Tensor) -> Tensor:
 @pytest.mark.parametrize("mask", [MASK, torch.ones_like(MASK)])
 def test_both_kinds_give_the_same_states(model: BertModel, mask: Tensor) -> None:
     fast = model(input_ids=IDS, attention_mask=mask).last_hidden_state
-    with twice_differentiable():
+    with attention_by(plain_attention):
         twice = model(input_ids=IDS, attention_mask=mask).last_hidden_state
     assert not torch.equal(fast, twice)  # another computation
     torch.testing.assert_close(fast[mask.bool()], twice[mask.bool()])
@@ -55,14 +55,14 @@ def test_both_kinds_give_the_same_states(model: BertModel, mask: Tensor) -> None
 
 def test_second_derivatives_exist_only_inside(model: BertModel) -> None:
     embeddings = start(model)
-    with twice_differentiable():
+    with attention_by(plain_attention):
         assert curvature(model, embeddings).isfinite().all()
     with pytest.raises(RuntimeError, match="not implemented"):  # the fast kernels are back
         curvature(model, embeddings)
 
 
 def test_an_error_restores_the_fast_kernels(model: BertModel) -> None:
-    with pytest.raises(ZeroDivisionError), twice_differentiable():
+    with pytest.raises(ZeroDivisionError), attention_by(plain_attention):
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="not implemented"):
         curvature(model, start(model))
@@ -84,7 +84,7 @@ def test_the_choice_is_a_threads_own(model: BertModel) -> None:
 
     thread = threading.Thread(target=other)
     thread.start()
-    with twice_differentiable():
+    with attention_by(plain_attention):
         inside.set()
         assert done.wait(10)
         assert curvature(model, start(model)).isfinite().all()

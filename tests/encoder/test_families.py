@@ -18,7 +18,7 @@ from tests.encoder.given import (
     moved_factors,
     save_family,
 )
-from textmeta.encoder.attention import twice_differentiable
+from textmeta.encoder.attention import attention_by, plain_attention
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings, zero_start
 from textmeta.encoder.token_states import TokenStateReader
@@ -77,7 +77,7 @@ def test_second_derivatives_are_exact(family: str, tmp_path: Path) -> None:
 
     def squared_gradient(step: float, along: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         leaves = [(value + step * part).requires_grad_() for value, part in zip(factors.values(), along, strict=True)]
-        with twice_differentiable():
+        with attention_by(plain_attention):
             states = reader.read(TEXTS[:6], dict(zip(factors, leaves, strict=True))).unpadded()
         loss = torch.stack([state.sin().mean() for state in states]).sum()
         gradients = torch.autograd.grad(loss, leaves, create_graph=True)

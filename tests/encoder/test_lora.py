@@ -1,14 +1,10 @@
-"""LoRA whose factors travel with the call: where it is put, threads, errors. Its arithmetic: test_families.py."""
-
-import threading
+"""LoRA whose factors travel with the call: where it is put. Arithmetic: test_families; threads: test_algorithms."""
 
 import pytest
 import torch
 
-from tests.encoder.given import TEXTS, moved_factors
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraLinear, LoraSettings, layer_of, using_factors, zero_start
-from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import EncoderError, SettingsError
 
 
@@ -18,24 +14,6 @@ def test_zero_start_is_a_function_of_the_seed(encoder: Encoder) -> None:
     assert all((".lora_B." in name) == torch.equal(one[name], other[name]) for name in one)
     bound = 32**-0.5  # rows of A have 32 entries
     assert all(0.9 * bound < value.abs().max() <= bound for name, value in one.items() if ".lora_A." in name)
-
-
-def test_threads_do_not_see_each_others_factors(encoder: Encoder) -> None:
-    reader, tasks = TokenStateReader(encoder), [moved_factors(encoder, seed) for seed in range(4)]
-    expected = [reader.read(TEXTS, task).unpadded() for task in tasks]
-    wrong = []
-
-    def work(number: int) -> None:
-        for _ in range(30):
-            if not all(map(torch.equal, reader.read(TEXTS, tasks[number]).unpadded(), expected[number])):
-                wrong.append(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 def test_factors_are_out_of_use_after_an_error() -> None:
@@ -84,20 +62,20 @@ def test_where_lora_is_put(tiny_model: str, settings: LoraSettings, names: set[s
     assert all(shape[".lora_B." in name] == 8 for name, shape in encoder.factor_shapes.items()), "the rank"
 
 
-def test_unknown_targets_are_named_with_what_there_is(tiny_model: str) -> None:
-    with pytest.raises(EncoderError, match=r"'nonsense'.*encoder\.layer\.2\.attention"):
-        Encoder(EncoderSettings(tiny_model), LoraSettings(targets=("nonsense",)))
-
-
-def test_too_many_layers_are_refused(tiny_model: str) -> None:
-    with pytest.raises(SettingsError, match="layers is 9, but the encoder has 4"):
-        Encoder(EncoderSettings(tiny_model), LoraSettings(layers=9))
-
-
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0}, {"alpha": 10**400}, {"layers": 0}])
-def test_settings_out_of_range_are_named(wrong: dict[str, int]) -> None:
-    with pytest.raises(SettingsError, match=f"lora {next(iter(wrong))} must be"):
-        LoraSettings(**wrong)
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"targets": ("nonsense",)}, EncoderError, r"'nonsense'.*encoder\.layer\.2\.attention"),
+        ({"layers": 9}, SettingsError, "layers is 9, but the encoder has 4"),
+        ({"rank": 0}, SettingsError, "lora rank must be"),
+        ({"alpha": 0}, SettingsError, "lora alpha must be"),
+        ({"alpha": 10**400}, SettingsError, "lora alpha must be"),
+        ({"layers": 0}, SettingsError, "lora layers must be"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(tiny_model: str, wrong: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Encoder(EncoderSettings(tiny_model), LoraSettings(**wrong))
 
 
 def test_layer_of_a_factor() -> None:

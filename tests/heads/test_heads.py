@@ -57,13 +57,13 @@ def test_padding_and_the_other_tasks_change_nothing(head: Head) -> None:
 
 
 @each_head
-def test_a_row_of_weight_zero_is_as_if_it_were_not_there(head: Head) -> None:
-    labels, kept = [0, 1, 2, 0, 1], [0, 1, 2, 4]
+def test_a_row_counts_as_often_as_its_weight_says(head: Head) -> None:
+    labels, rows = [0, 1, 2, 0, 1], [0, 1, 2, 4, 4, 4]
     views, mixture = views_of(1, 5), mixture_of(1)
-    weights = torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
-    left_out = head(views, mixture, examples_of([labels], [3]).weighted(weights), PENALTY)
-    examples = examples_of([[labels[row] for row in kept]], [3])
-    torch.testing.assert_close(left_out, head(views[:, kept], mixture, examples, PENALTY))
+    weights = torch.tensor([[1.0, 1.0, 1.0, 0.0, 3.0]], dtype=torch.float64)
+    weighted = head(views, mixture, examples_of([labels], [3]).weighted(weights), PENALTY)
+    examples = examples_of([[labels[row] for row in rows]], [3])
+    torch.testing.assert_close(weighted, head(views[:, rows], mixture, examples, PENALTY))
 
 
 @each_head

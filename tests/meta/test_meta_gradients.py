@@ -15,7 +15,7 @@ from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode
 from textmeta.encoder.encoder import Encoder
-from textmeta.encoder.token_states import Entering, Reader, TokenStates
+from textmeta.encoder.token_states import Entering, TokenStateReader, TokenStates
 from textmeta.meta import learner as learner_module
 from textmeta.meta.algorithms import ALGORITHMS, query_losses
 from textmeta.meta.batch import TaskBatch
@@ -60,7 +60,7 @@ def large_task(corpus: Corpus) -> list[Episode]:
 class Remembering:
     """Reads token states once, as long as LoRA's factors are those that it knows."""
 
-    def __init__(self, reader: Reader, factors: Mapping[str, Tensor]) -> None:
+    def __init__(self, reader: TokenStateReader, factors: Mapping[str, Tensor]) -> None:
         self.reader, self.factors = reader, factors
         self.known: dict[tuple[str, ...], TokenStates] = {}
 
@@ -222,10 +222,9 @@ def held(learner: TaskLearner, episodes: list[Episode], monkeypatch: pytest.Monk
 
     def repeating(loss, start, shared, update, steps, **more):
         fast = dict(start)
-        yield fast
         for step in range(steps):
             fast = update(step, fast, *noted[step])
-            yield fast
+        return fast
 
     with monkeypatch.context() as patch:
         patch.setattr(learner_module, "inner_steps", noting)

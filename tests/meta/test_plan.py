@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from tests.conftest import WORDS, save_tiny_model
+from tests.conftest import WORDS, save_tiny_model, write_rows
 from tests.meta.test_trainer import LEARNER, assert_same, rows_of, short_runs, train, trainer_of  # noqa: F401 (fixture)
 from textmeta.cli import main
 from textmeta.data.corpus import Corpus
@@ -125,16 +125,14 @@ def test_the_largest_step_is_measured_and_changes_no_bit(
 def test_dry_run_prints_the_plan_and_writes_nothing(
     tiny_model: str, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = tmp_path / "toy.csv"
-    names = [corpus.class_names[label] for label in corpus.labels]
-    data.write_text("".join(f"{text},{name}\n" for text, name in [("text", "label"), *zip(corpus.texts, names)]))  # noqa: B905
+    data = write_rows(tmp_path / "toy.jsonl", corpus)
     given = ["train", "--data", str(data), "--encoder.model", tiny_model, "--test_shots", "[1]"]
     for more in ([], ["--output", str(tmp_path / "run")]):
         main([*given, "--dry-run", *more])
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "corpora    toy, 96 texts of 6 classes"
         assert len(lines) == 9 + bool(more)
-    assert [path.name for path in tmp_path.iterdir()] == ["toy.csv"]
+    assert [path.name for path in tmp_path.iterdir()] == ["toy.jsonl"]
     with pytest.raises(SystemExit):
         main(given)
     assert "give --output FOLDER" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import builtins
 import itertools
-import json
 import logging
 import os
 import signal
@@ -18,10 +17,10 @@ import numpy as np
 import pytest
 import trackio
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.conftest import write_rows
 from tests.meta.test_trainer import (  # noqa: F401
     Died,
     assert_same,
@@ -241,31 +240,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_model: str, corpu
         train(tiny_model, corpus, tmp_path)
 
 
-def test_a_checkpoint_of_before_this_goes_on(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    """One that knows nothing of patience, nor its own digest."""
-    whole = train(tiny_model, corpus, tmp_path)
-    with safe_open(tmp_path / BEFORE, framework="pt") as file:
-        told = json.loads(file.metadata()["state"])
-    old = {key: told[key] for key in ("step", "best_accuracy", "best_step", "settings")}
-    save_file(load_file(tmp_path / BEFORE), tmp_path / CHECKPOINT, {"state": json.dumps(old)})
-    (tmp_path / BEFORE).unlink()
-    assert old["step"] < 6
-    assert_same(train(tiny_model, corpus, tmp_path), whole)
-
-
 SCRIPT = """
 import sys
 from pathlib import Path
 import tests.conftest  # as many threads as here: their number changes the last bits
 from tests.meta import test_trainer
-from textmeta.data.corpus import Corpus
+from textmeta.data.corpus import load_corpus
 from textmeta.errors import TrainingInterrupted
 for module in (test_trainer.outer_loop, test_trainer.trainer_module):
     vars(module).update(test_trainer.SHORT, VALIDATE_EVERY=3, VALIDATION_EPISODES=3)
-texts, labels = Path(sys.argv[2]).read_text().split("\\n\\n")
-corpus = Corpus.from_pairs("toy", texts.split("\\n"), labels.split("\\n"))
+model, data, output, episodes = sys.argv[1:]
 try:
-    test_trainer.train(sys.argv[1], corpus, Path(sys.argv[3]), valid=3, episodes=int(sys.argv[4]), patience=30)
+    test_trainer.train(model, load_corpus(data), Path(output), valid=3, episodes=int(episodes), patience=30)
 except TrainingInterrupted as stop:
     sys.exit(128 + stop.signum)
 """
@@ -277,10 +263,8 @@ def test_a_run_stopped_at_random_ends_in_the_same_bits(
 ) -> None:
     """By SIGKILL and SIGTERM in turn."""
     points = np.sort(np.random.default_rng(31).choice(np.arange(1, 16 * stops - 10), stops, replace=False)).tolist()
-    names = [corpus.class_names[label] for label in corpus.labels]
-    (tmp_path / "corpus.txt").write_text("\n".join(corpus.texts) + "\n\n" + "\n".join(names))
-    output = tmp_path / "parts"
-    arguments = [sys.executable, "-c", SCRIPT, tiny_model, str(tmp_path / "corpus.txt"), str(output), str(16 * stops)]
+    output, data = tmp_path / "parts", write_rows(tmp_path / "toy.jsonl", corpus)
+    arguments = [sys.executable, "-c", SCRIPT, tiny_model, str(data), str(output), str(16 * stops)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     record = output / "record.jsonl"
     for point, number in zip(points, itertools.cycle((signal.SIGKILL, signal.SIGTERM)), strict=False):

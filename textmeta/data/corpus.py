@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from textmeta.data.labels import checked_texts, column, few, whole_number
-from textmeta.data.texts import open_texts
+from textmeta.data.texts import ENDINGS, open_texts
 from textmeta.errors import DataError, SettingsError
 from textmeta.files import at_home, is_folder
 
@@ -24,7 +24,7 @@ __all__ = ["FILES", "Corpus", "CorpusSettings", "Source", "each_source", "load_c
 
 logger = logging.getLogger(__name__)
 
-FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")  # endings of what is read
+FILES = (*ENDINGS, ".parquet")  # endings of what is read
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class CorpusSettings:
     splits: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if self.rows is not None:
             whole_number("rows", self.rows, 1)
         if self.text_column == self.label_column:
@@ -271,9 +270,6 @@ def _read_file(path: str, settings: CorpusSettings) -> Corpus:
 
 
 def _of_dataset(dataset: "datasets.Dataset", settings: CorpusSettings) -> Corpus:
-    return Corpus.from_dataset(
-        dataset.select(range(min(len(dataset), settings.rows or len(dataset)))),
-        name=settings.display_name,
-        text_column=settings.text_column,
-        label_column=settings.label_column,
-    )
+    first = dataset.select(range(min(len(dataset), settings.rows or len(dataset))))
+    columns = {name: getattr(settings, name) for name in ("text_column", "label_column")}
+    return Corpus.from_dataset(first, name=settings.display_name, **columns)

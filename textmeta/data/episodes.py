@@ -32,7 +32,6 @@ class EpisodeSettings:
     label_names: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         number("label_names", self.label_names, 0, 1)
         for name, least in (("ways", 2), ("shots", 0 if self.label_names == 1 else 1), ("queries", 1)):
             try:

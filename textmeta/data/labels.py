@@ -219,8 +219,13 @@ def task_classes(
     except TypeError:
         classes = list(found)
     if isinstance(label_names, Mapping):
-        named = dict(zip(keys, label_names.values(), strict=True))
-        _check_all_named(labels, named, where)
+        named, present = dict(zip(keys, label_names.values(), strict=True)), dict.fromkeys(labels)
+        # a key that was misspelt would become a class
+        if left_out := [label for label in present if label not in named]:
+            told = f"{where}: label {left_out[0]!r:.60} has no name in label_names"
+            if alone := [key for key in named if key not in present]:
+                told += f", which names {len(alone)} without examples, the nearest {_nearest(left_out[0], alone)!r:.60}"
+            raise DataError(f"{told}; expected a name for every class: {few(left_out)} left out")
         names: list[Any] | None = [named[label] for label in classes]
     elif automatic:
         names = [readable_name(label) for label in classes] if all(map(is_word, classes)) else None
@@ -232,17 +237,6 @@ def task_classes(
     if names is not None and len(names) != len(classes):
         raise DataError(f"{where}: label_names has {len(names)} names for {len(classes)} classes: {few(classes)}")
     return classes, None if names is None else checked_texts(names, f"{where}, label_names", of=classes)
-
-
-def _check_all_named(labels: Sequence[Any], named: Mapping[Any, object], where: str) -> None:
-    """Refuse a mapping that leaves out a class with examples: a key that was misspelt would become a class."""
-    present = dict.fromkeys(labels)
-    left_out = [label for label in present if label not in named]
-    if left_out:
-        told = f"{where}: label {left_out[0]!r:.60} has no name in label_names"
-        if alone := [key for key in named if key not in present]:
-            told += f", which names {len(alone)} without examples, the nearest {_nearest(left_out[0], alone)!r:.60}"
-        raise DataError(f"{told}; expected a name for every class: {few(left_out)} left out")
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:

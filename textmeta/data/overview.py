@@ -79,7 +79,5 @@ def warn_of_overlap(corpora: Sequence[Corpus], held_out: Sequence[Corpus], purpo
         if places:
             found.append((-places.total(), f"{places.total()} of {len(corpus)} of {corpus.name} ({where})"))
     if found:
-        told = "; ".join(line for _, line in sorted(found)[:8])
-        logger.warning(
-            "held out to %s, but trained on, too, %s: %s%s", purpose, ALIKE, told, "; …" if len(found) > 8 else ""
-        )
+        told = "; ".join(line for _, line in sorted(found)[:8]) + "; …" * (len(found) > 8)
+        logger.warning("held out to %s, but trained on, too, %s: %s", purpose, ALIKE, told)

@@ -31,7 +31,6 @@ class ClassSplit:
     test: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Check that no class is seen twice."""
         for name, times in Counter(self.train + self.valid + self.test).items():
             if times > 1:
                 parts = " and ".join(part for part in PARTS if name in getattr(self, part))

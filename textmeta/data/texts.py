@@ -16,7 +16,7 @@ from textmeta.files import at_home
 
 __all__ = ["ENDINGS", "open_texts", "separator", "text_format"]
 
-ENDINGS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".json": "jsonl"}
+ENDINGS = {".json": "jsonl", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
 
 Rows = Iterator[dict[str, Any]]
 

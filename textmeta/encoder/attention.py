@@ -5,7 +5,7 @@ choice is a context variable, read in each attention by a function that transfor
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,11 +17,11 @@ from transformers.masking_utils import sdpa_mask
 
 from textmeta.errors import EncoderError
 
-__all__ = ["attention_by", "plain_attention", "twice_differentiable", "use_switched_attention"]
+__all__ = ["attention_by", "plain_attention", "use_switched_attention"]
 
 NAME = "textmeta_switched"
 
-_USED: ContextVar[Callable[..., Any] | None] = ContextVar("textmeta_attention", default=None)
+_USED: ContextVar[Callable[..., Any]] = ContextVar("textmeta_attention", default=sdpa_attention_forward)
 
 
 @contextmanager
@@ -34,13 +34,8 @@ def attention_by(function: Callable[..., Any]) -> Iterator[None]:
         _USED.reset(token)
 
 
-def twice_differentiable() -> AbstractContextManager[None]:
-    """Let attention in this thread use operations that have a second derivative, until the block is left."""
-    return attention_by(plain_attention)
-
-
 def use_switched_attention(model: PreTrainedModel) -> None:
-    """Let a model's attention follow :func:`twice_differentiable`, in place.
+    """Let a model's attention follow :func:`attention_by`, in place.
 
     One without fused attention (its implementation is "eager": MPNet, DeBERTa) has second derivatives anyway.
     """
@@ -51,13 +46,9 @@ def use_switched_attention(model: PreTrainedModel) -> None:
 def _switched_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, None]:
-    used: Any = _USED.get() or sdpa_attention_forward
-    if (
-        used is sdpa_attention_forward
-        and query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
-        and query.requires_grad
-    ):
+    used: Any = _USED.get()
+    on_cpu = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if used is sdpa_attention_forward and on_cpu and query.requires_grad:
         # the fused kernel's backward in bfloat16 is twenty times as slow on a CPU as in float32
         with torch.autocast("cpu", enabled=False):
             output, _ = used(module, query.float(), key.float(), value.float(), attention_mask, **given)
@@ -75,7 +66,7 @@ def plain_attention(
     is_causal: bool | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """Return what attention makes, (rows, length, heads, size), by products and a softmax alone."""
+    """Return what attention makes, (rows, length, heads, size), by operations that have a second derivative."""
     if other.get("position_bias") is not None:
         raise EncoderError(f"{type(module).__name__} has a position bias, for which there is no plain attention")
     groups = getattr(module, "num_key_value_groups", 1)  # heads that share their keys and values

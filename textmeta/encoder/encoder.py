@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from textmeta.data.labels import one_of, whole_number
 from textmeta.encoder.attention import use_switched_attention
 from textmeta.encoder.lora import LoraSettings, inject, lora_config
 from textmeta.encoder.pretrained import DEFAULT_ENCODER, Pretrained, load_pretrained
@@ -65,11 +66,8 @@ class EncoderSettings:
     long_texts: LongTexts = "cut"
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.long_texts not in get_args(LongTexts):
-            raise SettingsError(f"long_texts must be 'cut' or 'window', given {self.long_texts!r:.60}")
-        if self.max_length < 3:  # a text's own token stands between two special ones
-            raise SettingsError(f"max_length must be at least 3 tokens, given {self.max_length}")
+        one_of("long_texts", self.long_texts, get_args(LongTexts))
+        whole_number("max_length", self.max_length, 3)  # a text's own token stands between two special ones
 
 
 # texts that were cut when they were tokenized, and after how many tokens; mostly unknown ones, and to which encoder
@@ -306,8 +304,6 @@ def _split(model: PreTrainedModel, layers_name: str, first: int) -> tuple[nn.Mod
             exact = False
     if exact and without_before:
         return prefix, suffix
-    told = (
-        "%s cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower"
-    )
-    logger.warning(told, type(model).__name__)
+    told = "cannot be split into frozen and adapted layers exactly: the frozen layers are not cached, which is slower"
+    logger.warning("%s %s", type(model).__name__, told)
     return None, model

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from textmeta.errors import EncoderError, SettingsError
+from textmeta.data.labels import whole_number
+from textmeta.errors import EncoderError
 
 __all__ = ["LORA_B", "TARGETS", "LoraSettings", "inject", "layer_of", "lora_config", "using_factors", "zero_start"]
 
@@ -54,24 +55,16 @@ class LoraSettings:
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         for name in ("layers", "rank", "alpha"):
-            given = getattr(self, name)
-            if given is not None and not 1 <= given <= MOST:
-                raise SettingsError(f"lora {name} must be from 1 to {MOST}, given {given!r:.40}")
+            if (given := getattr(self, name)) is not None:
+                whole_number(f"lora {name}", given, 1, MOST)
 
 
 def lora_config(model: PreTrainedModel, layers_name: str, first_layer: int, settings: LoraSettings) -> LoraConfig:
-    """Return PEFT's configuration: the full name of every linear layer that carries LoRA.
+    """Return PEFT's configuration, with the full name of every linear layer that carries LoRA, from a first layer on.
 
-    Args:
-        model: the transformer.
-        layers_name: name of the list of its layers (``encoder.layer``).
-        first_layer: number of the lowest layer that carries LoRA.
-        settings: of the adapter.
-
-    Raises:
-        EncoderError: if no linear layer's name has one of the endings.
+    ``layers_name`` is that of the list of the model's layers (``encoder.layer``). EncoderError if no linear layer's
+    name has one of the endings.
     """
     layers = model.get_submodule(layers_name)
     maps = {
@@ -90,16 +83,9 @@ def lora_config(model: PreTrainedModel, layers_name: str, first_layer: int, sett
     return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
-@dataclass(frozen=True)
-class _Active:
-    """The factors of the forward in progress: what :func:`using_factors` was given."""
-
-    tensors: Mapping[str, Tensor]
-    row_task: Tensor | None
-    folded: dict[str, Tensor]
-
-
-_ACTIVE: ContextVar[_Active | None] = ContextVar("textmeta_active", default=None)
+# what using_factors was given, for the forward in progress: factors, task of each row, folded weights
+_USED: ContextVar[tuple[Mapping[str, Tensor], Tensor | None, dict[str, Tensor]] | None]
+_USED = ContextVar("textmeta_factors", default=None)
 
 
 @contextmanager
@@ -108,28 +94,22 @@ def using_factors(
 ) -> Iterator[None]:
     """Let every :class:`LoraLinear` in a forward read its factors from ``tensors``, in this thread alone.
 
-    Args:
-        tensors: factor name to weight, (out, in), or (tasks, out, in) for one weight a task.
-        row_task: (rows,) int64, the task of each row of the batch; needed where a factor has a task dimension.
-        folded: where weights with LoRA in them are kept by the name of their factor A, for further forwards with the
-            same factors; those that all tasks share.
+    These are weights by name, (out, in), or (tasks, out, in) for one a task; then ``row_task`` (rows,) int64 is the
+    task of each row of the batch. In ``folded`` weights with LoRA in them are kept, by the name of their factor A, for
+    further forwards with the same factors.
     """
-    token = _ACTIVE.set(_Active(tensors, row_task, {} if folded is None else folded))
+    token = _USED.set((tensors, row_task, {} if folded is None else folded))
     try:
         yield
     finally:
-        _ACTIVE.reset(token)
+        _USED.reset(token)
 
 
 class LoraLinear(nn.Module):
     """A linear map with LoRA, whose factors are those in use, by name; without any it is the map itself.
 
+    The names of the factors are PEFT's: that of the map, with ``.lora_A.weight`` and ``.lora_B.weight`` after it.
     Factors that all tasks share are folded into the weight: one product instead of three.
-
-    Args:
-        base: the map.
-        name: of its factors, before ``.lora_A.weight`` and ``.lora_B.weight``, as PEFT has them.
-        settings: of the adapter.
     """
 
     def __init__(self, base: nn.Linear, name: str, settings: LoraSettings) -> None:
@@ -140,21 +120,22 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (rows, length, in) to (rows, length, out)."""
-        active = _ACTIVE.get()
-        if active is None:
+        used = _USED.get()
+        if used is None:
             return linear(x, self.weight, self.bias)
-        first, second = (active.tensors[name] for name in self.names)
+        tensors, row_task, folded = used
+        first, second = (tensors[name] for name in self.names)
         if first.ndim == second.ndim == 2:
             key, device = self.names[0], x.device.type
-            if key not in active.folded:
+            if key not in folded:
                 # not in half precision: an update is small beside the weight
                 with torch.autocast(device, enabled=False):
                     weight = torch.addmm(self.weight, second, first, alpha=self.scale)
                 if torch.is_autocast_enabled(device) and not weight.requires_grad:  # else gradients add up in float32
                     weight = weight.to(torch.get_autocast_dtype(device))
-                active.folded[key] = weight
-            return linear(x, active.folded[key], self.bias)
-        branch = _product(_product(x, first, active.row_task), second, active.row_task)
+                folded[key] = weight
+            return linear(x, folded[key], self.bias)
+        branch = _product(_product(x, first, row_task), second, row_task)
         return linear(x, self.weight, self.bias) + self.scale * branch
 
 
@@ -170,14 +151,8 @@ def _product(x: Tensor, weight: Tensor, row_task: Tensor | None) -> Tensor:
 def inject(model: PreTrainedModel, targets: Iterable[str], settings: LoraSettings) -> dict[str, tuple[int, ...]]:
     """Make linear maps of a model :class:`LoraLinear`, in place, and the model's own weights constant.
 
-    Args:
-        model: the transformer.
-        targets: names of the maps.
-        settings: of the adapter.
-
-    Returns:
-        Shape of each factor by name: ``encoder.layer.3.attention.self.query.lora_A.weight`` → (rank, in) and
-        ``… .lora_B.weight`` → (out, rank). With the prefix ``base_model.model.`` these are PEFT's own names.
+    Returns the shape of each factor by name: ``encoder.layer.3.attention.self.query.lora_A.weight`` → (rank, in) and
+    ``… .lora_B.weight`` → (out, rank). With the prefix ``base_model.model.`` these are PEFT's own names.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for target in sorted(targets):
@@ -192,13 +167,10 @@ def inject(model: PreTrainedModel, targets: Iterable[str], settings: LoraSetting
 def zero_start(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     """Return the usual start of LoRA: A uniform in ±1/√in (Kaiming with a = √5), B zero, so that ΔW = 0."""
     generator = torch.Generator().manual_seed(seed)
-    start = {}
-    for name, shape in sorted(shapes.items()):
+    start = {name: torch.zeros(shape) for name, shape in sorted(shapes.items())}
+    for name, value in start.items():
         if ".lora_A." in name:
-            bound = 1 / math.sqrt(shape[1])
-            start[name] = (torch.rand(shape, generator=generator) * 2 - 1) * bound
-        else:
-            start[name] = torch.zeros(shape)
+            start[name] = (torch.rand(value.shape, generator=generator) * 2 - 1) * (1 / math.sqrt(value.shape[1]))
     return start
 
 

@@ -6,11 +6,10 @@ import itertools
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,7 @@ from textmeta.errors import EncoderError, SettingsError
 from textmeta.processes import shared_out
 from textmeta.progress import progress_bar
 
-__all__ = ["Entering", "Reader", "StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
+__all__ = ["Entering", "StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
 
 MAX_TOKENS = 2048  # of one forward, with padding: more of MiniLM do not stay in a core's cache
 STATE_EPSILON = 1e-6  # the state of padding is 0
@@ -36,44 +35,28 @@ Entering = tuple[Tensor, Tensor, dict[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StateBatch:
-    """The token states of r texts, or windows of texts, of similar length.
+    """The token states of r texts, or windows of texts, of similar length."""
 
-    Attributes:
-        rows: (r,) int64, position of each text in the sequence of texts; several times that of one read in windows.
-        states: (r, V, L, d), zeros at padding.
-        mask: (r, L) bool, True for tokens.
-        inverse_rms: (r, V, L) 1 / √(mean(h²) + 1e-6) of each token's state; made of the states where left out. Every
-            pooling of them needs it.
-    """
-
-    rows: Tensor
-    states: Tensor
-    mask: Tensor
+    rows: Tensor  # (r,) int64, position of each text in the sequence of texts; several times that of one in windows
+    states: Tensor  # (r, V, L, d), zeros at padding
+    mask: Tensor  # (r, L) bool, True for tokens
+    # (r, V, L) 1 / √(mean(h²) + 1e-6) of each token's state, which every pooling needs; made of the states by default
     inverse_rms: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """Make what is left out."""
         if self.inverse_rms is None:
             object.__setattr__(self, "inverse_rms", (self.states.square().mean(-1) + STATE_EPSILON).rsqrt())
 
 
 @dataclass(frozen=True)
 class TokenStates:
-    """The token states of a sequence of texts.
+    """The token states of a sequence of texts."""
 
-    Attributes:
-        count: number of texts.
-        batches: every text is in exactly one; of one read in windows, every window.
-    """
-
-    count: int
-    batches: tuple[StateBatch, ...]
+    count: int  # of texts
+    batches: tuple[StateBatch, ...]  # every text is in exactly one; of one read in windows, every window
 
     def unpadded(self) -> list[Tensor]:
-        """Return the states (V, length, d) of each text, in the order of the texts; views that keep the graph.
-
-        The texts must not have been read in windows.
-        """
+        """Return the states (V, length, d) of texts that were not read in windows, in their order."""
         found: dict[int, Tensor] = {}
         for batch in self.batches:
             for row, states, length in zip(batch.rows.tolist(), batch.states, batch.mask.sum(1).tolist(), strict=True):
@@ -82,9 +65,8 @@ class TokenStates:
 
     def where(self, rows: Tensor) -> "TokenStates":
         """Return the states of the texts (m,) int64 at these positions, each named once; in that order."""
-        position = torch.full((self.count,), -1, device=rows.device).index_copy(
-            0, rows, torch.arange(len(rows), device=rows.device)
-        )
+        position = torch.full((self.count,), -1, device=rows.device)
+        position.index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
         batches = []
         for batch in self.batches:
             own = position[batch.rows]
@@ -105,30 +87,11 @@ class TokenStates:
         return cls(len(states), tuple(StateBatch(torch.tensor(n, device=m.device), s, m) for n, s, m in parts))
 
 
-class Reader(Protocol):
-    """What gives the token states of texts: :class:`TokenStateReader`, or a graph."""
-
-    def entering(self, texts: Sequence[str]) -> Iterable[Entering]:
-        """Return what enters the adapted layers, of texts that are read several times."""
-
-    def read(
-        self, texts: Sequence[str], factors: Any = None, row_task: Tensor | None = None, entered: Any = None
-    ) -> TokenStates:
-        """Return the token states of texts, with LoRA's factors, (out, in), or (tasks, out, in) for one set a task."""
-
-
 class TokenStateReader:
-    """Reads the token states of texts: the hidden states of chosen layers, with or without LoRA.
+    """Reads the token states of texts: the hidden states of chosen layers of an encoder, with or without LoRA.
 
-    Layers are numbered as in transformers' ``hidden_states``: 0 is after the embeddings, ℓ after layer ℓ.
-
-    Args:
-        encoder: whose states.
-        layers: numbers of the chosen layers, ascending; by default the upper half and what enters it.
-
-    Attributes:
-        layers: the chosen ones.
-        views: how many they are.
+    Layers are numbered as in transformers' ``hidden_states``, ascending: 0 is after the embeddings, ℓ after layer ℓ. By
+    default they are the upper half and what enters it.
     """
 
     def __init__(self, encoder: Encoder, layers: Sequence[int] | None = None) -> None:
@@ -148,20 +111,13 @@ class TokenStateReader:
         # the last factors and their versions; weights with them in it
         self._folded: tuple[list[tuple[int, int]], list[Tensor], dict[str, Tensor]] = [], [], {}
 
-    def cache(
-        self, *groups: Sequence[str], folder: Path | None = None, progress: bool = True, together: bool = False
-    ) -> None:
+    def cache(self, *groups: Sequence[str], folder: Path | None = None, progress: bool = True) -> None:
         """Keep what the frozen layers make of texts, in half precision, for every later :meth:`read` of them.
 
-        Their bits depend on the set of the texts of a group alone, and on how many processes read it together, so that
-        a resumed run has the same. Of a model that
-        cannot be split nothing is kept.
-
-        Args:
-            groups: of texts to be kept.
-            folder: where each group is kept as a file, for other runs with this encoder, these layers and this length.
-            progress: whether a bar is shown if it takes long.
-            together: whether the processes of a run share the reading of what no folder keeps.
+        The processes of a run share the reading. The bits depend on the set of the texts of a group alone, and on how
+        many processes there are, so that a resumed run has the same. In a folder each group is kept as a file, for
+        other runs with this encoder, these layers and this length, and is read by one process. Of a model that cannot
+        be split nothing is kept.
         """
         if self.encoder.frozen_layers is None:
             return
@@ -169,11 +125,11 @@ class TokenStateReader:
         total = sum(map(len, distinct))
         with progress_bar(total, "frozen layers" if progress else None, "text", brief=True) as bar:
             for texts in distinct:
-                if together and folder is None:  # by way of the CPU, for a tensor comes back to the device it was on
+                if folder is None:  # by way of the CPU, for a tensor comes back to the device it was on
                     read = shared_out(lambda own: [state.cpu() for state in self.frozen_states(own, bar)], texts)
                     states = [state.to(self.encoder.device) for state in read]
                 else:
-                    states = self._frozen_states(texts, folder, bar)
+                    states = self._stored_states(texts, folder, bar)
                 self._kept.update(zip(texts, states, strict=True))
 
     @torch.no_grad()
@@ -199,21 +155,21 @@ class TokenStateReader:
 
     def having(self, states: Mapping[str, Tensor]) -> "TokenStateReader":
         """Return a reader that has these :meth:`frozen_states` of texts; EncoderError if they are of another shape."""
-        expected = (len(self._lower), self.encoder.hidden_size)
+        layers, size = len(self._lower), self.encoder.hidden_size
         for state in states.values():
-            if not self._lower or (state.shape[0], state.shape[2]) != expected:
-                raise EncoderError(
-                    f"token states are {tuple(state.shape)}, expected {expected[0], 'length', expected[1]}"
-                )
+            if not layers or (state.shape[0], state.shape[2]) != (layers, size):
+                raise EncoderError(f"token states are {tuple(state.shape)}, expected {layers, 'length', size}")
         reader = copy.copy(self)
         reader._kept = {**self._kept, **states}
         return reader
 
-    def _frozen_states(self, texts: Sequence[str], folder: Path | None, bar: tqdm) -> list[Tensor]:
-        """Return the states (lower, length, d) of each text, by way of a file if there is a folder for it."""
-        if folder is None:
-            return self.frozen_states(texts, bar)
-        path = folder / f"{self._digest(texts)}.safetensors"
+    def _stored_states(self, texts: Sequence[str], folder: Path, bar: tqdm) -> list[Tensor]:
+        """Return the states (lower, length, d) of each text, by way of a file."""
+        encoder = self.encoder
+        # all that the states depend on
+        told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower]
+        told += ["window"] * (encoder.settings.long_texts == "window") + [encoder.prompt] * bool(encoder.prompt)
+        path = folder / f"{hashlib.sha256(json.dumps([*told, *texts]).encode()).hexdigest()[:32]}.safetensors"
         if path.exists():
             bar.update(len(texts))
         else:
@@ -225,13 +181,6 @@ class TokenStateReader:
             os.replace(temporary, path)
         stored = load_file(path)  # mapped into memory, read when it is used
         return list(torch.split(stored["states"], stored["lengths"].tolist(), 1))
-
-    def _digest(self, texts: Sequence[str]) -> str:
-        """Return what the frozen states of texts are known by: all that they depend on."""
-        encoder = self.encoder
-        told = [encoder.weights_sha256, encoder.settings.max_length, encoder.precision, self._lower]
-        told += ["window"] * (encoder.settings.long_texts == "window") + [encoder.prompt] * bool(encoder.prompt)
-        return hashlib.sha256(json.dumps([*told, *texts]).encode()).hexdigest()[:32]
 
     def entering(self, texts: Sequence[str]) -> Iterator[Entering]:
         """Yield what enters the adapted layers, in batches on the device; what is kept of a text is not made again."""
@@ -260,15 +209,11 @@ class TokenStateReader:
         row_task: Tensor | None = None,
         entered: Sequence[Entering] | None = None,
     ) -> TokenStates:
-        """Return the token states of texts, at least float32.
+        """Return the token states of n texts, at least float32, by LoRA's factors; without LoRA where left out.
 
-        They are differentiable in the factors where gradients are enabled and a factor requires one.
-
-        Args:
-            texts: n texts; equal ones are computed again.
-            factors: every LoRA factor, (out, in) or (tasks, out, in); without LoRA where left out.
-            row_task: (n,) int64, task of each text, where a factor has a task dimension.
-            entered: what :meth:`entering` made of the texts, where they are read several times.
+        These are (out, in), or (tasks, out, in) for one a task; then ``row_task`` (n,) int64 is the task of each text.
+        The states are differentiable in them where gradients are enabled and a factor requires one. ``entered`` is what
+        :meth:`entering` made of the texts, where they are read several times.
         """
         encoder, frozen = self.encoder, self.encoder.frozen_layers
         differentiated = factors is not None and any(factor.requires_grad for factor in factors.values())
@@ -318,18 +263,11 @@ def _padded(
 
 
 def length_buckets(lengths: Sequence[int], overhead: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
-    """Group rows of different lengths so that little work goes into padding.
+    """Group rows of so many tokens into lists of their numbers, so that little work goes into padding.
 
-    A bucket is padded to its longest row, and costs ``rows x longest + overhead``. The sorted rows are split in the
-    cheapest way there is (dynamic programming over the distinct lengths); then buckets of too many tokens are cut.
-
-    Args:
-        lengths: tokens of each row.
-        overhead: what one more forward costs, in tokens.
-        max_tokens: most tokens in a bucket of more than one row, with padding.
-
-    Returns:
-        Lists of row numbers; every row is in exactly one.
+    A bucket is padded to its longest row, and costs ``rows x longest + overhead`` tokens. The sorted rows are split in
+    the cheapest way there is (dynamic programming over the distinct lengths); then buckets of several rows and more
+    than ``max_tokens``, with padding, are cut.
     """
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     # position in `order` after the last row of each distinct length

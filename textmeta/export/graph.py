@@ -64,7 +64,8 @@ def write_onnx(folder: str | Path, fitted: Fitted, learner: TaskLearner, learn_b
     if learn_by:
         states, own = quantized(states, encoder), adapter.learner
         own = replace(own, adapt=WITHOUT_LORA.get(own.adapt, own.adapt))  # type: ignore[arg-type]
-        task = learn_by(TaskLearner(GraphReader(states, encoder), replace(adapter, learner=own)))
+        by_graph: Any = GraphReader(states, encoder)
+        task = learn_by(TaskLearner(by_graph, replace(adapter, learner=own)))
     graph = _task_graph(states, adapter, task, encoder.settings.long_texts == "window").SerializeToString()
     if len(graph) > MAX_BYTES:
         raise AdapterError(f"the graph has {len(graph)} bytes, expected at most {MAX_BYTES}")

@@ -32,7 +32,6 @@ class Examples:
     targets: Tensor = field(init=False)  # (T, n, C), one-hot - 1/C₁ over the classes that have examples; else 0
 
     def __post_init__(self) -> None:
-        """Make what every head asks for."""
         member, weights = self.member, self.weights
         counts = (member * weights[..., None]).sum(1)
         present = counts > 0

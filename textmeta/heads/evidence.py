@@ -102,8 +102,7 @@ def _dual_scores(
         kernels = kernels * scale[..., None] * scale[..., None, :]
         if mixed is not None:
             kernels = torch.einsum("tv,tvij->tij", mixed, kernels)[:, None]
-        targets, weights = _expanded(rest, kernels.shape[1])
-        return kernels @ dual_coefficients(kernels, targets, weights, penalty)
+        return kernels @ dual_coefficients(kernels, rest.targets[:, None], rest.balanced[:, None], penalty)
 
     return scores
 
@@ -118,14 +117,9 @@ def _primal_scores(
         if mixed is not None:
             z = (z * mixed.clamp(min=1e-12).sqrt()[:, None, :, None]).flatten(2)[:, :, None]
         design = z.transpose(1, 2)  # (T, M, n, D)
-        return design @ primal_weights(design, *_expanded(rest, design.shape[1]), penalty)
+        return design @ primal_weights(design, rest.targets[:, None], rest.balanced[:, None], penalty)
 
     return scores
-
-
-def _expanded(rest: Examples, number: int) -> tuple[Tensor, Tensor]:
-    """Return targets (T, M, n, C) and balanced weights (T, M, n) of as many regressions."""
-    return rest.targets[:, None].expand(-1, number, -1, -1), rest.balanced[:, None].expand(-1, number, -1)
 
 
 def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Unlabelled texts of the same source: soft labels that the classifier gives them, weighed by how sure it is."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
@@ -9,7 +7,7 @@ from torch.nn.functional import log_softmax
 from textmeta.heads.common import Examples
 from textmeta.heads.ridge import weighted_ridge
 
-__all__ = ["ROUNDS", "soft_labelled_ridge", "soft_labels", "unlabelled_weight"]
+__all__ = ["soft_labelled_ridge", "soft_labels", "unlabelled_weight"]
 
 ROUNDS = 3
 
@@ -19,14 +17,14 @@ def soft_labelled_ridge(
     views: Tensor,
     unlabelled: Tensor,
     there: Tensor,
-    mixture: Tensor,
     examples: Examples,
+    mixture: Tensor,
     penalty: Tensor,
     share: Tensor,
-    logits: Callable[[Tensor], Tensor],
-    rounds: int = ROUNDS,
+    scale: Tensor,
+    by_name: Tensor,
 ) -> Tensor:
-    """Return the ridge's weights (T, V, d, C) after some rounds of soft labels for the unlabelled texts.
+    """Return the ridge's weights (T, V, d, C) after three rounds of soft labels for the unlabelled texts.
 
     In each round the classifier of the last one gives probabilities p and confidence c = 1 - H(p) / log C; then the
     ridge is fitted to all texts: unlabelled ones with targets p - 1/C and weights ρ c, labelled ones with one-hot - 1/C
@@ -34,7 +32,7 @@ def soft_labelled_ridge(
 
     Weights are 0 at first, where no text is labelled. Centred views are (T, n, V, d) of labelled and (T, r, V, d) of
     unlabelled texts, of which ``there`` (T, r) is 0 for padding; the mixture is (T, V), λ the penalty (), ρ the share
-    (T,). ``logits`` makes (T, r, C) of weights, for the unlabelled texts, those by names included.
+    (T,). Logits are the scale (T,) times the scores by weights, and what names add, (T, r, C).
     """
     classes = examples.classes.to(views)
     chance = classes / classes.sum(1, keepdim=True)
@@ -42,8 +40,9 @@ def soft_labelled_ridge(
     both = torch.cat([views, unlabelled], 1)
     several = (examples.present.sum(1, keepdim=True) >= 2).to(views)  # one class alone is nothing to regress on
     some = there.any(1)[:, None, None, None]  # a task without unlabelled texts keeps what it has
-    for _ in range(rounds):
-        probabilities, confidence = soft_labels(logits(weights), examples.classes)
+    for _ in range(ROUNDS):
+        logits = scale[:, None, None] * torch.einsum("trvd,tvdc->trc", unlabelled, weights) + by_name
+        probabilities, confidence = soft_labels(logits, examples.classes)
         targets = torch.cat([labelled, there[..., None] * (probabilities - chance[:, None])], 1)
         row_weights = torch.cat([several * examples.row_weights, there * share[:, None] * confidence], 1)
         weights = torch.where(some, weighted_ridge(both, mixture, targets, row_weights, penalty), weights)

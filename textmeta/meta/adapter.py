@@ -108,10 +108,9 @@ class Adapter:
             found = _probe(reader, self.initialisation)
             likeness = (found * self.probe).sum(1).min() if found.shape == self.probe.shape else torch.tensor(0.0)
             if not likeness >= LIKENESS:  # which NaN is not, either
-                told = f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
-                raise AdapterError(
-                    f"{name} has the adapter's weights, but makes other features of the same texts {told}"
-                )
+                told = "has the adapter's weights, but makes other features of the same texts"
+                why = f"(cosine {likeness:.3f}, expected over {LIKENESS}): its tokenizer or configuration has changed"
+                raise AdapterError(f"{name} {told} {why}")
             # wherever this copy of it came from
             encoder.settings, encoder.commit = self.encoder, self.commit
             return reader

@@ -4,6 +4,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -29,17 +30,12 @@ class Rows:
     there: Tensor  # (T, n) bool, whether a place holds a text
 
     @classmethod
-    def of(cls, texts: Sequence[Sequence[str]], device: torch.device) -> "Rows":
+    def of(cls, texts: Sequence[Sequence[str]], device: str | torch.device) -> "Rows":
         """Lay out the texts of each task."""
         sizes = torch.tensor([len(part) for part in texts])
-        width = int(sizes.max()) if len(sizes) else 0
-        places = [torch.arange(len(part)) for part in texts]
-        return cls(
-            tuple(text for part in texts for text in part),
-            torch.repeat_interleave(torch.arange(len(texts)), sizes).to(device),
-            torch.cat([*places, torch.zeros(0, dtype=torch.long)]).to(device),
-            (torch.arange(width) < sizes[:, None]).to(device),
-        )
+        there = torch.arange(max(map(len, texts), default=0)) < sizes[:, None]
+        row_task, place = there.nonzero(as_tuple=True)  # on the CPU: a GPU would be waited for
+        return cls(tuple(chain(*texts)), row_task.to(device), place.to(device), there.to(device))
 
     def pad(self, flat: Tensor) -> Tensor:
         """Lay flat rows (N, …) out as (T, n, …), zeros for padding."""
@@ -78,7 +74,6 @@ class TaskBatch:
         Names are of all classes of a task, or None. Weights, above 0, say how much each labelled text counts, class
         weights how much a text of each class does in the head; by default all are alike.
         """
-        device = torch.device(device)
         for number, (part, count) in enumerate(zip(names or [None] * len(ways), ways, strict=True)):
             if part is not None and len(part) != count:
                 raise DataError(f"task {number}: {len(part)} names for {count} classes; expected one each, or none")

@@ -54,11 +54,8 @@ def save_state(state: TrainingState, path: Path, fingerprint: Mapping[str, Any])
     if state.last_gain is not None:
         tensors["last_gain"] = state.last_gain
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    told = {
-        **{name: getattr(state, name) for name in NUMBERS},
-        "settings": fingerprint,
-        "sha256": tensors_digest(content),
-    }
+    told = {name: getattr(state, name) for name in NUMBERS}
+    told |= {"settings": fingerprint, "sha256": tensors_digest(content)}
     if state.damaged:  # set aside, lest it become the one before
         state.damaged.replace(path.with_suffix(".damaged"))
         state.damaged = None
@@ -74,7 +71,7 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
     there = [each for each in (path, path.with_stem(BEFORE)) if each.exists()]
     for each in there:
         try:
-            tensors, saved, settings = _read(each)
+            tensors, saved = _read(each)
             break
         except AdapterError as error:
             if each == there[-1]:
@@ -85,8 +82,9 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
         return
     names = {name.removeprefix("parameters/") for name in tensors if name.startswith("parameters/")}
     fault = ""
-    if settings != fingerprint:
-        fault = f"belongs to a run with other settings ({'; '.join([*_differences(settings, fingerprint)][:5])})"
+    if saved["settings"] != fingerprint:
+        differences = "; ".join([*_differences(saved["settings"], fingerprint)][:5])
+        fault = f"belongs to a run with other settings ({differences})"
     elif names != state.parameters.keys():
         odd = min(names ^ state.parameters.keys())
         fault = f"was written by another version of textmeta: {odd} is not a parameter in both"
@@ -106,21 +104,21 @@ def restore_state(state: TrainingState, path: Path, fingerprint: Mapping[str, An
             moments.setdefault(int(index), {})[key] = value
     groups = state.optimiser.state_dict()["param_groups"]
     state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
-    vars(state).update({name: saved[name] for name in NUMBERS if name in saved})  # older ones have fewer
+    vars(state).update({name: saved[name] for name in NUMBERS})
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Return the tensors of a checkpoint, what its header says, and the settings in it; AdapterError if damaged."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a checkpoint, and what its header says; AdapterError if damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            saved = json.loads(file.metadata()["state"])
-            settings = saved["settings"]
-        if "sha256" in saved and saved["sha256"] != tensors_digest(tensors):
+            told = json.loads(file.metadata()["state"])
+        saved = {name: told[name] for name in ("settings", "sha256", *NUMBERS)}
+        if saved["sha256"] != tensors_digest(tensors):
             raise ValueError("its tensors are not those that were written")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"cannot read the checkpoint {path}: {error}") from error
-    return tensors, saved, settings
+    return tensors, saved
 
 
 def _differences(saved: Any, now: Any, where: str = "") -> Iterator[str]:

@@ -49,7 +49,6 @@ class LearnerSettings:
     entry_step_sizes: bool = False
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         one_of("adapt", self.adapt, get_args(Adapt))
         one_of("head", self.head, sorted(HEADS))
         layers = () if self.layers is None else self.layers

@@ -3,31 +3,32 @@
 It knows nothing of texts: :mod:`textmeta.meta.learner` gives it the losses.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from textmeta.encoder.attention import twice_differentiable
+from textmeta.encoder.attention import attention_by, plain_attention
 
-__all__ = ["LossOfStep", "inner_steps"]
+__all__ = ["LossOfStep", "Tensors", "inner_steps"]
 
-LossOfStep = Callable[[int, Mapping[str, Tensor]], Tensor]
+Tensors = Mapping[str, Tensor]  # by name
+LossOfStep = Callable[[int, Tensors], Tensor]
 
 
 def inner_steps(
     loss: LossOfStep,
-    start: Mapping[str, Tensor],
-    shared: Mapping[str, Tensor],
-    update: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Tensor], dict[str, Tensor]],
+    start: Tensors,
+    shared: Tensors,
+    update: Callable[[int, Tensors, Tensors, Tensor], dict[str, Tensor]],
     steps: int,
     *,
-    second_order_steps: int = 0,
-    checkpointed: bool = True,
-) -> Iterator[dict[str, Tensor]]:
-    """Take inner steps by any rule, the loop of all adaptation; yield the changed tensors after 0, 1, …, all steps.
+    second_order: bool,
+    checkpointed: bool,
+) -> dict[str, Tensor]:
+    """Take inner steps by any rule, the loop of all adaptation; return the changed tensors after the last.
 
     Args:
         loss: (number of the step, from 0; tensors by name, those of ``start`` and ``shared``) → (T,) losses; a task's
@@ -37,28 +38,24 @@ def inner_steps(
             is differentiated through, too, in steps of second order that are not checkpointed.
         update: (number of the step, changed tensors, their gradients, losses (T,)) → the tensors after the step.
         steps: how many.
-        second_order_steps: the last so many steps are differentiated through; before, gradients and losses are
-            constants.
+        second_order: whether the steps are differentiated through; else gradients and losses are constants.
         checkpointed: whether a step that is differentiated through is computed again in the backward pass.
     """
     fast = dict(start)
     shared = {name: value for name, value in shared.items() if name not in start}
-    yield fast
     for step in range(steps):
         own = partial(loss, step)
-        if step >= steps - second_order_steps:
+        if second_order:
             # what starts as a constant, such as the offset's zeros, still takes part in the derivatives
             fast = {n: value if value.requires_grad else value.detach().requires_grad_() for n, value in fast.items()}
             gradients, losses = _differentiable_gradients(own, fast, shared, checkpointed)
         else:
             gradients, losses = _constant_gradients(own, fast, shared)
         fast = update(step, fast, gradients, losses)
-        yield fast
+    return fast
 
 
-def _constant_gradients(
-    loss: Callable[[Mapping[str, Tensor]], Tensor], fast: Mapping[str, Tensor], shared: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor]:
+def _constant_gradients(loss: Callable[[Tensors], Tensor], fast: Tensors, shared: Tensors) -> tuple[Tensors, Tensor]:
     with torch.enable_grad():
         # nothing but the gradient in the adapted parameters is needed: cut all else off
         leaves = {name: value.detach().requires_grad_() for name, value in fast.items()}
@@ -68,16 +65,13 @@ def _constant_gradients(
 
 
 def _differentiable_gradients(
-    loss: Callable[[Mapping[str, Tensor]], Tensor],
-    fast: Mapping[str, Tensor],
-    shared: Mapping[str, Tensor],
-    checkpointed: bool,
-) -> tuple[dict[str, Tensor], Tensor]:
+    loss: Callable[[Tensors], Tensor], fast: Tensors, shared: Tensors, checkpointed: bool
+) -> tuple[Tensors, Tensor]:
     names = [*fast, *shared]
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         # set inside, so that a step run again in the backward pass uses the same attention
-        with torch.enable_grad(), twice_differentiable():
+        with torch.enable_grad(), attention_by(plain_attention):
             losses = loss(dict(zip(names, tensors, strict=True)))
             return (*torch.autograd.grad(losses.sum(), tensors[: len(fast)], create_graph=True), losses)
 

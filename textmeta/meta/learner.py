@@ -1,6 +1,6 @@
 """Learning a task: from its support set to all that its queries are classified by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
 from textmeta.encoder.lora import LORA_B, layer_of
-from textmeta.encoder.token_states import Reader, TokenStates
+from textmeta.encoder.token_states import TokenStateReader, TokenStates
 from textmeta.heads import HEADS
 from textmeta.heads.common import Examples, log_shots, mean_over_classes, temperature
 from textmeta.heads.evidence import fold_nll, folds_of, left_out_scores, mixture
@@ -21,7 +21,7 @@ from textmeta.heads.unlabelled import soft_labelled_ridge, unlabelled_weight
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch, parts_in_turn
 from textmeta.meta.initialisation import LORA
-from textmeta.meta.inner_loop import LossOfStep, inner_steps
+from textmeta.meta.inner_loop import LossOfStep, Tensors, inner_steps
 
 __all__ = ["QUERIES", "Answers", "LearnedTask", "TaskLearner"]
 
@@ -35,46 +35,25 @@ class LearnedTask:
     """All that queries are classified by, of T tasks that were learned together; after ``fit`` of one.
 
     No support text, nor its states, is in it.
-
-    Args:
-        queries: (T, V, d) pooling queries after the steps; the initial ones at (V, d) where no task took any.
-        centre: (T, V, d) of texts pooled so.
-        weights: (T, V, d, C): a text's scores are Σ_v z_v · W_v.
-        scale: (T,) temperature t of these scores.
-        names: (T, C, V, d) centred views of the names, 0 where a task has none.
-        name_centre: (T, V, d), the centre of texts that names are compared with, pooled by the initial queries.
-        name_scale: (T,) factor on the cosines to names; 0 where a task has none.
-        class_means: (T, V, d, C) prototypes, for the scope.
-        class_vectors: (T, C, d) of length 1, for comparing tasks; see
-            :class:`~textmeta.nearest.TaskEmbedding`.
-        mixture: (T, V) weights of the views.
-        classes: (T, C) bool, those that a task has.
-        present: (T, C) bool, those that have examples.
-        nll: (T,) of the mixture, of left-out examples before the steps.
-        view_nll: (T, V) of each view, likewise.
-        name_evidence: (T,) E.
-        shots: (T,) log(1 + k).
-        factors: LoRA's of each task, (T, out, in), where they were adapted; else empty, for all tasks share the
-            adapter's.
     """
 
-    queries: Tensor
-    centre: Tensor
-    weights: Tensor
-    scale: Tensor
-    names: Tensor
-    name_centre: Tensor
-    name_scale: Tensor
-    class_means: Tensor
-    class_vectors: Tensor
-    mixture: Tensor
-    classes: Tensor
-    present: Tensor
-    nll: Tensor
-    view_nll: Tensor
-    name_evidence: Tensor
-    shots: Tensor
-    factors: Mapping[str, Tensor]
+    queries: Tensor  # (T, V, d) pooling queries after the steps; the initial ones at (V, d) where no task took any
+    centre: Tensor  # (T, V, d) of texts pooled so
+    weights: Tensor  # (T, V, d, C): a text's scores are Σ_v z_v · W_v
+    scale: Tensor  # (T,) temperature t of these scores
+    names: Tensor  # (T, C, V, d) centred views of the names, 0 where a task has none
+    name_centre: Tensor  # (T, V, d) of texts that names are compared with, pooled by the initial queries
+    name_scale: Tensor  # (T,) factor on the cosines to names; 0 where a task has none
+    class_means: Tensor  # (T, V, d, C) prototypes, for the scope
+    class_vectors: Tensor  # (T, C, d) of length 1, for comparing tasks; see textmeta.nearest.TaskEmbedding
+    mixture: Tensor  # (T, V) weights of the views
+    classes: Tensor  # (T, C) bool, those that a task has
+    present: Tensor  # (T, C) bool, those that have examples
+    nll: Tensor  # (T,) of the mixture, of left-out examples before the steps
+    view_nll: Tensor  # (T, V) of each view, likewise
+    name_evidence: Tensor  # (T,) E
+    shots: Tensor  # (T,) log(1 + k)
+    factors: Tensors  # (T, out, in) LoRA's of each task, if adapted; else empty: all share the adapter's
 
     def to(self, device: torch.device) -> "LearnedTask":
         """Return the same on a device."""
@@ -86,21 +65,13 @@ class LearnedTask:
 
 @dataclass(frozen=True)
 class Answers:
-    """What is made of the queries of T tasks.
+    """What is made of the queries of T tasks."""
 
-    Args:
-        task: these.
-        logits: (T, n, C), -inf for classes that a task does not have.
-        to_names: (T, n, C) cosines to the names of classes, 0 where there are none.
-        views: (T, n, V, d) centred.
-        rule: for what is out of scope, if the adapter has one.
-    """
-
-    task: LearnedTask
-    logits: Tensor
-    to_names: Tensor
-    views: Tensor
-    rule: Tensor | None = None
+    task: LearnedTask  # these
+    logits: Tensor  # (T, n, C), -inf for classes that a task does not have
+    to_names: Tensor  # (T, n, C) cosines to the names of classes, 0 where there are none
+    views: Tensor  # (T, n, V, d) centred
+    rule: Tensor | None = None  # for what is out of scope, if the adapter has one
 
     @property
     def scope_inputs(self) -> Tensor:
@@ -123,33 +94,17 @@ class Answers:
         return None if self.rule is None else scope_probability(self.rule, self.scope_inputs)
 
 
-@dataclass(frozen=True)
-class _Adapted:
-    """What the inner steps made: (T, V, d) pooling queries, or (V, d); LoRA's factors; (T,) which tasks took steps."""
-
-    queries: Tensor
-    factors: dict[str, Tensor]
-    stepped: Tensor
-
-
 class TaskLearner:
-    """Learns tasks from their support sets, and classifies their queries.
+    """Learns tasks from their support sets, and classifies their queries: by token states of texts, and an adapter."""
 
-    Args:
-        reader: gives token states.
-        adapter: where tasks start, and how they are learned.
-    """
-
-    def __init__(self, reader: Reader, adapter: Adapter) -> None:
+    def __init__(self, reader: TokenStateReader, adapter: Adapter) -> None:
         self.reader = reader
         self.adapter = adapter
 
     def learn(self, batch: TaskBatch, second_order: bool = False) -> LearnedTask:
         """Learn T tasks together; each comes out as it would alone.
 
-        Args:
-            batch: the tasks.
-            second_order: whether to differentiate through the gradients of the inner steps; else these are constants.
+        ``second_order``: whether to differentiate through the gradients of the inner steps; else these are constants.
         """
         init, settings = self.adapter.initialisation, self.adapter.learner
         support, names, unlabelled = self._read(batch, {})
@@ -160,15 +115,15 @@ class TaskLearner:
         if batch.class_weights is not None:
             examples = replace(examples, class_weights=batch.class_weights.to(first.dtype))
         view_nll, nll, mixed = self._evidence(first, examples)
-        adapted = self._adapt_features(batch, support, examples, second_order)
-        if adapted.factors:
-            support, names, unlabelled = self._read(batch, adapted.factors)
+        queries, factors, stepped = self._adapt_features(batch, support, examples, second_order)
+        if factors:
+            support, names, unlabelled = self._read(batch, factors)
             first = batch.support.pad(pool(support, init.queries))
         extra_first = batch.unlabelled.pad(pool(unlabelled, init.queries))
         views, extra = first, extra_first
-        if adapted.queries.ndim == 3:
-            views = batch.support.pad(pool(support, adapted.queries, batch.support.row_task))
-            extra = batch.unlabelled.pad(pool(unlabelled, adapted.queries, batch.unlabelled.row_task))
+        if queries.ndim == 3:
+            views = batch.support.pad(pool(support, queries, batch.support.row_task))
+            extra = batch.unlabelled.pad(pool(unlabelled, queries, batch.unlabelled.row_task))
 
         middle = self._centre(batch, examples, views, extra)
         first_middle = self._centre(batch, examples, first, extra_first)
@@ -178,29 +133,24 @@ class TaskLearner:
         name_rows = replace(batch.names, there=pad(batch.names.there, (0, more)))
         name_views = name_rows.pad(pool(names, init.queries))
         name_z, name_scale, evidence = self._names(batch.ways, name_rows.there, name_views, examples, first_z)
-        scale = temperature(init.temperature, log_shots(examples), batch.ways, adapted.stepped, nll)
+        shots = log_shots(examples)
+        scale = temperature(init.temperature, shots, batch.ways, stepped, nll)
         weights = HEADS[settings.head](support_z, mixed, examples, init.log_penalty.exp())
         if batch.unlabelled.texts and settings.head == "ridge":
             by_name = name_scores(extra_first_z, name_z, init.name_view_weights.softmax(0))
             by_name = name_scale[:, None, None] * by_name
             there = batch.unlabelled.there.to(views.dtype)
+            penalty = init.log_penalty.exp()
+            share = unlabelled_weight(init.unlabelled_weight, shots, examples, there.sum(1))
             weights = soft_labelled_ridge(
-                weights,
-                support_z,
-                extra_z,
-                there,
-                mixed,
-                examples,
-                init.log_penalty.exp(),
-                unlabelled_weight(init.unlabelled_weight, log_shots(examples), examples, there.sum(1)),
-                lambda w: scale[:, None, None] * torch.einsum("trvd,tvdc->trc", extra_z, w) + by_name,
+                weights, support_z, extra_z, there, examples, mixed, penalty, share, scale, by_name
             )
         if settings.adapt == "offset":
             weights = self._adapt_offset(support_z, weights, scale, examples, second_order)
         # of the upper view the mean of each class, or its name where it has no example
         sums = torch.einsum("tn,tnc,tnd->tcd", examples.weights, examples.member, first[:, :, -1])
         return LearnedTask(
-            queries=adapted.queries,
+            queries=queries,
             centre=middle,
             weights=weights,
             scale=scale,
@@ -215,17 +165,12 @@ class TaskLearner:
             nll=nll,
             view_nll=view_nll,
             name_evidence=evidence,
-            shots=log_shots(examples),
-            factors=adapted.factors,
+            shots=shots,
+            factors=factors,
         )
 
     def answer(self, task: LearnedTask, queries: Rows) -> Answers:
-        """Classify queries; what a query gets does not depend on the others.
-
-        Args:
-            task: T learned tasks.
-            queries: of these.
-        """
+        """Classify the queries of T learned tasks; what a query gets does not depend on the others."""
         init = self.adapter.initialisation
         of_task = (task.factors, queries.row_task) if task.factors else (init.lora,)
         states = self.reader.read(queries.texts, *of_task)
@@ -256,7 +201,7 @@ class TaskLearner:
         rule = self.adapter.scope
         return Answers(task, logits.masked_fill(~task.classes[:, None], -torch.inf), to_names, z, rule)
 
-    def _read(self, batch: TaskBatch, factors: Mapping[str, Tensor]) -> tuple[TokenStates, TokenStates, TokenStates]:
+    def _read(self, batch: TaskBatch, factors: Tensors) -> tuple[TokenStates, TokenStates, TokenStates]:
         """Read support texts, names and unlabelled texts together; ``factors`` are LoRA's of each task, if adapted."""
         groups = (batch.support, batch.names, batch.unlabelled)
         texts = [text for group in groups for text in group.texts]
@@ -321,8 +266,11 @@ class TaskLearner:
 
     def _adapt_features(
         self, batch: TaskBatch, states: TokenStates, examples: Examples, second_order: bool
-    ) -> _Adapted:
-        """Take the inner steps on pooling queries and LoRA, whichever are adapted."""
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Take the inner steps on pooling queries and LoRA, whichever are adapted.
+
+        Returns (T, V, d) pooling queries, or (V, d) if none changed; LoRA's factors; and (T,) which tasks took steps.
+        """
         init, settings = self.adapter.initialisation, self.adapter.learner
         can_learn = (examples.member.sum(1) >= 2).sum(1) >= 2
         tasks = len(batch.ways)
@@ -336,7 +284,7 @@ class TaskLearner:
             start |= {LORA + name: value.expand(tasks, -1, -1) for name, value in adapted.items()}
         if not start or not settings.steps or not can_learn.any():
             offset = settings.adapt == "offset" and settings.steps > 0  # whose loss two examples in all can lower
-            return _Adapted(init.queries, {}, (examples.present.sum(1) >= 2) & offset)
+            return init.queries, {}, (examples.present.sum(1) >= 2) & offset
         shared = {LORA + name: value for name, value in init.lora.items()} if with_lora else {}
         shared |= {QUERIES: init.queries, "scale": init.loss_log_scale, "weights": init.loss_view_weights}
         parts = parts_in_turn(batch, examples, settings.steps)
@@ -351,7 +299,7 @@ class TaskLearner:
         whole = with_lora and parts[0][2] is None
         entered = list(self.reader.entering(batch.support.texts)) if whole else None
 
-        def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        def loss(step: int, tensors: Tensors) -> Tensor:
             rows, _, chosen = parts[step]
             if with_lora:
                 factors = {name: tensors[LORA + name] for name in init.lora}
@@ -368,12 +316,12 @@ class TaskLearner:
         kept = can_learn[:, None, None]
         queries = torch.where(kept, last[QUERIES], start[QUERIES]) if QUERIES in last else init.queries
         if not with_lora:
-            return _Adapted(queries, {}, can_learn)
+            return queries, {}, can_learn
         factors = {
             name: torch.where(kept, last[LORA + name], value) if LORA + name in last else value.expand(tasks, -1, -1)
             for name, value in init.lora.items()
         }
-        return _Adapted(queries, factors, can_learn)
+        return queries, factors, can_learn
 
     def _adapt_offset(
         self, support: Tensor, weights: Tensor, scale: Tensor, examples: Examples, second_order: bool
@@ -384,7 +332,7 @@ class TaskLearner:
         """
         own = examples.member.argmax(-1)[..., None]
 
-        def loss(step: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        def loss(step: int, tensors: Tensors) -> Tensor:
             own_weights = tensors["weights"] + tensors[OFFSET].view_as(weights)
             scores = torch.einsum("tnvd,tvdc->tnc", tensors["support"], own_weights)
             logits = (tensors["scale"][:, None, None] * scores).masked_fill(~examples.present[:, None], -torch.inf)
@@ -400,8 +348,8 @@ class TaskLearner:
     def _steps(
         self,
         loss: LossOfStep,
-        start: Mapping[str, Tensor],
-        shared: Mapping[str, Tensor],
+        start: Tensors,
+        shared: Tensors,
         examples: Examples,
         second_order: bool,
         checkpointed: bool,
@@ -419,9 +367,7 @@ class TaskLearner:
         for name in start.keys() - log_sizes.keys():
             log_sizes[name] = init.lora_log_step_sizes[:, layers.index(layer_of(name.removeprefix(LORA)))]  # (J,)
 
-        def update(
-            step: int, fast: Mapping[str, Tensor], gradients: Mapping[str, Tensor], losses: Tensor
-        ) -> dict[str, Tensor]:
+        def update(step: int, fast: Tensors, gradients: Tensors, losses: Tensor) -> dict[str, Tensor]:
             far = gate * losses.clamp(max=1.0)  # (T,)
             moved = {}
             for name, value in fast.items():
@@ -435,8 +381,4 @@ class TaskLearner:
                 moved[name] = value - far[:, None, None] * size * direction - pull * (value - start[name])
             return moved
 
-        second = steps if second_order else 0
-        *_, last = inner_steps(
-            loss, start, shared, update, steps, second_order_steps=second, checkpointed=second_order and checkpointed
-        )
-        return last
+        return inner_steps(loss, start, shared, update, steps, second_order=second_order, checkpointed=checkpointed)

@@ -81,7 +81,6 @@ class MetaTrainer:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if isinstance(self.encoder, str):
             object.__setattr__(self, "encoder", EncoderSettings(self.encoder))
         object.__setattr__(self, "fixed", (self.fixed,) if isinstance(self.fixed, str) else tuple(self.fixed))
@@ -155,7 +154,7 @@ class MetaTrainer:
             if run.accelerator.is_main_process and logger.isEnabledFor(logging.INFO) and not run.is_over(state):
                 logger.info(plan_of(run, state, keep=cache is None))
             texts = (corpus.texts for corpus in run.corpora)
-            reader.cache(*texts, folder=cache and at_home(cache), progress=True, together=True)
+            reader.cache(*texts, folder=cache and at_home(cache), progress=True)
             found = run.loop(state)
         record = {"settings": run.fingerprint, "sources": [dict(corpus.source) for corpus in run.corpora]}
         made = run.adapter.initialisation.with_tensors(found)
