@@ -154,7 +154,7 @@ class MetaTrainer:
             if run.accelerator.is_main_process and logger.isEnabledFor(logging.INFO) and not run.is_over(state):
                 logger.info(plan_of(run, state, keep=cache is None))
             texts = (corpus.texts for corpus in run.corpora)
-            reader.cache(*texts, folder=cache and at_home(cache), progress=True)
+            reader.cache(*texts, folder=cache and at_home(cache))
             found = run.loop(state)
         record = {"settings": run.fingerprint, "sources": [dict(corpus.source) for corpus in run.corpora]}
         made = run.adapter.initialisation.with_tensors(found)
