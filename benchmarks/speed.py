@@ -272,7 +272,7 @@ def learning_rows(data_dir: Path, repeats: int) -> Iterator[list[str]]:
     """
     adapter, _ = load_adapter(SHIPPED)
     reader, init = adapter.load_reader(), adapter.initialisation
-    leaves = {name: value.requires_grad_() for name, value in init.tensors().items()}
+    leaves = {name: value.clone().requires_grad_() for name, value in init.tensors().items()}
     whole = TaskLearner(reader, replace(adapter, initialisation=init.with_tensors(leaves)))
 
     def episodes(ways: int, shots: int, count: int) -> list[Episode]:

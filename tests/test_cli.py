@@ -2,10 +2,12 @@
 
 import csv
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -27,6 +29,7 @@ from textmeta.heads import HEADS
 from textmeta.meta import trainer
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.initialisation import LearnerSettings
+from textmeta.progress import progress_bar
 from textmeta.sharing.store import load_adapter
 from textmeta.training import parsed, train_parser
 
@@ -393,3 +396,20 @@ def test_the_command_is_installed_and_lists_its_commands(capsys: Shown) -> None:
         assert ended.value.code == code
         shown = capsys.readouterr()
         assert told in (shown.err if code else shown.out)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_speaks_for_all(rank: str, capsys: Shown, monkeypatch: Any) -> None:
+    def work(_: object) -> None:
+        warnings.warn("a warning", stacklevel=1)
+        for _ in progress_bar(2, "a bar", "step", over=range(2)):
+            pass
+
+    monkeypatch.setattr("textmeta.training.train", work)
+    monkeypatch.setenv("RANK", rank)
+    main(["train"])
+    said = capsys.readouterr().err
+    heard = ["a warning" in said, "a bar" in said, logging.getLogger("textmeta").isEnabledFor(logging.WARNING)]
+    assert heard == [rank == "0"] * 3
+    logging.getLogger("textmeta").setLevel(logging.WARNING)  # as it was

@@ -33,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     logging.basicConfig(format="%(message)s")
     level = logging.INFO if given[:1] == ["train"] else logging.WARNING
-    # of several processes the first speaks for all
-    logging.getLogger("textmeta").setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes the first does so for all
+    logging.getLogger("textmeta").setLevel(level if speaks else logging.ERROR)
     told: set[str] = set()
 
     def show_once(message: Warning | str, *_: Any, **__: Any) -> None:
         """Show a warning in one line, and others of its words not again, whatever their numbers."""
         beginning = re.split(r"\d", str(message))[0]
-        if beginning not in told:
+        if speaks and beginning not in told:
             told.add(beginning)
             print(f"textmeta: {' '.join(str(message).split())}", file=sys.stderr)
 

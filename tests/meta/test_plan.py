@@ -94,11 +94,12 @@ def test_what_was_measured_is_remembered_for_the_same_run(
     first, again = trainer.plan(corpus), trainer.plan(corpus)
     assert len(asked) == 1
     assert re.sub(r" \(measured 20\d\d-\d\d-\d\d \d\d:\d\d\)", "", again) == first != again
-    for kept in (tmp_path / "plans").iterdir():
-        kept.write_text("[1.0,")
-    assert "measured" not in trainer.plan(corpus)
+    for content in ("[1.0,", "[1, 2]", "null", '["a", 1, 1, 1, 1]'):
+        for kept in (tmp_path / "plans").iterdir():
+            kept.write_text(content)
+        assert "measured" not in trainer.plan(corpus)
     replace(trainer, seed=1).plan(corpus)
-    assert len(asked) == 3
+    assert len(asked) == 6
 
 
 @pytest.mark.parametrize("adapt", ["pooling", "lora"])
@@ -222,6 +223,8 @@ def test_a_run_that_goes_on_may_write_over_its_own_files(
     monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     train(tiny_model, corpus, tmp_path)
     assert len(rows_of(tmp_path)) == 6
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "corpus.csv").write_text("carried over " * 10**5)
     with pytest.raises(SettingsError, match=r"take about 0.1 MiB, but"):
         train(tiny_model, corpus, tmp_path / "new")
 

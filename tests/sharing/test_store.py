@@ -252,6 +252,12 @@ def test_setting_that_cannot_be_is_named(folder: Path, place: str, change: dict[
     assert re.search(rf"{META}: .*{place}.*{next(iter(change))}", refused(folder, naming=META), re.DOTALL)
 
 
+@pytest.mark.parametrize("key", ["encoder", "lora", "learner", "record", "versions", "index", "encoder_sha256"])
+def test_part_that_is_missing_is_refused(folder: Path, key: str) -> None:
+    rewrite_json(folder, META, lambda meta: meta.pop(key))
+    assert key in refused(folder, naming=META)
+
+
 # The encoder
 
 

@@ -116,7 +116,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         saved = {name: told[name] for name in ("settings", "sha256", *NUMBERS)}
         if saved["sha256"] != tensors_digest(tensors):
             raise ValueError("its tensors are not those that were written")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise AdapterError(f"{path} was written by another version of textmeta: it has no {error}") from error
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise AdapterError(f"cannot read the checkpoint {path}: {error}") from error
     return tensors, saved
 

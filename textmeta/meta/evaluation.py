@@ -11,7 +11,7 @@ from torch import Tensor
 
 from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import DataError, DivergedError, SettingsError
+from textmeta.errors import DataError, DivergedError, SettingsError, TextMetaError
 from textmeta.heads.pooling import pool, to_length_one
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.learner import TaskLearner
@@ -147,7 +147,9 @@ def by_parts(
                 try:
                     found.append(work(part))
                 except (RuntimeError, MemoryError) as error:
-                    raise _told(error, part) from error
+                    if told := _told(error, part):
+                        raise told from error
+                    raise
                 bar.update(len(part))
         return found
 
@@ -155,7 +157,7 @@ def by_parts(
     return shared_out(every, parts) if together else every(parts)
 
 
-def _told(error: Exception, part: Sequence[Episode]) -> Exception:
+def _told(error: Exception, part: Sequence[Episode]) -> TextMetaError | None:
     """Return what tells an error on some episodes in our words, if these have caused it."""
     where = f"{len(part)} episodes of {', '.join(sorted({e.corpus for e in part}))}"
     if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
@@ -163,7 +165,7 @@ def _told(error: Exception, part: Sequence[Episode]) -> Exception:
     if is_memory_full(error):
         texts = sum(len(e.support_texts + e.unlabelled_texts + e.query_texts) for e in part)
         return SettingsError(f"scoring {where}: the memory is too small for {texts} texts ({error!s:.200})")
-    return error
+    return None
 
 
 def in_parts(episodes: Sequence[Episode]) -> Iterator[list[Episode]]:

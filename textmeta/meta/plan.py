@@ -25,7 +25,7 @@ from torch import Tensor
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode
 from textmeta.errors import DataError, SettingsError, TextMetaError
-from textmeta.files import write_atomically
+from textmeta.files import CHECKPOINT, write_atomically
 from textmeta.meta.checkpoint import TrainingState
 from textmeta.meta.initialisation import LORA
 from textmeta.meta.learner import KEPT_TEXTS, QUERIES
@@ -74,13 +74,21 @@ def plan_of(run: "Run", state: TrainingState, *, keep: bool = True, remember: bo
 
 def _remembered(run: "Run", state: TrainingState) -> tuple[Sequence[float], str]:
     """Return what :func:`_measured` finds, or found when it was asked for the same on this machine, and when."""
-    processes, device = run.accelerator.num_processes, str(run.reader.encoder.device)
-    of_machine = [platform.node(), device, processes, torch.get_num_threads(), torch.__version__, version("textmeta")]
-    told = json.dumps([run.fingerprint, state.step, *of_machine])
+    process, device = run.accelerator, run.reader.encoder.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.node()
+    where = [name, str(device), process.num_processes, process.process_index, torch.get_num_threads()]
+    libraries = [version(library) for library in ("torch", "transformers", "textmeta")]
+    told = json.dumps([run.fingerprint, state.step, where, libraries])
     path = REMEMBERED / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
-    with suppress(OSError, ValueError):  # there is none, or none that is whole
-        found = json.loads(path.read_text())
-        return found, f" (measured {datetime.fromtimestamp(path.stat().st_mtime).astimezone():%Y-%m-%d %H:%M})"
+    with suppress(OSError, ValueError, TypeError):  # there is none, or none that is whole
+        step_seconds, peak, texts, frozen_seconds, kept = map(float, json.loads(path.read_text()))
+        return (
+            step_seconds,
+            int(peak),
+            int(texts),
+            frozen_seconds,
+            int(kept),
+        ), f" (measured {datetime.fromtimestamp(path.stat().st_mtime).astimezone():%Y-%m-%d %H:%M})"
     found = _measured(run, state)
     with suppress(OSError):  # then it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +184,7 @@ def bytes_of(run: "Run") -> int:
 def check_room(folder: Path, needed: int) -> int:
     """Return how many bytes are free where a folder is to be written; SettingsError if too few, or nothing can be.
 
-    What the folder holds already counts as free: a run that goes on writes over it.
+    Checkpoints in the folder count as free: a run that goes on writes over them.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
@@ -184,7 +192,7 @@ def check_room(folder: Path, needed: int) -> int:
             file.write(bytes(4096))
             file.flush()
         free = shutil.disk_usage(there).free
-        free += sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if there == folder else 0
+        free += sum(path.stat().st_size for path in folder.glob(f"{Path(CHECKPOINT).stem}.*"))
     except OSError as error:
         raise SettingsError(f"nothing can be written to {folder}: {there}: {error.strerror}") from error
     if free < needed:

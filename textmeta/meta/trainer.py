@@ -247,6 +247,4 @@ class MetaTrainer:
             "corpora": [corpus.summary for corpus in corpora],
             "valid": [corpus.summary for corpus in valid],
         }
-        if not self.patience:  # nor had those of before it
-            del told["patience"]
         return json.loads(json.dumps(told))  # type: ignore[no-any-return]
