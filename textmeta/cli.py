@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from textmeta.errors import AdapterError, TextMetaError, TrainingInterrupted
+from textmeta.progress import is_first_process
 
 __all__ = ["main"]
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
     logging.basicConfig(format="%(message)s")
     level = logging.INFO if given[:1] == ["train"] else logging.WARNING
-    speaks = os.environ.get("RANK", "0") == "0"  # of several processes the first does so for all
+    speaks = is_first_process()
     logging.getLogger("textmeta").setLevel(level if speaks else logging.ERROR)
     told: set[str] = set()
 

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-__all__ = ["progress_bar"]
+__all__ = ["is_first_process", "progress_bar"]
 
 BAR_AFTER = 5.0  # seconds that brief work may take without a bar
 LINE_EVERY = 30.0  # seconds
@@ -26,6 +26,11 @@ class _Lines(TextIOBase):
         return len(text)
 
 
+def is_first_process() -> bool:
+    """Whether this is the one that speaks for all, of several processes that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def progress_bar(
     total: int | None,
     label: str | None,
@@ -37,10 +42,9 @@ def progress_bar(
 ) -> tqdm:
     """Return a tqdm of ``total`` units, with rate and remaining time; without a label it shows nothing.
 
-    Of several processes that torchrun or accelerate started, the first shows it. One that is ``brief`` shows after some
-    seconds alone, and is gone at its end.
+    Of several processes the first shows it. One that is ``brief`` shows after some seconds, and is gone at its end.
     """
-    disable = label is None or os.environ.get("RANK", "0") != "0"
+    disable = label is None or not is_first_process()
     how: dict[str, Any] = {"leave": not brief, "delay": BAR_AFTER * brief, "disable": disable}
     if not (sys.stderr and sys.stderr.isatty()) and "ipykernel" not in sys.modules:  # which can show a bar, too
         how |= {"file": _Lines(sys.stderr), "ncols": 0, "mininterval": LINE_EVERY, "maxinterval": LINE_EVERY}
