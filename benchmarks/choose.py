@@ -3,6 +3,7 @@
     python benchmarks/choose.py --data-dir DATA                        # the table
     python benchmarks/choose.py --data-dir DATA --by-corpus
     python benchmarks/choose.py --data-dir DATA --run --adapters runs/core/base-0 --variants plain names
+    python benchmarks/choose.py --data-dir DATA --run --ways 20 --variants plain names   # of corpora with so many classes
 
 Episodes are the same for every method: 5 ways (all classes of a corpus with fewer), 5 queries a class, 256 tokens (0.1
 at its own 64). Differences are paired by episode; intervals are of 95 %, over episodes, of means over corpora.
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import scores
-from cells import SHOTS, VARIANTS, cells_of, choose_corpora
+from cells import SHOTS, VARIANTS, WAYS, cells_of, choose_corpora
 from contestants import Contestant, contestant_runs
 from measure import Options, markdown
 from runs import do_missing, read_lines
@@ -48,6 +49,8 @@ def table(found: Mapping[str, scores.Cells]) -> Iterator[str]:
             rivals = {other: [f"{other} @ {adapter}"]}
         if variant == "names-alone":
             rivals = {"cosine of text and name": ["names-last-256"]}
+        if " ways=" in variant:  # other episodes
+            continue
         if " " in variant:  # what is done otherwise is compared with what is usual
             usual = variant.partition(" ")[0]
             rivals = {usual: [f"{usual} @ {adapter}"]}
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--corpora", nargs="+", help="some of them; by default all")
     parser.add_argument("--shots", type=int, nargs="+", default=list(SHOTS))
+    parser.add_argument("--ways", type=int, default=WAYS, help="other than the usual, of corpora with so many classes")
     parser.add_argument("--episodes", type=int, default=EPISODES)
     parser.add_argument("--adapt", choices=("none", "pooling", "lora", "pooling+lora"), help="not the adapter's own")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="of the encoder's matrix products")
@@ -103,12 +107,15 @@ def main() -> None:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
         folders = arguments.adapters or [SHIPPED]
         suffix = f" adapt={arguments.adapt}" if arguments.adapt else ""
+        suffix += f" ways={arguments.ways}" if arguments.ways != WAYS else ""
         contestants = [
             Contestant(folder, changes, arguments.precision, arguments.cache, suffix=suffix) for folder in folders
         ]
         for who in contestants:
             who.check_alone(lines)
-        cells = cells_of(choose_corpora(arguments.data_dir, arguments.corpora), arguments.shots)
+        cells = cells_of(choose_corpora(arguments.data_dir, arguments.corpora), arguments.shots, arguments.ways)
+        if arguments.ways != WAYS:
+            cells = (cell for cell in cells if len(cell.corpus.class_names) >= arguments.ways)
         runs = contestant_runs(cells, contestants, arguments.variants, arguments.episodes, CHUNK)
         do_missing(runs, lines, arguments.results)
     names = [FIRST, *(folder.name for folder in arguments.adapters or [SHIPPED])]
