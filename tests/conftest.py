@@ -25,8 +25,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from tests.given import LABELS, SUPPORT, adapter_of
 from tests.hub.fixture import hub  # noqa: F401 - a fixture
-from textmeta import estimator
+from textmeta import Adapter, FewShotClassifier, estimator
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
 from textmeta.encoder.encoder import Encoder, EncoderSettings
@@ -110,6 +111,39 @@ def corpus() -> Corpus:
 def sampler(corpus: Corpus) -> EpisodeSampler:
     """3-way 3-shot episodes of the toy corpus."""
     return EpisodeSampler(corpus, EpisodeSettings(3, 3, 4), seed=0)
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model: str) -> Adapter:
+    """An adapter of the tiny encoder, as meta-training leaves one."""
+    return adapter_of(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def shared(adapter: Adapter) -> FewShotClassifier:
+    """A classifier that has loaded its encoder."""
+    return FewShotClassifier(adapter).fit(SUPPORT, LABELS)
+
+
+@pytest.fixture
+def classifier(shared: FewShotClassifier) -> FewShotClassifier:
+    """One that is not fitted, with the encoder of the shared one."""
+    return FewShotClassifier(shared.adapter)
+
+
+@pytest.fixture
+def fitted(classifier: FewShotClassifier) -> FewShotClassifier:
+    return classifier.fit(SUPPORT, LABELS)
+
+
+@pytest.fixture(scope="session")
+def plain() -> Corpus:
+    """5 classes of 24 texts, each of words from its class's own three: random weights are enough to tell them apart."""
+    rng = np.random.default_rng(0)
+    own = {letter: [letter + ending for ending in ("al", "er", "os")] for letter in "bdfgk"}
+    labels = [letter for letter in own for _ in range(24)]
+    texts = [" ".join(rng.choice(own[label], rng.integers(3, 9))) for label in labels]
+    return Corpus.from_pairs("plain", texts, labels)
 
 
 def write_rows(path: Path, corpus: Corpus, names: Sequence[str] | None = None) -> Path:

@@ -15,8 +15,8 @@ from transformers import BertConfig, BertModel
 import textmeta
 from tests.conftest import save_tiny_model
 from tests.encoder.given import LANGUAGES, SIZES, TARGETS, hidden_states, rows_of, save_family, save_multilingual
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS
 from tests.hub.server import HubServer
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import Adapter, FewShotClassifier
 from textmeta.cli import main
 from textmeta.encoder.encoder import device_of
@@ -29,9 +29,8 @@ POOLING, PROMPTS = "1_Pooling/config.json", "config_sentence_transformers.json"
 
 
 @pytest.fixture
-def default(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
+def default(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
     """The adapter that comes with textmeta, here one of the tiny encoder."""
-    adapter = adapter_of(tiny_model)
     save_adapter(tmp_path / "shipped" / "minilm-general", adapter)
     monkeypatch.setattr(locate, "SHIPPED", tmp_path / "shipped")
     general._say_once.cache_clear()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import write_rows
-from tests.test_classifier import adapter_of
+from tests.given import adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings

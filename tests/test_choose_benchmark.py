@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import write_rows
 from tests.data.test_episodes import numbered
-from tests.test_classifier import adapter_of
+from tests.given import adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
 from textmeta.meta import evaluation
@@ -134,22 +134,6 @@ def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
 
     found = choose.scores.accuracies([line(0), line(4)])
     assert found["plain @ x"]["a", 1].tolist() == [20, 40]
-
-
-def test_arms_are_compared_with_the_base_arm(benchmark: Callable[[str], ModuleType]) -> None:
-    ablation = benchmark("ablation")
-    rng = np.random.default_rng(0)
-    hard = rng.uniform(20, 90, 200)
-    keys = [("a", shots) for shots in (1, 2, 5, 10)]
-    found = {
-        "plain @ base": dict.fromkeys(keys, hard),
-        "plain @ steps-3": {key: hard + 2 + rng.normal(0, 0.1, 200) for key in keys},
-        "names @ base": dict.fromkeys(keys, hard + 5),
-    }
-    rows = {row[0]: row[1:] for row in ablation.rows(found, ["a"])}
-    assert float(rows["steps-3"][4].split()[0]) == pytest.approx(2, abs=0.03)
-    assert float(rows["base, with names"][0].split()[0]) == pytest.approx(hard.mean() + 5, abs=0.01)
-    assert float(rows["base, with names"][4].split()[0]) == 5
 
 
 # Episodes with unlabelled texts

@@ -10,8 +10,8 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeavePGroupsOut, cross_val_score
 from sklearn.utils.class_weight import compute_class_weight
 
+from tests.given import LABELS, SUPPORT, TEXTS
 from tests.heads.given import examples_of, random
-from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
 from textmeta import FewShotClassifier
 from textmeta.errors import DataError, SettingsError
 from textmeta.heads.common import Examples
@@ -19,11 +19,6 @@ from textmeta.heads.ridge import ridge
 
 LESS, FEWER = [*SUPPORT[:4], SUPPORT[4]], list("bbffk")
 UNLABELLED = ["bal fim", "kut bel"]
-
-
-@pytest.fixture(scope="module")
-def classifier(tiny_model: str) -> FewShotClassifier:
-    return FewShotClassifier(adapter_of(tiny_model))
 
 
 def answers(classifier: FewShotClassifier, weight: Any, texts: list[str], labels: list[Any], **more: Any) -> np.ndarray:

@@ -25,92 +25,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
-from transformers import AutoModel, AutoTokenizer
 
+from tests.given import LABELS, NAMES, RULE, SUPPORT, TEXTS, adapter_of, task
 from tests.hub.server import TOKEN, HubServer
-from textmeta import Adapter, Corpus, FewShotClassifier, estimator, similarity
+from textmeta import Corpus, FewShotClassifier, estimator, similarity
 from textmeta.classifier import NotFittedError
-from textmeta.encoder.encoder import Encoder, EncoderSettings, best_precision
-from textmeta.encoder.lora import LoraSettings
-from textmeta.encoder.token_states import TokenStateReader
+from textmeta.encoder.encoder import best_precision
 from textmeta.errors import AdapterError, DataError, HubError, SettingsError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import Rows, TaskBatch
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.nearest import index_corpora
 from textmeta.sharing import locate
 from textmeta.sharing.store import load_adapter, save_adapter
 
-RULE = torch.tensor([4.0, 3.0, 0.5, 0.3, -0.4, 0.2, -0.3, -2.0])
-SUPPORT = ["bal bel bil", "bam ben", "fim fon", "fal fel fil fol", "kut kon", "kel kas kim"]
-LABELS = list("bbffkk")
-NAMES = {"b": "bum", "f": "fon", "k": "kel"}
-TEXTS = ["bal bel", "fim fon gur dal kes", "bal", "kut kut dal fim bel bol bun bam ban", "dis dur", ""]
-
-
-def adapter_of(model: str, *, scope: torch.Tensor | None = RULE, **settings: Any) -> Adapter:
-    """Return an adapter of the tiny encoder as meta-training leaves one: LoRA, queries and centre are not 0."""
-    learner = LearnerSettings(**{"steps": 3, **settings})
-    encoder = Encoder(EncoderSettings(model, max_length=32), LoraSettings(rank=4))
-    reader = TokenStateReader(encoder, learner.layers)
-    learner = replace(learner, layers=reader.layers)
-    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, learner, seed=0)
-    random = torch.Generator().manual_seed(0)
-    learned = {
-        name: value + 0.05 * torch.randn(value.shape, generator=random)
-        for name, value in start.tensors().items()
-        if ".lora_B." in name or name in ("queries", "centre", "name_centre")
-    }
-    adapter = Adapter.of(reader, learner, start.with_tensors({**start.tensors(), **learned}))
-    return replace(adapter, scope=scope, record={"episodes": 7})
-
-
-@pytest.fixture(scope="module")
-def plain() -> Corpus:
-    """5 classes of 24 texts, each of words from its class's own three: random weights are enough to tell them apart."""
-    rng = np.random.default_rng(0)
-    own = {letter: [letter + ending for ending in ("al", "er", "os")] for letter in "bdfgk"}
-    labels = [letter for letter in own for _ in range(24)]
-    texts = [" ".join(rng.choice(own[label], rng.integers(3, 9))) for label in labels]
-    return Corpus.from_pairs("plain", texts, labels)
-
-
-@pytest.fixture(scope="module")
-def shared(tiny_model: str) -> FewShotClassifier:
-    """A classifier that has loaded its encoder."""
-    return FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
-
-
-@pytest.fixture
-def classifier(shared: FewShotClassifier) -> FewShotClassifier:
-    """One that is not fitted, with the encoder of the shared one."""
-    return FewShotClassifier(shared.adapter)
-
-
-@pytest.fixture
-def fitted(classifier: FewShotClassifier) -> FewShotClassifier:
-    return classifier.fit(SUPPORT, LABELS)
-
-
-def task(corpus: Corpus, names: list[str], shots: int) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Return support texts and labels, and the other texts of the classes with theirs."""
-    support, query = [], []
-    for name in names:
-        rows = corpus.rows_of(corpus.class_names.index(name)).tolist()
-        support += [(corpus.texts[row], name) for row in rows[:shots]]
-        query += [(corpus.texts[row], name) for row in rows[shots:]]
-    return [t for t, _ in support], [n for _, n in support], [t for t, _ in query], [n for _, n in query]
-
-
 # What it is for
-
-
-@pytest.mark.parametrize(("shots", "least"), [(1, 0.5), (8, 0.7)])
-def test_accuracy_is_clearly_above_chance(
-    classifier: FewShotClassifier, plain: Corpus, shots: int, least: float
-) -> None:
-    texts, labels, queries, true = task(plain, list(plain.class_names), shots)
-    assert classifier.fit(texts, labels).score(queries, true) > least  # of 5 classes
 
 
 @pytest.mark.parametrize(
@@ -152,45 +80,6 @@ def test_fit_and_predict_do_what_training_does(
     np.testing.assert_allclose(classifier.predict_proba(TEXTS), expected, rtol=0, atol=1e-6)
     in_scope = 1 / (1 + np.exp(-(answers.scope_inputs[0].numpy() @ RULE[:-1].numpy() + float(RULE[-1]))))
     np.testing.assert_allclose(classifier.scope_score(TEXTS), in_scope, rtol=0, atol=1e-6)
-
-
-def plain_probabilities(clf: FewShotClassifier, model: Any, tokens: Any) -> torch.Tensor:
-    """Return (classes,) by a forward of one text through transformers' own model, and the formulas of docs/core.md."""
-    task, init = clf._now().task, clf.adapter.initialisation
-    with torch.no_grad():
-        states = model(**tokens, output_hidden_states=True).hidden_states
-    scores = torch.zeros(len(clf.classes_))
-    for view, layer in enumerate(clf.adapter.learner.layers):
-        hidden = states[layer][0]
-        for queries, centre, of_classes in (
-            (task.queries[0], task.centre, task.scale * task.weights[0, view].T),
-            (
-                init.queries,
-                task.name_centre,
-                task.name_scale * init.name_view_weights.softmax(0)[view] * task.names[0, :, view],
-            ),
-        ):
-            normed = hidden / (hidden.square().mean(1, keepdim=True) + 1e-6).sqrt()
-            pooled = (normed @ queries[view] / hidden.shape[1] ** 0.5).softmax(0) @ hidden
-            scores += of_classes @ unit(unit(pooled) - centre[0, view])
-    return scores.softmax(0)
-
-
-def unit(vector: torch.Tensor) -> torch.Tensor:
-    return vector / vector.norm()
-
-
-def test_an_answer_is_that_of_a_plain_forward_of_the_text_alone(
-    tiny_model: str, corpus: Corpus, tmp_path: Path
-) -> None:
-    clf = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS, label_names=NAMES)
-    clf.merge(tmp_path / "merged")
-    texts = [*TEXTS, *corpus.texts[:20]]
-    model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModel, AutoTokenizer))
-    tokens = [tokenizer(text, truncation=True, max_length=32, return_tensors="pt") for text in texts]
-    expected = torch.stack([plain_probabilities(clf, model, own) for own in tokens])
-    for _ in range(2):  # what is kept of the first changes nothing
-        np.testing.assert_allclose(clf.predict_proba(texts), expected, rtol=0, atol=1e-5)
 
 
 def test_bfloat16_is_used_where_it_is_faster(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

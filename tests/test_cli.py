@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from tests.conftest import write_rows
+from tests.given import LABELS, SUPPORT, TEXTS
 from tests.hub.server import TOKEN, HubServer
 from tests.sharing.made import rewrite_json
-from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
 from textmeta import Corpus, CorpusSettings, FewShotClassifier
 from textmeta.cli import main
 from textmeta.encoder.encoder import EncoderSettings
@@ -37,9 +37,8 @@ Shown = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def adapter(tiny_model: str, tmp_path: Path) -> Path:
-    fitted = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
-    fitted.save_pretrained(tmp_path / "adapter", include_support="texts")
+def folder(shared: FewShotClassifier, tmp_path: Path) -> Path:
+    shared.save_pretrained(tmp_path / "adapter", include_support="texts")
     return tmp_path / "adapter"
 
 
@@ -174,12 +173,11 @@ def test_a_lopsided_corpus_is_trained_on(run: Callable[..., Path], tmp_path: Pat
     assert "(not used: '1000', '1001', " in caplog.text
 
 
-def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adapter: Path, tmp_path: Path) -> None:
+def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, folder: Path, tmp_path: Path) -> None:
     """Its LoRA's settings are taken, and what is not learned stays as it was there."""
     fixed = ["--fixed", '["lora."]', "--lora.rank", "2"]
     made, start = (
-        load_adapter(folder)[0]
-        for folder in (run(tmp_path / "run", "--data", data, "--start", adapter, *fixed), adapter)
+        load_adapter(place)[0] for place in (run(tmp_path / "run", "--data", data, "--start", folder, *fixed), folder)
     )
     assert (made.lora, made.learner) == (start.lora, start.learner)
     lora = start.initialisation.lora
@@ -331,14 +329,14 @@ def test_value_that_cannot_be_used_is_named(tmp_path: Path, capsys: Shown, given
 # info and push
 
 
-def test_push_and_info(hub: HubServer, adapter: Path, tiny_model: str, capsys: Shown, monkeypatch: Any) -> None:
+def test_push_and_info(hub: HubServer, folder: Path, tiny_model: str, capsys: Shown, monkeypatch: Any) -> None:
     hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    main(["push", str(adapter), "tester/mine", "--base-model", "lab/tiny", "--message", "hello"])
+    main(["push", str(folder), "tester/mine", "--base-model", "lab/tiny", "--message", "hello"])
     assert capsys.readouterr().out.startswith(f"{hub.url}/tester/mine/commit/")
-    pushed, kept = (FewShotClassifier.from_pretrained(name) for name in ("tester/mine", adapter))
+    pushed, kept = (FewShotClassifier.from_pretrained(name) for name in ("tester/mine", folder))
     np.testing.assert_array_equal(pushed.predict_proba(TEXTS), kept.predict_proba(TEXTS))
-    for name in ("tester/mine", str(adapter)):
+    for name in ("tester/mine", str(folder)):
         main(["info", name])
         shown = capsys.readouterr().out
         for part in (r"what +fitted classifier", r"classes +3: b, f, k", r"support +6 texts stored, readable by any"):
@@ -348,35 +346,37 @@ def test_push_and_info(hub: HubServer, adapter: Path, tiny_model: str, capsys: S
 
 @pytest.mark.parametrize("command", [["info"], ["push", "owner/name"]], ids=["info", "push"])
 def test_no_adapter_and_a_damaged_one_end_the_command_in_a_line(
-    adapter: Path, capsys: Shown, command: list[str]
+    folder: Path, capsys: Shown, command: list[str]
 ) -> None:
-    os.truncate(adapter / "adapter_model.safetensors", 100)
-    for given, told in ((adapter, "adapter_model.safetensors is damaged"), ("no/such/place", "no/such/place")):
+    os.truncate(folder / "adapter_model.safetensors", 100)
+    for given, told in ((folder, "adapter_model.safetensors is damaged"), ("no/such/place", "no/such/place")):
         assert told in failure([command[0], given, *command[1:]], capsys)
 
 
-def test_info_shows_nothing_that_a_terminal_acts_on(tiny_model: str, tmp_path: Path, capsys: Shown) -> None:
-    fitted = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT[:4], ["a\x1b[2J", "c\nwhole", "c\nwhole", "d"])
-    fitted.save_pretrained(tmp_path / "adapter")
+def test_info_shows_nothing_that_a_terminal_acts_on(
+    classifier: FewShotClassifier, tmp_path: Path, capsys: Shown
+) -> None:
+    classifier.fit(SUPPORT[:4], ["a\x1b[2J", "c\nwhole", "c\nwhole", "d"])
+    classifier.save_pretrained(tmp_path / "adapter")
     main(["info", str(tmp_path / "adapter")])
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\nwhole" not in shown
 
 
-def test_info_of_a_folder_that_is_older_than_some_settings(adapter: Path, capsys: Shown) -> None:
-    rewrite_json(adapter, "textmeta.json", lambda meta: (meta["encoder"].pop("long_texts"), meta.pop("prompt")))
-    main(["info", str(adapter)])
+def test_info_of_a_folder_that_is_older_than_some_settings(folder: Path, capsys: Shown) -> None:
+    rewrite_json(folder, "textmeta.json", lambda meta: (meta["encoder"].pop("long_texts"), meta.pop("prompt")))
+    main(["info", str(folder)])
     assert "texts are cut at 32 tokens" in capsys.readouterr().out
 
 
-def test_info_loads_no_more_than_it_needs(adapter: Path) -> None:
+def test_info_loads_no_more_than_it_needs(folder: Path) -> None:
     heavy = ["torch", "datasets", "transformers", "peft", "jsonargparse"]
     program = (
         "import sys; from textmeta.cli import main; main(['info', sys.argv[1]])\n"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
-    command = [sys.executable, "-c", program, str(adapter)]
+    command = [sys.executable, "-c", program, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -16,7 +16,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS
 from tests.test_cli import Shown, failure
 from tests.test_readme import ROOT
 from textmeta import FewShotClassifier
@@ -28,10 +28,10 @@ ROWS = [{"id": str(number), "text": text, "note": 'a "b", ü'} for number, text 
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(shared: FewShotClassifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fitted classifier."""
     path = tmp_path_factory.mktemp("commands") / "fitted"
-    FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS).save_pretrained(path)
+    shared.save_pretrained(path)
     return path
 
 
@@ -151,9 +151,9 @@ def test_predict_writes_into_a_pipe_that_is_named_as_output(folder: Path, tmp_pa
     os.close(reader)
 
 
-def test_labels_keep_their_type_in_json(tiny_model: str, tmp_path: Path, capsys: Shown) -> None:
+def test_labels_keep_their_type_in_json(classifier: FewShotClassifier, tmp_path: Path, capsys: Shown) -> None:
     numbers = [ord(label) for label in LABELS]
-    FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, numbers).save_pretrained(tmp_path / "m")
+    classifier.fit(SUPPORT, numbers).save_pretrained(tmp_path / "m")
     (tmp_path / "a.txt").write_text("bal bel bil\n", encoding="utf-8")
     run("predict", tmp_path / "m", tmp_path / "a.txt")
     assert json.loads(capsys.readouterr().out)["predicted"] == ord("b")

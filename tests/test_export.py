@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from tests.conftest import WORDS, save_tiny_model
 from tests.encoder.given import FAMILIES, UNSPLIT, save_family
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import Adapter, FewShotClassifier
 from textmeta.encoder.pretrained import CARRIED_PACKAGE
 from textmeta.errors import AdapterError, DataError, EncoderError, SettingsError
@@ -29,11 +29,6 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_predict.py"
 # The first words are of the classes; of every length up to where they are cut, and in any order.
 MANY = [" ".join(WORDS[start : start + 1 + start * 11 % 40]) for start in range(60)]
 OWN = ("deberta-v3", "modernbert", "eurobert")  # the others are exported as one of these, or as BERT
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model: str) -> Adapter:
-    return adapter_of(tiny_model)
 
 
 @pytest.fixture(scope="module")

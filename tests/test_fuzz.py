@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS
 from tests.sharing.made import make_index
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
-from textmeta import FewShotClassifier, TextMetaError
+from textmeta import Adapter, FewShotClassifier, TextMetaError
 
 TRIES = 300
 
@@ -144,8 +144,8 @@ ALWAYS = {"texts", "labels", "label", "folder", "repo_id", "name"}
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_model: str) -> FewShotClassifier:
-    return FewShotClassifier(replace(adapter_of(tiny_model), index=make_index())).fit(SUPPORT, LABELS)
+def shared(adapter: Adapter) -> FewShotClassifier:
+    return FewShotClassifier(replace(adapter, index=make_index())).fit(SUPPORT, LABELS)
 
 
 @pytest.mark.filterwarnings("ignore")

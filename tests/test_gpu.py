@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
+from tests.given import LABELS, SUPPORT, TEXTS, adapter_of
 from textmeta import FewShotClassifier, MetaTrainer
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler

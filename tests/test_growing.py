@@ -13,8 +13,8 @@ import pytest
 import torch
 from sklearn.base import clone
 
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from tests.sharing.made import rewrite_json, rewrite_tensors
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import FewShotClassifier
 from textmeta.classifier import NotFittedError
 from textmeta.cli import main
@@ -23,11 +23,6 @@ from textmeta.errors import AdapterError, DataError, EncoderError, SettingsError
 MORE, MORE_LABELS = ["gal gel", "gur dos gam", "bel bul"], ["g", "g", "b"]
 UNLABELLED = ["bal bul bol", "fam fom fum", "kam kom gom"]
 CODES = [7, 7, 8, 8, 9, 9]
-
-
-@pytest.fixture(scope="module")
-def shared(tiny_model: str) -> FewShotClassifier:
-    return FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_classifier import LABELS, SUPPORT, adapter_of
+from tests.given import LABELS, SUPPORT, adapter_of
 from textmeta import Adapter, FewShotClassifier
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
@@ -18,11 +18,6 @@ from textmeta.heads.pooling import pool, to_length_one
 LENGTH = 10  # tokens: 8 words between [CLS] and [SEP]
 LONG = "bal bel fim fon kut kon bal kel fim gur dal kes dis dur bel bol bun bam ban"  # 19 words
 SHORT = "fim fon"
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model: str) -> Adapter:
-    return adapter_of(tiny_model)
 
 
 def of(adapter: Adapter, **settings: Any) -> FewShotClassifier:

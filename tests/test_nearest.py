@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_classifier import adapter_of
+from textmeta import Adapter
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
@@ -20,8 +20,7 @@ SIZE = 8
 
 
 @pytest.fixture(scope="module")
-def learner(tiny_model: str) -> TaskLearner:
-    adapter = adapter_of(tiny_model)
+def learner(adapter: Adapter) -> TaskLearner:
     return TaskLearner(adapter.load_reader(), adapter)
 
 

@@ -21,8 +21,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import WORDS, write_rows
-from tests.meta.test_trainer import LEARNER, SHORT, on_each_step, rows_of, set_constants, train
-from tests.test_classifier import adapter_of
+from tests.given import adapter_of
+from tests.meta.runs import LEARNER, SHORT, on_each_step, rows_of, set_constants, train_on
 from textmeta import processes
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import Encoder
@@ -65,7 +65,7 @@ def together(
         trainer.Encoder = encoder64  # type: ignore[attr-defined,misc]
         begin(number)
         try:
-            made: Adapter = train(tiny_model, corpus, folder, valid=3, start=start, **settings)
+            made: Adapter = train_on(tiny_model, corpus, folder, valid=3, start=start, **settings)
         except TextMetaError as error:
             (folder.parent / f"{number}.txt").write_text(f"{type(error).__name__}: {error}")
             os._exit(2)
@@ -156,7 +156,7 @@ def test_one_of_several_that_would_train_alone_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match="WORLD_SIZE is 2, but this process would train alone"):
-        train(tiny_model, corpus)
+        train_on(tiny_model, corpus)
 
 
 def launched(output: Path, tiny_model: str, corpus: Corpus, *more: str) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import write_rows
-from tests.test_classifier import adapter_of
+from tests.given import adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.splits import read_class_split
 from textmeta.encoder.encoder import EncoderSettings

@@ -16,16 +16,11 @@ from sklearn.base import clone
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV, cross_val_predict
 
-from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of, plain, task  # noqa: F401 - plain is a fixture
+from tests.given import LABELS, SUPPORT, TEXTS, task
 from textmeta import Adapter, Corpus, FewShotClassifier
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_model: str) -> Adapter:
-    return adapter_of(tiny_model)
-
-
-def test_a_search_takes_adapters_in_hand(adapter: Adapter, plain: Corpus) -> None:  # noqa: F811
+def test_a_search_takes_adapters_in_hand(adapter: Adapter, plain: Corpus) -> None:
     """They come through cloning as they are; the one that sees nothing in a text loses."""
     init = adapter.initialisation
     blind = init.with_tensors({**init.tensors(), "log_penalty": torch.tensor(20.0), "temperature": torch.zeros(5)})

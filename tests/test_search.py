@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from tests.conftest import write_rows
-from tests.meta.test_trainer import set_constants
+from tests.meta.runs import set_constants
 from tests.test_recipes import recipe
 from textmeta import Corpus
 from textmeta.errors import SettingsError

@@ -19,7 +19,7 @@ import torch
 from sklearn.base import clone
 
 from tests.encoder.given import save_family
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import Adapter, FewShotClassifier, predict_many
 from textmeta.classifier import NotFittedError
 from textmeta.encoder import pretrained as pretrained_module

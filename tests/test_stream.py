@@ -17,11 +17,11 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from tests.given import LABELS, SUPPORT, TEXTS
 from tests.hub.server import HubServer
-from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
 from tests.test_long_texts import LONG
 from tests.test_recipes import RECIPES
-from textmeta import FewShotClassifier, progress
+from textmeta import Adapter, FewShotClassifier, progress
 from textmeta.classifier import NotFittedError
 from textmeta.errors import DataError, SettingsError
 
@@ -29,8 +29,8 @@ MANY = [f"{first} {second}" for first in TEXTS for second in TEXTS]  # 36
 
 
 @pytest.fixture
-def fitted(tiny_model: str) -> FewShotClassifier:
-    return FewShotClassifier(adapter_of(tiny_model), batch_size=5).fit(SUPPORT, LABELS)
+def fitted(adapter: Adapter) -> FewShotClassifier:
+    return FewShotClassifier(adapter, batch_size=5).fit(SUPPORT, LABELS)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 36, 512])

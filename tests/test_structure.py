@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import textmeta
-from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
+from tests.given import LABELS, SUPPORT, TEXTS
 from textmeta import FewShotClassifier
 
 PACKAGE = Path(textmeta.__file__).parent
@@ -189,23 +189,17 @@ def entered(call: Callable[[], object]) -> tuple[dict[CodeType, str], int]:
     return found, deepest
 
 
-@pytest.fixture(scope="module")
-def classifier(tiny_model: str) -> FewShotClassifier:
-    """A classifier that has its encoder."""
-    return FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
-
-
 @pytest.mark.parametrize("unlabelled", [(), TEXTS[:-1]], ids=["plain", "unlabelled"])
-def test_fit_is_short_to_follow(classifier: FewShotClassifier, unlabelled: list[str]) -> None:
-    functions, deepest = entered(lambda: classifier.fit(SUPPORT, LABELS, unlabelled=unlabelled))
+def test_fit_is_short_to_follow(fitted: FewShotClassifier, unlabelled: list[str]) -> None:
+    functions, deepest = entered(lambda: fitted.fit(SUPPORT, LABELS, unlabelled=unlabelled))
     assert "classifier.FewShotClassifier.fit" in functions.values()
     assert len(functions) <= 81, functions
     assert len({code.co_filename for code in functions}) <= 19, functions
     assert deepest <= 9
 
 
-def test_predict_is_short_to_follow(classifier: FewShotClassifier) -> None:
-    functions, deepest = entered(lambda: classifier.predict(TEXTS))
+def test_predict_is_short_to_follow(fitted: FewShotClassifier) -> None:
+    functions, deepest = entered(lambda: fitted.predict(TEXTS))
     assert "predicting.PredictsTexts.predict" in functions.values()
     assert len(functions) <= 32, functions
     assert deepest <= 7

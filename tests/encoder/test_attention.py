@@ -1,7 +1,5 @@
 """Attention that can be differentiated twice: same values, and the choice does not outlive its block."""
 
-import threading
-
 import pytest
 import torch
 from torch import Tensor
@@ -66,30 +64,6 @@ def test_an_error_restores_the_fast_kernels(model: BertModel) -> None:
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="not implemented"):
         curvature(model, start(model))
-
-
-def test_the_choice_is_a_threads_own(model: BertModel) -> None:
-    failures: list[str] = []
-    inside = threading.Event()
-    done = threading.Event()
-
-    def other() -> None:
-        inside.wait(10)
-        try:
-            curvature(model, start(model))
-            failures.append("the other thread had second derivatives")
-        except RuntimeError:
-            pass
-        done.set()
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    with attention_by(plain_attention):
-        inside.set()
-        assert done.wait(10)
-        assert curvature(model, start(model)).isfinite().all()
-    thread.join()
-    assert not failures
 
 
 def test_eager_models_are_left_alone(model: BertModel) -> None:

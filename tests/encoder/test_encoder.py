@@ -55,17 +55,6 @@ def test_a_model_that_cannot_be_split_works_with_a_warning(
     assert_close(found, expected)
 
 
-def test_bf16_runs_the_layers_alone_in_bfloat16(encoder: Encoder) -> None:
-    coarse = Encoder(encoder.settings, encoder.lora, precision="bf16")
-    factors = {name: value.requires_grad_() for name, value in moved_factors(coarse).items()}
-    readers = [TokenStateReader(one, range(5)) for one in (coarse, encoder)]
-    found, expected = (reader.read(TEXTS, factors).unpadded() for reader in readers)
-    assert_close(found, expected, 0.15)
-    assert not torch.equal(found[0], expected[0])
-    gradients = torch.autograd.grad(sum(state.sin().mean() for state in found), list(factors.values()))
-    assert all(gradient.dtype == torch.float32 for gradient in gradients)
-
-
 def test_fp16_is_refused(tiny_model: str) -> None:
     with pytest.raises(SettingsError, match=r"'fp16': .*gradients vanish"):
         Encoder(EncoderSettings(tiny_model), precision="fp16")

@@ -143,13 +143,6 @@ def sharded(file: str) -> Callable[[Path], object]:
     return damage
 
 
-def own_code(folder: Path) -> None:
-    (folder / "modeling.py").write_text("raise SystemExit('code of the folder was run')\n")
-    auto_map = {"AutoModel": "modeling.M", "AutoConfig": "modeling.C"}
-    changed("config.json", model_type="planted", auto_map=auto_map)(folder)
-    changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling.T", None]})(folder)
-
-
 def truncated(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -166,11 +159,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle": (pickled, r"pickled weights \(pytorch_model\.bin\) are never loaded"),
     "sharded pickle": (sharded("weights.bin"), r"index\.json: expected safetensors files of its folder, found 'w"),
     "weights above": (sharded("../model.safetensors"), r"index\.json: expected .*found '\.\./model"),
-    "own code": (own_code, "trust_remote_code"),
     "truncated": (truncated, "cannot load the encoder"),
     "missing weight": (lacking, r"lacks weights, which would be random: encoder\.layer\.1\.output\.dense\.weight"),
     "adapter": (changed("adapter_config.json"), "is an adapter, not an encoder"),
-    "weights elsewhere": (changed(CONFIG, transformers_weights="../x"), f"{CONFIG}: 'transformers_weights' is '../x'"),
     "quantised": (changed(CONFIG, quantization_config={"quant_method": "x"}), f"{CONFIG}: 'quantization_config' is"),
     "kernels": (changed(CONFIG, attn_implementation="lab/x"), f"{CONFIG}: 'attn_implementation' is 'lab/x'"),
     "kernels of a part": (changed(CONFIG, part={"_attn_implementation": "lab/x"}), "'_attn_implementation' is 'lab/x'"),
@@ -197,13 +188,6 @@ def test_a_folder_that_is_not_what_it_should_be_is_refused(
     damage(folder)
     with pytest.raises(EncoderError, match=message):
         pretrained.load_pretrained(str(folder))
-
-
-def test_pickles_and_code_beside_what_is_needed_do_no_harm(folder: Path) -> None:
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
-    own_code(folder)
-    changed("config.json", model_type="bert")(folder)
-    assert pretrained.load_pretrained(str(folder))[0].config.hidden_size == 32
 
 
 @pytest.mark.parametrize(

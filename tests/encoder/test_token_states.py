@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from tests.conftest import WORDS
 from tests.encoder.given import TEXTS, assert_close, moved_factors
@@ -23,30 +22,6 @@ def test_by_default_the_upper_half_and_what_enters_it(encoder: Encoder) -> None:
     reader = TokenStateReader(encoder)
     assert (reader.layers, reader.views) == ((2, 3, 4), 3)
     assert reader.read(TEXTS[:1]).batches[0].states.shape[:2] == (1, 3)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_gradients_are_exact(encoder64: Encoder, cached: bool) -> None:
-    reader, factors = TokenStateReader(encoder64, [1, 3, 4]), moved_factors(encoder64)
-    factors = {name: value.double() for name, value in factors.items()}
-    if cached:
-        reader.cache(TEXTS)
-    generator = torch.Generator().manual_seed(0)
-    along = {name: torch.randn(v.shape, generator=generator, dtype=v.dtype) for name, v in factors.items()}
-
-    def loss(scale: float, record: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        leaves = {name: (v + scale * along[name]).requires_grad_(record) for name, v in factors.items()}
-        states = reader.read(TEXTS, leaves)
-        assert all(batch.states.requires_grad == record for batch in states.batches)
-        return torch.stack([state.sin().mean((1, 2)) @ state.new_ones(3) for state in states.unpadded()]).sum(), leaves
-
-    value, leaves = loss(0.0, record=True)
-    gradient = torch.autograd.grad(value, list(leaves.values()))
-    found = sum(float((g * a).sum()) for g, a in zip(gradient, along.values(), strict=True))
-    slope = float(loss(1e-5)[0] - loss(-1e-5)[0]) / 2e-5
-    assert abs(slope - found) < 1e-6 * abs(slope)
-    with torch.no_grad():
-        assert not reader.read(TEXTS, leaves).batches[0].states.requires_grad
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -11,8 +11,7 @@ from tests.heads.given import examples_of, random
 from textmeta.encoder.token_states import StateBatch, TokenStates
 from textmeta.heads.common import Examples
 from textmeta.heads.neighbours import neighbourhood_loss, with_company
-from textmeta.heads.pooling import centre, centred, pool
-from textmeta.heads.scope import SCOPE_INPUTS, scope_inputs, scope_probability
+from textmeta.heads.pooling import pool
 from textmeta.heads.unlabelled import soft_labels
 
 V, D = 2, 6
@@ -37,18 +36,6 @@ def test_neither_padding_nor_batches_change_anything():
 
 def test_no_texts_are_no_views():
     assert pool(TokenStates(0, ()), torch.zeros(V, D)).shape == (0, V, D)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_identical_texts_have_finite_gradients(value: float):
-    states = together([torch.full((V, 3, D), value, dtype=torch.float64)] * 4)
-    queries = torch.zeros(V, D, dtype=torch.float64, requires_grad=True)
-    views = pool(states, queries)[None]
-    examples = Examples.of(torch.tensor([[0, 0, 1, 1]]), torch.tensor([2]), torch.float64)
-    z = centred(views, centre(views, examples, torch.zeros(V, D, dtype=torch.float64), torch.tensor(0.0)))
-    assert z.isfinite().all()
-    (gradient,) = torch.autograd.grad((z * random(*z.shape)).sum(), queries)
-    assert gradient.isfinite().all()
 
 
 def loss_of(views: Tensor, examples: Examples, view_weights: Tensor, scale: float) -> Tensor:
@@ -87,31 +74,3 @@ def test_confidence_is_from_none_to_full():
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 2, dtype=torch.float64))
     assert not probabilities[1, :, 2].any()
     assert torch.autograd.grad(confidence.sum(), logits)[0].isfinite().all()
-
-
-def test_one_class_has_nothing_to_doubt():
-    probabilities, confidence = soft_labels(
-        torch.zeros(1, 2, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
-    )
-    assert probabilities.flatten().tolist() == [1.0, 1.0]
-    assert confidence.flatten().tolist() == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("texts", [0, 3])
-def test_scope_inputs_are_finite_at_zero_shots_and_without_names(texts: int):
-    nothing = torch.full((2, texts, 3), -torch.inf, dtype=torch.float64)
-    logits = random(2, texts, 3)
-    logits[1, :, 2] = -torch.inf  # two ways
-    means = nothing.clone()
-    means[1, :, 0], means[1, :, 1] = 0.4, -0.2
-    shots, ways, nll = torch.tensor([0.0, 0.7]), torch.tensor([3, 2]), torch.tensor([1.1, 0.5]).double()
-    found = scope_inputs(logits, means, nothing, torch.tensor([False, False]), nll, shots.double(), ways)
-    assert found.shape == (2, texts, len(SCOPE_INPUTS))
-    assert found.isfinite().all()
-    if texts:
-        torch.testing.assert_close(found[..., 0], logits.softmax(-1).amax(-1))
-        assert found[0, 0, 1:].tolist() == pytest.approx([0, 0, 0, 1.1, 0, math.log(3)])
-        assert found[1, 0, 1:].tolist() == pytest.approx([0.4, 0, 0, 0.5, 0.7, math.log(2)])
-    rule = random(len(SCOPE_INPUTS) + 1)
-    probabilities = scope_probability(rule, found)
-    torch.testing.assert_close(probabilities, (found @ rule[:-1] + rule[-1]).sigmoid())

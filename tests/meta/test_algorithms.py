@@ -133,18 +133,6 @@ def test_bfloat16_stays_near_float32(row: str, tiny_model: str, encoder: Encoder
 # ---------------------------------------------------------------------------------------------- one algorithm or two
 
 
-def test_without_steps_maml_fomaml_and_meta_sgd_are_the_same(encoder64: Encoder, corpus: Corpus) -> None:
-    learner = make_learner(encoder64, LearnerSettings(LAYERS, "pooling", steps=0))
-    differentiated, leaves = leaves_of(learner)
-    found = [
-        ALGORITHMS[name].gradient(differentiated, mixed_episodes(corpus), leaves)
-        for name in ("maml", "fomaml", "meta_sgd")
-    ]
-    for other in found[1:]:
-        assert torch.equal(found[0].loss, other.loss)
-        assert all(torch.equal(value, other.gradient[name]) for name, value in found[0].gradient.items())
-
-
 @pytest.mark.parametrize("adapt", ["pooling", "lora", "pooling+lora"])
 def test_a_reptile_step_is_interpolation(encoder64: Encoder, corpus: Corpus, adapt: str) -> None:
     """θ + ε mean_i(θ_i - θ), from where the steps on support and queries together end; the rest is first order."""

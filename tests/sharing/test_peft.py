@@ -11,8 +11,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from tests.given import LABELS, SUPPORT, adapter_of
 from tests.hub.server import TOKEN, HubServer
-from tests.test_classifier import LABELS, SUPPORT, adapter_of
 from textmeta import FewShotClassifier
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
