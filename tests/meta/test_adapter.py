@@ -9,32 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers.models import WordLevel
-from torch import Tensor
-from transformers import BertConfig, BertModel
 
-from tests.conftest import WORDS, save_tiny_model, tiny_tokenizer
+from tests.conftest import WORDS, tiny_tokenizer
+from tests.sharing.made import make_adapter
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.meta.adapter import Adapter
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
-
-TEXTS = ["bal bel", "bim bal fer bel fit"]
+from textmeta.meta.initialisation import LearnerSettings
 
 
 @pytest.fixture
 def adapter(encoder: Encoder) -> Adapter:
     """With LoRA that does something."""
     reader = TokenStateReader(encoder)
-    settings = LearnerSettings(reader.layers, steps=2)
-    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    moved = {n: value + 0.1 * torch.randn(value.shape, generator=generator) for n, value in start.tensors().items()}
-    return Adapter.of(reader, LearnerSettings(steps=2), start.with_tensors(moved))
-
-
-def states_of(reader: TokenStateReader, adapter: Adapter) -> Tensor:
-    return torch.cat([text.flatten() for text in reader.read(TEXTS, adapter.initialisation.lora).unpadded()])
+    return Adapter.of(reader, LearnerSettings(steps=2), make_adapter(reader).initialisation)
 
 
 def test_an_adapter_knows_its_encoder(encoder: Encoder, adapter: Adapter) -> None:
@@ -48,29 +37,6 @@ def test_an_adapter_knows_its_encoder(encoder: Encoder, adapter: Adapter) -> Non
     torch.testing.assert_close(adapter.probe.norm(dim=1), torch.ones(3))
     assert adapter.scope is None
     assert set(adapter.versions) == {"textmeta", "torch", "transformers", "peft"}
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_its_encoder_is_loaded_from_wherever_a_copy_is(
-    precision: str, encoder: Encoder, adapter: Adapter, tmp_path: Path
-) -> None:
-    shutil.copytree(encoder.settings.model, tmp_path / "copy")
-    for place in (None, str(tmp_path / "copy")):
-        reader = adapter.load_reader(precision=precision, model=place)
-        assert reader.layers == adapter.learner.layers
-        assert reader.encoder.settings == adapter.encoder  # the one that it names
-        expected, found = (states_of(each, adapter) for each in (TokenStateReader(encoder), reader))
-        if precision == "no":
-            assert torch.equal(found, expected)
-        else:
-            assert 0 < (found - expected).norm() / expected.norm() < 0.05
-
-
-def other_weights(folder: Path) -> None:
-    config = BertConfig.from_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        save_tiny_model(folder, BertModel(config, add_pooling_layer=False))
 
 
 def other_tokenizer(folder: Path) -> None:
@@ -90,7 +56,6 @@ def other_configuration(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (other_weights, "the adapter belongs to .* but the weights of .* are"),
         (other_tokenizer, "makes other features of the same texts .*: its tokenizer or configuration has changed"),
         (other_configuration, "makes other features of the same texts"),
     ],
