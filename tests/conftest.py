@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from tests.given import LABELS, SUPPORT, adapter_of
+from tests.given import LABELS, SUPPORT, Patch, adapter_of
 from tests.hub.fixture import hub  # noqa: F401 - a fixture
 from textmeta import Adapter, FewShotClassifier, estimator
 from textmeta.data.corpus import Corpus
@@ -156,14 +156,14 @@ def write_rows(path: Path, corpus: Corpus, names: Sequence[str] | None = None) -
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+def benchmark(monkeypatch: Patch) -> Callable[[str], ModuleType]:
     """Import a benchmark by its name, as it finds others when it is run."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     return importlib.import_module
 
 
 @pytest.fixture
-def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def run_script(monkeypatch: Patch) -> Callable[..., None]:
     """Run the main function of a recipe or a benchmark that is imported, as a command line with arguments would."""
 
     def run(module: ModuleType, *arguments: object) -> None:

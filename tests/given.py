@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from textmeta.data.corpus import Corpus
@@ -11,6 +12,8 @@ from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
+
+Patch, Shown, Logged = pytest.MonkeyPatch, pytest.CaptureFixture[str], pytest.LogCaptureFixture
 
 RULE = torch.tensor([4.0, 3.0, 0.5, 0.3, -0.4, 0.2, -0.3, -2.0])
 SUPPORT = ["bal bel bil", "bam ben", "fim fon", "fal fel fil fol", "kut kon", "kel kas kim"]

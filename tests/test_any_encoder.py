@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 import textmeta
 from tests.conftest import save_tiny_model
 from tests.encoder.given import LANGUAGES, SIZES, TARGETS, hidden_states, rows_of, save_family, save_multilingual
-from tests.given import LABELS, NAMES, SUPPORT, TEXTS
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Logged, Patch, Shown
 from tests.hub.server import HubServer
 from textmeta import Adapter, FewShotClassifier
 from textmeta.cli import main
@@ -29,7 +29,7 @@ POOLING, PROMPTS = "1_Pooling/config.json", "config_sentence_transformers.json"
 
 
 @pytest.fixture
-def default(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
+def default(adapter: Adapter, tmp_path: Path, monkeypatch: Patch) -> Adapter:
     """The adapter that comes with textmeta, here one of the tiny encoder."""
     save_adapter(tmp_path / "shipped" / "minilm-general", adapter)
     monkeypatch.setattr(locate, "SHIPPED", tmp_path / "shipped")
@@ -38,7 +38,7 @@ def default(adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_adapter_is_used_with_its_own_encoder_wherever_that_is(
-    default: Adapter, tiny_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    default: Adapter, tiny_model: str, tmp_path: Path, caplog: Logged
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "copy")
     expected = FewShotClassifier(default).fit(SUPPORT, LABELS).predict_proba(TEXTS)
@@ -54,9 +54,7 @@ def test_the_adapter_is_used_with_its_own_encoder_wherever_that_is(
 @pytest.mark.parametrize(
     "family", ["roberta", "electra-small", "deberta-v3", "modernbert", "eurobert", "megatron-bert"]
 )
-def test_any_encoder_works_without_an_adapter_and_says_so_once(
-    family: str, default: Adapter, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_any_encoder_works_without_an_adapter(family: str, default: Adapter, tmp_path: Path, caplog: Logged) -> None:
     folder = save_family(tmp_path / family, family)
     first, second = (FewShotClassifier(encoder=folder).fit(SUPPORT, LABELS) for _ in range(2))
     assert caplog.text.count(f"{folder} is used without an adapter") == 1
@@ -192,9 +190,7 @@ def test_the_adapter_of_from_pretrained_is_its_name(tiny_model: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["xlm-roberta", "eurobert"])
-def test_any_language_goes_from_files_to_answers(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_any_language_from_files_to_answers(family: str, tmp_path: Path, monkeypatch: Patch, capsys: Shown) -> None:
     """With an encoder that is split, and one that is not: that one's LoRA has to be told where it goes."""
     monkeypatch.setattr(trainer, "CALIBRATION_EPISODES", 4)
     encoder = save_multilingual(tmp_path / "encoder", family)
@@ -229,7 +225,7 @@ def test_any_language_goes_from_files_to_answers(
 # Devices
 
 
-def test_the_device_is_what_there_is(default: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_what_there_is(default: Adapter, monkeypatch: Patch) -> None:
     assert FewShotClassifier().device is None
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr("torch.cuda.is_available", lambda there=cuda: there)

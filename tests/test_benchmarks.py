@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import write_rows
-from tests.given import adapter_of
+from tests.given import Patch, Shown, adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
@@ -26,7 +26,7 @@ def toy(corpus: Corpus, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("adapt", ["pooling", "lora"])
 def test_the_engine_returns_the_gradient_of_a_plain_loop(
-    adapt: str, benchmark, run_script, toy: Path, tiny_model: str, capsys: pytest.CaptureFixture[str]
+    adapt: str, benchmark, run_script, toy: Path, tiny_model: str, capsys: Shown
 ) -> None:
     arguments = ["--data", toy, "--model", tiny_model, "--tasks=2", "--repeats=1", "--adapt", adapt, "--threads=1"]
     run_script(benchmark("engine"), *arguments)
@@ -40,7 +40,7 @@ def test_the_engine_returns_the_gradient_of_a_plain_loop(
 
 @pytest.mark.slow
 def test_an_arm_is_trained_and_another_goes_on_from_it(
-    benchmark, run_script, toy: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark, run_script, toy: Path, tiny_model: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     core = benchmark("ablation")
     monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
@@ -69,9 +69,7 @@ def test_an_arm_is_trained_and_another_goes_on_from_it(
     assert not without["centre"].any()
 
 
-def test_scope_scores_tell_other_classes(
-    benchmark, run_script, toy: Path, tiny_model: str, tmp_path: Path, capsys
-) -> None:
+def test_scopes_tell_other_classes(benchmark, run_script, toy: Path, tiny_model: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "choose").mkdir()
     toy.rename(tmp_path / "choose" / "toy.jsonl")
     adapter = adapter_of(tiny_model, scope=torch.eye(8)[0])  # the largest probability alone tells

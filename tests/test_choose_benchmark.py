@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import write_rows
 from tests.data.test_episodes import numbered
-from tests.given import adapter_of
+from tests.given import Patch, Shown, adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
 from textmeta.meta import evaluation
@@ -49,8 +49,8 @@ def record(
     adapter: Path,
     run_script: Callable[..., None],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Patch,
+    capsys: Shown,
 ) -> Callable[..., str]:
     """Record 6 episodes a cell in results.jsonl, 3 a line, with further options; return what is printed."""
     monkeypatch.setattr(choose, "CHUNK", 3)
@@ -63,9 +63,7 @@ def record(
     return run
 
 
-def test_every_variant_is_recorded_once_and_told(
-    choose: ModuleType, record: Callable[..., str], tmp_path: Path
-) -> None:
+def test_every_variant_is_recorded_once(choose: ModuleType, record: Callable[..., str], tmp_path: Path) -> None:
     results, shots = tmp_path / "results.jsonl", ("--shots", "1", "5")
     out = record(*shots, "--by-corpus")
     lines = [json.loads(line) for line in results.read_text().splitlines()]
@@ -84,7 +82,7 @@ def test_every_variant_is_recorded_once_and_told(
 
 @pytest.mark.parametrize("adapt", ["pooling", "pooling+lora"])
 def test_what_is_recorded_is_what_evaluation_says(
-    choose: ModuleType, cells: ModuleType, data_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, adapt: str
+    choose: ModuleType, cells: ModuleType, data_dir: Path, adapter: Path, monkeypatch: Patch, adapt: str
 ) -> None:
     """Texts are read once a corpus, and tasks are learned together: the answers are the same."""
     (cell,) = cells.cells_of(cells.choose_corpora(data_dir), [2])
@@ -102,7 +100,7 @@ def test_what_is_recorded_is_what_evaluation_says(
 
 
 def test_what_is_changed_without_training_is_another_method(
-    choose: ModuleType, record: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    choose: ModuleType, record: Callable[..., str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(choose, "CHUNK", 6)
     results = tmp_path / "results.jsonl"

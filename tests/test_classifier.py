@@ -26,7 +26,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
-from tests.given import LABELS, NAMES, RULE, SUPPORT, TEXTS, adapter_of, task
+from tests.given import LABELS, NAMES, RULE, SUPPORT, TEXTS, Patch, adapter_of, task
 from tests.hub.server import TOKEN, HubServer
 from textmeta import Corpus, FewShotClassifier, estimator, similarity
 from textmeta.classifier import NotFittedError
@@ -53,9 +53,7 @@ from textmeta.sharing.store import load_adapter, save_adapter
     ],
     ids=str,
 )
-def test_every_learner_classifies_and_comes_back(
-    tiny_model: str, plain: Corpus, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_every_learner_classifies(tiny_model: str, plain: Corpus, tmp_path: Path, settings: dict[str, Any]) -> None:
     texts, labels, queries, true = task(plain, list(plain.class_names), 6)
     fitted = FewShotClassifier(adapter_of(tiny_model, **settings)).fit(texts, labels)
     assert fitted.score(queries, true) > 0.6
@@ -67,7 +65,7 @@ def test_every_learner_classifies_and_comes_back(
 @pytest.mark.parametrize("unlabelled", [(), TEXTS[:-1]], ids=["labelled", "unlabelled"])
 @pytest.mark.parametrize("names", [None, NAMES], ids=["no names", "names"])
 def test_fit_and_predict_do_what_training_does(
-    classifier: FewShotClassifier, names: dict[str, str] | None, unlabelled: list[str]
+    classifier: FewShotClassifier, names: Any, unlabelled: list[str]
 ) -> None:
     learner = classifier._learner
     numbers = [[0, 0, 1, 1, 2, 2]]
@@ -82,7 +80,7 @@ def test_fit_and_predict_do_what_training_does(
     np.testing.assert_allclose(classifier.scope_score(TEXTS), in_scope, rtol=0, atol=1e-6)
 
 
-def test_bfloat16_is_used_where_it_is_faster(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_used_where_it_is_faster(tiny_model: str, tmp_path: Path, monkeypatch: Patch) -> None:
     for able, expected in (({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "no"), ({}, "no")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
         assert best_precision(torch.device("cpu")) == expected
@@ -186,9 +184,7 @@ def test_a_class_may_have_a_name_alone(classifier: FewShotClassifier) -> None:
     ],
     ids=["str", "int", "float", "mixed", "int and str", "unsorted", "null", "large", "uint8", "array", "series"],
 )
-def test_labels_come_back_as_they_went_in(
-    classifier: FewShotClassifier, tmp_path: Path, labels: Any, kind: str
-) -> None:
+def test_labels_come_back_as_given(classifier: FewShotClassifier, tmp_path: Path, labels: Any, kind: str) -> None:
     texts = ["bal bel bil", "fim fon", "kut kon"]
     classifier.fit(texts, labels).save_pretrained(tmp_path)
     given = labels.tolist() if hasattr(labels, "tolist") else labels
@@ -432,9 +428,7 @@ def test_saved_classifier_is_the_same(
 
 
 @pytest.mark.parametrize("names", [NAMES, None], ids=["zero shots", "some without"])
-def test_classes_without_examples_can_be_saved(
-    classifier: FewShotClassifier, tmp_path: Path, names: dict[str, str] | None
-) -> None:
+def test_classes_without_examples_can_be_saved(classifier: FewShotClassifier, tmp_path: Path, names: Any) -> None:
     classifier.fit(label_names=names) if names else classifier.fit(SUPPORT[:3], LABELS[:3], label_names=NAMES)
     classifier.save_pretrained(tmp_path)
     loaded = FewShotClassifier.from_pretrained(tmp_path)
@@ -466,7 +460,7 @@ def test_a_name_takes_the_adapter_alone_and_loads_it_late(fitted: FewShotClassif
 
 
 def test_without_arguments_it_has_the_shipped_adapter(
-    fitted: FewShotClassifier, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted: FewShotClassifier, tiny_model: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(locate, "SHIPPED", tmp_path)
     with pytest.raises((AdapterError, HubError), match="textmeta/minilm-general"):
@@ -478,9 +472,7 @@ def test_without_arguments_it_has_the_shipped_adapter(
     assert load_adapter(tmp_path / "again")[0].record == {"episodes": 7}
 
 
-def test_paths_may_begin_at_home(
-    tiny_model: str, fitted: FewShotClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_begin_at_home(tiny_model: str, fitted: FewShotClassifier, tmp_path: Path, monkeypatch: Patch) -> None:
     home = tmp_path / "home"
     shutil.copytree(tiny_model, home / "encoder")
     monkeypatch.setenv("HOME", str(home))

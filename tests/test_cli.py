@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from tests.conftest import write_rows
-from tests.given import LABELS, SUPPORT, TEXTS
+from tests.given import LABELS, SUPPORT, TEXTS, Logged, Patch, Shown
 from tests.hub.server import TOKEN, HubServer
 from tests.sharing.made import rewrite_json
 from textmeta import Corpus, CorpusSettings, FewShotClassifier
@@ -33,7 +33,7 @@ from textmeta.progress import progress_bar
 from textmeta.sharing.store import load_adapter
 from textmeta.training import parsed, train_parser
 
-Shown = pytest.CaptureFixture[str]
+Run = Callable[..., Path]
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def data(corpus: Corpus, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def run(tiny_model: str, monkeypatch: Patch) -> Run:
     """Run ``textmeta train`` with few episodes; return the output folder."""
     monkeypatch.setattr(trainer, "CALIBRATION_EPISODES", 8)
     monkeypatch.setattr(trainer, "VALIDATION_EPISODES", 2)
@@ -80,9 +80,7 @@ def failure(arguments: list[Any], capsys: Shown) -> str:
 # train
 
 
-def test_train_on_a_file_makes_an_adapter(
-    run: Callable[..., Path], data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown
-) -> None:
+def test_train_on_a_file_makes_an_adapter(run: Run, data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown) -> None:
     output = run(tmp_path / "run", "--data", data)
     shown = capsys.readouterr().out
     for row in ("1 shot: frozen prototypes", "1 shot: this adapter", "1 shot, class names: this adapter"):
@@ -116,7 +114,7 @@ def test_train_on_a_file_makes_an_adapter(
         assert re.search(f"^{line}", shown, re.M), line
 
 
-def test_the_same_command_again_takes_no_step(run: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+def test_the_same_command_again_takes_no_step(run: Run, data: Path, tmp_path: Path) -> None:
     first, _ = load_adapter(run(tmp_path / "run", "--data", data))
     record = (tmp_path / "run" / "record.jsonl").read_bytes()
     again, _ = load_adapter(run(tmp_path / "run", "--data", data))
@@ -126,7 +124,7 @@ def test_the_same_command_again_takes_no_step(run: Callable[..., Path], data: Pa
 
 
 def test_nothing_may_be_held_out_and_another_corpus_choose(
-    run: Callable[..., Path], data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown
+    run: Run, data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown
 ) -> None:
     """Both train on all classes, and so have nothing to test on."""
     valid = json.dumps([{"dataset": str(data), "name": "other"}])
@@ -139,7 +137,7 @@ def test_nothing_may_be_held_out_and_another_corpus_choose(
 
 
 def test_train_on_a_folder_and_a_file_of_several_corpora(
-    run: Callable[..., Path], data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown, caplog: Any
+    run: Run, data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown, caplog: Logged
 ) -> None:
     few, many = corpus.restrict(corpus.class_names[:3]), corpus.restrict(corpus.class_names[::-1])
     write_rows(tmp_path / "corpora" / "few.jsonl", few)
@@ -160,7 +158,7 @@ def test_train_on_a_folder_and_a_file_of_several_corpora(
     assert all("of 48 of many (" in told for told in found)
 
 
-def test_a_lopsided_corpus_is_trained_on(run: Callable[..., Path], tmp_path: Path, capsys: Shown, caplog: Any) -> None:
+def test_a_lopsided_corpus_is_trained_on(run: Run, tmp_path: Path, capsys: Shown, caplog: Logged) -> None:
     rows = [(f"bal {number}", 1) for number in range(10_000)] + [(f"kes {number}", 2) for number in range(5)]
     rows += [(f"fim {number}", 1000 + number) for number in range(100)] + [("dal " * 25_000, 2)]
     path = tmp_path / "odd.jsonl"
@@ -173,7 +171,7 @@ def test_a_lopsided_corpus_is_trained_on(run: Callable[..., Path], tmp_path: Pat
     assert "(not used: '1000', '1001', " in caplog.text
 
 
-def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, folder: Path, tmp_path: Path) -> None:
+def test_train_starts_from_an_adapter(run: Run, data: Path, folder: Path, tmp_path: Path) -> None:
     """Its LoRA's settings are taken, and what is not learned stays as it was there."""
     fixed = ["--fixed", '["lora."]', "--lora.rank", "2"]
     made, start = (
@@ -297,7 +295,7 @@ def test_one_or_several_data_and_an_encoder_by_its_name_alone(tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_unknown_name_ends_in_a_line_with_the_nearest(
+def test_unknown_name_is_told_the_nearest(
     tmp_path: Path, capsys: Shown, given: Any, unknown: str, nearest: str
 ) -> None:
     arguments = given if isinstance(given, list) else write_config(tmp_path, yaml.safe_dump(given))
@@ -329,7 +327,7 @@ def test_value_that_cannot_be_used_is_named(tmp_path: Path, capsys: Shown, given
 # info and push
 
 
-def test_push_and_info(hub: HubServer, folder: Path, tiny_model: str, capsys: Shown, monkeypatch: Any) -> None:
+def test_push_and_info(hub: HubServer, folder: Path, tiny_model: str, capsys: Shown, monkeypatch: Patch) -> None:
     hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     main(["push", str(folder), "tester/mine", "--base-model", "lab/tiny", "--message", "hello"])
@@ -345,17 +343,13 @@ def test_push_and_info(hub: HubServer, folder: Path, tiny_model: str, capsys: Sh
 
 
 @pytest.mark.parametrize("command", [["info"], ["push", "owner/name"]], ids=["info", "push"])
-def test_no_adapter_and_a_damaged_one_end_the_command_in_a_line(
-    folder: Path, capsys: Shown, command: list[str]
-) -> None:
+def test_no_adapter_and_a_damaged_one_end_in_a_line(folder: Path, capsys: Shown, command: list[str]) -> None:
     os.truncate(folder / "adapter_model.safetensors", 100)
     for given, told in ((folder, "adapter_model.safetensors is damaged"), ("no/such/place", "no/such/place")):
         assert told in failure([command[0], given, *command[1:]], capsys)
 
 
-def test_info_shows_nothing_that_a_terminal_acts_on(
-    classifier: FewShotClassifier, tmp_path: Path, capsys: Shown
-) -> None:
+def test_info_shows_nothing_a_terminal_acts_on(classifier: FewShotClassifier, tmp_path: Path, capsys: Shown) -> None:
     classifier.fit(SUPPORT[:4], ["a\x1b[2J", "c\nwhole", "c\nwhole", "d"])
     classifier.save_pretrained(tmp_path / "adapter")
     main(["info", str(tmp_path / "adapter")])
@@ -400,7 +394,7 @@ def test_the_command_is_installed_and_lists_its_commands(capsys: Shown) -> None:
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_of_several_processes_the_first_speaks_for_all(rank: str, capsys: Shown, monkeypatch: Any) -> None:
+def test_of_several_processes_the_first_speaks_for_all(rank: str, capsys: Shown, monkeypatch: Patch) -> None:
     def work(_: object) -> None:
         warnings.warn("a warning", stacklevel=1)
         for _ in progress_bar(2, "a bar", "step", over=range(2)):

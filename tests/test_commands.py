@@ -16,8 +16,8 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
-from tests.given import LABELS, NAMES, SUPPORT, TEXTS
-from tests.test_cli import Shown, failure
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Patch, Shown
+from tests.test_cli import failure
 from tests.test_readme import ROOT
 from textmeta import FewShotClassifier
 from textmeta.cli import main
@@ -93,7 +93,7 @@ def test_fit_by_names_alone(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_predict_answers_each_row(
-    folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch, source: str, to: str, piped: bool
+    folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: Patch, source: str, to: str, piped: bool
 ) -> None:
     monkeypatch.setitem(FewShotClassifier.__init__.__kwdefaults__, "batch_size", 4)
     texts = tmp_path / f"texts.{source}"
@@ -162,9 +162,7 @@ def test_labels_keep_their_type_in_json(classifier: FewShotClassifier, tmp_path:
 
 
 @pytest.mark.filterwarnings("default:predict:UserWarning")
-def test_a_warning_is_one_line_and_not_repeated(
-    folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_warning_is_one_line_once(folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: Patch) -> None:
     monkeypatch.setitem(FewShotClassifier.__init__.__kwdefaults__, "batch_size", 2)
     (tmp_path / "a.txt").write_text("你好\n世界\n你好 世界\n", encoding="utf-8")
     run("predict", folder, tmp_path / "a.txt")
@@ -264,7 +262,7 @@ def test_evaluate(folder: Path, tmp_path: Path, capsys: Shown) -> None:
     ],
 )
 def test_what_cannot_be_used_ends_in_a_line(
-    folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: Any, arguments: list[str], content: str, message: str
+    folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: Patch, arguments: list[str], content: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     written = content.encode(errors="surrogateescape")
@@ -281,7 +279,7 @@ def test_what_cannot_be_used_ends_in_a_line(
     [(KeyboardInterrupt(), 130), (TrainingInterrupted("stopped"), 130), (TrainingInterrupted("stopped", 15), 143)],
 )
 def test_interrupted_has_a_code_of_its_own(
-    folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+    folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: Patch, error: BaseException, code: int
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise error

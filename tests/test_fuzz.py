@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.given import LABELS, NAMES, SUPPORT, TEXTS
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Patch
 from tests.sharing.made import make_index
 from textmeta import Adapter, FewShotClassifier, TextMetaError
 
@@ -151,7 +151,7 @@ def shared(adapter: Adapter) -> FewShotClassifier:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", GOOD)
 def test_odd_inputs_get_an_answer_or_an_error_of_ours(
-    shared: FewShotClassifier, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: FewShotClassifier, method: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)

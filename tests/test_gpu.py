@@ -51,9 +51,7 @@ def test_meta_gradients(
     assert (found - expected).norm() < (1e-2 if precision == "no" else 0.3) * expected.norm()
 
 
-def test_an_adapter_that_was_trained_on_a_gpu_is_used_on_the_cpu(
-    tiny_model: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_an_adapter_trained_on_a_gpu_is_used_on_the_cpu(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     trainer = MetaTrainer(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4), episodes=4)
     FewShotClassifier(trainer.train([corpus], output=tmp_path / "run")).save_pretrained(tmp_path / "adapter")
     texts, labels = ["bal bel", "bel bal", "dil dol", "dol dil"], ["one", "one", "two", "two"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.base import clone
 
-from tests.given import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Shown, adapter_of
 from tests.sharing.made import rewrite_json, rewrite_tensors
 from textmeta import FewShotClassifier
 from textmeta.classifier import NotFittedError
@@ -189,9 +189,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.filterwarnings("ignore:class_weight. 'g' is no class")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_what_was_loaded_grows_by_the_settings_of_its_fit(
-    shared: FewShotClassifier, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_what_was_loaded_grows_by_settings_of_its_fit(shared: FewShotClassifier, tmp_path: Path, settings: Any) -> None:
     one = FewShotClassifier(shared.adapter, **settings).fit(SUPPORT, LABELS)
     found = loaded(one, tmp_path, "texts")
     assert found.get_params().items() >= settings.items()
@@ -234,9 +232,7 @@ def test_states_serve_every_way_to_adapt(tiny_model: str, tmp_path: Path, adapt:
     same(found, classifier.partial_fit(MORE, MORE_LABELS), 2e-3)
 
 
-def test_the_folder_holds_what_was_chosen_and_says_so(
-    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_folder_holds_what_was_chosen_and_says_so(make: Make, tmp_path: Path, capsys: Shown) -> None:
     classifier = make([*SUPPORT, "kon secretword"], [*LABELS, "k"], label_names=NAMES, unlabelled=["bal secretword"])
     told = {
         False: ("are not stored, so that no class can be added", "not stored"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.given import LABELS, SUPPORT, adapter_of
+from tests.given import LABELS, SUPPORT, Patch, adapter_of
 from textmeta import Adapter, FewShotClassifier
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
@@ -56,7 +56,7 @@ def test_cut_examples_are_told_once_with_their_rows_as_given(tiny_model: str) ->
         assert [warning.filename for warning in found] == [__file__]
 
 
-def test_each_text_is_tokenized_once(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_text_is_tokenized_once(adapter: Adapter, monkeypatch: Patch) -> None:
     one, seen = of(adapter), []
     tokenizer = one._reader.encoder.tokenizer
     call = type(tokenizer).__call__

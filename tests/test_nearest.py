@@ -67,9 +67,7 @@ def test_classes_that_a_corpus_has_too_few_of_are_missing() -> None:
     assert cosines == sorted(cosines, reverse=True)
 
 
-def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(
-    learner: TaskLearner, corpus: Corpus
-) -> None:
+def test_index_has_every_class_and_depends_on_the_seed_alone(learner: TaskLearner, corpus: Corpus) -> None:
     corpora = [corpus.restrict(corpus.class_names[:4]), corpus.restrict(corpus.class_names[4:9])]
     one, two, other = (index_corpora(learner, corpora, rows=5, seed=seed) for seed in (0, 0, 1))
     assert dict(one.classes) == {"toy": corpora[0].class_names, "toy'": corpora[1].class_names}

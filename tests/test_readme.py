@@ -14,6 +14,7 @@ import pytest
 import textmeta
 from tests.conftest import write_rows
 from tests.encoder.given import save_multilingual
+from tests.given import Patch
 from tests.hub.server import TOKEN, USER, HubServer
 from textmeta import cli, training
 from textmeta.data.bundled import load_bundled
@@ -47,9 +48,7 @@ def with_python() -> list[Any]:
 
 
 @pytest.mark.parametrize("page", with_python())
-def test_python_runs_from_top_to_bottom(
-    page: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_runs_from_top_to_bottom(page: Path, hub: HubServer, tmp_path: Path, monkeypatch: Patch) -> None:
     folder = Path(pytest.importorskip(CARRIED_PACKAGE).__file__).parent / "model"
     hub.add_repo(DEFAULT_ENCODER, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
     monkeypatch.chdir(tmp_path)
@@ -76,7 +75,7 @@ def test_python_runs_from_top_to_bottom(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_have_the_options_that_are_shown(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_have_the_options_that_are_shown(page: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(ROOT)
     for block in re.findall(r"```console\n(.*?)```", text_of(page), re.DOTALL):
         for line in block.splitlines():

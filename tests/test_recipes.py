@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import write_rows
-from tests.given import adapter_of
+from tests.given import Patch, Shown, adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.splits import read_class_split
 from textmeta.encoder.encoder import EncoderSettings
@@ -36,7 +36,7 @@ def recipe(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_configs_are_what_textmeta_train_takes(config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_configs_are_what_textmeta_train_takes(config: Path, monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.chdir(RECIPES.parent)
     settings = parsed(train_parser(), ["--config", str(config), "--output", str(tmp_path), "--algorithm=fomaml"])
     assert settings.algorithm == "fomaml"
@@ -48,9 +48,7 @@ def test_configs_are_what_textmeta_train_takes(config: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*most tokens of")  # its texts are English
-def test_demo(
-    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo(tiny_model: str, tmp_path: Path, monkeypatch: Patch, capsys: Shown) -> None:
     monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
     save_adapter(tmp_path / "shipped", adapter_of(tiny_model))
     tiny = EncoderSettings(tiny_model, max_length=32)
@@ -87,7 +85,7 @@ def test_every_corpus_of_the_general_adapter_has_a_licence() -> None:
 
 @pytest.mark.slow
 def test_the_general_adapter_is_made_again_byte_for_byte(
-    corpus: Corpus, tiny_model: str, run_script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, tiny_model: str, run_script, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Its scope is told by a run without some corpora, and its card names all with their licences."""
     general = recipe("general")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import WORDS, write_rows
-from tests.given import adapter_of
+from tests.given import Patch, adapter_of
 from textmeta import FewShotClassifier
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
@@ -25,7 +25,7 @@ FIGURE = r"[+−-]?\d+\.\d+"
 
 
 @pytest.fixture(autouse=True)
-def tiny_baselines(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tiny_model: str) -> None:
+def tiny_baselines(benchmark: Callable[[str], ModuleType], monkeypatch: Patch, tiny_model: str) -> None:
     monkeypatch.setattr(benchmark("baselines"), "encoder_folder", lambda: tiny_model)
 
 
@@ -42,7 +42,7 @@ def data_dir(corpus: Corpus, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def accuracy(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def accuracy(benchmark: Callable[[str], ModuleType], monkeypatch: Patch) -> ModuleType:
     """The benchmark on one corpus, 6 episodes a cell, 3 a line."""
     module = benchmark("accuracy")
     for name, value in {"EPISODES": 6, "CHUNK": 3, "LONG_EPISODES": 3, "QUICK_EPISODES": 3}.items():

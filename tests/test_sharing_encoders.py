@@ -19,7 +19,7 @@ import torch
 from sklearn.base import clone
 
 from tests.encoder.given import save_family
-from tests.given import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Patch, adapter_of
 from textmeta import Adapter, FewShotClassifier, predict_many
 from textmeta.classifier import NotFittedError
 from textmeta.encoder import pretrained as pretrained_module
@@ -38,7 +38,7 @@ def adapter(tiny_model: str, request: pytest.FixtureRequest) -> Adapter:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loads(monkeypatch: Patch) -> list[str]:
     """The names of the encoders that were loaded."""
     found: list[str] = []
     load = pretrained_module.load_pretrained
@@ -171,9 +171,7 @@ def test_threads_load_an_encoder_once(adapter: Adapter, loads: list[str]) -> Non
 
 
 @pytest.mark.parametrize("length", [16, 100])
-def test_a_probe_changes_nothing_that_others_read_by(
-    length: int, tiny_model: str, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_probe_changes_nothing_that_others_read_by(length: int, adapter: Adapter, monkeypatch: Patch) -> None:
     reader = FewShotClassifier(adapter, max_length=length)._reader
     tokenizer, changes = reader.encoder.tokenizer, []
     enable = type(tokenizer).set_truncation_and_padding  # type: ignore[attr-defined]
@@ -201,7 +199,7 @@ def test_a_probe_changes_nothing_that_others_read_by(
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def reads(monkeypatch: Patch) -> list[str]:
     """The texts that an encoder has read."""
     found: list[str] = []
     lower = TokenStateReader._id_batches

@@ -1,7 +1,6 @@
 """What is told of corpora before training."""
 
-import pytest
-
+from tests.given import Logged
 from textmeta.data.corpus import Corpus
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.data.overview import log_corpora, warn_of_overlap
@@ -15,7 +14,7 @@ def corpus_of(name: str, words: str = "ab", rows: int = 5, more: list[tuple[str,
     return Corpus.from_pairs(name, *zip(*pairs, strict=True))
 
 
-def told_of(corpora: list[Corpus], caplog: pytest.LogCaptureFixture) -> list[str]:
+def told_of(corpora: list[Corpus], caplog: Logged) -> list[str]:
     caplog.clear()
     with caplog.at_level("INFO", "textmeta"):
         log_corpora(corpora, MixedEpisodes(corpora, 0).corpora)
@@ -23,7 +22,7 @@ def told_of(corpora: list[Corpus], caplog: pytest.LogCaptureFixture) -> list[str
     return message.splitlines()
 
 
-def test_what_is_left_out_of_a_corpus_is_told_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_of_a_corpus_is_told_with_its_reason(caplog: Logged) -> None:
     more = [("odd x k", "x"), ("odd x k", "x"), ("Hello, you!", "x"), ("hello YOU 2", "x"), ("odd x l", "y")]
     (line,) = told_of([corpus_of("odd", more=[*more, ("p", "z"), ("q", "z"), ("r", "u")])], caplog)
     left = "3 repeated; 1 of several classes; 3 of classes with fewer than 4"
@@ -32,7 +31,7 @@ def test_what_is_left_out_of_a_corpus_is_told_with_its_reason(caplog: pytest.Log
     assert plain == "corpus plain: 10 texts, 2 classes"
 
 
-def test_letters_of_every_script_count(caplog: pytest.LogCaptureFixture) -> None:
+def test_letters_of_every_script_count(caplog: Logged) -> None:
     for pair, alike in (
         (("की बात", "का बात"), False),  # which differ in a vowel sign alone
         (("की बात?", "की  बात"), True),
@@ -46,7 +45,7 @@ def test_letters_of_every_script_count(caplog: pytest.LogCaptureFixture) -> None
         assert (ALIKE in line) is alike, pair
 
 
-def test_of_many_corpora_the_sum_and_the_odd_ones_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_of_many_corpora_the_sum_and_the_odd_ones_are_told(caplog: Logged) -> None:
     plain = [corpus_of(chr(97 + number) * 2) for number in range(21)]
     lines = told_of([*plain[:2]], caplog)
     assert [line.split(":")[0] for line in lines] == ["corpus aa", "corpus bb", "2 corpora"]
@@ -59,7 +58,7 @@ def test_of_many_corpora_the_sum_and_the_odd_ones_are_told(caplog: pytest.LogCap
     )
 
 
-def test_held_out_texts_that_are_trained_on_are_counted_by_corpus(caplog: pytest.LogCaptureFixture) -> None:
+def test_held_out_texts_that_are_trained_on_are_counted_by_corpus(caplog: Logged) -> None:
     one, two, apart = corpus_of("one"), corpus_of("two"), corpus_of("apart")
     warn_of_overlap([one, two], [apart], "test on")
     warn_of_overlap([one, two], [], "test on")

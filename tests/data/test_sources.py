@@ -11,6 +11,7 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
+from tests.given import Logged, Patch
 from tests.hub.server import TOKEN, Fault, HubServer
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpora, load_corpus
 from textmeta.data.splits import load_parts
@@ -25,7 +26,7 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def datasets_cache(tmp_path: Path, monkeypatch: Patch) -> None:
     """Keep what the tests load out of the user's cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
@@ -94,7 +95,7 @@ def test_file_of_another_kind_is_told_what_is_read(tmp_path: Path, name: str, th
         load(tmp_path / name)
 
 
-def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_rows(tmp_path / "c.csv", "csv")
     corpus = load("~/c.csv")
@@ -175,7 +176,7 @@ def test_odd_corpora_are_read_as_they_are(tmp_path: Path) -> None:
     assert list(load(path).texts) == ['two\nlines, "quoted"', "plain"]
 
 
-def test_a_folder_is_a_corpus_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_is_a_corpus_a_file(tmp_path: Path, caplog: Logged) -> None:
     for name in ("b.jsonl", "a.csv", "c.parquet"):
         write_rows(tmp_path / name, {"b.jsonl": "lines"}.get(name, name[2:]))
     for name in ("README.md", "notes.txt", "a.splits.json", ".hidden.csv"):
@@ -274,9 +275,7 @@ def test_first_rows_are_downloaded_alone(hub: HubServer) -> None:
     assert len(sizes) == len(ranges), "none without an end"
 
 
-def test_first_rows_of_a_sorted_dataset_have_few_classes_and_no_empty_one(
-    hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_first_rows_of_a_sorted_dataset_have_no_empty_class(hub: HubServer, tmp_path: Path, caplog: Logged) -> None:
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b", "c"])}
     )
@@ -299,7 +298,7 @@ def test_licence_is_what_the_card_says(hub: HubServer, written: str, found: str 
 
 
 def test_folder_of_the_same_name_is_not_taken_for_the_dataset(
-    hub: HubServer, intents: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, intents: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     (tmp_path / "lab" / "intents").mkdir(parents=True)
     (tmp_path / "lab" / "intents" / "train.jsonl").write_bytes(jsonl(REQUESTS))
@@ -332,7 +331,7 @@ def test_source_goes_with_the_parts_of_a_class_split(hub: HubServer, intents: st
     assert parts["train"][0].source == {"dataset": "lab/many", "commit": commit, "name": "many"}
 
 
-def test_offline_the_cache_serves(hub: HubServer, intents: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_cache_serves(hub: HubServer, intents: str, monkeypatch: Patch) -> None:
     online = load_corpus(CorpusSettings("lab/intents"))
     for module, name in ((constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")):
         monkeypatch.setattr(module, name, True)
@@ -344,9 +343,7 @@ def test_offline_the_cache_serves(hub: HubServer, intents: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("rows", [None, 1], ids=["whole", "streamed"])
-def test_hub_that_never_answers_is_not_waited_for(
-    hub: HubServer, intents: str, monkeypatch: pytest.MonkeyPatch, rows: int | None
-) -> None:
+def test_silent_hub_is_not_waited_for(hub: HubServer, intents: str, monkeypatch: Patch, rows: int | None) -> None:
     online = load_corpus(CorpusSettings("lab/intents"))
     monkeypatch.setattr("textmeta.data.sources.DEADLINE", 0.2)
     hub.faults.append(Fault("silence", path=".", times=10**6))
@@ -365,7 +362,7 @@ def refused(message: str, **settings: object) -> None:
         load_corpus(CorpusSettings(**settings))  # type: ignore[arg-type]
 
 
-def test_private_and_gated_datasets_say_how_to_get_in(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_and_gated_datasets_say_how_to_get_in(hub: HubServer, monkeypatch: Patch) -> None:
     hub.add_repo("tester/private", {"train.jsonl": jsonl(REQUESTS)}, repo_type="dataset", private=True)
     refused(r"'tester/private'.*private and no token was given: log in with `hf auth login`", dataset="tester/private")
     hub.add_repo("lab/gated", {"train.jsonl": jsonl(REQUESTS)}, repo_type="dataset", gated=True)

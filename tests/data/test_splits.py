@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.given import Logged
 from textmeta.data.corpus import CorpusSettings
 from textmeta.data.splits import PARTS, ClassSplit, draw_class_split, load_parts, read_class_split
 from textmeta.errors import DataError
@@ -101,9 +102,7 @@ def test_small_file_is_told_what_holding_classes_out_needs(tmp_path: Path, class
     assert told in str(caught.value)
 
 
-def test_of_several_corpora_those_with_few_classes_are_trained_on_whole(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_of_several_corpora_those_with_few_classes_are_trained_on_whole(tmp_path: Path, caplog: Logged) -> None:
     for name, classes, further in (("a", 8, 0), ("b", 3, 4), ("c", 9, 8)):
         corpus_file(tmp_path, classes, 10, name, further)
     with caplog.at_level("INFO", "textmeta"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.encoder.given import TEXTS, assert_close, moved_factors, save_family
+from tests.given import Logged, Patch
 from textmeta.encoder import encoder as module
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
@@ -15,7 +16,7 @@ from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import EncoderError, SettingsError
 
 
-def test_what_an_encoder_says_of_itself(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_encoder_says_of_itself(tiny_model: str, monkeypatch: Patch) -> None:
     monkeypatch.chdir(Path(tiny_model).parent)
     encoder = Encoder(EncoderSettings(Path(tiny_model).name, max_length=20), LoraSettings(layers=1))
     assert encoder.settings == EncoderSettings(tiny_model, max_length=20), "good from any folder"
@@ -36,9 +37,7 @@ def test_nothing_but_the_factors_gets_a_gradient(encoder: Encoder) -> None:
         assert not half.training
 
 
-def test_a_model_that_cannot_be_split_works_with_a_warning(
-    encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_split_works_and_warns(encoder: Encoder, caplog: Logged, monkeypatch: Patch) -> None:
     class Wrong(torch.nn.Module):
         """Stands in for embeddings that add something of their own: the halves are not the whole."""
 

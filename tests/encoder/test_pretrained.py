@@ -17,12 +17,13 @@ from transformers import AutoModel
 
 import textmeta.encoder.pretrained as pretrained
 from tests.conftest import tiny_tokenizer
+from tests.given import Logged, Patch
 from tests.hub.server import Fault, HubServer
 from textmeta.errors import EncoderError
 
 
 @pytest.fixture
-def carried(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def carried(tiny_model: str, tmp_path: Path, monkeypatch: Patch) -> Path:
     """A package that carries the tiny model, in place of the demo extra's, and an empty Hub cache."""
     folder = tmp_path / "site" / "carrying_package" / "model"
     folder.mkdir(parents=True)
@@ -39,9 +40,7 @@ def carried(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     sys.modules.pop("carrying_package", None)
 
 
-def test_the_carried_copy_is_used_where_the_hub_is_out_of_reach(
-    carried: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_carried_copy_is_used_where_the_hub_is_out_of_reach(carried: Path, caplog: Logged) -> None:
     with caplog.at_level(logging.INFO):
         model, _ = (pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)[0] for _ in range(2))
     assert caplog.text.count("using the copy carried by the package carrying_package") == 1
@@ -57,9 +56,7 @@ def test_a_hub_that_never_answers_is_not_asked_where_the_copy_is_carried(hub: Hu
     assert not hub.requests
 
 
-def test_the_default_encoder_is_taken_from_the_cache_before_anything_else(
-    hub: HubServer, carried: Path, tiny_model: str
-) -> None:
+def test_the_default_encoder_is_taken_from_the_cache_first(hub: HubServer, carried: Path, tiny_model: str) -> None:
     files = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
     commit = hub.add_repo(pretrained.DEFAULT_ENCODER, files)
     assert pretrained.load_pretrained(pretrained.DEFAULT_ENCODER, "main").commit == commit
@@ -82,7 +79,7 @@ def test_a_revision_that_was_asked_for_is_not_replaced_by_the_carried_copy(carri
         pretrained.load_pretrained(pretrained.DEFAULT_ENCODER, "abc")
 
 
-def test_without_the_extra_the_message_says_what_to_install(carried: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_message_says_what_to_install(carried: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(pretrained, "CARRIED_PACKAGE", "no_such_package")
     with pytest.raises(EncoderError, match=r"pip install 'textmeta\[demo\]'"):
         pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)
@@ -181,9 +178,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), FOLDERS.values(), ids=FOLDERS)
-def test_a_folder_that_is_not_what_it_should_be_is_refused(
-    folder: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_a_folder_that_is_no_encoder_is_refused(folder: Path, damage: Callable[[Path], object], message: str) -> None:
     pretrained.load_pretrained(str(folder))
     damage(folder)
     with pytest.raises(EncoderError, match=message):
@@ -201,9 +196,7 @@ def test_a_folder_that_is_not_what_it_should_be_is_refused(
         ({}, ""),
     ],
 )
-def test_a_pooling_that_is_not_followed_is_told(
-    pooling: dict[str, object], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_pooling_not_followed_is_told(pooling: dict[str, object], told: str, tmp_path: Path, caplog: Logged) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     for _ in range(2):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import WORDS
 from tests.encoder.given import TEXTS, assert_close, moved_factors
+from tests.given import Patch
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader, TokenStates, length_buckets
@@ -25,9 +26,7 @@ def test_by_default_the_upper_half_and_what_enters_it(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_weights_with_lora_are_made_once_and_anew_when_factors_change(
-    tiny_model: str, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_with_lora_are_made_once_for_factors(tiny_model: str, precision: str, monkeypatch: Patch) -> None:
     encoder = Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4), precision=precision)
     made: list[int] = []
     add = torch.addmm
@@ -82,9 +81,7 @@ def test_no_texts(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4], [1, 4], [0, 1], [2]])
-def test_cache_keeps_half_precision(
-    encoder: Encoder, layers: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_keeps_half_precision(encoder: Encoder, layers: list[int], tmp_path: Path, monkeypatch: Patch) -> None:
     fresh, one, two = (TokenStateReader(encoder, layers) for _ in range(3))
     one.cache(TEXTS)
     two.cache([*reversed(TEXTS), *TEXTS], folder=tmp_path)
@@ -103,7 +100,7 @@ def test_cache_keeps_half_precision(
     assert all(map(torch.equal, found, one.read(TEXTS, factors).unpadded()))
 
 
-def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: Patch) -> None:
     states = encoder.states
     monkeypatch.setattr(encoder, "states", lambda *given, **how: tuple(1e5 * part for part in states(*given, **how)))
     reader = TokenStateReader(encoder, [2])
@@ -114,7 +111,7 @@ def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: pytest
     torch.testing.assert_close(found, before.clamp(-65504, 65504), rtol=1e-3, atol=0.1)
 
 
-def test_cache_in_a_folder_serves_other_runs(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_in_a_folder_serves_other_runs(encoder: Encoder, tmp_path: Path, monkeypatch: Patch) -> None:
     one, two, three = (TokenStateReader(encoder, layers) for layers in ([1, 4], [1, 4], [0, 4]))
     one.cache(TEXTS, folder=tmp_path)
     found = one.read(TEXTS, moved_factors(encoder)).unpadded()

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 
+from tests.given import Patch
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
@@ -27,7 +27,7 @@ SHORT = {"CALIBRATION_EPISODES": 2, "WARMUP": 2, "CHECKPOINT_EVERY": 2}
 Train = Callable[..., Adapter]
 
 
-def set_constants(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
+def set_constants(monkeypatch: Patch, **values: int) -> None:
     """Change constants of training, in the module that has each."""
     for name, value in values.items():
         monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer_module, name, value)
@@ -67,9 +67,7 @@ def assert_same(one: Adapter, two: Adapter) -> None:
     assert one.record == two.record
 
 
-def on_each_step(
-    monkeypatch: pytest.MonkeyPatch, algorithm: str, action: Callable[[int, Mapping[str, Tensor]], None]
-) -> None:
+def on_each_step(monkeypatch: Patch, algorithm: str, action: Callable[[int, Mapping[str, Tensor]], None]) -> None:
     """Call an action as each step begins, with the number of steps begun so far, and the tensors."""
     row, begun = ALGORITHMS[algorithm], 0
 

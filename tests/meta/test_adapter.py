@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def other_configuration(folder: Path) -> None:
     ],
 )
 def test_another_encoder_is_refused(
-    change: Callable[[Path], None], named: str, encoder: Encoder, adapter: Adapter, tmp_path: Path
+    change: Any, named: str, encoder: Encoder, adapter: Adapter, tmp_path: Path
 ) -> None:
     folder = tmp_path / "other"
     shutil.copytree(encoder.settings.model, folder)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.given import Patch
 from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, make_task, texts_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode
@@ -59,9 +60,7 @@ def mixed_episodes(corpus: Corpus) -> list[Episode]:
 
 
 @each_row
-def test_gradients_are_finite_complete_and_repeatable_and_change_nothing(
-    row: str, encoder: Encoder, corpus: Corpus
-) -> None:
+def test_gradients_are_finite_whole_repeatable_and_change_nothing(row: str, encoder: Encoder, corpus: Corpus) -> None:
     learner, leaves = leaves_of(learner_of(row, encoder, torch.float32))  # as in training
     before = {name: value.detach().clone() for name, value in leaves.items()}
     weights = {name: value.clone() for name, value in encoder._suffix.state_dict().items()}
@@ -163,9 +162,7 @@ def test_a_reptile_step_is_interpolation(encoder64: Encoder, corpus: Corpus, ada
 
 
 @pytest.mark.parametrize("name", ["anil", "maml"])
-def test_steps_on_the_head_or_on_pooling_read_each_text_once(
-    name: str, encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_read_each_text_once(name: str, encoder: Encoder, corpus: Corpus, monkeypatch: Patch) -> None:
     learner = learner_of(f"{name}-{'offset' if name == 'anil' else 'pooling'}", encoder, torch.float32)
     read: list[str] = []
     original = learner.reader.read

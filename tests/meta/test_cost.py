@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 
+from tests.given import Patch
 from tests.meta.given import LAYERS, leaves_of, make_learner, with_values
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
@@ -50,7 +51,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("second_order", [False, True])
 @pytest.mark.parametrize("adapt", ["pooling", "pooling+lora", "offset"])
 def test_inner_steps_never_wait(
-    adapt: Adapt, second_order: bool, encoder: Encoder, sampler: EpisodeSampler, monkeypatch: pytest.MonkeyPatch
+    adapt: Adapt, second_order: bool, encoder: Encoder, sampler: EpisodeSampler, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr("transformers.masking_utils._ignore_bidirectional_mask_sdpa", lambda *_: False)  # on a CPU
     learner = make_learner(encoder, LearnerSettings((2, 4), adapt, steps=2), torch.float32)
@@ -85,9 +86,7 @@ WAYS = (("maml", "pooling", 512), ("maml", "lora", 0))
 
 
 @pytest.mark.slow
-def test_memory_stays_the_same_over_200_steps(
-    encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_stays_the_same_over_200_steps(encoder: Encoder, corpus: Corpus, monkeypatch: Patch) -> None:
     sampler = EpisodeSampler(corpus, EpisodeSettings(2, 2, 1), seed=0)
     learners = [
         make_learner(encoder, LearnerSettings(LAYERS, adapt, steps=1), torch.float32)  # type: ignore[arg-type]

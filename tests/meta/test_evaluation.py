@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoModel
 
 from tests.conftest import tiny_tokenizer
+from tests.given import Patch
 from tests.meta.given import CPU, make_learner
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
@@ -84,9 +84,7 @@ def test_scores_are_those_of_scikit_learn(adapt: str, encoder64: Encoder, episod
     assert 0 < found.correct.mean() < 1
 
 
-def test_scores_do_not_depend_on_what_is_learned_at_once(
-    encoder64: Encoder, episodes: list[Episode], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_do_not_depend_on_the_parts(encoder64: Encoder, episodes: list[Episode], monkeypatch: Patch) -> None:
     learner = make_learner(encoder64, LearnerSettings((1, 3, 4), steps=2))
     together = score_episodes(learner, episodes)
     assert_equal(together, score_episodes(learner, episodes), exactly=True)
@@ -191,7 +189,7 @@ def test_the_table_has_a_row_a_result() -> None:
     ],
 )
 def test_errors_on_episodes_name_them(
-    error: Exception, kind: type[Exception], said: str, episodes: list[Episode], encoder64: Encoder, monkeypatch: Any
+    error: Exception, kind: type[Exception], said: str, episodes: list[Episode], encoder64: Encoder, monkeypatch: Patch
 ) -> None:
     learner = make_learner(encoder64, LearnerSettings((1, 3, 4), steps=2))
 

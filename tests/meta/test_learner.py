@@ -60,9 +60,7 @@ def in_batch_order(task: Task) -> Task:
     [*(WAYS[adapt] for adapt in ADAPTS), settings_of(steps=2, entry_step_sizes=True)],
     ids=[*ADAPTS, "meta-sgd"],
 )
-def test_each_task_is_learned_as_the_specification_says(
-    encoder64: Encoder, corpus: Corpus, settings: LearnerSettings
-) -> None:
+def test_tasks_are_learned_as_specified(encoder64: Encoder, corpus: Corpus, settings: LearnerSettings) -> None:
     learner = make_learner(encoder64, settings)
     tasks = odd_tasks(corpus)
     if "lora" in settings.adapt:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.given import Patch
 from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, make_task, with_values
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode
@@ -158,9 +159,7 @@ ALL_APART = [EXACT["maml-none"][1], EXACT["maml-pooling"][1]]
 
 
 @pytest.mark.parametrize(("name", "settings"), EXACT.values(), ids=EXACT)
-def test_every_tensor_of_the_exact_algorithms(
-    name: str, settings: LearnerSettings, encoder64: Encoder, corpus: Corpus
-) -> None:
+def test_every_tensor_is_exact(name: str, settings: LearnerSettings, encoder64: Encoder, corpus: Corpus) -> None:
     learner, episodes = make_learner(encoder64, settings), tasks(corpus)
     found = gradient_of(name, learner, episodes)
     # prototypes are made of the labelled texts alone, without a penalty, but unlabelled ones move the centre
@@ -186,9 +185,7 @@ def test_steps_on_parts_of_a_large_task(encoder64: Encoder, corpus: Corpus) -> N
 
 
 @pytest.mark.parametrize("adapt", ["lora", "pooling+lora"])
-def test_steps_that_are_computed_again_have_the_same_gradient(
-    adapt: str, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_computed_again_are_the_same(adapt: str, encoder64: Encoder, corpus: Corpus, monkeypatch: Patch) -> None:
     """In all that is learned: log step sizes, the loss's scale and its view weights, too."""
     settings = LearnerSettings(LAYERS, adapt, steps=3)  # type: ignore[arg-type]
     learner, episodes = make_learner(encoder64, settings), tasks(corpus)
@@ -212,7 +209,7 @@ def test_steps_that_are_computed_again_have_the_same_gradient(
             torch.testing.assert_close(other[name], value, rtol=1e-10, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def held(learner: TaskLearner, episodes: list[Episode], monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensors], float]:
+def held(learner: TaskLearner, episodes: list[Episode], monkeypatch: Patch) -> Callable[[Tensors], float]:
     """The objective with the gradients and losses of all inner steps held at what they are at the learner's tensors."""
     noted: list[tuple[Tensors, Tensor]] = []
     usual = learner_module.inner_steps
@@ -243,9 +240,7 @@ def held(learner: TaskLearner, episodes: list[Episode], monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("adapt", ["pooling", "lora", "offset"])
-def test_first_order_takes_the_inner_gradients_as_constants(
-    adapt: str, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_order_holds_inner_gradients(adapt: str, encoder64: Encoder, corpus: Corpus, monkeypatch: Patch) -> None:
     settings = LearnerSettings(LAYERS, adapt, steps=2)  # type: ignore[arg-type]
     learner, episodes = make_learner(encoder64, settings), tasks(corpus)
     found = gradient_of("fomaml", learner, episodes)
@@ -257,9 +252,7 @@ def test_first_order_takes_the_inner_gradients_as_constants(
 
 
 @pytest.mark.parametrize("adapt", ["pooling", "lora", "offset"])
-def test_the_check_tells_the_orders_apart(
-    adapt: str, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_check_tells_the_orders_apart(adapt: str, encoder64: Encoder, corpus: Corpus, monkeypatch: Patch) -> None:
     settings = LearnerSettings(LAYERS, adapt, steps=2)  # type: ignore[arg-type]
     learner, episodes = make_learner(encoder64, settings), tasks(corpus)
     first, second = (gradient_of(name, learner, episodes) for name in ("fomaml", "maml"))

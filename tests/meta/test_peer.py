@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModel, AutoTokenizer
 
+from tests.given import Patch
 from tests.heads import reference
 from tests.heads.reference import Task
 from tests.meta.given import LAYERS, batch_of, episode_of, leaves_of, make_learner, make_task
@@ -98,9 +99,7 @@ def steps_of_the_peer(second_order: bool) -> Callable[..., tuple[Tensor, Tensors
 
 
 @pytest.mark.parametrize("second_order", [False, True], ids=["fomaml", "maml"])
-def test_meta_gradients_are_the_peers(
-    second_order: bool, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_the_peers(second_order: bool, encoder64: Encoder, corpus: Corpus, monkeypatch: Patch) -> None:
     learner, leaves = leaves_of(make_learner(encoder64, LearnerSettings(LAYERS, "lora", STEPS)))
     tasks = [
         make_task(corpus, (1, 2, 3), names=True, unlabelled=3),

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from tests.conftest import WORDS, save_tiny_model, write_rows
+from tests.given import Logged, Patch, Shown
 from tests.meta.runs import LEARNER, Train, assert_same, rows_of, trainer_of
 from textmeta.cli import main
 from textmeta.data.corpus import Corpus
@@ -38,7 +39,7 @@ def corpus_of_five(corpus: Corpus) -> Corpus:
     return corpus.restrict(corpus.class_names[:5])
 
 
-def instead(monkeypatch: pytest.MonkeyPatch, change: Callable[[Gradient, Sequence[Episode]], None]) -> list[int]:
+def instead(monkeypatch: Patch, change: Callable[[Gradient, Sequence[Episode]], None]) -> list[int]:
     """Let what is learned from episodes be changed, or fail, first; return the numbers of tasks that were asked for."""
     usual, asked = ALGORITHMS["maml"].gradient, []
 
@@ -85,9 +86,7 @@ def test_the_plan_says_what_is_learned_from_what(train: Train, tiny_model: str, 
     assert re.search(r"corpora +4, 336 texts of 21 classes: 2 \(of2\) to 12 \(of12\)$", trainer.plan(many), re.M)
 
 
-def test_what_was_measured_is_remembered_for_the_same_run(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_measured_is_remembered(tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(plan_module, "REMEMBERED", tmp_path / "plans")
     asked = instead(monkeypatch, lambda *_: None)
     trainer = trainer_of(tiny_model)
@@ -104,7 +103,7 @@ def test_what_was_measured_is_remembered_for_the_same_run(
 
 @pytest.mark.parametrize("adapt", ["pooling", "lora"])
 def test_the_largest_step_is_measured_and_changes_no_bit(
-    train: Train, adapt: str, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
+    train: Train, adapt: str, corpus: Corpus, tmp_path: Path, caplog: Logged, monkeypatch
 ) -> None:
     settings = {"learner": replace(LEARNER, adapt=adapt), "tasks_per_step": 2, "episodes": 6}
     silent = train(tmp_path / "silent", **settings)
@@ -123,9 +122,7 @@ def test_the_largest_step_is_measured_and_changes_no_bit(
     assert "memory" not in caplog.text, "a run that is over"
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_prints_the_plan_alone(tiny_model: str, corpus: Corpus, tmp_path: Path, capsys: Shown) -> None:
     data = write_rows(tmp_path / "toy.jsonl", corpus)
     given = ["train", "--data", str(data), "--encoder.model", tiny_model, "--test_shots", "[1]"]
     for more in ([], ["--output", str(tmp_path / "run")]):
@@ -188,16 +185,14 @@ def test_the_memory_told_is_about_what_is_taken(algorithm: str, adapt: str, tmp_
 
 
 @pytest.mark.parametrize("place", ["file/run", "read-only/run"])
-def test_an_output_that_cannot_be_written_is_said_before(
-    place: str, tiny_model: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_an_output_that_cannot_be_written_is_told(place: str, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     os.symlink("/proc/self", tmp_path / "read-only")  # where nobody, and not root either, may make a file
     with pytest.raises(SettingsError, match=rf"nothing can be written to .*{place}: "):
         trainer_of(tiny_model).plan(corpus, output=tmp_path / place)
 
 
-def test_a_full_disk_is_said_before(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_before(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
     if os.system(f"mount -t tmpfs -o size=16k tmpfs {folder} 2> /dev/null"):
@@ -213,7 +208,7 @@ def test_a_full_disk_is_said_before(train: Train, tmp_path: Path, monkeypatch: p
 
 
 def test_a_run_that_goes_on_may_write_over_its_own_files(
-    train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     train(tmp_path, callback=lambda row: row["step"] == 1)
     needed = plan_module.bytes_of(trainer_of(tiny_model)._begin(corpus_of_five(corpus), (), tmp_path, None, None))
@@ -227,9 +222,7 @@ def test_a_run_that_goes_on_may_write_over_its_own_files(
         train(tmp_path / "new")
 
 
-def test_what_is_written_is_no_more_than_what_is_told(
-    train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_what_is_written_is_no_more_than_is_told(train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     run = trainer_of(tiny_model)._begin(corpus_of_five(corpus), (), tmp_path, None, None)
     told = plan_module.bytes_of(run)
     train(tmp_path)
@@ -237,9 +230,7 @@ def test_what_is_written_is_no_more_than_what_is_told(
     assert checkpoint < told < 4 * checkpoint
 
 
-def test_a_text_that_the_tokenizer_fails_on_is_named(
-    train: Train, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_that_the_tokenizer_fails_on_is_named(train: Train, corpus: Corpus, monkeypatch: Patch) -> None:
     usual, given = Encoder.tokenize, corpus_of_five(corpus)
 
     def tokenize(self: Encoder, texts: Sequence[str]) -> list[list[list[int]]]:
@@ -257,7 +248,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_named(
 
 @pytest.mark.parametrize("fault", ["loss", "gradient", "singular"])
 def test_a_task_that_is_not_finite_is_left_out_and_named(
-    train: Train, fault: str, corpus: Corpus, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+    train: Train, fault: str, corpus: Corpus, tmp_path: Path, monkeypatch, caplog: Logged
 ) -> None:
     (bad,) = supports(corpus, 4)
     found = []
@@ -282,9 +273,7 @@ def test_a_task_that_is_not_finite_is_left_out_and_named(
     assert "step 2: no finite loss and gradient on episode 4 of toy: left out" in caplog.text
 
 
-def test_steps_of_bad_tasks_alone_change_nothing_until_they_are_too_many(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_of_bad_tasks_change_nothing_until_too_many(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     begun = 0
 
     def break_it(gradient: MetaGradient, episodes: Sequence[Episode]) -> None:
@@ -312,9 +301,7 @@ OUT_OF_MEMORY = {
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_a_step_too_large_for_the_memory_is_halved(
-    error: str, tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_too_large_for_memory_is_halved(error: str, tiny_model: str, corpus: Corpus, monkeypatch: Patch) -> None:
     run = trainer_of(tiny_model)._begin(corpus_of_five(corpus), (), None, None, None)
     for half in (run.reader.encoder._prefix, run.reader.encoder._suffix):
         half.double()  # type: ignore[union-attr]
@@ -333,9 +320,7 @@ def test_a_step_too_large_for_the_memory_is_halved(
     torch.testing.assert_close(halved, whole, rtol=1e-6, atol=1e-9)
 
 
-def test_a_task_too_large_for_the_memory_is_named(
-    train: Train, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_too_large_for_the_memory_is_named(train: Train, corpus: Corpus, monkeypatch: Patch) -> None:
     (large,) = supports(corpus, 1)
 
     def fill(_: MetaGradient, episodes: Sequence[Episode]) -> None:
@@ -380,7 +365,7 @@ def test_memory_that_is_full_in_fact_is_told(tiny_model: str) -> None:
     assert "step 1: 2 tasks together are too much for the memory: halved" in done.stderr
 
 
-def test_other_errors_come_through(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_come_through(train: Train, monkeypatch: Patch) -> None:
     def fail(_: MetaGradient, episodes: Sequence[Episode]) -> None:
         raise RuntimeError("The size of tensor a (3) must match")
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import WORDS
+from tests.given import Patch
 from tests.meta.runs import LEARNER, Died, Train, assert_same, on_each_step, rows_of, train_on, trainer_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
@@ -51,7 +52,7 @@ def finished(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
-    train: Train, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, corpus: Corpus, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     usual, alone, seen = ALGORITHMS["maml"].gradient, [], []
     leaves: dict[str, Tensor] = {}
@@ -82,7 +83,7 @@ def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_every_algorithm_trains_and_ends_in_the_same_bits_wherever_it_is_stopped(
-    train: Train, algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, algorithm: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Once between checkpoints, and once by a signal."""
     seen: list[dict[str, Tensor]] = []
@@ -143,9 +144,7 @@ def test_an_encoder_and_a_fixed_tensor_may_be_named_alone(tiny_model: str) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_and_saves(
-    train: Train, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_stops_after_the_step_and_saves(train: Train, number: int, tmp_path: Path, monkeypatch: Patch) -> None:
     handler = signal.getsignal(number)
     on_each_step(monkeypatch, "maml", lambda begun, _: os.kill(os.getpid(), number) if begun == 2 else None)
     with pytest.raises(TrainingInterrupted, match=r"after step 3 of 6.*goes on") as stopped:
@@ -182,9 +181,7 @@ def test_another_runs_folder_is_refused_and_left_alone(
     assert (finished / CHECKPOINT).read_bytes() == before
 
 
-def test_a_checkpoint_with_other_parameters_is_refused_and_left_alone(
-    train: Train, tmp_path: Path, finished: Path
-) -> None:
+def test_a_checkpoint_of_other_parameters_is_refused_unharmed(train: Train, tmp_path: Path, finished: Path) -> None:
     """Of a version of textmeta that learned one parameter more: its moments would be those of others."""
     path, tensors = tmp_path / CHECKPOINT, {**load_file(finished / CHECKPOINT), "parameters/of_old": torch.zeros(2)}
     with safe_open(finished / CHECKPOINT, framework="pt") as file:
@@ -222,7 +219,7 @@ def test_episodes_that_what_is_learned_has_no_part_in_are_no_error(train: Train)
     assert learned.log_unlabelled_share == tensors["log_unlabelled_share"]
 
 
-def test_fixed_tensors_stay(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_tensors_stay(train: Train, monkeypatch: Patch) -> None:
     fixed = ("lora.", "queries", "log_evidence")
     seen: list[dict[str, Tensor]] = []
     on_each_step(monkeypatch, "reptile", lambda _, t: seen.append({n: v.detach().clone() for n, v in t.items()}))
@@ -284,9 +281,7 @@ def test_a_start_that_does_not_fit_is_refused(
         train(start=given)
 
 
-def test_the_best_validated_tensors_are_the_result(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_validated_tensors_are_the_result(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     accuracies, seen = iter([0.5, 0.9, 0.7]), []
 
     def scores(learner: TaskLearner, episodes: Sequence[object], *, together: bool) -> SimpleNamespace:
@@ -339,7 +334,7 @@ def test_a_trained_adapter_beats_frozen_prototypes_and_its_own_start(tiny_model:
 # -------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_diverging_run_stops_and_says_where(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverging_run_stops_and_says_where(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(outer_loop, "CHECKPOINT_EVERY", 1)
     with pytest.raises(DivergedError, match=r"step 6, on \['toy', 'toy'\]"):
         train(tmp_path, number_rate=1e30, episodes=12, tasks_per_step=2)
@@ -357,7 +352,7 @@ def test_settings_out_of_range_are_named(name: str) -> None:
         MetaTrainer(**{name: WRONG[name]})  # type: ignore[arg-type]
 
 
-def test_a_setting_that_the_algorithm_has_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_the_algorithm_has_another_way_is_refused(monkeypatch: Patch) -> None:
     monkeypatch.setitem(HEADS, "other", HEADS["ridge"])
     for algorithm in ("anil", "protonet"):
         with pytest.raises(SettingsError, match=f"{algorithm} sets the learner's head to 'prototype', given 'other'"):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import write_rows
+from tests.given import Logged, Patch, Shown
 from tests.meta.runs import Died, Train, assert_same, on_each_step, rows_of, set_constants, trainer_of
 from textmeta import progress
 from textmeta.data.corpus import Corpus
@@ -37,7 +38,7 @@ BEFORE = "checkpoint.before.safetensors"
 # ---------------------------------------------------------------------------------------------- the bar
 
 
-def test_a_bar_is_plain_lines_where_there_is_no_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_is_plain_lines_where_there_is_no_terminal(capsys: Shown, monkeypatch: Patch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with progress_bar(4, "maml", "step") as bar:
         for _ in range(4):
@@ -56,7 +57,7 @@ def test_a_bar_is_plain_lines_where_there_is_no_terminal(capsys: Any, monkeypatc
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_moves_on_a_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_moves_on_a_terminal(capsys: Shown, monkeypatch: Patch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress_bar(4, "maml", "step").close()
     assert "\rmaml:   0%|" in capsys.readouterr().err
@@ -77,7 +78,7 @@ def test_a_callback_sees_each_row_and_may_end_the_training(train: Train, tmp_pat
     assert rows_of(tmp_path / "short") == seen
 
 
-def test_trackers_get_each_row_once(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
+def test_trackers_get_each_row_once(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     for module in (trackio.sqlite_storage, trackio.utils):
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     output, track = tmp_path / "some-run", ["tensorboard", "trackio"]
@@ -103,7 +104,7 @@ def test_a_tracker_that_is_not_there_is_named(train: Train, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_curves_are_drawn_at_the_end_and_at_stops(train: Train, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+def test_curves_are_drawn_at_ends_and_stops(train: Train, tmp_path: Path, monkeypatch: Patch, caplog: Logged) -> None:
     monkeypatch.setattr(outer_loop, "draw_curves", watching.draw_curves)
     monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 2)
     picture = tmp_path / "curves.png"
@@ -142,7 +143,7 @@ def dies_at(step: int) -> Any:
     return die
 
 
-def validated(monkeypatch: pytest.MonkeyPatch, accuracies: Sequence[Sequence[float]]) -> None:
+def validated(monkeypatch: Patch, accuracies: Sequence[Sequence[float]]) -> None:
     """Validate after each step, with these accuracies of the episodes."""
     given = iter(accuracies)
     scores = lambda *_, **__: SimpleNamespace(accuracy=np.array(next(given)))  # noqa: E731
@@ -166,7 +167,7 @@ SMALL = [[0.42, 0.5, 0.61, 0.53], [0.44, 0.52, 0.63, 0.54]]  # the second is a g
     ids=["noise is no gain", "a gain", "small gains add up", "the best again is none"],
 )
 def test_training_ends_after_so_many_validations_without_a_gain(
-    train: Train, accuracies: list[list[float]], steps: int, tmp_path: Path, monkeypatch: Any
+    train: Train, accuracies: list[list[float]], steps: int, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     validated(monkeypatch, accuracies)
     found = train(tmp_path, valid=3, patience=2)
@@ -178,7 +179,7 @@ def test_training_ends_after_so_many_validations_without_a_gain(
     assert_same(train(tmp_path, valid=3, patience=2), found)  # it is over, and validates no more
 
 
-def test_patience_goes_on_to_the_bit_where_a_run_was_stopped(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
+def test_patience_goes_on_to_the_bit_where_a_run_was_stopped(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     order = [START, SURE, NOISE, START, SURE]
     validated(monkeypatch, order)
     whole = train(tmp_path / "whole", valid=3, patience=3)
@@ -204,9 +205,7 @@ def test_patience_needs_corpora_to_validate_on(train: Train) -> None:
 # ---------------------------------------------------------------------------------------------- going on
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_gives_way(train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     whole = train(tmp_path)
     record = rows_of(tmp_path)
     newest = (tmp_path / CHECKPOINT).read_bytes()
@@ -248,7 +247,7 @@ except TrainingInterrupted as stop:
 
 @pytest.mark.parametrize("stops", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_stopped_at_random_ends_in_the_same_bits(
-    train: Train, stops: int, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, stops: int, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """By SIGKILL and SIGTERM in turn."""
     points = np.sort(np.random.default_rng(31).choice(np.arange(1, 16 * stops - 10), stops, replace=False)).tolist()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.given import Patch
 from textmeta.errors import AdapterError
 from textmeta.sharing.folder import MANIFEST, check_destination, read_folder, write_folder
 
@@ -38,9 +39,7 @@ def test_manifest_is_that_of_sha256sum(tmp_path: Path) -> None:
     ]
 
 
-def test_second_save_replaces_the_files_of_the_first_and_other_files_survive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_save_replaces_the_files_of_the_first_and_others_survive(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path("adapter")
     folder.mkdir()
@@ -67,7 +66,7 @@ def test_second_save_replaces_the_files_of_the_first_and_other_files_survive(
     ],
 )
 def test_folder_that_is_no_place_for_an_adapter_is_refused_unharmed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object], message: str
+    tmp_path: Path, monkeypatch: Patch, make: Callable[[Path], object], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)  # and back afterwards
     folder = tmp_path / "project"
@@ -98,9 +97,7 @@ def test_manifest_entry_that_is_no_plain_name_is_refused(tmp_path: Path, name: s
         read_folder(folder)
 
 
-def test_disk_has_all_of_the_new_folder_before_it_takes_the_place_of_the_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_has_all_of_the_new_folder_before_it_replaces_the_old(tmp_path: Path, monkeypatch: Patch) -> None:
     write_folder(tmp_path / "adapter", OLD)
     events: list[str] = []
 
@@ -136,7 +133,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
 
 
-def test_full_or_refusing_disk_is_named_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_or_refusing_disk_is_named_and_harms_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
     folder = tmp_path / "adapter"
     write_folder(folder, OLD)
 

@@ -25,6 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.given import Patch
 from tests.sharing.made import (
     FITTED,
     LISTED,
@@ -85,7 +86,7 @@ def world(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def scene(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+def scene(world: Path, tmp_path: Path, monkeypatch: Patch) -> Scene:
     """A good scene, to be damaged; the working folder is its root, and the planted module can be imported."""
     root = tmp_path / "scene"
     for name in ("adapter", "encoder"):
@@ -421,7 +422,7 @@ FORBIDDEN: dict[str, tuple[Callable[[Scene], object], type[BaseException]]] = {
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
-def test_the_watch_sees_what_may_not_happen(scene: Scene, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watch_sees_what_may_not_happen(scene: Scene, name: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "SECONDS", 0.05 if name == "time" else SECONDS)
     act, raises = FORBIDDEN[name]
     with pytest.raises(raises), contained(scene):

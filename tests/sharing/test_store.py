@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.given import Patch
 from tests.sharing.made import (
     FITTED,
     LISTED,
@@ -77,9 +78,7 @@ def test_settings_that_are_not_the_defaults_come_back(tiny_model: str, tmp_path:
     assert found.load_reader().encoder.factor_shapes == reader.encoder.factor_shapes
 
 
-def test_saved_twice_or_loaded_and_saved_again_is_the_same_to_the_byte(
-    saved: Path, tiny_model: str, tmp_path: Path
-) -> None:
+def test_saved_twice_or_loaded_and_saved_again_is_the_same_bytes(saved: Path, tiny_model: str, tmp_path: Path) -> None:
     save(tmp_path / "twice", tiny_model)
     save_adapter(tmp_path / "again", *load_adapter(saved))
     assert contents(tmp_path / "twice") == contents(tmp_path / "again") == contents(saved)
@@ -261,9 +260,7 @@ def test_part_that_is_missing_is_refused(folder: Path, key: str) -> None:
 # The encoder
 
 
-def test_encoder_in_a_relative_folder_is_remembered_as_a_folder(
-    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encoder_in_a_relative_folder_is_remembered_as_one(tiny_model: str, tmp_path: Path, monkeypatch: Patch) -> None:
     shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "adapter", "models/tiny")
