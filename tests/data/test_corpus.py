@@ -1,7 +1,6 @@
-from typing import Any
-
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 
 from textmeta.data.corpus import Corpus
@@ -62,23 +61,14 @@ def test_what_is_no_corpus_is_an_error() -> None:
         Corpus.from_pairs("c", ["x", "y"], ["a", None])
 
 
-@pytest.mark.parametrize("kind", ["numpy", "pandas", "polars", "arrow", "tuple", "categories"])
-def test_columns_of_any_library_make_the_same_corpus(kind: str) -> None:
+def test_columns_of_other_libraries_make_the_same_corpus() -> None:
+    """Which ones is in test_labels.py."""
     texts, labels, numbers = ["a", "b", "c"], ["y", "x", "y"], [10, 9, 10]
-    module = pytest.importorskip({"arrow": "pyarrow", "categories": "pandas", "tuple": "builtins"}.get(kind, kind))
-    make: Any = {
-        "numpy": np.array,
-        "tuple": tuple,
-        "pandas": lambda given: module.DataFrame({"n": given}, index=[7, 8, 9])["n"],
-        "categories": lambda given: module.Series(given, dtype="category"),
-        "polars": lambda given: module.Series(values=given),
-        "arrow": lambda given: module.table({"n": given}),
-    }[kind]
-    plain = make(texts) if kind != "categories" else texts
     for given in (labels, numbers):
         expected = Corpus.from_pairs("c", texts, given)
         assert expected.class_names == tuple(sorted({str(label) for label in given}))
-        assert Corpus.from_pairs("c", plain, make(given)).sha256 == expected.sha256
+        for make in (np.array, pd.Series):
+            assert Corpus.from_pairs("c", make(texts), make(given)).sha256 == expected.sha256
     with pytest.raises(DataError, match="corpus 'c': expected a list, or one column, of texts, given one string"):
         Corpus.from_pairs("c", "abc", labels)
 

@@ -81,10 +81,11 @@ def test_no_texts(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4], [1, 4], [0, 1], [2]])
-def test_cache_keeps_half_precision(encoder: Encoder, layers: list[int], tmp_path: Path, monkeypatch: Patch) -> None:
+def test_cache_keeps_half_precision_and_serves_other_runs(
+    encoder: Encoder, layers: list[int], tmp_path: Path, monkeypatch: Patch
+) -> None:
     fresh, one, two = (TokenStateReader(encoder, layers) for _ in range(3))
-    one.cache(TEXTS)
-    two.cache([*reversed(TEXTS), *TEXTS], folder=tmp_path)
+    one.cache(TEXTS, folder=tmp_path)
     (file,) = tmp_path.iterdir()
     kept = load_file(file)["states"]
     number = {(0, 1, 2, 3, 4): 3, (1, 4): 2, (0, 1): 2, (2,): 1}[tuple(layers)]  # what enters layer 3 is of layer 2
@@ -93,11 +94,16 @@ def test_cache_keeps_half_precision(encoder: Encoder, layers: list[int], tmp_pat
     factors = moved_factors(encoder)
     found = one.read(TEXTS, factors).unpadded()
     assert_close(found, fresh.read(TEXTS, factors).unpadded(), 5e-3)
-    assert all(map(torch.equal, found, two.read(TEXTS, factors).unpadded()))
     mixed = [WORDS[100], *TEXTS, WORDS[101]]
     assert_close(one.read(mixed, factors).unpadded(), fresh.read(mixed, factors).unpadded(), 5e-3)
-    monkeypatch.setattr(encoder, "_prefix", None)  # not called any more
-    assert all(map(torch.equal, found, one.read(TEXTS, factors).unpadded()))
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "_prefix", None)  # not called any more
+        two.cache([*reversed(TEXTS), *TEXTS], folder=tmp_path)
+        for reader in (one, two):
+            assert all(map(torch.equal, found, reader.read(TEXTS, factors).unpadded()))
+    TokenStateReader(encoder, [0, 3]).cache(TEXTS, folder=tmp_path)  # of other layers
+    two.cache(TEXTS, TEXTS[1:], folder=tmp_path)  # of other texts, too
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: Patch) -> None:
@@ -109,20 +115,6 @@ def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: Patch)
     (found,) = reader.read(TEXTS[:1]).unpadded()
     assert before.abs().max() > 65504
     torch.testing.assert_close(found, before.clamp(-65504, 65504), rtol=1e-3, atol=0.1)
-
-
-def test_cache_in_a_folder_serves_other_runs(encoder: Encoder, tmp_path: Path, monkeypatch: Patch) -> None:
-    one, two, three = (TokenStateReader(encoder, layers) for layers in ([1, 4], [1, 4], [0, 4]))
-    one.cache(TEXTS, folder=tmp_path)
-    found = one.read(TEXTS, moved_factors(encoder)).unpadded()
-    assert len(list(tmp_path.iterdir())) == 1
-    with monkeypatch.context() as patch:
-        patch.setattr(encoder, "_prefix", None)  # not called by the second
-        two.cache([*reversed(TEXTS), *TEXTS], folder=tmp_path)
-        assert all(map(torch.equal, found, two.read(TEXTS, moved_factors(encoder)).unpadded()))
-    three.cache(TEXTS, folder=tmp_path)  # of other layers
-    two.cache(TEXTS, TEXTS[1:], folder=tmp_path)  # of other texts, too
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("layers", [[], [0, 5], [-1, 2], [2, 1], [1, 1]])

@@ -1,6 +1,6 @@
 """One contract for every head: what CONTRIBUTING.md asks of a row of :data:`~textmeta.heads.HEADS`.
 
-At the end, numbers at which what heads are made of could break. The ridge against scikit-learn's: test_class_weight.py.
+At the end, numbers at which what heads are made of could break. The ridge against scikit-learn's: test_scikit_learn.py.
 """
 
 from collections.abc import Callable

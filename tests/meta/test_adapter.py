@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +27,8 @@ def adapter(encoder: Encoder) -> Adapter:
 
 
 def test_an_adapter_knows_its_encoder(encoder: Encoder, adapter: Adapter) -> None:
-    assert (adapter.encoder, adapter.lora, adapter.weights_sha256) == (
-        encoder.settings,
-        encoder.lora,
-        encoder.weights_sha256,
-    )
+    for found, expected in (("encoder", "settings"), ("lora", "lora"), ("weights_sha256", "weights_sha256")):
+        assert getattr(adapter, found) == getattr(encoder, expected)
     assert adapter.learner.layers == (2, 3, 4)  # which the settings left open
     assert adapter.probe.shape == (3, 3 * 32)
     torch.testing.assert_close(adapter.probe.norm(dim=1), torch.ones(3))
