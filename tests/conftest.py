@@ -27,9 +27,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tests.given import LABELS, SUPPORT, Patch, adapter_of
 from tests.hub.fixture import hub  # noqa: F401 - a fixture
-from textmeta import Adapter, FewShotClassifier, estimator
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta import Adapter, Corpus, EpisodeSampler, EpisodeSettings, FewShotClassifier, estimator
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from textmeta.data.corpus import Corpus
+from textmeta import Adapter, Corpus
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.meta.adapter import Adapter
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 
 Patch, Shown, Logged = pytest.MonkeyPatch, pytest.CaptureFixture[str], pytest.LogCaptureFixture

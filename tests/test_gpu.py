@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from tests.given import LABELS, SUPPORT, TEXTS, adapter_of
-from textmeta import FewShotClassifier, MetaTrainer
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import EpisodeSampler
+from textmeta import Adapter, Corpus, EpisodeSampler, FewShotClassifier, MetaTrainer
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.initialisation import Adapt, Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from textmeta import Adapter
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode
+from textmeta import Adapter, Corpus, Episode
 from textmeta.errors import DataError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import TaskBatch

@@ -23,13 +23,11 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import WORDS, write_rows
 from tests.given import Patch, adapter_of
 from tests.meta.runs import LEARNER, SHORT, on_each_step, rows_of, set_constants, train_on
-from textmeta import processes
-from textmeta.data.corpus import Corpus
+from textmeta import Adapter, Corpus, processes
 from textmeta.encoder.encoder import Encoder
 from textmeta.errors import SettingsError, TextMetaError
 from textmeta.files import CHECKPOINT
 from textmeta.meta import trainer
-from textmeta.meta.adapter import Adapter
 from textmeta.sharing.store import load_adapter
 
 ROOT = Path(__file__).parents[1]

@@ -12,13 +12,12 @@ import pytest
 
 from tests.conftest import write_rows
 from tests.given import Patch, Shown, adapter_of
-from textmeta.data.corpus import Corpus
+from textmeta import Corpus, MetaTrainer
 from textmeta.data.splits import read_class_split
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.initialisation import LearnerSettings
-from textmeta.meta.trainer import MetaTrainer
 from textmeta.sharing.store import load_adapter, save_adapter
 from textmeta.training import parsed, train_parser
 

@@ -12,8 +12,7 @@ import pytest
 
 from tests.conftest import WORDS, write_rows
 from tests.given import Patch, adapter_of
-from textmeta import FewShotClassifier
-from textmeta.data.corpus import Corpus
+from textmeta import Corpus, FewShotClassifier
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta.evaluation import frozen_prototypes

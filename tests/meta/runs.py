@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from tests.given import Patch
-from textmeta.data.corpus import Corpus
+from textmeta import Adapter, Corpus, MetaTrainer
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta import outer_loop
 from textmeta.meta import trainer as trainer_module
-from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient
 from textmeta.meta.initialisation import LearnerSettings
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.outer_loop import RECORD
-from textmeta.meta.trainer import MetaTrainer
 
 LEARNER = LearnerSettings((2, 4), steps=2)
 SHORT = {"CALIBRATION_EPISODES": 2, "WARMUP": 2, "CHECKPOINT_EVERY": 2}

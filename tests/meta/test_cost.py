@@ -14,8 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 
 from tests.given import Patch
 from tests.meta.given import LAYERS, leaves_of, make_learner, with_values
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta import Corpus, EpisodeSampler, EpisodeSettings
 from textmeta.encoder.attention import NAME
 from textmeta.encoder.encoder import Encoder
 from textmeta.meta import learner as learner_module

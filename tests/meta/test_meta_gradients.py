@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tests.given import Patch
 from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, make_task, with_values
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode
+from textmeta import Corpus, Episode
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import Entering, TokenStateReader, TokenStates
 from textmeta.meta import algorithms as algorithms_module

@@ -20,9 +20,8 @@ from transformers import BertConfig, BertModel
 from tests.conftest import WORDS, save_tiny_model, write_rows
 from tests.given import Logged, Patch, Shown
 from tests.meta.runs import LEARNER, Train, assert_same, rows_of, trainer_of
+from textmeta import Corpus, Episode
 from textmeta.cli import main
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import Encoder
 from textmeta.errors import DataError, DivergedError, SettingsError

@@ -19,8 +19,7 @@ from torch import Tensor
 from tests.conftest import WORDS
 from tests.given import Patch
 from tests.meta.runs import LEARNER, Died, Train, assert_same, on_each_step, rows_of, train_on, trainer_of
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta import Corpus, Episode, EpisodeSampler, EpisodeSettings, MetaTrainer
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.pretrained import tensors_digest
@@ -34,7 +33,6 @@ from textmeta.meta.evaluation import frozen_prototypes, paired_difference, score
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.outer_loop import RECORD
-from textmeta.meta.trainer import MetaTrainer
 from textmeta.sharing.store import load_adapter
 
 

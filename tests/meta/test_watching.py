@@ -23,8 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import write_rows
 from tests.given import Logged, Patch, Shown
 from tests.meta.runs import Died, Train, assert_same, on_each_step, rows_of, set_constants, trainer_of
-from textmeta import progress
-from textmeta.data.corpus import Corpus
+from textmeta import Corpus, progress
 from textmeta.errors import AdapterError, SettingsError, TrainingInterrupted
 from textmeta.files import CHECKPOINT
 from textmeta.meta import outer_loop, watching

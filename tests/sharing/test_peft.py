@@ -13,11 +13,10 @@ from transformers import AutoModel, AutoTokenizer
 
 from tests.given import LABELS, SUPPORT, adapter_of
 from tests.hub.server import TOKEN, HubServer
-from textmeta import FewShotClassifier
+from textmeta import Adapter, FewShotClassifier
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.heads.pooling import pool
-from textmeta.meta.adapter import Adapter
 from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import push_adapter
 
