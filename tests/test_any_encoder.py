@@ -222,9 +222,6 @@ def test_any_language_from_files_to_answers(family: str, tmp_path: Path, monkeyp
     assert unknown not in one._reader.encoder.tokenizer(list(texts))["input_ids"][0]
 
 
-# Devices
-
-
 def test_the_device_is_what_there_is(default: Adapter, monkeypatch: Patch) -> None:
     assert FewShotClassifier().device is None
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):

@@ -209,9 +209,6 @@ def test_a_gap_ends_what_is_paired(choose: ModuleType) -> None:
     assert found["plain @ x"]["a", 1].tolist() == [20, 40]
 
 
-# Episodes with unlabelled texts
-
-
 def test_unlabelled_texts_never_change_with_the_code(cells: ModuleType) -> None:
     """Results are paired with those recorded earlier."""
     corpus, mixtures = numbered(), ("same", "skewed", "others")

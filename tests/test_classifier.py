@@ -38,8 +38,6 @@ from textmeta.nearest import index_corpora
 from textmeta.sharing import locate
 from textmeta.sharing.store import load_adapter, save_adapter
 
-# What it is for
-
 
 @pytest.mark.parametrize(
     "settings",
@@ -340,9 +338,6 @@ def test_an_adapter_without_a_rule_says_so(shared: FewShotClassifier) -> None:
     for call in (lambda: fitted.scope_score(TEXTS), lambda: fitted.predict(TEXTS, reject=0.3)):
         with pytest.raises(AdapterError, match=r"no rule for what is out of scope.*minilm-general"):
             call()
-
-
-# Tasks to compare
 
 
 def test_task_embedding_is_of_the_fitted_task(fitted: FewShotClassifier, corpus: Corpus) -> None:

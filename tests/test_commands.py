@@ -47,9 +47,6 @@ def run(*arguments: Any) -> None:
     main([str(argument) for argument in arguments])
 
 
-# fit
-
-
 @pytest.mark.parametrize(
     ("given", "how"),
     [
@@ -80,9 +77,6 @@ def test_fit_by_names_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text(json.dumps(NAMES), encoding="utf-8")
     run("fit", "--output", tmp_path / "made", "--adapter", folder, "--label-names", tmp_path / "names.json")
     assert FewShotClassifier.from_pretrained(tmp_path / "made").classes_.tolist() == sorted(NAMES)
-
-
-# predict
 
 
 @pytest.mark.parametrize(
@@ -194,9 +188,6 @@ def test_the_commands_of_the_guide_run(tmp_path: Path) -> None:
     assert "3 classes: the classifier is in cards" in done.stdout
     assert '"text": "someone took my wallet", "predicted": "lost card", "probability": 0.' in done.stdout
     assert "accuracy  100.00 % [" in done.stdout
-
-
-# evaluate
 
 
 def test_evaluate(folder: Path, tmp_path: Path, capsys: Shown) -> None:

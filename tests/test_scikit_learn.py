@@ -49,15 +49,16 @@ def test_fit_and_predict_change_nothing_else(adapter: Adapter) -> None:
     texts, labels = np.array([*SUPPORT[:5], "kel \ud83d"], dtype=object), np.array(LABELS)
     for array in (texts, labels):
         array.flags.writeable = False
-    one.fit(texts, labels)
+    one.fit(texts, labels, unlabelled=["bal \ud83d"])
     public = {name for name in vars(one) if not name.startswith("_") and not name.endswith("_")}
     assert public == arguments.keys()
     assert all(one.get_params()[name] is value for name, value in arguments.items())
     before = {name: id(value) for name, value in vars(one).items()}
-    first = one.predict_proba(TEXTS)
+    first = one.predict_proba([*TEXTS, "bal \ud83d"])
     one.predict(TEXTS), one.transform(TEXTS), one.score(SUPPORT, LABELS)
     assert {name: id(value) for name, value in vars(one).items()} == before
-    np.testing.assert_array_equal(one.fit(texts, labels).predict_proba(TEXTS), first)
+    again = one.fit(texts, labels, unlabelled=["bal \ud83d"]).predict_proba([*TEXTS, "bal \ud83d"])
+    np.testing.assert_array_equal(again, first)
     assert texts[5] == "kel \ud83d"
 
 

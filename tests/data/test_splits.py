@@ -63,14 +63,11 @@ def test_file_that_has_no_such_split_is_named(tmp_path: Path, content: str, fold
         read_class_split(path, fold)
 
 
-def test_drawn_split_is_disjoint_and_complete() -> None:
+def test_drawn_split_is_complete_and_a_function_of_the_seed_and_the_names() -> None:
     split = draw_class_split(NAMES, seed=0)
     parts = [set(getattr(split, part)) for part in PARTS]
     assert [len(part) for part in parts] == [10, 5, 5]
     assert set.union(*parts) == set(NAMES)
-
-
-def test_drawn_split_is_a_function_of_the_seed_and_the_names() -> None:
     assert draw_class_split(NAMES, seed=3) == draw_class_split(reversed(NAMES), seed=3)
     assert len({draw_class_split(NAMES, seed=seed) for seed in range(10)}) == 10
     assert draw_class_split(NAMES).train != tuple(sorted(NAMES)[:10])

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from tests.conftest import WORDS
 from tests.encoder.given import TEXTS, assert_close, moved_factors
 from tests.given import Patch
-from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader, TokenStates, length_buckets
 from textmeta.errors import SettingsError
 
@@ -26,8 +25,8 @@ def test_by_default_the_upper_half_and_what_enters_it(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_weights_with_lora_are_made_once_for_factors(tiny_model: str, precision: str, monkeypatch: Patch) -> None:
-    encoder = Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4), precision=precision)
+def test_weights_with_lora_are_made_once_for_factors(encoder: Encoder, precision: str, monkeypatch: Patch) -> None:
+    encoder = Encoder(encoder.settings, encoder.lora, precision=precision)
     made: list[int] = []
     add = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *given, **how: made.append(1) or add(*given, **how))

@@ -15,8 +15,7 @@ from tests.given import Patch
 from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, make_task, texts_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode
-from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.encoder import Encoder
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient, query_losses
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.initialisation import LearnerSettings
@@ -117,9 +116,9 @@ def test_threads_do_not_disturb_each_other(row: str, encoder64: Encoder, corpus:
 
 
 @each_row
-def test_bfloat16_stays_near_float32(row: str, tiny_model: str, encoder: Encoder, corpus: Corpus) -> None:
+def test_bfloat16_stays_near_float32(row: str, encoder: Encoder, corpus: Corpus) -> None:
     """Of the transformer's matrix products; all that is learned or compared stays in float32."""
-    half = Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4), precision="bf16")
+    half = Encoder(encoder.settings, encoder.lora, precision="bf16")
     found = []
     for each in (encoder, half):
         gradient = meta_gradient(row, learner_of(row, each, torch.float32), mixed_episodes(corpus)).gradient

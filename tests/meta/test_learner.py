@@ -263,9 +263,6 @@ def test_a_step_of_a_large_task_is_bounded(sizes: list[int]) -> None:
         assert int(each.sum()) <= 128
 
 
-# ---------------------------------------------------------------------------------------------- gradients
-
-
 @pytest.mark.parametrize(
     "wrong", [{"adapt": "all"}, {"head": "nearest"}, {"steps": -1}, {"steps": 51}, {"layers": ("a",)}, {"layers": 2}]
 )

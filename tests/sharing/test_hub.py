@@ -15,9 +15,7 @@ from safetensors.torch import load, save
 
 from tests.given import Logged, Patch
 from tests.hub.server import READ_TOKEN, TOKEN, Fault, HubServer
-from tests.sharing.made import contents, fit, logits, make_adapter
-from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from tests.sharing.made import contents, fit, logits, make_adapter, make_reader
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, EncoderError, HubError, HubUnreachableError
 from textmeta.hub import HubAccess, check_reachable
@@ -48,7 +46,7 @@ def encoder_on_hub(hub: HubServer, tiny_model: str) -> str:
 
 @pytest.fixture
 def pushed_reader(encoder_on_hub: str) -> TokenStateReader:
-    return TokenStateReader(Encoder(EncoderSettings(ENCODER, max_length=32), LoraSettings(rank=4)))
+    return make_reader(ENCODER)
 
 
 @pytest.fixture

@@ -54,9 +54,6 @@ def test_peft_and_transformers_make_the_features_of_the_adapter(
     assert not torch.allclose(plain, expected, atol=1e-2), "the factors matter"
 
 
-# Merged encoders
-
-
 @pytest.mark.parametrize("adapt", ["pooling", "lora"], ids=["shared", "own"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within sentence-transformers
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -257,9 +257,6 @@ def test_setting_that_is_missing_or_cannot_be_is_named(folder: Path, place: str,
     assert re.search(rf"{META}: .*{place}.*{next(iter(change))}", refused(folder, naming=META), re.DOTALL)
 
 
-# The encoder
-
-
 def test_encoder_in_a_relative_folder_is_remembered_as_one(tiny_model: str, tmp_path: Path, monkeypatch: Patch) -> None:
     shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
