@@ -4,7 +4,6 @@ chosen by: it records episodes, resumes, prints paired differences. Those that r
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,8 @@ from tests.data.test_episodes import numbered
 from tests.given import Patch, Shown, adapter_of
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
-from textmeta.encoder.encoder import EncoderSettings
-from textmeta.encoder.lora import LoraSettings
-from textmeta.errors import AdapterError
 from textmeta.meta import evaluation
-from textmeta.meta import trainer as trainer_module
 from textmeta.meta.evaluation import _calibration_error, score_episodes
-from textmeta.meta.initialisation import LearnerSettings
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import load_adapter, save_adapter
 
@@ -48,37 +42,6 @@ def test_the_engine_returns_the_gradient_of_a_plain_loop(
         assert float(fresh) > 0
         assert float(cached) > 0
         assert float(distance) < 1e-4
-
-
-@pytest.mark.slow
-def test_an_arm_is_trained_and_another_goes_on_from_it(
-    benchmark, run_script, toy: Path, tiny_model: str, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    core = benchmark("ablation")
-    monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
-    small = {"encoder": EncoderSettings(tiny_model, max_length=32), "lora": LoraSettings(rank=4), "episodes": 4}
-    two = {"layers": (2, 4)}
-    arms = {name: replace(arm, **small, learner=replace(arm.learner, **two)) for name, arm in core.ARMS.items()}
-    arms["no-centre"] = replace(arms["no-centre"], learner=LearnerSettings(layers=(2, 4), steps=1))
-    monkeypatch.setattr(core, "ARMS", arms)
-    (tmp_path / "corpora.csv").write_text("corpus,source,licence\none,here,MIT\n")
-    monkeypatch.setattr(sys.modules["general"], "CORPORA", tmp_path / "corpora.csv")
-    (tmp_path / "one.jsonl").write_text(toy.read_text())
-
-    def trained(arm: str) -> dict[str, torch.Tensor]:
-        places = ["--data-dir", tmp_path, "--folder", tmp_path, "--cache", tmp_path / "frozen"]
-        run_script(core, "--train", arm, *places)
-        return load_adapter(tmp_path / arm)[0].initialisation.tensors()
-
-    with pytest.raises(AdapterError, match="no-names"):  # which comes before
-        trained("names-after")
-    before, after = trained("no-names"), trained("names-after")
-    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert "name_gate" in changed
-    assert changed <= {name for name in after if "name" in name} | {"log_zero_shot_scale"}
-    without = trained("no-centre")
-    assert without["log_centre_strength"] == -30
-    assert not without["centre"].any()
 
 
 def test_scopes_tell_other_classes(benchmark, run_script, toy: Path, tiny_model: str, tmp_path: Path, capsys) -> None:

@@ -74,20 +74,17 @@ def test_a_carried_copy_that_is_not_the_published_file_is_refused(carried: Path)
         pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)
 
 
-def test_a_revision_that_was_asked_for_is_not_replaced_by_the_carried_copy(carried: Path) -> None:
-    with pytest.raises(EncoderError, match="revision abc"):
-        pretrained.load_pretrained(pretrained.DEFAULT_ENCODER, "abc")
-
-
-def test_without_the_extra_the_message_says_what_to_install(carried: Path, monkeypatch: Patch) -> None:
+def test_what_is_not_carried_is_an_error(carried: Path, monkeypatch: Patch) -> None:
+    """A revision that was asked for, another encoder, and, without the extra, all: what to install is said."""
+    for given, message in (
+        ((pretrained.DEFAULT_ENCODER, "abc"), "revision abc"),
+        (("some/other",), r"'some/other'.*the Hub .* cannot be reached"),
+    ):
+        with pytest.raises(EncoderError, match=message):
+            pretrained.load_pretrained(*given)
     monkeypatch.setattr(pretrained, "CARRIED_PACKAGE", "no_such_package")
     with pytest.raises(EncoderError, match=r"pip install 'textmeta\[demo\]'"):
         pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)
-
-
-def test_only_the_default_encoder_is_carried(carried: Path) -> None:
-    with pytest.raises(EncoderError, match=r"'some/other'.*the Hub .* cannot be reached"):
-        pretrained.load_pretrained("some/other")
 
 
 def test_the_digest_sees_every_weight_and_not_the_storage(tiny_model: str) -> None:

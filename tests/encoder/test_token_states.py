@@ -18,12 +18,6 @@ from textmeta.errors import SettingsError
 ALL = range(5)
 
 
-def test_by_default_the_upper_half_and_what_enters_it(encoder: Encoder) -> None:
-    reader = TokenStateReader(encoder)
-    assert (reader.layers, reader.views) == ((2, 3, 4), 3)
-    assert reader.read(TEXTS[:1]).batches[0].states.shape[:2] == (1, 3)
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_weights_with_lora_are_made_once_for_factors(encoder: Encoder, precision: str, monkeypatch: Patch) -> None:
     encoder = Encoder(encoder.settings, encoder.lora, precision=precision)
@@ -52,15 +46,6 @@ def test_a_text_does_not_depend_on_the_others_and_order_is_kept(encoder64: Encod
     assert sorted(torch.cat([batch.rows for batch in states.batches]).tolist()) == list(range(len(TEXTS) + 1))
     assert any(not batch.mask.all() for batch in states.batches)
     assert not any(batch.states.transpose(1, 2)[~batch.mask].any() for batch in states.batches)
-
-
-@pytest.mark.parametrize("max_tokens", [1, 30, 64])
-def test_large_batches_are_cut(encoder: Encoder, max_tokens: int) -> None:
-    states = TokenStateReader(encoder, [4]).read(TEXTS).unpadded()
-    cut = TokenStates.padded(states, max_tokens)
-    assert all(batch.mask.numel() <= max_tokens or len(batch.mask) == 1 for batch in cut.batches)
-    assert (max(len(batch.mask) for batch in cut.batches) == 1) == (max_tokens == 1)
-    assert all(map(torch.equal, cut.unpadded(), states))
 
 
 def test_no_forward_is_larger_than_memory_allows(encoder: Encoder) -> None:

@@ -223,16 +223,6 @@ def examples_of(*sizes: Sequence[int]) -> Examples:
     return Examples.of(torch.tensor(rows), torch.tensor([len(part) for part in sizes]), torch.float64)
 
 
-def test_small_tasks_are_seen_whole() -> None:
-    examples = examples_of([64, 63, 1], [100, 100], [1, 1, 3])
-    for step in range(4):
-        rows = rows_in_turn(examples, step)
-        assert rows[0].sum() == 128
-        assert rows[2, :5].all()
-        assert not rows[2, 5:].any()
-        assert 4 <= rows[1].sum() <= 128
-
-
 CROWDS = {
     "two large": [300, 300],
     "one small": [3, 200],

@@ -245,11 +245,6 @@ def test_fixed_names_tensors_and_leaves_some(train: Train, settings: dict, named
     assert not (tmp_path / "run").exists()
 
 
-def test_lora_can_be_learned_alone(train: Train) -> None:
-    alone = train(episodes=1, fixed=ALL_BUT_LORA).initialisation.lora
-    assert all(value.any() for value in alone.values())
-
-
 def test_training_starts_from_what_is_given(train: Train) -> None:
     fixed = ("lora.", "queries")
     given = {"queries": torch.ones(2, 32)}

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.given import Patch
 from tests.sharing.made import (
     FITTED,
     LISTED,
@@ -255,13 +253,3 @@ def test_setting_that_is_missing_or_cannot_be_is_named(folder: Path, place: str,
 
     rewrite_json(folder, META, act)
     assert re.search(rf"{META}: .*{place}.*{next(iter(change))}", refused(folder, naming=META), re.DOTALL)
-
-
-def test_encoder_in_a_relative_folder_is_remembered_as_one(tiny_model: str, tmp_path: Path, monkeypatch: Patch) -> None:
-    shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "adapter", "models/tiny")
-    monkeypatch.chdir("/")
-    adapter, _ = load_adapter(tmp_path / "adapter")
-    assert adapter.encoder.model == str(tmp_path / "models" / "tiny")
-    adapter.load_reader()
