@@ -37,9 +37,7 @@ def default(adapter: Adapter, tmp_path: Path, monkeypatch: Patch) -> Adapter:
     return adapter
 
 
-def test_the_adapter_is_used_with_its_own_encoder_wherever_that_is(
-    default: Adapter, tiny_model: str, tmp_path: Path, caplog: Logged
-) -> None:
+def test_its_own_encoder_is_known_anywhere(default: Adapter, tiny_model: str, tmp_path: Path, caplog: Logged) -> None:
     shutil.copytree(tiny_model, tmp_path / "copy")
     expected = FewShotClassifier(default).fit(SUPPORT, LABELS).predict_proba(TEXTS)
     found = FewShotClassifier(encoder=str(tmp_path / "copy")).fit(SUPPORT, LABELS)
@@ -128,12 +126,7 @@ def test_another_encoder_than_that_of_an_adapter_that_was_named_is_refused(defau
 @pytest.mark.parametrize(
     ("pooling", "prompts", "prompt", "first_token"),
     [
-        (
-            {"pooling_mode_cls_token": True},
-            {"prompts": {"q": "bum fon "}, "default_prompt_name": "q"},
-            "bum fon ",
-            True,
-        ),
+        ({"pooling_mode_cls_token": True}, {"prompts": {"q": "bum "}, "default_prompt_name": "q"}, "bum ", True),
         ({"pooling_mode": "cls"}, {"prompts": {"q": "bum "}, "default_prompt_name": None}, "", True),
         ({"pooling_mode_mean_tokens": True}, {"prompts": {"q": "bum "}, "default_prompt_name": "q"}, "bum ", False),
         ({"pooling_mode": ["cls", "mean"]}, {"prompts": ["q"], "default_prompt_name": ["q"]}, "", False),

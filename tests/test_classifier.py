@@ -42,13 +42,8 @@ from textmeta.sharing.store import load_adapter, save_adapter
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"adapt": "none"},
-        {"adapt": "lora"},
-        {"adapt": "pooling+lora"},
-        {"adapt": "offset"},
-        {"head": "prototype"},
-        {"entry_step_sizes": True},
+        *({"adapt": adapt} for adapt in ("pooling", "none", "lora", "pooling+lora", "offset")),
+        *({"head": "prototype"}, {"entry_step_sizes": True}),
     ],
     ids=str,
 )
@@ -63,9 +58,7 @@ def test_every_learner_classifies(tiny_model: str, plain: Corpus, tmp_path: Path
 
 @pytest.mark.parametrize("unlabelled", [(), TEXTS[:-1]], ids=["labelled", "unlabelled"])
 @pytest.mark.parametrize("names", [None, NAMES], ids=["no names", "names"])
-def test_fit_and_predict_do_what_training_does(
-    classifier: FewShotClassifier, names: Any, unlabelled: list[str]
-) -> None:
+def test_fit_and_predict_do_as_training_does(classifier: FewShotClassifier, names: Any, unlabelled: list[str]) -> None:
     learner = classifier._learner
     numbers = [[0, 0, 1, 1, 2, 2]]
     batch = TaskBatch.of([SUPPORT], numbers, [3], [names and list(names.values())], [unlabelled])

@@ -150,7 +150,7 @@ def shared(adapter: Adapter) -> FewShotClassifier:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", GOOD)
-def test_odd_inputs_get_an_answer_or_an_error_of_ours(
+def test_odd_inputs_are_answered_or_refused(
     shared: FewShotClassifier, method: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)

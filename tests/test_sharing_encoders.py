@@ -18,7 +18,6 @@ import pytest
 import torch
 from sklearn.base import clone
 
-from tests.encoder.given import save_family
 from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Patch, adapter_of
 from textmeta import Adapter, FewShotClassifier, predict_many
 from textmeta.classifier import NotFittedError
@@ -87,9 +86,7 @@ WAYS: dict[str, Same] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_all_that_two_of_a_kind_have_of_their_own_is_what_was_fitted(
-    way: str, adapter: Adapter, tmp_path: Path, loads: list[str]
-) -> None:
+def test_two_of_a_kind_own_what_was_fitted_alone(way: str, adapter: Adapter, tmp_path: Path, loads: list[str]) -> None:
     first = FewShotClassifier(adapter).fit(SUPPORT, LABELS)
     loads.clear()
     second = WAYS[way](first, tmp_path / "saved")
@@ -122,14 +119,6 @@ def test_others_have_an_encoder_of_their_own(other: Same, adapter: Adapter, tmp_
     assert second._reader is not first._reader
     assert len(loads) == 1
     np.testing.assert_array_equal(first.predict_proba(TEXTS), expected)
-
-
-def test_a_folder_that_was_changed_is_loaded_anew(tmp_path: Path) -> None:
-    folder = save_family(tmp_path / "encoder", "bert")
-    first = FewShotClassifier(adapter=None, encoder=folder).fit(SUPPORT, LABELS)
-    shutil.rmtree(folder)
-    save_family(tmp_path / "encoder", "roberta")
-    assert FewShotClassifier(adapter=None, encoder=folder)._adapter.weights_sha256 != first._adapter.weights_sha256
 
 
 def test_memory_is_freed_with_the_last_classifier(adapter: Adapter) -> None:

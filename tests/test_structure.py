@@ -20,25 +20,8 @@ from textmeta import FewShotClassifier
 PACKAGE = Path(textmeta.__file__).parent
 # Data flows down this list; a file imports only from its own place and from those above it.
 ORDER = [
-    "errors",
-    "files",
-    "progress",
-    "hub",
-    "processes",
-    "data",
-    "encoder",
-    "heads",
-    "meta",
-    "nearest",
-    "sharing",
-    "predicting",
-    "export",
-    "estimator",
-    "classifier",
-    "many",
-    "training",
-    "commands",
-    "cli",
+    *("errors", "files", "progress", "hub", "processes", "data", "encoder", "heads", "meta", "nearest", "sharing"),
+    *("predicting", "export", "estimator", "classifier", "many", "training", "commands", "cli"),
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).stem not in ("__init__", "__main__"))
 EVERY_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -1,13 +1,11 @@
 """Episodes as benchmarks draw them, and as training does: mixed."""
 
 import hashlib
-import random
 from dataclasses import astuple, replace
 from itertools import islice, pairwise
 
 import numpy as np
 import pytest
-import torch
 
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
@@ -136,16 +134,6 @@ def test_a_class_may_have_a_name_and_no_examples() -> None:
         assert episode.support_labels.dtype == np.int64
         assert len(episode.query_texts) == 8
         assert len(episode.label_names) == 4
-
-
-def test_global_random_states_are_not_touched() -> None:
-    def states() -> tuple:
-        legacy = np.random.get_state()  # noqa: NPY002 (the global state is what must stay as it was)
-        return random.getstate(), legacy[1].tobytes(), legacy[2], torch.get_rng_state().numpy().tobytes()
-
-    before = states()
-    EpisodeSampler(numbered(), EpisodeSettings(), seed=0).take(5)
-    assert states() == before
 
 
 # Mixed episodes

@@ -137,11 +137,7 @@ def test_empty_cell_of_a_csv_is_named_with_its_row(tmp_path: Path, rows: str) ->
         ("c.jsonl", "\n", r"c\.jsonl: corpus 'c' is empty: 0 rows"),
         ("c.json", '[\n{"text": "a", "label": "x"},\n{"text": "b"', r"c\.json, line 3: Expecting"),
         ("c.jsonl", '{"text": "a", "label": "x"}\n{"text":\n', r"c\.jsonl, line 2: Expecting"),
-        (
-            "c.jsonl",
-            '{"text": "a", "label": "x"}\n{"text": "b"}\n',
-            r"c\.jsonl, line 2: no column 'label'.* are 'text'",
-        ),
+        ("c.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', r"c\.jsonl, line 2: no column 'label'.* 'text'"),
         ("c.jsonl", '{"text": "a", "label": "x"}\n["b", "x"]\n', r"c\.jsonl, line 2: expected a string as 'text'"),
         ("c.jsonl", '{"text": 3, "label": "x"}\n', r"c\.jsonl, line 1: expected a string as 'text'"),
         ("c.jsonl", '{"text": "a", "label": 0.5}\n', r"c\.jsonl: corpus 'c', row 0: label is float 0.5, expected"),
@@ -295,9 +291,7 @@ def test_licence_is_what_the_card_says(hub: HubServer, written: str, found: str 
     assert load_corpus(CorpusSettings("lab/licensed")).source.get("license") == found
 
 
-def test_folder_of_the_same_name_is_not_taken_for_the_dataset(
-    hub: HubServer, intents: str, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_folder_of_the_same_name_is_not_taken_for_the_dataset(intents: str, tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "lab" / "intents").mkdir(parents=True)
     (tmp_path / "lab" / "intents" / "train.jsonl").write_bytes(jsonl(REQUESTS))
     monkeypatch.chdir(tmp_path)

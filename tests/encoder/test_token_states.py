@@ -65,7 +65,7 @@ def test_no_texts(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4], [1, 4], [0, 1], [2]])
-def test_cache_keeps_half_precision_and_serves_other_runs(
+def test_cache_keeps_halves_for_other_runs(
     encoder: Encoder, layers: list[int], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     fresh, one, two = (TokenStateReader(encoder, layers) for _ in range(3))

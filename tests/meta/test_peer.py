@@ -131,11 +131,6 @@ def test_gradients_are_the_peers(
         torch.testing.assert_close(found.gradient[leaf], part, rtol=1e-7, atol=1e-9, msg=lambda m, n=leaf: f"{n}: {m}")
     felt = {leaf for leaf, part in zip(leaves, expected, strict=True) if part is not None and part.norm() > 1e-4}
     assert {leaf for leaf in leaves if leaf.startswith("lora.")} < felt
-    assert {
-        "lora_log_step_sizes" if adapt == "lora" else "log_step_sizes",
-        "pull",
-        "step_gate",
-        "queries",
-        "temperature",
-    } < felt
+    sizes = "lora_log_step_sizes" if adapt == "lora" else "log_step_sizes"
+    assert {sizes, "pull", "step_gate", "queries", "temperature"} < felt
     assert ({"loss_log_scale", "loss_view_weights"} < felt) == second_order

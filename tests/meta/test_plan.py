@@ -102,7 +102,7 @@ def test_what_was_measured_is_remembered(tiny_model: str, corpus: Corpus, tmp_pa
 
 @pytest.mark.parametrize("adapt", ["pooling", "lora"])
 def test_the_largest_step_is_measured_and_changes_no_bit(
-    train: Train, adapt: str, corpus: Corpus, tmp_path: Path, caplog: Logged, monkeypatch
+    train: Train, adapt: str, corpus: Corpus, tmp_path: Path, caplog: Logged
 ) -> None:
     settings = {"learner": replace(LEARNER, adapt=adapt), "tasks_per_step": 2, "episodes": 6}
     silent = train(tmp_path / "silent", **settings)
@@ -189,21 +189,6 @@ def test_an_output_that_cannot_be_written_is_told(place: str, tiny_model: str, c
     os.symlink("/proc/self", tmp_path / "read-only")  # where nobody, and not root either, may make a file
     with pytest.raises(SettingsError, match=rf"nothing can be written to .*{place}: "):
         trainer_of(tiny_model).plan(corpus, output=tmp_path / place)
-
-
-def test_a_full_disk_is_said_before(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.system(f"mount -t tmpfs -o size=16k tmpfs {folder} 2> /dev/null"):
-        pytest.skip("nothing may be mounted here")
-    try:
-        with pytest.raises(SettingsError, match=r"take about 0.1 MiB, but .*small has 0.0 MiB free"):
-            train(folder / "run")
-        (folder / "fill").write_bytes(bytes(16 * 1024))
-        with pytest.raises(SettingsError, match=r"nothing can be written to .*/run: .*No space left"):
-            train(folder / "run")
-    finally:
-        os.system(f"umount {folder}")
 
 
 def test_a_run_that_goes_on_may_write_over_its_own_files(

@@ -49,9 +49,7 @@ def finished(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -------------------------------------------------------------------------------------------- what a step is
 
 
-def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
-    train: Train, corpus: Corpus, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_a_step_takes_mean_gradients_cut_at_1(train: Train, corpus: Corpus, tmp_path: Path, monkeypatch: Patch) -> None:
     usual, alone, seen = ALGORITHMS["maml"].gradient, [], []
     leaves: dict[str, Tensor] = {}
 

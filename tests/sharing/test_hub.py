@@ -376,9 +376,7 @@ def test_encoder_whose_weights_changed_is_found_or_refused(hub: HubServer, pushe
         adapter.load_reader(model=ENCODER)
 
 
-def test_encoder_whose_commit_is_gone_is_found(
-    hub: HubServer, pushed: Adapter, tiny_model: str, caplog: Logged
-) -> None:
+def test_encoder_whose_commit_went_is_found(hub: HubServer, pushed: Adapter, tiny_model: str, caplog: Logged) -> None:
     push(pushed)
     shutil.rmtree(Path(constants.HF_HUB_CACHE) / "models--lab--tiny")
     files = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
