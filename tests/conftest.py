@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from tests.given import LABELS, SUPPORT, Patch, adapter_of
+from tests.given import LABELS, SUPPORT, Patch, adapter_of, doubled
 from tests.hub.fixture import hub  # noqa: F401 - a fixture
 from textmeta import Adapter, Corpus, EpisodeSampler, EpisodeSettings, FewShotClassifier, estimator
 from textmeta.encoder.encoder import Encoder, EncoderSettings
@@ -86,9 +86,7 @@ def encoder(tiny_model: str) -> Encoder:
 @pytest.fixture
 def encoder64(encoder: Encoder) -> Encoder:
     """The same in float64, for checks of gradients."""
-    encoder._prefix.double()
-    encoder._suffix.double()
-    return encoder
+    return doubled(encoder)
 
 
 @pytest.fixture(scope="session")

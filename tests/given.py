@@ -21,6 +21,13 @@ NAMES = {"b": "bum", "f": "fon", "k": "kel"}
 TEXTS = ["bal bel", "fim fon gur dal kes", "bal", "kut kut dal fim bel bol bun bam ban", "dis dur", ""]
 
 
+def doubled(encoder: Encoder) -> Encoder:
+    """Let an encoder compute in float64."""
+    for half in filter(None, (encoder._prefix, encoder._suffix)):
+        half.double()
+    return encoder
+
+
 def adapter_of(model: str, *, scope: torch.Tensor | None = RULE, **settings: Any) -> Adapter:
     """Return an adapter of the tiny encoder as meta-training leaves one: LoRA, queries and centre are not 0."""
     learner = LearnerSettings(**{"steps": 3, **settings})

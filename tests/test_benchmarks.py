@@ -17,7 +17,7 @@ from tests.conftest import write_rows
 from tests.data.test_episodes import numbered
 from tests.given import Patch, Shown, adapter_of
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
 from textmeta.meta import evaluation
 from textmeta.meta.evaluation import _calibration_error, score_episodes
 from textmeta.meta.learner import TaskLearner
@@ -82,13 +82,7 @@ def adapter(tiny_model: str, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def record(
-    choose: ModuleType,
-    data_dir: Path,
-    adapter: Path,
-    run_script: Callable[..., None],
-    tmp_path: Path,
-    monkeypatch: Patch,
-    capsys: Shown,
+    choose: ModuleType, data_dir: Path, adapter: Path, run_script, tmp_path: Path, monkeypatch: Patch, capsys: Shown
 ) -> Callable[..., str]:
     """Record 6 episodes a cell in results.jsonl, 3 a line, with further options; return what is printed."""
     monkeypatch.setattr(choose, "CHUNK", 3)
@@ -180,14 +174,6 @@ def test_unlabelled_texts_never_change_with_the_code(cells: ModuleType) -> None:
     drawn = repr([episode.unlabelled_texts for episode in more])
     expected = "4752f727dd2b9a4e2e4e28f18c797069288dd0f59322471c6f280c0e07389a46"
     assert hashlib.sha256(drawn.encode()).hexdigest() == expected
-
-
-def test_a_text_of_two_classes_is_drawn_once_and_not_if_it_has_a_label(cells: ModuleType) -> None:
-    texts = [f"{row}" for row in range(8)] * 2
-    corpus = Corpus.from_pairs("twice", texts, ["x"] * 8 + ["y"] * 8)
-    labels = np.array([0, 1])
-    episode = Episode("twice", ("x", "y"), ("0", "1"), labels, ("2", "3"), np.array([0, OUTSIDE]))
-    assert sorted(cells.with_unlabelled(episode, corpus, 0, 0).unlabelled_texts) == ["4", "5", "6", "7"]
 
 
 def test_calibration_errors_are_those_of_all_queries_together(choose: ModuleType, cells: ModuleType) -> None:

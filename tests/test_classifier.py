@@ -136,9 +136,7 @@ def test_names_alone_make_a_classifier(classifier: FewShotClassifier) -> None:
     assert np.isfinite(classifier.scope_score(TEXTS)).all()
     with_texts = classifier.fit(label_names=NAMES, unlabelled=SUPPORT).predict_proba(TEXTS)
     assert np.isfinite(with_texts).all()
-
-
-def test_a_class_may_have_a_name_alone(classifier: FewShotClassifier) -> None:
+    # and one class of several may have a name alone
     classifier.fit(SUPPORT[:4], LABELS[:4], label_names=NAMES)
     assert classifier.classes_.tolist() == ["b", "f", "k"]
     by_its_name = classifier.predict_proba(["kel"])[0, 2]
@@ -177,11 +175,13 @@ def test_labels_come_back_as_given(classifier: FewShotClassifier, tmp_path: Path
         assert one.score(texts, labels) == 1.0
 
 
-def test_no_texts_give_empty_arrays(fitted: FewShotClassifier) -> None:
+def test_no_texts_give_empty_arrays_and_one_string_is_one_text(fitted: FewShotClassifier) -> None:
     assert (fitted.predict_proba([]).shape, fitted.predict_proba([]).dtype) == ((0, 3), np.float64)
     assert (fitted.predict([]).shape, fitted.predict([]).dtype) == ((0,), fitted.classes_.dtype)
     assert (fitted.scope_score([]).shape, fitted.scope_score([]).dtype) == ((0,), np.float64)
     assert fitted.predict([], reject=True).shape == (0,)
+    assert fitted.predict("fim fon").tolist() == ["f"]
+    np.testing.assert_array_equal(fitted.predict_proba("fim fon"), fitted.predict_proba(["fim fon"]))
 
 
 @pytest.mark.parametrize(
@@ -212,11 +212,6 @@ def test_texts_that_the_encoder_does_not_know_are_told(fitted: FewShotClassifier
     with pytest.warns(UserWarning, match=told.format("fit", 8, 6)) as found:
         fitted.fit([*SUPPORT, foreign[1], "卡"], [*LABELS, "b", "f"])
     assert [warning.filename for warning in found] == [__file__]
-
-
-def test_one_string_is_one_text(fitted: FewShotClassifier) -> None:
-    assert fitted.predict("fim fon").tolist() == ["f"]
-    np.testing.assert_array_equal(fitted.predict_proba("fim fon"), fitted.predict_proba(["fim fon"]))
 
 
 def test_table_of_texts_and_labels_is_not_taken_for_its_column_names(fitted: FewShotClassifier) -> None:
@@ -317,12 +312,9 @@ def test_ends_of_the_threshold(fitted: FewShotClassifier) -> None:
         (torch.tensor(True), half),
     ):
         assert fitted.predict(TEXTS, reject=reject).tolist() == expected  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("reject", [-0.1, 1.1, 2, float("nan"), None, "0.5", [0.5]])
-def test_unusable_threshold_is_named(fitted: FewShotClassifier, reject: Any) -> None:
-    with pytest.raises(DataError, match=r"reject must be True, False or a number from 0 to 1, given "):
-        fitted.predict(TEXTS, reject=reject)
+    for reject in (-0.1, 1.1, 2, float("nan"), None, "0.5", [0.5]):
+        with pytest.raises(DataError, match=r"reject must be True, False or a number from 0 to 1, given "):
+            fitted.predict(TEXTS, reject=reject)  # type: ignore[arg-type]
 
 
 def test_an_adapter_without_a_rule_says_so(shared: FewShotClassifier) -> None:

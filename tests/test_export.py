@@ -85,7 +85,7 @@ def test_labels_come_back_as_given_and_the_folder_is_replaced(folder: Path, adap
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in OWN)) for name in FAMILIES],
+    [pytest.param(one, marks=[pytest.mark.slow] * (one not in OWN)) for one in FAMILIES],
 )
 def test_encoders_of_every_family(family: str, tmp_path: Path) -> None:
     model = save_family(tmp_path / "model", family)

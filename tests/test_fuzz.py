@@ -84,7 +84,7 @@ def contained(rng: random.Random, parts: list[Any]) -> Any:
         breaking(parts),
         dict(zip(keys, parts, strict=True)),
         array,
-        array.reshape(-1, 1),
+        array[:, None],
     ]
     return rng.choice([parts, *others, [parts], frame, frame["a"], frame.assign(b=1), deque(parts)])
 
@@ -103,28 +103,28 @@ def odd(rng: random.Random, good: Any) -> Any:
 
 
 # the arguments that are right
-TEXT = {"texts": TEXTS[:3]}
+TEXT, ONES = {"texts": TEXTS[:3]}, [1.0] * 6
 GOOD: dict[str, dict[str, Any]] = {
     "fit": {
         "texts": SUPPORT,
         "labels": LABELS,
-        "sample_weight": [1.0] * 6,
+        "sample_weight": ONES,
         "label_names": NAMES,
         "unlabelled": TEXTS[:3],
     },
-    "partial_fit": {"texts": SUPPORT, "labels": LABELS, "classes": ["b", "f", "k"], "sample_weight": [1.0] * 6},
+    "partial_fit": {"texts": SUPPORT, "labels": LABELS, "classes": ["b", "f", "k"], "sample_weight": ONES},
     "add_class": {"label": "g", "examples": TEXTS[:2], "name": "gur"},
     "remove_class": {"label": "k"},
     "predict": {**TEXT, "reject": 0.5, "outside": "none"},
     "predict_top": {**TEXT, "k": 2},
     "predict_stream": {**TEXT, "k": 2, "total": 3},
-    "score": {"texts": SUPPORT, "labels": LABELS, "sample_weight": [1.0] * 6},
+    "score": {"texts": SUPPORT, "labels": LABELS, "sample_weight": ONES},
     **dict.fromkeys(("predict_proba", "predict_log_proba", "decision_function", "transform", "scope_score"), TEXT),
     "nearest_tasks": {"count": 2},
     "get_feature_names_out": {"input_features": None},
     "save_pretrained": {"folder": "saved", "include_support": "texts"},
     "push_to_hub": {
-        "repo_id": "tester/mine",
+        "repo_id": "tester/m",
         "revision": "main",
         "include_support": "states",
         "base_model": "lab/tiny",
@@ -134,7 +134,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "set_params": {
         "adapt": "none",
         "steps": 1,
-        "max_length": 16,
+        "max_length": 9,
         "batch_size": 2,
         "errors": "raise",
         "progress": False,

@@ -149,11 +149,8 @@ def test_unknown_texts_are_told_by_all_their_windows(adapter: Adapter) -> None:
 def test_windows_can_be_cached_and_chosen_from(adapter: Adapter, tmp_path: Path) -> None:
     settings = replace(adapter.encoder, max_length=LENGTH, long_texts="window")
     one = TokenStateReader(Encoder(settings, adapter.lora))
-    texts, queries, factors = (
-        [SHORT, LONG, "bal", "kel " * 8],
-        adapter.initialisation.queries,
-        adapter.initialisation.lora,
-    )
+    texts, init = [SHORT, LONG, "bal", "kel " * 8], adapter.initialisation
+    queries, factors = init.queries, init.lora
     expected = pool(one.read(texts, factors), queries)
     part = one.read(texts, factors).where(torch.tensor([2, 1]))
     torch.testing.assert_close(pool(part, queries), expected[[2, 1]], rtol=0, atol=1e-6)

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import WORDS, write_rows
-from tests.given import Patch, adapter_of
+from tests.given import Patch, adapter_of, doubled
 from tests.meta.runs import LEARNER, SHORT, on_each_step, rows_of, set_constants, train_on
 from textmeta import Adapter, Corpus, processes
 from textmeta.encoder.encoder import Encoder
@@ -34,10 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def encoder64(*given: Any, **named: Any) -> Encoder:
-    made = Encoder(*given, **named)
-    made._prefix.double()  # type: ignore[union-attr]
-    made._suffix.double()
-    return made
+    return doubled(Encoder(*given, **named))
 
 
 @pytest.fixture

@@ -93,11 +93,7 @@ def test_cells_are_recorded_once_and_are_what_users_get(
 
 
 def test_folds_are_trained_and_recorded_once(
-    benchmark: Callable[[str], ModuleType],
-    run_script: Callable[..., None],
-    data_dir: Path,
-    tiny_model: str,
-    monkeypatch,
+    benchmark, run_script, data_dir: Path, tiny_model: str, monkeypatch: Patch
 ) -> None:
     module = benchmark("unseen_classes")
     small = {"encoder": EncoderSettings(tiny_model, max_length=32), "lora": LoraSettings(rank=4)}

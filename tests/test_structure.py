@@ -91,20 +91,8 @@ def test_nothing_is_unpickled() -> None:
 
 def test_public_names() -> None:
     assert textmeta.__all__ == [
-        "Adapter",
-        "Corpus",
-        "CorpusSettings",
-        "Episode",
-        "EpisodeSampler",
-        "EpisodeSettings",
-        "FewShotClassifier",
-        "MetaTrainer",
-        "TextMetaError",
-        "__version__",
-        "load_corpora",
-        "load_corpus",
-        "predict_many",
-        "similarity",
+        *("Adapter", "Corpus", "CorpusSettings", "Episode", "EpisodeSampler", "EpisodeSettings", "FewShotClassifier"),
+        *("MetaTrainer", "TextMetaError", "__version__", "load_corpora", "load_corpus", "predict_many", "similarity"),
     ]
     assert set(textmeta.__all__) <= set(dir(textmeta))
     assert textmeta.__version__ == version("textmeta")

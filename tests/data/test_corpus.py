@@ -88,6 +88,9 @@ def test_rows_of_a_class_are_ascending_and_complete() -> None:
     assert corpus.rows_of(1).tolist() == []
     assert corpus.rows_of(2).tolist() == [0, 2, 5]
     assert corpus.rows_of(2).dtype == np.int64
+    twice = Corpus.from_pairs("c", ["x", "y", "x", "x", "z"], ["a", "a", "a", "b", "b"])
+    assert [twice.rows_of(label).tolist() for label in (0, 1)] == [[0, 1], [3, 4]], "equal texts of a class count once"
+    assert len(twice.restrict(["a"])) == 2
 
 
 def test_restrict_keeps_the_rows_of_the_classes_asked_for_in_the_order_given() -> None:
@@ -117,12 +120,6 @@ def test_hash_changes_with_texts_labels_and_class_names() -> None:
     ]
     assert base.sha256 == Corpus("renamed", ["a", "b"], np.array([0, 1], dtype=np.int32), ("x", "y")).sha256
     assert len({corpus.sha256 for corpus in [base, *changed]}) == 4
-
-
-def test_equal_texts_of_a_class_count_once() -> None:
-    corpus = Corpus.from_pairs("c", ["x", "y", "x", "x", "z"], ["a", "a", "a", "b", "b"])
-    assert [corpus.rows_of(label).tolist() for label in (0, 1)] == [[0, 1], [3, 4]]
-    assert len(corpus.restrict(["a"])) == 2
 
 
 # The bundled corpus

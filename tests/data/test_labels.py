@@ -159,11 +159,8 @@ def test_labels_are_read_all_or_none(labels: list, names: list[str] | None) -> N
     assert task_classes(labels, "auto")[1] == names
 
 
-def test_none_reads_nothing() -> None:
+def test_none_reads_nothing_and_classes_are_sorted_where_they_can_be() -> None:
     assert task_classes(CARDS, None) == (["arrived", "lost"], None)
-
-
-def test_classes_are_sorted_where_they_can_be() -> None:
     assert task_classes([10, 9, 10], None)[0] == [9, 10]
     assert task_classes(["b", 1, "a"], None)[0] == ["b", 1, "a"]
 

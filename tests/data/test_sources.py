@@ -203,12 +203,7 @@ def test_a_rewritten_file_is_read_anew(tmp_path: Path) -> None:
     assert list(load_corpus(CorpusSettings(str(path))).texts) == ["new"]
 
 
-REQUESTS: list[tuple[str, object]] = [
-    ("what is my balance", 0),
-    ("show my balance", 0),
-    ("my card is lost", 1),
-    ("new card please", 1),
-]
+REQUESTS = [("what is my balance", 0), ("show my balance", 0), ("my card is lost", 1), ("new card please", 1)]
 
 
 def jsonl(rows: list[tuple[str, object]], label: str = "label") -> bytes:

@@ -4,7 +4,7 @@
 first order are compared in ``test_peer.py``.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -93,9 +93,9 @@ def objective(learner: TaskLearner, tensors: Mapping[str, Tensor], episodes: lis
 def relative_errors(
     function: Callable[[Tensors], float],
     tensors: Tensors,
-    found: Mapping[str, Tensor],
+    found: Tensors,
     h: float = 1e-4,
-    apart: Container[str] | None = None,
+    apart: set[str] | None = None,
 ) -> dict[str, float]:
     """For each tensor, along a direction: |⟨gradient, direction⟩ - difference| over the gradient's norm.
 
@@ -117,7 +117,7 @@ def relative_errors(
             way = way / way.norm() + found[name] / found[name].norm().clamp(min=1e-12)
             ways[name] = way / way.norm() if way.ndim else torch.ones_like(way)
         values = {
-            s: function({**tensors, **{name: tensors[name] + s * h * way for name, way in ways.items()}})
+            s: loss({**tensors, **{name: tensors[name] + s * h * way for name, way in ways.items()}})
             for s in (-2, -1, 1, 2)
         }
         expected = (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)

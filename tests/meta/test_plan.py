@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from tests.conftest import WORDS, save_tiny_model, write_rows
-from tests.given import Logged, Patch, Shown
+from tests.given import Logged, Patch, Shown, doubled
 from tests.meta.runs import LEARNER, Train, assert_same, rows_of, trainer_of
 from textmeta import Corpus, Episode
 from textmeta.cli import main
@@ -287,8 +287,7 @@ OUT_OF_MEMORY = {
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_a_step_too_large_for_memory_is_halved(error: str, tiny_model: str, corpus: Corpus, monkeypatch: Patch) -> None:
     run = trainer_of(tiny_model)._begin(corpus_of_five(corpus), (), None, None, None)
-    for half in (run.reader.encoder._prefix, run.reader.encoder._suffix):
-        half.double()  # type: ignore[union-attr]
+    doubled(run.reader.encoder)
     state = run.state()
     state.parameters = {name: value.detach().double().requires_grad_() for name, value in state.parameters.items()}
     episodes = {number: run.episodes[number] for number in range(3)}

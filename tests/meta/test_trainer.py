@@ -263,11 +263,7 @@ def test_training_starts_from_what_is_given(train: Train) -> None:
         ({"query": torch.ones(2, 32)}, "'query' is not known"),
     ],
 )
-def test_a_start_that_does_not_fit_is_refused(
-    train: Train,
-    given: dict[str, Tensor],
-    named: str,
-) -> None:
+def test_a_start_that_does_not_fit_is_refused(train: Train, given: dict[str, Tensor], named: str) -> None:
     with pytest.raises(SettingsError, match=f"start does not fit: .*{named}"):
         train(start=given)
 
