@@ -467,6 +467,7 @@ def test_unusable_arguments_are_named(shared: FewShotClassifier) -> None:
         ({"max_length": 2}, "max_length must be a whole number from 3, given 2"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1, given 0"),
         ({"errors": "ignore"}, "errors must be one of 'raise', 'replace', given 'ignore'"),
+        ({"long_texts": "split"}, "long_texts must be one of 'cut', 'window', given 'split'"),
         ({"precision": "fp8"}, "precision must be one of 'auto', 'bf16', 'no', given 'fp8'"),
     ):
         with pytest.raises(SettingsError, match=message):

@@ -77,9 +77,6 @@ def failure(arguments: list[Any], capsys: Shown) -> str:
     return str(shown.splitlines()[-1])
 
 
-# train
-
-
 def test_train_on_a_file_makes_an_adapter(run: Run, data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown) -> None:
     output = run(tmp_path / "run", "--data", data)
     shown = capsys.readouterr().out
@@ -253,15 +250,12 @@ lora_rate: 1e-3
     assert (settings.algorithm, settings.fixed, settings.lora_rate) == ("reptile", ("centre",), 0.001)
 
 
-def test_the_later_of_config_and_command_line_counts(tmp_path: Path) -> None:
+def test_the_later_of_config_and_command_line_counts_and_data_add_up(tmp_path: Path) -> None:
     config = write_config(tmp_path, "output: run\nepisodes: 4\nlora: {rank: 5, alpha: 6}\n")
     line = ["--episodes", "9", "--lora.rank", "7"]
     after, before = parsed(train_parser(), [*config, *line]), parsed(train_parser(), [*line, *config])
     assert (after.episodes, after.lora) == (9, LoraSettings(rank=7, alpha=6))
     assert (before.episodes, before.lora) == (4, LoraSettings(rank=5, alpha=6))
-
-
-def test_one_or_several_data_and_an_encoder_by_its_name_alone(tmp_path: Path) -> None:
     for line, found in (
         (["--data", "a.csv"], ["a.csv"]),
         (["--data", "a.csv", "--data=folder"], ["a.csv", "folder"]),

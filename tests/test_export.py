@@ -52,9 +52,6 @@ def exported(classifier: FewShotClassifier, folder: Path, **how: Any) -> Any:
     return load(folder)
 
 
-# What it answers
-
-
 @pytest.mark.filterwarnings("ignore:predict. .* texts are cut")
 @pytest.mark.parametrize("batch_size", [1, 7, 512])
 def test_it_answers_as_the_classifier_does(fitted: FewShotClassifier, folder: Path, batch_size: int) -> None:

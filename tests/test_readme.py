@@ -96,8 +96,9 @@ def test_links_and_names_lead_to_files(page: Path) -> None:
     assert not gone or page.name in ("CHANGELOG.md", "tried.md"), "which speak of what is gone"
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_and_the_report_are_short() -> None:
     assert len(text_of(README).split()) <= 1200
+    assert len(text_of(ROOT / "benchmarks" / "README.md").split()) <= 2500
 
 
 def test_every_public_name_has_a_place_in_the_docs() -> None:

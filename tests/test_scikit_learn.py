@@ -15,7 +15,7 @@ import torch
 from sklearn.base import clone
 from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score
-from sklearn.model_selection import GridSearchCV, LeavePGroupsOut, cross_val_predict, cross_val_score
+from sklearn.model_selection import GridSearchCV, LeavePGroupsOut, cross_val_score
 from sklearn.utils.class_weight import compute_class_weight
 
 from tests.given import LABELS, SUPPORT, TEXTS, task
@@ -72,12 +72,6 @@ def test_texts_labels_and_weights_of_every_kind(adapter: Adapter, kind: Any) -> 
     other.fit(kind(SUPPORT), kind(LABELS), sample_weight=kind(weights))
     np.testing.assert_array_equal(other.transform(texts=kind(TEXTS)), expected)
     assert other.score(kind(SUPPORT), kind(LABELS)) == accuracy_score(LABELS, one.predict(SUPPORT))
-
-
-def test_cross_validated_probabilities_are_in_the_order_of_classes(adapter: Adapter) -> None:
-    found = cross_val_predict(FewShotClassifier(adapter), SUPPORT * 2, LABELS * 2, cv=2, method="predict_proba")
-    assert found.shape == (12, 3)
-    assert np.take(sorted(set(LABELS)), found.argmax(1)).tolist() == LABELS * 2
 
 
 # How much classes count: alike, by their examples, or as said; against scikit-learn's ridge and its own weights

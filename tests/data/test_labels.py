@@ -213,9 +213,6 @@ def test_names_are_words() -> None:
     assert readable_name("??") == "??"
 
 
-# ------------------------------------------------------------------------------------------------ returned and stored
-
-
 @pytest.mark.parametrize("stored", [["a", "a"], [1, True], [None, 1], [["a"]], [{"float": "nan"}], [{"float": "1"}]])
 def test_stored_labels_that_cannot_be_are_refused(stored: list) -> None:
     with pytest.raises(AdapterError, match=r"^classes\.json: "):

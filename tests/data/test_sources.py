@@ -210,6 +210,12 @@ def jsonl(rows: list[tuple[str, object]], label: str = "label") -> bytes:
     return "".join(json.dumps({"text": text, label: value, "id": 1}) + "\n" for text, value in rows).encode()
 
 
+def parquet(path: Path, rows: list[dict], label: str, names: list[str]) -> bytes:
+    """Return a file whose labels are numbers with these names."""
+    datasets.Dataset.from_list(rows).cast_column(label, datasets.ClassLabel(names=names)).to_parquet(path)
+    return path.read_bytes()
+
+
 @pytest.fixture
 def intents(hub: HubServer) -> str:
     """The commit of a dataset with two splits and a licence; there is another, whose labels are numbers."""
@@ -240,12 +246,9 @@ def test_whole_and_streamed_are_the_same_corpus(hub: HubServer, intents: str) ->
 
 @pytest.mark.parametrize("rows", [None, 9], ids=["whole", "streamed"])
 def test_class_names_of_the_datasets_own_features(hub: HubServer, tmp_path: Path, rows: int | None) -> None:
-    features = datasets.Features(
-        {"utterance": datasets.Value("string"), "intent": datasets.ClassLabel(names=["balance", "card"])}
-    )
     examples = [{"utterance": text, "intent": label} for text, label in REQUESTS]
-    datasets.Dataset.from_list(examples, features=features).to_parquet(tmp_path / "train.parquet")
-    files = {"data/train-00000-of-00001.parquet": (tmp_path / "train.parquet").read_bytes()}
+    content = parquet(tmp_path / "train.parquet", examples, "intent", ["balance", "card"])
+    files = {"data/train-00000-of-00001.parquet": content}
     hub.add_repo("lab/parquet", files, repo_type="dataset")
     settings = CorpusSettings("lab/parquet", rows=rows, text_column="utterance", label_column="intent")
     assert load_corpus(settings).class_names == ("balance", "card")
@@ -265,12 +268,9 @@ def test_first_rows_are_downloaded_alone(hub: HubServer) -> None:
 
 
 def test_first_rows_of_a_sorted_dataset_have_no_empty_class(hub: HubServer, tmp_path: Path, caplog: Logged) -> None:
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b", "c"])}
-    )
     rows = [{"text": f"text {number}", "label": number // 4} for number in range(12)]
-    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
-    hub.add_repo("lab/sorted", {"train.parquet": (tmp_path / "train.parquet").read_bytes()}, repo_type="dataset")
+    content = parquet(tmp_path / "train.parquet", rows, "label", ["a", "b", "c"])
+    hub.add_repo("lab/sorted", {"train.parquet": content}, repo_type="dataset")
     assert load_corpus(CorpusSettings("lab/sorted", rows=6)).class_names == ("a", "b")
     assert "the first 6 rows have 2 of its 3 classes" in caplog.text
 

@@ -16,7 +16,7 @@ from tests.given import Logged, Patch
 from textmeta.encoder import encoder as module
 from textmeta.encoder.attention import attention_by, plain_attention, use_switched_attention
 from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraLinear, LoraSettings, layer_of, using_factors, zero_start
+from textmeta.encoder.lora import LoraLinear, LoraSettings, using_factors, zero_start
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import EncoderError, SettingsError
 
@@ -153,12 +153,6 @@ def test_where_lora_is_put(tiny_model: str, settings: LoraSettings, names: set[s
 def test_settings_that_cannot_be_are_named(tiny_model: str, wrong: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Encoder(EncoderSettings(tiny_model), LoraSettings(**wrong))
-
-
-def test_layer_of_a_factor() -> None:
-    assert layer_of("encoder.layer.3.attention.self.query.lora_B.weight") == "encoder.layer.3"
-    assert layer_of("layers.11.attn.Wqkv.lora_A.weight") == "layers.11"
-    assert layer_of("head.lora_A.weight") == "head.lora_A.weight"
 
 
 # Attention that can be differentiated twice: the choice does not outlive its block

@@ -46,6 +46,9 @@ def test_a_text_does_not_depend_on_the_others_and_order_is_kept(encoder64: Encod
     assert sorted(torch.cat([batch.rows for batch in states.batches]).tolist()) == list(range(len(TEXTS) + 1))
     assert any(not batch.mask.all() for batch in states.batches)
     assert not any(batch.states.transpose(1, 2)[~batch.mask].any() for batch in states.batches)
+    reader.cache([])
+    assert reader.read([]) == TokenStates.padded([]) == TokenStates(0, ())
+    assert reader.read([]).unpadded() == []
 
 
 def test_no_forward_is_larger_than_memory_allows(encoder: Encoder) -> None:
@@ -55,13 +58,6 @@ def test_no_forward_is_larger_than_memory_allows(encoder: Encoder) -> None:
     reader.cache([text])
     for batches in (fresh, reader.read([text] * 300).batches):
         assert [tuple(batch.mask.shape) for batch in batches] == [(60, 32)] * 5
-
-
-def test_no_texts(encoder: Encoder) -> None:
-    reader = TokenStateReader(encoder, ALL)
-    reader.cache([])
-    assert reader.read([]) == TokenStates.padded([]) == TokenStates(0, ())
-    assert reader.read([]).unpadded() == []
 
 
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4], [1, 4], [0, 1], [2]])

@@ -67,13 +67,10 @@ def test_another_encoder_is_refused(
         adapter.load_reader(model=str(folder))
 
 
-def test_a_probe_that_says_nothing_is_refused(adapter: Adapter) -> None:
+def test_a_probe_that_says_nothing_and_tensors_that_do_not_fit_are_refused(adapter: Adapter) -> None:
     for probe in (torch.full_like(adapter.probe, torch.nan), adapter.probe[:, :32], torch.zeros(3, 0)):
         with pytest.raises(AdapterError, match="other features"):
             replace(adapter, probe=probe).load_reader()
-
-
-def test_tensors_that_do_not_fit_the_encoder_are_refused(adapter: Adapter) -> None:
     init = replace(adapter.initialisation, queries=torch.zeros(2, 32))
     with pytest.raises(AdapterError, match=r"queries is \(2, 32\), expected \(3, 32\)"):
         replace(adapter, initialisation=init).load_reader()

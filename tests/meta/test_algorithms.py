@@ -135,9 +135,6 @@ def test_bfloat16_stays_near_float32(row: str, encoder: Encoder, corpus: Corpus)
     assert 1e-5 < difference < 0.3  # it did run in bfloat16, and rounding is all that it changed
 
 
-# ---------------------------------------------------------------------------------------------- one algorithm or two
-
-
 @pytest.mark.parametrize("adapt", ["pooling", "lora", "pooling+lora"])
 def test_a_reptile_step_is_interpolation(encoder64: Encoder, corpus: Corpus, adapt: str) -> None:
     """θ + ε mean_i(θ_i - θ), from where the steps on support and queries together end; the rest is first order."""

@@ -69,16 +69,12 @@ class Remembering:
         return self.reader.entering(texts)
 
     def read(
-        self,
-        texts: Sequence[str],
-        factors: Mapping[str, Tensor] | None = None,
-        row_task: Tensor | None = None,
-        entered: Sequence[Entering] | None = None,
+        self, texts: Sequence[str], factors: Mapping[str, Tensor] | None = None, *rest: object, **more: object
     ) -> TokenStates:
         if factors is None or any(
             factors[n].shape != value.shape or not torch.equal(factors[n], value) for n, value in self.factors.items()
         ):
-            return self.reader.read(texts, factors, row_task, entered)
+            return self.reader.read(texts, factors, *rest, **more)
         if tuple(texts) not in self.known:
             self.known[tuple(texts)] = self.reader.read(texts, factors)
         return self.known[tuple(texts)]
@@ -91,11 +87,7 @@ def objective(learner: TaskLearner, tensors: Mapping[str, Tensor], episodes: lis
 
 
 def relative_errors(
-    function: Callable[[Tensors], float],
-    tensors: Tensors,
-    found: Tensors,
-    h: float = 1e-4,
-    apart: set[str] | None = None,
+    loss: Callable[[Tensors], float], tensors: Tensors, found: Tensors, h: float = 1e-4, apart: set[str] | None = None
 ) -> dict[str, float]:
     """For each tensor, along a direction: |⟨gradient, direction⟩ - difference| over the gradient's norm.
 

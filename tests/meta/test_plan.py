@@ -57,9 +57,6 @@ def supports(corpus: Corpus, *numbers: int) -> list[tuple[str, ...]]:
     return [episodes[number].support_texts for number in numbers]
 
 
-# the plan
-
-
 def test_the_plan_says_what_is_learned_from_what(train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     trainer = trainer_of(tiny_model, episodes=7, tasks_per_step=2)
     valid = replace(corpus.restrict(corpus.class_names[5:]), name="others")
@@ -304,22 +301,17 @@ def test_a_step_too_large_for_memory_is_halved(error: str, tiny_model: str, corp
 
 
 def test_a_task_too_large_for_the_memory_is_named(train: Train, corpus: Corpus, monkeypatch: Patch) -> None:
+    """Other errors come through."""
     (large,) = supports(corpus, 1)
-
-    def fill(_: MetaGradient, episodes: Sequence[Episode]) -> None:
-        if large in [e.support_texts for e in episodes]:
-            raise OUT_OF_MEMORY["cpu"]
-
-    instead(monkeypatch, fill)
     named = rf"step 1: the memory of cpu is too small for episode 1 alone \(toy, {len(large)} examples of \d+ classes\)"
-    with pytest.raises(SettingsError, match=named):
-        train(tasks_per_step=2)
+    other = RuntimeError("The size of tensor a (3) must match")
+    for error, kind, told in ((OUT_OF_MEMORY["cpu"], SettingsError, named), (other, RuntimeError, "must match")):
 
+        def fail(_: MetaGradient, episodes: Sequence[Episode], error: Exception = error) -> None:
+            if large in [e.support_texts for e in episodes]:
+                raise error
 
-def test_other_errors_come_through(train: Train, monkeypatch: Patch) -> None:
-    def fail(_: MetaGradient, episodes: Sequence[Episode]) -> None:
-        raise RuntimeError("The size of tensor a (3) must match")
-
-    instead(monkeypatch, fail)
-    with pytest.raises(RuntimeError, match="must match"):
-        train()
+        with monkeypatch.context() as patch:
+            instead(patch, fail)
+            with pytest.raises(kind, match=told):
+                train(tasks_per_step=2)

@@ -34,9 +34,6 @@ from textmeta.progress import progress_bar
 BEFORE = "checkpoint.before.safetensors"
 
 
-# ---------------------------------------------------------------------------------------------- the bar
-
-
 def test_a_bar_is_plain_lines_where_there_is_no_terminal(capsys: Shown, monkeypatch: Patch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with progress_bar(4, "maml", "step") as bar:
@@ -60,9 +57,6 @@ def test_a_bar_moves_on_a_terminal(capsys: Shown, monkeypatch: Patch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress_bar(4, "maml", "step").close()
     assert "\rmaml:   0%|" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------- callbacks, trackers
 
 
 def test_a_callback_sees_each_row_and_may_end_the_training(train: Train, tmp_path: Path) -> None:
@@ -131,9 +125,6 @@ def test_curves_are_drawn_at_ends_and_stops(train: Train, tmp_path: Path, monkey
     ]
 
 
-# ---------------------------------------------------------------------------------------------- patience
-
-
 def dies_at(step: int) -> Any:
     def die(begun: int, _: object) -> None:
         if begun == step:
@@ -199,9 +190,6 @@ def test_patience_goes_on_to_the_bit_where_a_run_was_stopped(train: Train, tmp_p
 def test_patience_needs_corpora_to_validate_on(train: Train) -> None:
     with pytest.raises(SettingsError, match="patience is 2, but there are no corpora to validate on"):
         train(patience=2)
-
-
-# ---------------------------------------------------------------------------------------------- going on
 
 
 def test_a_damaged_checkpoint_gives_way(train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:

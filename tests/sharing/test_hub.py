@@ -207,6 +207,7 @@ def test_no_such_repository_and_a_gated_one(hub: HubServer) -> None:
 
 
 def test_private_repository_and_private_encoder(hub: HubServer, pushed: Adapter) -> None:
+    assert "secret" not in repr(HubAccess("secret"))
     push(pushed, private=True)
     with pytest.raises(HubError, match=r"private and no token was given: log in with `hf auth login`"):
         load_adapter(ADAPTER)
@@ -312,10 +313,6 @@ def test_card_that_the_hub_refuses_is_not_pushed(hub: HubServer, pushed: Adapter
     with pytest.raises(AdapterError, match=r"does not accept the metadata block of README\.md.*license"):
         push_folder(tmp_path / "adapter", ADAPTER, token=TOKEN)
     assert ("model", ADAPTER) not in hub.repos
-
-
-def test_tokens_are_not_shown() -> None:
-    assert "secret" not in repr(HubAccess("secret"))
 
 
 # Faults

@@ -43,9 +43,6 @@ def refused(folder: Path, *, naming: str) -> str:
     return str(caught.value)
 
 
-# What is saved comes back
-
-
 def test_adapter_comes_back_to_the_bit(saved: Path, adapter: Adapter) -> None:
     found, _ = load_adapter(saved)
     ours, theirs = found.initialisation.tensors(), adapter.initialisation.tensors()
