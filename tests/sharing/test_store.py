@@ -79,16 +79,13 @@ def test_saved_twice_or_loaded_and_saved_again_is_the_same_bytes(saved: Path, ti
     assert contents(tmp_path / "twice") == contents(tmp_path / "again") == contents(saved)
 
 
-def test_folder_holds_the_documented_files_alone_and_nothing_of_the_machine(folder: Path) -> None:
+def test_folder_holds_the_documented_files_alone_and_nothing_of_the_machine(folder: Path, adapter: Adapter) -> None:
     assert sorted(contents(folder)) == sorted([*LISTED, *FITTED, "README.md", MANIFEST])
     assert all(str(folder.parent).encode() not in content for content in contents(folder).values())
-
-
-def test_fitted_classifier_goes_when_it_is_saved_without(folder: Path, adapter: Adapter) -> None:
     save_adapter(folder, replace(adapter, index=None))
     found, fitted = load_adapter(folder)
     assert (found.index, fitted) == (None, None)
-    assert not list(folder.glob("classifier*"))
+    assert not list(folder.glob("classifier*")), "a classifier goes when the adapter is saved without"
 
 
 # The user's own files
