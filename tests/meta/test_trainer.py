@@ -281,14 +281,16 @@ def test_the_best_validated_tensors_are_the_result(train: Train, tmp_path: Path,
     monkeypatch.setattr(outer_loop, "score_episodes", scores)
     monkeypatch.setattr(outer_loop, "VALIDATE_EVERY", 2)
     monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 3)
-    found = train(tmp_path, valid=3)
-    accuracy = [row["valid_accuracy"] for row in rows_of(tmp_path) if "valid_accuracy" in row]
-    assert accuracy == pytest.approx([0.5, 0.9, 0.7])
+    found, rows = train(tmp_path, valid=3, episodes=5), rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["loss"] > 0 and 0 <= row["accuracy"] <= 1 and row["gradient_norm"] > 0 for row in rows)
+    accuracy = {row["step"]: row["valid_accuracy"] for row in rows if "valid_accuracy" in row}
+    assert accuracy == pytest.approx({2: 0.5, 4: 0.9, 5: 0.7})  # the last step, too
     tensors = found.initialisation.tensors()
     assert all(torch.equal(tensors[name], value) for name, value in seen[1].items())
     assert not torch.equal(tensors["temperature"], seen[2]["temperature"])
     # a run that is over still knows its best
-    assert_same(train(tmp_path, valid=3), found)
+    assert_same(train(tmp_path, valid=3, episodes=5), found)
 
 
 def noisy_corpus() -> Corpus:

@@ -213,6 +213,9 @@ def test_a_damaged_checkpoint_gives_way(train: Train, tiny_model: str, corpus: C
         (tmp_path / name).write_bytes(b"")
     with pytest.warns(UserWarning, match="goes on"), pytest.raises(AdapterError, match=BEFORE):
         train(tmp_path)
+    (tmp_path / BEFORE).unlink()
+    with pytest.raises(AdapterError, match=CHECKPOINT):
+        train(tmp_path)
 
 
 SCRIPT = """
