@@ -3,7 +3,7 @@
     python benchmarks/choose.py --data-dir DATA                        # the table
     python benchmarks/choose.py --data-dir DATA --by-corpus
     python benchmarks/choose.py --data-dir DATA --run --adapters runs/core/base-0 --variants plain names
-    python benchmarks/choose.py --data-dir DATA --run --ways 20 --variants plain names   # of corpora with so many classes
+    python benchmarks/choose.py --data-dir DATA --run --ways 20 --variants plain names   # corpora of so many classes
 
 Episodes are the same for every method: 5 ways (all classes of a corpus with fewer), 5 queries a class, 256 tokens (0.1
 at its own 64). Differences are paired by episode; intervals are of 95 %, over episodes, of means over corpora.

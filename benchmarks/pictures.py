@@ -47,7 +47,7 @@ def draw(lines: Sequence[Line], folder: Path) -> None:
     axis.plot([0, 1], [0, 1], color="gray", linewidth=1)
     for k in [k for k in ALL_SHOTS if ("plain", k) in bins]:
         count, right, sure = bins["plain", k][bins["plain", k][:, 0] >= 50].T
-        axis.plot(sure / count, right / count, marker="o", ms=3, label=f"{k} shots")
+        axis.plot(sure / count, right / count, marker="o", ms=3, label=scores.heads([k])[1])
         axis.legend(fontsize=8)
     axis.set(xlabel="confidence", ylabel="share that is right", title="textmeta, no names", xlim=(0, 1), ylim=(0, 1))
     figure.savefig(folder / "reliability.png", dpi=130, metadata={"Software": None})
