@@ -92,6 +92,28 @@ def test_cells_are_recorded_once_and_are_what_users_get(
     assert float(shown[1]) == pytest.approx(4 * np.mean(expected), abs=0.006)
 
 
+def test_a_quick_run_has_a_file_of_its_own(
+    accuracy: ModuleType, run_script: Callable[..., None], data_dir: Path, tiny_model: str, monkeypatch
+) -> None:
+    save_adapter(data_dir / "tiny", adapter_of(tiny_model))
+    monkeypatch.chdir(data_dir)
+    run_script(accuracy, "--quick", "--data-dir=.", "--adapter=tiny")
+    lines = lines_of(data_dir / "runs" / "quick" / "report.jsonl")
+    assert {line["key"]["shots"] for line in lines} == {1, 5, 10}
+    assert not (data_dir / "report.jsonl").exists()
+
+
+def test_a_line_of_many_episodes_stands_for_shorter_ones(benchmark: Callable[[str], ModuleType]) -> None:
+    runs = benchmark("runs")
+
+    def key(first: int, count: int, shots: int = 1) -> dict:
+        return {"method": "x", "shots": shots, "first": first, "episodes": count}
+
+    asked = [key(0, 5), key(5, 5), key(10, 5), key(0, 5, shots=2)]
+    left = runs.missing([runs.Run(part, dict) for part in asked], [{"key": key(0, 12)}])
+    assert [run.key for run in left] == asked[2:]
+
+
 def test_folds_are_trained_and_recorded_once(
     benchmark, run_script, data_dir: Path, tiny_model: str, monkeypatch: Patch
 ) -> None:
