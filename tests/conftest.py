@@ -25,10 +25,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from tests.given import LABELS, SUPPORT, Patch, adapter_of, doubled
 from tests.hub.fixture import hub  # noqa: F401 - a fixture
-from textmeta import estimator
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import EpisodeSampler, EpisodeSettings
+from textmeta import Adapter, Corpus, EpisodeSampler, EpisodeSettings, FewShotClassifier, estimator
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 
@@ -87,9 +86,7 @@ def encoder(tiny_model: str) -> Encoder:
 @pytest.fixture
 def encoder64(encoder: Encoder) -> Encoder:
     """The same in float64, for checks of gradients."""
-    encoder._prefix.double()
-    encoder._suffix.double()
-    return encoder
+    return doubled(encoder)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +109,39 @@ def sampler(corpus: Corpus) -> EpisodeSampler:
     return EpisodeSampler(corpus, EpisodeSettings(3, 3, 4), seed=0)
 
 
+@pytest.fixture(scope="session")
+def adapter(tiny_model: str) -> Adapter:
+    """An adapter of the tiny encoder, as meta-training leaves one."""
+    return adapter_of(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def shared(adapter: Adapter) -> FewShotClassifier:
+    """A classifier that has loaded its encoder."""
+    return FewShotClassifier(adapter).fit(SUPPORT, LABELS)
+
+
+@pytest.fixture
+def classifier(shared: FewShotClassifier) -> FewShotClassifier:
+    """One that is not fitted, with the encoder of the shared one."""
+    return FewShotClassifier(shared.adapter)
+
+
+@pytest.fixture
+def fitted(classifier: FewShotClassifier) -> FewShotClassifier:
+    return classifier.fit(SUPPORT, LABELS)
+
+
+@pytest.fixture(scope="session")
+def plain() -> Corpus:
+    """5 classes of 24 texts, each of words from its class's own three: random weights are enough to tell them apart."""
+    rng = np.random.default_rng(0)
+    own = {letter: [letter + ending for ending in ("al", "er", "os")] for letter in "bdfgk"}
+    labels = [letter for letter in own for _ in range(24)]
+    texts = [" ".join(rng.choice(own[label], rng.integers(3, 9))) for label in labels]
+    return Corpus.from_pairs("plain", texts, labels)
+
+
 def write_rows(path: Path, corpus: Corpus, names: Sequence[str] | None = None) -> Path:
     """Write a corpus as JSON Lines, into a folder that is made; its classes may have other names."""
     names = names or corpus.class_names
@@ -122,14 +152,14 @@ def write_rows(path: Path, corpus: Corpus, names: Sequence[str] | None = None) -
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+def benchmark(monkeypatch: Patch) -> Callable[[str], ModuleType]:
     """Import a benchmark by its name, as it finds others when it is run."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     return importlib.import_module
 
 
 @pytest.fixture
-def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def run_script(monkeypatch: Patch) -> Callable[..., None]:
     """Run the main function of a recipe or a benchmark that is imported, as a command line with arguments would."""
 
     def run(module: ModuleType, *arguments: object) -> None:

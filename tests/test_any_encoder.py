@@ -15,8 +15,8 @@ from transformers import BertConfig, BertModel
 import textmeta
 from tests.conftest import save_tiny_model
 from tests.encoder.given import LANGUAGES, SIZES, TARGETS, hidden_states, rows_of, save_family, save_multilingual
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Logged, Patch, Shown
 from tests.hub.server import HubServer
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
 from textmeta import Adapter, FewShotClassifier
 from textmeta.cli import main
 from textmeta.encoder.encoder import device_of
@@ -29,18 +29,15 @@ POOLING, PROMPTS = "1_Pooling/config.json", "config_sentence_transformers.json"
 
 
 @pytest.fixture
-def default(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Adapter:
+def default(adapter: Adapter, tmp_path: Path, monkeypatch: Patch) -> Adapter:
     """The adapter that comes with textmeta, here one of the tiny encoder."""
-    adapter = adapter_of(tiny_model)
     save_adapter(tmp_path / "shipped" / "minilm-general", adapter)
     monkeypatch.setattr(locate, "SHIPPED", tmp_path / "shipped")
     general._say_once.cache_clear()
     return adapter
 
 
-def test_the_adapter_is_used_with_its_own_encoder_wherever_that_is(
-    default: Adapter, tiny_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_its_own_encoder_is_known_anywhere(default: Adapter, tiny_model: str, tmp_path: Path, caplog: Logged) -> None:
     shutil.copytree(tiny_model, tmp_path / "copy")
     expected = FewShotClassifier(default).fit(SUPPORT, LABELS).predict_proba(TEXTS)
     found = FewShotClassifier(encoder=str(tmp_path / "copy")).fit(SUPPORT, LABELS)
@@ -55,9 +52,7 @@ def test_the_adapter_is_used_with_its_own_encoder_wherever_that_is(
 @pytest.mark.parametrize(
     "family", ["roberta", "electra-small", "deberta-v3", "modernbert", "eurobert", "megatron-bert"]
 )
-def test_any_encoder_works_without_an_adapter_and_says_so_once(
-    family: str, default: Adapter, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_any_encoder_works_without_an_adapter(family: str, default: Adapter, tmp_path: Path, caplog: Logged) -> None:
     folder = save_family(tmp_path / family, family)
     first, second = (FewShotClassifier(encoder=folder).fit(SUPPORT, LABELS) for _ in range(2))
     assert caplog.text.count(f"{folder} is used without an adapter") == 1
@@ -131,12 +126,7 @@ def test_another_encoder_than_that_of_an_adapter_that_was_named_is_refused(defau
 @pytest.mark.parametrize(
     ("pooling", "prompts", "prompt", "first_token"),
     [
-        (
-            {"pooling_mode_cls_token": True},
-            {"prompts": {"q": "bum fon "}, "default_prompt_name": "q"},
-            "bum fon ",
-            True,
-        ),
+        ({"pooling_mode_cls_token": True}, {"prompts": {"q": "bum "}, "default_prompt_name": "q"}, "bum ", True),
         ({"pooling_mode": "cls"}, {"prompts": {"q": "bum "}, "default_prompt_name": None}, "", True),
         ({"pooling_mode_mean_tokens": True}, {"prompts": {"q": "bum "}, "default_prompt_name": "q"}, "bum ", False),
         ({"pooling_mode": ["cls", "mean"]}, {"prompts": ["q"], "default_prompt_name": ["q"]}, "", False),
@@ -193,9 +183,7 @@ def test_the_adapter_of_from_pretrained_is_its_name(tiny_model: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["xlm-roberta", "eurobert"])
-def test_any_language_goes_from_files_to_answers(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_any_language_from_files_to_answers(family: str, tmp_path: Path, monkeypatch: Patch, capsys: Shown) -> None:
     """With an encoder that is split, and one that is not: that one's LoRA has to be told where it goes."""
     monkeypatch.setattr(trainer, "CALIBRATION_EPISODES", 4)
     encoder = save_multilingual(tmp_path / "encoder", family)
@@ -227,10 +215,7 @@ def test_any_language_goes_from_files_to_answers(
     assert unknown not in one._reader.encoder.tokenizer(list(texts))["input_ids"][0]
 
 
-# Devices
-
-
-def test_the_device_is_what_there_is(default: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_what_there_is(default: Adapter, monkeypatch: Patch) -> None:
     assert FewShotClassifier().device is None
     for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr("torch.cuda.is_available", lambda there=cuda: there)

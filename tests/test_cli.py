@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from tests.conftest import write_rows
+from tests.given import LABELS, SUPPORT, TEXTS, Logged, Patch, Shown
 from tests.hub.server import TOKEN, HubServer
 from tests.sharing.made import rewrite_json
-from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
 from textmeta import Corpus, CorpusSettings, FewShotClassifier
 from textmeta.cli import main
 from textmeta.encoder.encoder import EncoderSettings
@@ -33,13 +33,12 @@ from textmeta.progress import progress_bar
 from textmeta.sharing.store import load_adapter
 from textmeta.training import parsed, train_parser
 
-Shown = pytest.CaptureFixture[str]
+Run = Callable[..., Path]
 
 
 @pytest.fixture
-def adapter(tiny_model: str, tmp_path: Path) -> Path:
-    fitted = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
-    fitted.save_pretrained(tmp_path / "adapter", include_support="texts")
+def folder(shared: FewShotClassifier, tmp_path: Path) -> Path:
+    shared.save_pretrained(tmp_path / "adapter", include_support="texts")
     return tmp_path / "adapter"
 
 
@@ -54,7 +53,7 @@ def data(corpus: Corpus, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def run(tiny_model: str, monkeypatch: Patch) -> Run:
     """Run ``textmeta train`` with few episodes; return the output folder."""
     monkeypatch.setattr(trainer, "CALIBRATION_EPISODES", 8)
     monkeypatch.setattr(trainer, "VALIDATION_EPISODES", 2)
@@ -78,12 +77,7 @@ def failure(arguments: list[Any], capsys: Shown) -> str:
     return str(shown.splitlines()[-1])
 
 
-# train
-
-
-def test_train_on_a_file_makes_an_adapter(
-    run: Callable[..., Path], data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown
-) -> None:
+def test_train_on_a_file_makes_an_adapter(run: Run, data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown) -> None:
     output = run(tmp_path / "run", "--data", data)
     shown = capsys.readouterr().out
     for row in ("1 shot: frozen prototypes", "1 shot: this adapter", "1 shot, class names: this adapter"):
@@ -117,7 +111,7 @@ def test_train_on_a_file_makes_an_adapter(
         assert re.search(f"^{line}", shown, re.M), line
 
 
-def test_the_same_command_again_takes_no_step(run: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+def test_the_same_command_again_takes_no_step(run: Run, data: Path, tmp_path: Path) -> None:
     first, _ = load_adapter(run(tmp_path / "run", "--data", data))
     record = (tmp_path / "run" / "record.jsonl").read_bytes()
     again, _ = load_adapter(run(tmp_path / "run", "--data", data))
@@ -126,9 +120,7 @@ def test_the_same_command_again_takes_no_step(run: Callable[..., Path], data: Pa
     assert all(tensors[name].equal(value) for name, value in first.initialisation.tensors().items())
 
 
-def test_nothing_may_be_held_out_and_another_corpus_choose(
-    run: Callable[..., Path], data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown
-) -> None:
+def test_nothing_may_be_held_out(run: Run, data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown) -> None:
     """Both train on all classes, and so have nothing to test on."""
     valid = json.dumps([{"dataset": str(data), "name": "other"}])
     for number, how in enumerate((["--hold_out", "false"], ["--valid", valid])):
@@ -140,7 +132,7 @@ def test_nothing_may_be_held_out_and_another_corpus_choose(
 
 
 def test_train_on_a_folder_and_a_file_of_several_corpora(
-    run: Callable[..., Path], data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown, caplog: Any
+    run: Run, data: Path, corpus: Corpus, tmp_path: Path, capsys: Shown, caplog: Logged
 ) -> None:
     few, many = corpus.restrict(corpus.class_names[:3]), corpus.restrict(corpus.class_names[::-1])
     write_rows(tmp_path / "corpora" / "few.jsonl", few)
@@ -161,7 +153,7 @@ def test_train_on_a_folder_and_a_file_of_several_corpora(
     assert all("of 48 of many (" in told for told in found)
 
 
-def test_a_lopsided_corpus_is_trained_on(run: Callable[..., Path], tmp_path: Path, capsys: Shown, caplog: Any) -> None:
+def test_a_lopsided_corpus_is_trained_on(run: Run, tmp_path: Path, capsys: Shown, caplog: Logged) -> None:
     rows = [(f"bal {number}", 1) for number in range(10_000)] + [(f"kes {number}", 2) for number in range(5)]
     rows += [(f"fim {number}", 1000 + number) for number in range(100)] + [("dal " * 25_000, 2)]
     path = tmp_path / "odd.jsonl"
@@ -174,12 +166,11 @@ def test_a_lopsided_corpus_is_trained_on(run: Callable[..., Path], tmp_path: Pat
     assert "(not used: '1000', '1001', " in caplog.text
 
 
-def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adapter: Path, tmp_path: Path) -> None:
+def test_train_starts_from_an_adapter(run: Run, data: Path, folder: Path, tmp_path: Path) -> None:
     """Its LoRA's settings are taken, and what is not learned stays as it was there."""
     fixed = ["--fixed", '["lora."]', "--lora.rank", "2"]
     made, start = (
-        load_adapter(folder)[0]
-        for folder in (run(tmp_path / "run", "--data", data, "--start", adapter, *fixed), adapter)
+        load_adapter(place)[0] for place in (run(tmp_path / "run", "--data", data, "--start", folder, *fixed), folder)
     )
     assert (made.lora, made.learner) == (start.lora, start.learner)
     lora = start.initialisation.lora
@@ -192,14 +183,10 @@ def test_train_starts_from_an_adapter(run: Callable[..., Path], data: Path, adap
     [
         ([], "nothing to train on: give --data FILE, FOLDER or ID, or corpora in the config"),
         (["--data", "no-such.csv"], "no such file"),
-        (
-            ["--data", "{data}", "--test_shots", "[12]"],
-            "8 classes of 17 different texts: toy (0 of its 12 classes); `--hold",
-        ),
+        (["--data", "{data}", "--test_shots", "[12]"], "8 classes of 17 different texts: toy (0 of its 12 classes)"),
         (["--data", "{data}", "--test_episodes", "1"], "test_episodes must be a whole number from 2, given 1"),
         (["--data", "{data}", "--output", "."], "working folder"),
         (["--data", "{data}", "--start", "no-such"], "no-such"),
-        (["--data", "{data}", "--episodes", "0"], "episodes must be a whole number from 1, given 0"),
         (["--data", "{data}", "--encoder.max_length", "1"], "a whole number from 3, given 1"),
     ],
 )
@@ -263,15 +250,12 @@ lora_rate: 1e-3
     assert (settings.algorithm, settings.fixed, settings.lora_rate) == ("reptile", ("centre",), 0.001)
 
 
-def test_the_later_of_config_and_command_line_counts(tmp_path: Path) -> None:
+def test_the_later_of_config_and_command_line_counts_and_data_add_up(tmp_path: Path) -> None:
     config = write_config(tmp_path, "output: run\nepisodes: 4\nlora: {rank: 5, alpha: 6}\n")
     line = ["--episodes", "9", "--lora.rank", "7"]
     after, before = parsed(train_parser(), [*config, *line]), parsed(train_parser(), [*line, *config])
     assert (after.episodes, after.lora) == (9, LoraSettings(rank=7, alpha=6))
     assert (before.episodes, before.lora) == (4, LoraSettings(rank=5, alpha=6))
-
-
-def test_one_or_several_data_and_an_encoder_by_its_name_alone(tmp_path: Path) -> None:
     for line, found in (
         (["--data", "a.csv"], ["a.csv"]),
         (["--data", "a.csv", "--data=folder"], ["a.csv", "folder"]),
@@ -299,9 +283,7 @@ def test_one_or_several_data_and_an_encoder_by_its_name_alone(tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_unknown_name_ends_in_a_line_with_the_nearest(
-    tmp_path: Path, capsys: Shown, given: Any, unknown: str, nearest: str
-) -> None:
+def test_unknown_names_get_the_nearest(tmp_path: Path, capsys: Shown, given: Any, unknown: str, nearest: str) -> None:
     arguments = given if isinstance(given, list) else write_config(tmp_path, yaml.safe_dump(given))
     line = failure(["train", "--output", tmp_path / "run", *arguments], capsys)
     assert f"the nearest to {unknown!r} is {nearest!r}" in line
@@ -331,14 +313,14 @@ def test_value_that_cannot_be_used_is_named(tmp_path: Path, capsys: Shown, given
 # info and push
 
 
-def test_push_and_info(hub: HubServer, adapter: Path, tiny_model: str, capsys: Shown, monkeypatch: Any) -> None:
+def test_push_and_info(hub: HubServer, folder: Path, tiny_model: str, capsys: Shown, monkeypatch: Patch) -> None:
     hub.add_repo("lab/tiny", {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    main(["push", str(adapter), "tester/mine", "--base-model", "lab/tiny", "--message", "hello"])
+    main(["push", str(folder), "tester/mine", "--base-model", "lab/tiny", "--message", "hello"])
     assert capsys.readouterr().out.startswith(f"{hub.url}/tester/mine/commit/")
-    pushed, kept = (FewShotClassifier.from_pretrained(name) for name in ("tester/mine", adapter))
+    pushed, kept = (FewShotClassifier.from_pretrained(name) for name in ("tester/mine", folder))
     np.testing.assert_array_equal(pushed.predict_proba(TEXTS), kept.predict_proba(TEXTS))
-    for name in ("tester/mine", str(adapter)):
+    for name in ("tester/mine", str(folder)):
         main(["info", name])
         shown = capsys.readouterr().out
         for part in (r"what +fitted classifier", r"classes +3: b, f, k", r"support +6 texts stored, readable by any"):
@@ -347,36 +329,34 @@ def test_push_and_info(hub: HubServer, adapter: Path, tiny_model: str, capsys: S
 
 
 @pytest.mark.parametrize("command", [["info"], ["push", "owner/name"]], ids=["info", "push"])
-def test_no_adapter_and_a_damaged_one_end_the_command_in_a_line(
-    adapter: Path, capsys: Shown, command: list[str]
-) -> None:
-    os.truncate(adapter / "adapter_model.safetensors", 100)
-    for given, told in ((adapter, "adapter_model.safetensors is damaged"), ("no/such/place", "no/such/place")):
+def test_no_adapter_and_a_damaged_one_end_in_a_line(folder: Path, capsys: Shown, command: list[str]) -> None:
+    os.truncate(folder / "adapter_model.safetensors", 100)
+    for given, told in ((folder, "adapter_model.safetensors is damaged"), ("no/such/place", "no/such/place")):
         assert told in failure([command[0], given, *command[1:]], capsys)
 
 
-def test_info_shows_nothing_that_a_terminal_acts_on(tiny_model: str, tmp_path: Path, capsys: Shown) -> None:
-    fitted = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT[:4], ["a\x1b[2J", "c\nwhole", "c\nwhole", "d"])
-    fitted.save_pretrained(tmp_path / "adapter")
+def test_info_shows_nothing_a_terminal_acts_on(classifier: FewShotClassifier, tmp_path: Path, capsys: Shown) -> None:
+    classifier.fit(SUPPORT[:4], ["a\x1b[2J", "c\nwhole", "c\nwhole", "d"])
+    classifier.save_pretrained(tmp_path / "adapter")
     main(["info", str(tmp_path / "adapter")])
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\nwhole" not in shown
 
 
-def test_info_of_a_folder_that_is_older_than_some_settings(adapter: Path, capsys: Shown) -> None:
-    rewrite_json(adapter, "textmeta.json", lambda meta: (meta["encoder"].pop("long_texts"), meta.pop("prompt")))
-    main(["info", str(adapter)])
+def test_info_of_a_folder_that_is_older_than_some_settings(folder: Path, capsys: Shown) -> None:
+    rewrite_json(folder, "textmeta.json", lambda meta: (meta["encoder"].pop("long_texts"), meta.pop("prompt")))
+    main(["info", str(folder)])
     assert "texts are cut at 32 tokens" in capsys.readouterr().out
 
 
-def test_info_loads_no_more_than_it_needs(adapter: Path) -> None:
+def test_info_loads_no_more_than_it_needs(folder: Path) -> None:
     heavy = ["torch", "datasets", "transformers", "peft", "jsonargparse"]
     program = (
         "import sys; from textmeta.cli import main; main(['info', sys.argv[1]])\n"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
-    command = [sys.executable, "-c", program, str(adapter)]
+    command = [sys.executable, "-c", program, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -400,7 +380,7 @@ def test_the_command_is_installed_and_lists_its_commands(capsys: Shown) -> None:
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_of_several_processes_the_first_speaks_for_all(rank: str, capsys: Shown, monkeypatch: Any) -> None:
+def test_of_several_processes_the_first_speaks_for_all(rank: str, capsys: Shown, monkeypatch: Patch) -> None:
     def work(_: object) -> None:
         warnings.warn("a warning", stacklevel=1)
         for _ in progress_bar(2, "a bar", "step", over=range(2)):

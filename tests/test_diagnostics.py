@@ -11,7 +11,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
-from tests.test_classifier import NAMES, SUPPORT, adapter_of, plain, task  # noqa: F401 - plain is a fixture
+from tests.given import NAMES, SUPPORT, task
 from textmeta import Corpus, FewShotClassifier
 from textmeta.classifier import NotFittedError
 from textmeta.errors import DataError
@@ -19,13 +19,8 @@ from textmeta.errors import DataError
 Task = tuple[list[str], list[str], list[str], list[str]]
 
 
-@pytest.fixture(scope="module")
-def classifier(tiny_model: str) -> FewShotClassifier:
-    return FewShotClassifier(adapter_of(tiny_model))
-
-
 @pytest.fixture
-def three(plain: Corpus) -> Task:  # noqa: F811
+def three(plain: Corpus) -> Task:
     return task(plain, ["b", "d", "f"], 8)
 
 
@@ -41,7 +36,7 @@ def test_estimate_is_near_what_other_means_come_to(classifier: FewShotClassifier
     assert found == pytest.approx(by_hand.mean(), abs=0.15)
 
 
-def test_random_labels_are_told_by_chance(classifier: FewShotClassifier, plain: Corpus) -> None:  # noqa: F811
+def test_random_labels_are_told_by_chance(classifier: FewShotClassifier, plain: Corpus) -> None:
     rng, found = np.random.default_rng(0), []
     for _ in range(30):
         texts = [plain.texts[row] for row in rng.choice(len(plain.texts), 16, replace=False)]

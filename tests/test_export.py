@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from tests.conftest import WORDS, save_tiny_model
 from tests.encoder.given import FAMILIES, UNSPLIT, save_family
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Patch, adapter_of
 from textmeta import Adapter, FewShotClassifier
 from textmeta.encoder.pretrained import CARRIED_PACKAGE
 from textmeta.errors import AdapterError, DataError, EncoderError, SettingsError
@@ -29,11 +29,6 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "onnx_predict.py"
 # The first words are of the classes; of every length up to where they are cut, and in any order.
 MANY = [" ".join(WORDS[start : start + 1 + start * 11 % 40]) for start in range(60)]
 OWN = ("deberta-v3", "modernbert", "eurobert")  # the others are exported as one of these, or as BERT
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model: str) -> Adapter:
-    return adapter_of(tiny_model)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +52,6 @@ def exported(classifier: FewShotClassifier, folder: Path, **how: Any) -> Any:
     return load(folder)
 
 
-# What it answers
-
-
 @pytest.mark.filterwarnings("ignore:predict. .* texts are cut")
 @pytest.mark.parametrize("batch_size", [1, 7, 512])
 def test_it_answers_as_the_classifier_does(fitted: FewShotClassifier, folder: Path, batch_size: int) -> None:
@@ -78,9 +70,7 @@ def test_it_answers_as_the_classifier_does(fitted: FewShotClassifier, folder: Pa
     np.testing.assert_array_equal(found.classes_, fitted.classes_)
 
 
-def test_labels_come_back_as_they_went_in_and_the_folder_is_replaced(
-    folder: Path, adapter: Adapter, tmp_path: Path
-) -> None:
+def test_labels_come_back_as_given_and_the_folder_is_replaced(folder: Path, adapter: Adapter, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "onnx")
     fitted = FewShotClassifier(adapter).fit(SUPPORT, [True, 0.5, float("inf")] * 2)
     found, expected = exported(fitted, tmp_path / "onnx").predict(TEXTS), fitted.predict(TEXTS)
@@ -92,7 +82,7 @@ def test_labels_come_back_as_they_went_in_and_the_folder_is_replaced(
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in OWN)) for name in FAMILIES],
+    [pytest.param(one, marks=[pytest.mark.slow] * (one not in OWN)) for one in FAMILIES],
 )
 def test_encoders_of_every_family(family: str, tmp_path: Path) -> None:
     model = save_family(tmp_path / "model", family)
@@ -184,9 +174,7 @@ def test_threads_and_copies(fitted: FewShotClassifier, folder: Path) -> None:
 # int8
 
 
-def test_the_head_is_fitted_on_what_the_int8_graph_makes(
-    fitted: FewShotClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_head_is_fitted_on_the_int8_states(fitted: FewShotClassifier, tmp_path: Path, monkeypatch: Patch) -> None:
     made: list[Any] = []
     write = graph._task_graph
     monkeypatch.setattr(graph, "_task_graph", lambda *given: made.append(given) or write(*given))
@@ -201,7 +189,7 @@ def test_the_head_is_fitted_on_what_the_int8_graph_makes(
     np.testing.assert_allclose(found.predict_proba(TEXTS), fitted.predict_proba(TEXTS), atol=0.1)
 
 
-def test_a_few_large_channels_do_not_spoil_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_large_channels_do_not_spoil_the_others(tmp_path: Path, monkeypatch: Patch) -> None:
     model = AutoModel.from_pretrained(save_family(tmp_path / "model", "bert"))
     for layer in model.encoder.layer:  # as trained encoders have them
         layer.attention.output.LayerNorm.weight.data[3] *= 60
@@ -308,9 +296,7 @@ def test_folders_that_hold_none(fitted: FewShotClassifier, folder: Path, tmp_pat
         load(folder, threads=0)
 
 
-def test_a_graph_that_makes_other_states_is_not_written(
-    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_makes_other_states_is_not_written(adapter: Adapter, tmp_path: Path, monkeypatch: Patch) -> None:
     fitted = FewShotClassifier(adapter).fit(SUPPORT, LABELS)
     monkeypatch.setattr(graph, "HIDDEN", -3.0)  # padding is looked at
     with pytest.raises(EncoderError, match="as ONNX makes other states"):

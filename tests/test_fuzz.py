@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Patch
 from tests.sharing.made import make_index
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
-from textmeta import FewShotClassifier, TextMetaError
+from textmeta import Adapter, FewShotClassifier, TextMetaError
 
 TRIES = 300
 
@@ -84,7 +84,7 @@ def contained(rng: random.Random, parts: list[Any]) -> Any:
         breaking(parts),
         dict(zip(keys, parts, strict=True)),
         array,
-        array.reshape(-1, 1),
+        array[:, None],
     ]
     return rng.choice([parts, *others, [parts], frame, frame["a"], frame.assign(b=1), deque(parts)])
 
@@ -103,28 +103,28 @@ def odd(rng: random.Random, good: Any) -> Any:
 
 
 # the arguments that are right
-TEXT = {"texts": TEXTS[:3]}
+TEXT, ONES = {"texts": TEXTS[:3]}, [1.0] * 6
 GOOD: dict[str, dict[str, Any]] = {
     "fit": {
         "texts": SUPPORT,
         "labels": LABELS,
-        "sample_weight": [1.0] * 6,
+        "sample_weight": ONES,
         "label_names": NAMES,
         "unlabelled": TEXTS[:3],
     },
-    "partial_fit": {"texts": SUPPORT, "labels": LABELS, "classes": ["b", "f", "k"], "sample_weight": [1.0] * 6},
+    "partial_fit": {"texts": SUPPORT, "labels": LABELS, "classes": ["b", "f", "k"], "sample_weight": ONES},
     "add_class": {"label": "g", "examples": TEXTS[:2], "name": "gur"},
     "remove_class": {"label": "k"},
     "predict": {**TEXT, "reject": 0.5, "outside": "none"},
     "predict_top": {**TEXT, "k": 2},
     "predict_stream": {**TEXT, "k": 2, "total": 3},
-    "score": {"texts": SUPPORT, "labels": LABELS, "sample_weight": [1.0] * 6},
+    "score": {"texts": SUPPORT, "labels": LABELS, "sample_weight": ONES},
     **dict.fromkeys(("predict_proba", "predict_log_proba", "decision_function", "transform", "scope_score"), TEXT),
     "nearest_tasks": {"count": 2},
     "get_feature_names_out": {"input_features": None},
     "save_pretrained": {"folder": "saved", "include_support": "texts"},
     "push_to_hub": {
-        "repo_id": "tester/mine",
+        "repo_id": "tester/m",
         "revision": "main",
         "include_support": "states",
         "base_model": "lab/tiny",
@@ -134,7 +134,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "set_params": {
         "adapt": "none",
         "steps": 1,
-        "max_length": 16,
+        "max_length": 9,
         "batch_size": 2,
         "errors": "raise",
         "progress": False,
@@ -144,14 +144,14 @@ ALWAYS = {"texts", "labels", "label", "folder", "repo_id", "name"}
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_model: str) -> FewShotClassifier:
-    return FewShotClassifier(replace(adapter_of(tiny_model), index=make_index())).fit(SUPPORT, LABELS)
+def shared(adapter: Adapter) -> FewShotClassifier:
+    return FewShotClassifier(replace(adapter, index=make_index())).fit(SUPPORT, LABELS)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", GOOD)
-def test_odd_inputs_get_an_answer_or_an_error_of_ours(
-    shared: FewShotClassifier, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_odd_inputs_are_answered_or_refused(
+    shared: FewShotClassifier, method: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)

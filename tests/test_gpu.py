@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
-from textmeta import FewShotClassifier, MetaTrainer
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import EpisodeSampler
+from tests.given import LABELS, SUPPORT, TEXTS, adapter_of
+from textmeta import Adapter, Corpus, EpisodeSampler, FewShotClassifier, MetaTrainer
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.initialisation import Adapt, Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
@@ -51,9 +48,7 @@ def test_meta_gradients(
     assert (found - expected).norm() < (1e-2 if precision == "no" else 0.3) * expected.norm()
 
 
-def test_an_adapter_that_was_trained_on_a_gpu_is_used_on_the_cpu(
-    tiny_model: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_an_adapter_trained_on_a_gpu_is_used_on_the_cpu(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     trainer = MetaTrainer(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4), episodes=4)
     FewShotClassifier(trainer.train([corpus], output=tmp_path / "run")).save_pretrained(tmp_path / "adapter")
     texts, labels = ["bal bel", "bel bal", "dil dol", "dol dil"], ["one", "one", "two", "two"]

@@ -8,21 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_classifier import LABELS, SUPPORT, adapter_of
+from tests.given import LABELS, SUPPORT, Patch, adapter_of
 from textmeta import Adapter, FewShotClassifier
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import SettingsError
 from textmeta.heads.pooling import pool, to_length_one
 
 LENGTH = 10  # tokens: 8 words between [CLS] and [SEP]
 LONG = "bal bel fim fon kut kon bal kel fim gur dal kes dis dur bel bol bun bam ban"  # 19 words
 SHORT = "fim fon"
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_model: str) -> Adapter:
-    return adapter_of(tiny_model)
 
 
 def of(adapter: Adapter, **settings: Any) -> FewShotClassifier:
@@ -61,7 +55,7 @@ def test_cut_examples_are_told_once_with_their_rows_as_given(tiny_model: str) ->
         assert [warning.filename for warning in found] == [__file__]
 
 
-def test_each_text_is_tokenized_once(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_text_is_tokenized_once(adapter: Adapter, monkeypatch: Patch) -> None:
     one, seen = of(adapter), []
     tokenizer = one._reader.encoder.tokenizer
     call = type(tokenizer).__call__
@@ -154,11 +148,8 @@ def test_unknown_texts_are_told_by_all_their_windows(adapter: Adapter) -> None:
 def test_windows_can_be_cached_and_chosen_from(adapter: Adapter, tmp_path: Path) -> None:
     settings = replace(adapter.encoder, max_length=LENGTH, long_texts="window")
     one = TokenStateReader(Encoder(settings, adapter.lora))
-    texts, queries, factors = (
-        [SHORT, LONG, "bal", "kel " * 8],
-        adapter.initialisation.queries,
-        adapter.initialisation.lora,
-    )
+    texts, init = [SHORT, LONG, "bal", "kel " * 8], adapter.initialisation
+    queries, factors = init.queries, init.lora
     expected = pool(one.read(texts, factors), queries)
     part = one.read(texts, factors).where(torch.tensor([2, 1]))
     torch.testing.assert_close(pool(part, queries), expected[[2, 1]], rtol=0, atol=1e-6)
@@ -168,8 +159,3 @@ def test_windows_can_be_cached_and_chosen_from(adapter: Adapter, tmp_path: Path)
     cut.cache(texts[:3], folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert not torch.allclose(pool(cut.read(texts, factors), queries)[1], expected[1], atol=0.01)
-
-
-def test_other_ways_are_refused(adapter: Adapter) -> None:
-    with pytest.raises(SettingsError, match="long_texts must be one of 'cut', 'window', given 'split'"):
-        of(adapter, long_texts="split").fit(SUPPORT, LABELS)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_classifier import adapter_of
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode
+from tests.sharing.made import unit
+from textmeta import Adapter, Corpus, Episode
 from textmeta.errors import DataError
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.batch import TaskBatch
@@ -20,14 +19,8 @@ SIZE = 8
 
 
 @pytest.fixture(scope="module")
-def learner(tiny_model: str) -> TaskLearner:
-    adapter = adapter_of(tiny_model)
+def learner(adapter: Adapter) -> TaskLearner:
     return TaskLearner(adapter.load_reader(), adapter)
-
-
-def unit(rows: int, seed: int, size: int = SIZE) -> np.ndarray:
-    found = np.random.default_rng(seed).normal(size=(rows, size))
-    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
 
 
 def task(rows: int, seed: int, size: int = SIZE) -> TaskEmbedding:
@@ -59,18 +52,16 @@ def test_tasks_of_different_encoders_are_not_compared() -> None:
 
 
 def test_classes_that_a_corpus_has_too_few_of_are_missing() -> None:
-    index = ClassIndex({"x": ("a", "b")}, {"x": unit(2, 0)})
-    given = replace(task(4, 0), classes=np.concatenate([unit(2, 0), unit(2, 1)]))
+    index = ClassIndex({"x": ("a", "b")}, {"x": unit(2, 0, SIZE)})
+    given = replace(task(4, 0), classes=np.concatenate([unit(2, 0, SIZE), unit(2, 1, SIZE)]))
     (found,) = nearest_tasks(index, given)
     assert len(found.matches) == 2
-    assert found.similarity == pytest.approx(by_brute_force(given.classes, unit(2, 0)), abs=1e-5)
+    assert found.similarity == pytest.approx(by_brute_force(given.classes, unit(2, 0, SIZE)), abs=1e-5)
     cosines = [match.cosine for match in found.matches]
     assert cosines == sorted(cosines, reverse=True)
 
 
-def test_index_has_every_class_of_every_corpus_and_depends_on_the_seed_alone(
-    learner: TaskLearner, corpus: Corpus
-) -> None:
+def test_index_has_every_class_and_depends_on_the_seed_alone(learner: TaskLearner, corpus: Corpus) -> None:
     corpora = [corpus.restrict(corpus.class_names[:4]), corpus.restrict(corpus.class_names[4:9])]
     one, two, other = (index_corpora(learner, corpora, rows=5, seed=seed) for seed in (0, 0, 1))
     assert dict(one.classes) == {"toy": corpora[0].class_names, "toy'": corpora[1].class_names}

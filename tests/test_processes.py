@@ -21,30 +21,25 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import WORDS, write_rows
-from tests.meta.test_trainer import LEARNER, SHORT, on_each_step, rows_of, set_constants, train
-from tests.test_classifier import adapter_of
-from textmeta import processes
-from textmeta.data.corpus import Corpus
+from tests.given import Patch, adapter_of, doubled
+from tests.meta.runs import LEARNER, SHORT, on_each_step, rows_of, set_constants, train_on
+from textmeta import Adapter, Corpus, processes
 from textmeta.encoder.encoder import Encoder
 from textmeta.errors import SettingsError, TextMetaError
 from textmeta.files import CHECKPOINT
 from textmeta.meta import trainer
-from textmeta.meta.adapter import Adapter
 from textmeta.sharing.store import load_adapter
 
 ROOT = Path(__file__).parents[1]
 
 
 def encoder64(*given: Any, **named: Any) -> Encoder:
-    made = Encoder(*given, **named)
-    made._prefix.double()  # type: ignore[union-attr]
-    made._suffix.double()
-    return made
+    return doubled(Encoder(*given, **named))
 
 
 @pytest.fixture
 def together(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Patch
 ) -> Callable[..., list[tuple[int, str]]]:
     """Train in float64 by so many processes of gloo; return the exit code of each and the error that it raised.
 
@@ -65,7 +60,7 @@ def together(
         trainer.Encoder = encoder64  # type: ignore[attr-defined,misc]
         begin(number)
         try:
-            made: Adapter = train(tiny_model, corpus, folder, valid=3, start=start, **settings)
+            made: Adapter = train_on(tiny_model, corpus, folder, valid=3, start=start, **settings)
         except TextMetaError as error:
             (folder.parent / f"{number}.txt").write_text(f"{type(error).__name__}: {error}")
             os._exit(2)
@@ -117,7 +112,7 @@ HANGING = pytest.param(signal.SIGSTOP, id="hanging", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, id="killed"), HANGING])
-def test_a_lost_process_ends_the_others(number: int, together: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_process_ends_the_others(number: int, together: Any, monkeypatch: Patch) -> None:
     """Also one that was told to stop, and finishes its step before."""
     monkeypatch.setattr(processes, "LONGEST_WAIT", timedelta(seconds=3 if number == signal.SIGSTOP else 600))
 
@@ -151,12 +146,10 @@ def test_processes_that_see_different_folders_are_refused(together: Any, tmp_pat
         assert re.match(r"SettingsError: processes would go on from different steps \(\[0, 2\]\)", told)
 
 
-def test_one_of_several_that_would_train_alone_is_refused(
-    tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_of_several_that_would_train_alone_is_refused(tiny_model: str, corpus: Corpus, monkeypatch: Patch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match="WORLD_SIZE is 2, but this process would train alone"):
-        train(tiny_model, corpus)
+        train_on(tiny_model, corpus)
 
 
 def launched(output: Path, tiny_model: str, corpus: Corpus, *more: str) -> subprocess.Popen[str]:

@@ -7,18 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 from tests.conftest import write_rows
-from tests.test_classifier import adapter_of
-from textmeta.data.corpus import Corpus
+from tests.given import Patch, Shown, adapter_of
+from textmeta import Corpus, MetaTrainer
 from textmeta.data.splits import read_class_split
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta import trainer as trainer_module
 from textmeta.meta.initialisation import LearnerSettings
-from textmeta.meta.trainer import MetaTrainer
 from textmeta.sharing.store import load_adapter, save_adapter
 from textmeta.training import parsed, train_parser
 
@@ -36,7 +34,7 @@ def recipe(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_configs_are_what_textmeta_train_takes(config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_configs_are_what_textmeta_train_takes(config: Path, monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.chdir(RECIPES.parent)
     settings = parsed(train_parser(), ["--config", str(config), "--output", str(tmp_path), "--algorithm=fomaml"])
     assert settings.algorithm == "fomaml"
@@ -48,9 +46,7 @@ def test_configs_are_what_textmeta_train_takes(config: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*most tokens of")  # its texts are English
-def test_demo(
-    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo(tiny_model: str, tmp_path: Path, monkeypatch: Patch, capsys: Shown) -> None:
     monkeypatch.setattr(trainer_module, "CALIBRATION_EPISODES", 5)
     save_adapter(tmp_path / "shipped", adapter_of(tiny_model))
     tiny = EncoderSettings(tiny_model, max_length=32)
@@ -65,18 +61,6 @@ def test_demo(
     assert corpus["classes"] == 64
 
 
-def test_thinned_keeps_different_rows_of_every_class() -> None:
-    thinned = recipe("general").thinned
-    texts = [f"{label} {row // 2}" for label in "abc" for row in range(20)]  # each twice
-    corpus = Corpus.from_pairs("c", texts, [text[0] for text in texts])
-    few = thinned(corpus, 5)
-    assert np.bincount(few.labels).tolist() == [5, 5, 5]
-    assert len(set(few.texts)) == 15
-    assert all(text[0] == few.class_names[label] for text, label in zip(few.texts, few.labels, strict=True))
-    assert list(few.texts) == list(thinned(corpus, 5).texts)
-    assert len(thinned(corpus, 99)) == 30
-
-
 def test_every_corpus_of_the_general_adapter_has_a_licence() -> None:
     general = recipe("general")
     rows = list(csv.DictReader(general.CORPORA.read_text(encoding="utf-8").splitlines()))
@@ -87,7 +71,7 @@ def test_every_corpus_of_the_general_adapter_has_a_licence() -> None:
 
 @pytest.mark.slow
 def test_the_general_adapter_is_made_again_byte_for_byte(
-    corpus: Corpus, tiny_model: str, run_script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, tiny_model: str, run_script, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Its scope is told by a run without some corpora, and its card names all with their licences."""
     general = recipe("general")

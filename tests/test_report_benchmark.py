@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import WORDS, write_rows
-from tests.test_classifier import adapter_of
-from textmeta import FewShotClassifier
-from textmeta.data.corpus import Corpus
+from tests.given import Patch, adapter_of
+from textmeta import Corpus, FewShotClassifier
 from textmeta.encoder.encoder import EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.meta.evaluation import frozen_prototypes
@@ -25,7 +24,7 @@ FIGURE = r"[+−-]?\d+\.\d+"
 
 
 @pytest.fixture(autouse=True)
-def tiny_baselines(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tiny_model: str) -> None:
+def tiny_baselines(benchmark: Callable[[str], ModuleType], monkeypatch: Patch, tiny_model: str) -> None:
     monkeypatch.setattr(benchmark("baselines"), "encoder_folder", lambda: tiny_model)
 
 
@@ -42,7 +41,7 @@ def data_dir(corpus: Corpus, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def accuracy(benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def accuracy(benchmark: Callable[[str], ModuleType], monkeypatch: Patch) -> ModuleType:
     """The benchmark on one corpus, 6 episodes a cell, 3 a line."""
     module = benchmark("accuracy")
     for name, value in {"EPISODES": 6, "CHUNK": 3, "LONG_EPISODES": 3, "QUICK_EPISODES": 3}.items():
@@ -116,11 +115,7 @@ def test_a_line_of_many_episodes_stands_for_shorter_ones(benchmark: Callable[[st
 
 
 def test_folds_are_trained_and_recorded_once(
-    benchmark: Callable[[str], ModuleType],
-    run_script: Callable[..., None],
-    data_dir: Path,
-    tiny_model: str,
-    monkeypatch,
+    benchmark, run_script, data_dir: Path, tiny_model: str, monkeypatch: Patch
 ) -> None:
     module = benchmark("unseen_classes")
     small = {"encoder": EncoderSettings(tiny_model, max_length=32), "lora": LoraSettings(rank=4)}
@@ -156,9 +151,6 @@ def test_folds_are_trained_and_recorded_once(
     assert all(0 <= area <= 10**4 for part in areas for area in part)
 
 
-# Documents
-
-
 def recorded_tables(benchmark: Callable[[str], ModuleType]) -> dict[str, str]:
     accuracy, unseen, runs = benchmark("accuracy"), benchmark("unseen_classes"), benchmark("runs")
     lines = runs.read_lines(unseen.RESULTS, mend=False)
@@ -185,7 +177,3 @@ def stands_in(told: list[str], row: list[float]) -> bool:
     left = iter(row)
     figures = [(float(figure.replace("−", "-")), len(figure.partition(".")[2])) for figure in told]
     return all(any(abs(value - other) <= 0.51 * 10**-places for other in left) for value, places in figures)
-
-
-def test_the_report_is_short() -> None:
-    assert len((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split()) <= 2500

@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 
 from tests.conftest import write_rows
-from tests.meta.test_trainer import set_constants
+from tests.given import Patch, Shown
+from tests.meta.runs import set_constants
 from tests.test_recipes import recipe
 from textmeta import Corpus
 from textmeta.errors import SettingsError
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 
 @pytest.fixture
 def search(
-    corpus: Corpus, tiny_model: str, run_script: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, tiny_model: str, run_script: Callable[..., None], tmp_path: Path, monkeypatch: Patch
 ) -> ModuleType:
     """The recipe, with two steps a trial, validated after each by the corpus itself."""
     found, data = recipe("search"), write_rows(tmp_path / "toy.jsonl", corpus)
@@ -36,9 +37,7 @@ def study(folder: Path) -> "optuna.Study":
     return optuna.load_study(study_name="search", storage=f"sqlite:///{folder / 'out' / 'study.db'}")
 
 
-def test_a_grid_of_any_settings_is_searched_once(
-    search: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_grid_of_any_settings_is_searched_once(search: ModuleType, tmp_path: Path, capsys: Shown) -> None:
     grid = {"learner.layers": [[2, 4], [4]], "lora.rank": [2], "learner.steps": [1, 2]}
     for _ in range(2):  # the second run has nothing left to do
         search.run("--sampler=grid", "--search", json.dumps(grid), "--prune=false")
@@ -61,9 +60,7 @@ def test_what_cannot_be_searched_is_told_first(search: ModuleType, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trial_that_does_worse_than_others_is_stopped(
-    search: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_worse_trial_is_stopped(search: ModuleType, tmp_path: Path, monkeypatch: Patch, capsys: Shown) -> None:
     every = iter([0.5] * 6 + [0.4] * 2)
     validate: Callable = lambda *_: {"valid_accuracy": next(every)}  # noqa: E731
     monkeypatch.setattr(outer_loop.Run, "_validate", validate)
@@ -73,9 +70,7 @@ def test_a_trial_that_does_worse_than_others_is_stopped(
     assert "| 40.00 | 1, stopped |" in capsys.readouterr().out
 
 
-def test_a_search_goes_on_in_the_middle_of_a_trial(
-    search: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_search_goes_on_in_the_middle_of_a_trial(search: ModuleType, tmp_path: Path, capsys: Shown) -> None:
     search.run("--trials=1")
     left = study(tmp_path).ask({name: search.distribution(name, given) for name, given in search.SPACE.items()})
     capsys.readouterr()

@@ -18,8 +18,7 @@ import pytest
 import torch
 from sklearn.base import clone
 
-from tests.encoder.given import save_family
-from tests.test_classifier import LABELS, NAMES, SUPPORT, TEXTS, adapter_of
+from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Patch, adapter_of
 from textmeta import Adapter, FewShotClassifier, predict_many
 from textmeta.classifier import NotFittedError
 from textmeta.encoder import pretrained as pretrained_module
@@ -38,7 +37,7 @@ def adapter(tiny_model: str, request: pytest.FixtureRequest) -> Adapter:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loads(monkeypatch: Patch) -> list[str]:
     """The names of the encoders that were loaded."""
     found: list[str] = []
     load = pretrained_module.load_pretrained
@@ -87,9 +86,7 @@ WAYS: dict[str, Same] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_all_that_two_of_a_kind_have_of_their_own_is_what_was_fitted(
-    way: str, adapter: Adapter, tmp_path: Path, loads: list[str]
-) -> None:
+def test_two_of_a_kind_own_what_was_fitted_alone(way: str, adapter: Adapter, tmp_path: Path, loads: list[str]) -> None:
     first = FewShotClassifier(adapter).fit(SUPPORT, LABELS)
     loads.clear()
     second = WAYS[way](first, tmp_path / "saved")
@@ -122,14 +119,6 @@ def test_others_have_an_encoder_of_their_own(other: Same, adapter: Adapter, tmp_
     assert second._reader is not first._reader
     assert len(loads) == 1
     np.testing.assert_array_equal(first.predict_proba(TEXTS), expected)
-
-
-def test_a_folder_that_was_changed_is_loaded_anew(tmp_path: Path) -> None:
-    folder = save_family(tmp_path / "encoder", "bert")
-    first = FewShotClassifier(adapter=None, encoder=folder).fit(SUPPORT, LABELS)
-    shutil.rmtree(folder)
-    save_family(tmp_path / "encoder", "roberta")
-    assert FewShotClassifier(adapter=None, encoder=folder)._adapter.weights_sha256 != first._adapter.weights_sha256
 
 
 def test_memory_is_freed_with_the_last_classifier(adapter: Adapter) -> None:
@@ -171,9 +160,7 @@ def test_threads_load_an_encoder_once(adapter: Adapter, loads: list[str]) -> Non
 
 
 @pytest.mark.parametrize("length", [16, 100])
-def test_a_probe_changes_nothing_that_others_read_by(
-    length: int, tiny_model: str, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_probe_changes_nothing_that_others_read_by(length: int, adapter: Adapter, monkeypatch: Patch) -> None:
     reader = FewShotClassifier(adapter, max_length=length)._reader
     tokenizer, changes = reader.encoder.tokenizer, []
     enable = type(tokenizer).set_truncation_and_padding  # type: ignore[attr-defined]
@@ -201,7 +188,7 @@ def test_a_probe_changes_nothing_that_others_read_by(
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def reads(monkeypatch: Patch) -> list[str]:
     """The texts that an encoder has read."""
     found: list[str] = []
     lower = TokenStateReader._id_batches

@@ -17,11 +17,11 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from tests.given import LABELS, SUPPORT, TEXTS, Patch, Shown
 from tests.hub.server import HubServer
-from tests.test_classifier import LABELS, SUPPORT, TEXTS, adapter_of
 from tests.test_long_texts import LONG
 from tests.test_recipes import RECIPES
-from textmeta import FewShotClassifier, progress
+from textmeta import Adapter, FewShotClassifier, progress
 from textmeta.classifier import NotFittedError
 from textmeta.errors import DataError, SettingsError
 
@@ -29,8 +29,8 @@ MANY = [f"{first} {second}" for first in TEXTS for second in TEXTS]  # 36
 
 
 @pytest.fixture
-def fitted(tiny_model: str) -> FewShotClassifier:
-    return FewShotClassifier(adapter_of(tiny_model), batch_size=5).fit(SUPPORT, LABELS)
+def fitted(adapter: Adapter) -> FewShotClassifier:
+    return FewShotClassifier(adapter, batch_size=5).fit(SUPPORT, LABELS)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 36, 512])
@@ -94,7 +94,7 @@ def test_warnings_come_once_and_soon(fitted: FewShotClassifier) -> None:
     assert len(found) == 1
 
 
-def test_a_bar_has_rate_and_remaining_time(fitted: FewShotClassifier, capsys: Any, monkeypatch: Any) -> None:
+def test_a_bar_has_rate_and_remaining_time(fitted: FewShotClassifier, capsys: Shown, monkeypatch: Patch) -> None:
     list(fitted.predict_stream(MANY))
     assert capsys.readouterr().err == "", "not before it takes long"
     monkeypatch.setattr(progress, "BAR_AFTER", 1e-9)
@@ -140,7 +140,7 @@ PATH = str(RECIPES / "predict_dataset.py")
 
 
 @pytest.fixture
-def run(fitted: FewShotClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(fitted: FewShotClassifier, tmp_path: Path, monkeypatch: Patch) -> Any:
     """Runs the recipe in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
@@ -168,7 +168,7 @@ def check(rows: list[dict[str, Any]], form: str = "json") -> None:
 
 
 @pytest.mark.parametrize("source", ["jsonl", "csv", "parquet", "hub"])
-def test_every_row_is_answered(run: Any, hub: HubServer, capsys: Any, source: str) -> None:
+def test_every_row_is_answered(run: Any, hub: HubServer, capsys: Shown, source: str) -> None:
     data, form = write(FEW), "parquet" if source == "parquet" else "jsonl"
     if source == "hub":
         hub.add_repo("lab/rows", {"train.jsonl": Path(data).read_bytes()}, repo_type="dataset")

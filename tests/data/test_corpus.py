@@ -1,10 +1,20 @@
-from typing import Any
+"""Corpora in hand, and the one that comes with textmeta."""
+
+import json
+import re
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 
-from textmeta.data.corpus import Corpus
+from textmeta import Corpus, EpisodeSampler, EpisodeSettings
+from textmeta.data import bundled
+from textmeta.data.bundled import load_bundled
+from textmeta.data.splits import PARTS
 from textmeta.errors import DataError
 
 
@@ -29,8 +39,6 @@ def test_other_labels_are_classes_as_they_are_written(labels: list) -> None:
     ("texts", "labels", "message"),
     [
         (["a", None], ["x", "y"], "'c', row 1: text is null"),
-        ([3, 4], ["x", "y"], "'c', row 0: text is int 3, expected a string"),
-        (["a", " \t\n"], ["x", "y"], "'c', row 1: text is empty"),
         (["a", "b"], ["x", None], "row 1: label is null"),
         (["a", "b"], [1, None], "row 1: label is null"),
         (["a", "b"], [0.5, 1.0], "row 0: label is float 0.5, expected a string or a whole number"),
@@ -62,23 +70,14 @@ def test_what_is_no_corpus_is_an_error() -> None:
         Corpus.from_pairs("c", ["x", "y"], ["a", None])
 
 
-@pytest.mark.parametrize("kind", ["numpy", "pandas", "polars", "arrow", "tuple", "categories"])
-def test_columns_of_any_library_make_the_same_corpus(kind: str) -> None:
+def test_columns_of_other_libraries_make_the_same_corpus() -> None:
+    """Which ones is in test_labels.py."""
     texts, labels, numbers = ["a", "b", "c"], ["y", "x", "y"], [10, 9, 10]
-    module = pytest.importorskip({"arrow": "pyarrow", "categories": "pandas", "tuple": "builtins"}.get(kind, kind))
-    make: Any = {
-        "numpy": np.array,
-        "tuple": tuple,
-        "pandas": lambda given: module.DataFrame({"n": given}, index=[7, 8, 9])["n"],
-        "categories": lambda given: module.Series(given, dtype="category"),
-        "polars": lambda given: module.Series(values=given),
-        "arrow": lambda given: module.table({"n": given}),
-    }[kind]
-    plain = make(texts) if kind != "categories" else texts
     for given in (labels, numbers):
         expected = Corpus.from_pairs("c", texts, given)
         assert expected.class_names == tuple(sorted({str(label) for label in given}))
-        assert Corpus.from_pairs("c", plain, make(given)).sha256 == expected.sha256
+        for make in (np.array, pd.Series):
+            assert Corpus.from_pairs("c", make(texts), make(given)).sha256 == expected.sha256
     with pytest.raises(DataError, match="corpus 'c': expected a list, or one column, of texts, given one string"):
         Corpus.from_pairs("c", "abc", labels)
 
@@ -89,6 +88,9 @@ def test_rows_of_a_class_are_ascending_and_complete() -> None:
     assert corpus.rows_of(1).tolist() == []
     assert corpus.rows_of(2).tolist() == [0, 2, 5]
     assert corpus.rows_of(2).dtype == np.int64
+    twice = Corpus.from_pairs("c", ["x", "y", "x", "x", "z"], ["a", "a", "a", "b", "b"])
+    assert [twice.rows_of(label).tolist() for label in (0, 1)] == [[0, 1], [3, 4]], "equal texts of a class count once"
+    assert len(twice.restrict(["a"])) == 2
 
 
 def test_restrict_keeps_the_rows_of_the_classes_asked_for_in_the_order_given() -> None:
@@ -120,7 +122,35 @@ def test_hash_changes_with_texts_labels_and_class_names() -> None:
     assert len({corpus.sha256 for corpus in [base, *changed]}) == 4
 
 
-def test_equal_texts_of_a_class_count_once() -> None:
-    corpus = Corpus.from_pairs("c", ["x", "y", "x", "x", "z"], ["a", "a", "a", "b", "b"])
-    assert [corpus.rows_of(label).tolist() for label in (0, 1)] == [[0, 1], [3, 4]]
-    assert len(corpus.restrict(["a"])) == 2
+# The bundled corpus
+
+
+CORPUS, SPLIT = load_bundled()
+ROWS = map(json.loads, (files(bundled) / "everyday.jsonl").read_text(encoding="utf-8").splitlines())
+DOMAINS = {(row["label"], row["domain"]) for row in ROWS}
+
+
+def test_module_docstring_counts_right() -> None:
+    (each,) = set(np.bincount(CORPUS.labels).tolist())
+    domains = {domain for _, domain in DOMAINS}
+    said = f"{len(CORPUS.class_names)} classes of {each} utterances in {len(domains)} domains"
+    assert said in (bundled.__doc__ or "")
+    assert sorted(label for label, _ in DOMAINS) == sorted(CORPUS.class_names), "a class has one domain"
+
+
+def test_texts_are_unique_whatever_their_case_and_punctuation() -> None:
+    count = Counter(" ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())) for text in CORPUS.texts)
+    assert [text for text, number in count.items() if number > 1] == []
+
+
+def test_parts_are_complete_large_enough_for_episodes_and_share_no_domain() -> None:
+    parts = [getattr(SPLIT, part) for part in PARTS]
+    assert sorted(sum(parts, ())) == sorted(CORPUS.class_names)
+    domains = [{dict(DOMAINS)[name] for name in part} for part in parts]
+    assert len(set.union(*domains)) == sum(map(len, domains))
+    for part in parts:
+        EpisodeSampler(CORPUS.restrict(part), EpisodeSettings(5, (1, 5), 5), seed=0)[0]
+
+
+def test_license_of_the_texts_is_shipped() -> None:
+    assert "CC0" in (Path(str(files(bundled))) / "LICENSE").read_text(encoding="utf-8")

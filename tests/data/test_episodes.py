@@ -1,13 +1,15 @@
+"""Episodes as benchmarks draw them, and as training does: mixed."""
+
 import hashlib
-import random
-from dataclasses import replace
+from dataclasses import astuple, replace
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
-import torch
 
 from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.errors import DataError, SettingsError
 
 
@@ -134,11 +136,106 @@ def test_a_class_may_have_a_name_and_no_examples() -> None:
         assert len(episode.label_names) == 4
 
 
-def test_global_random_states_are_not_touched() -> None:
-    def states() -> tuple:
-        legacy = np.random.get_state()  # noqa: NPY002 (the global state is what must stay as it was)
-        return random.getstate(), legacy[1].tobytes(), legacy[2], torch.get_rng_state().numpy().tobytes()
+# Mixed episodes
 
-    before = states()
-    EpisodeSampler(numbered(), EpisodeSettings(), seed=0).take(5)
-    assert states() == before
+
+CORPORA = (numbered("many", 30, 30), numbered("two", 2, 40), numbered("small", 8, 5))
+COUNT = 2000
+
+
+def all_of(episode: Episode) -> tuple:
+    return tuple(tuple(part.tolist()) if isinstance(part, np.ndarray) else part for part in astuple(episode))
+
+
+def class_of(text: str) -> str:
+    return text.rpartition(" ")[0]
+
+
+def parts_of(episode: Episode) -> list[list[str]]:
+    """Classes of the corpus that each way is made of."""
+    return [name.split(" or ") for name in episode.class_names]
+
+
+def words_of(episode: Episode) -> tuple[str, ...]:
+    return tuple(" or ".join(parts) for parts in parts_of(episode))  # names of these corpora are words already
+
+
+def kind_of(episode: Episode) -> str:
+    if episode.label_names is None:
+        return "none"
+    if episode.label_names == words_of(episode):
+        return "true" if episode.support_texts else "zero-shot"
+    return "permuted" if sorted(episode.label_names) == sorted(words_of(episode)) else "codes"
+
+
+@pytest.fixture(scope="module")
+def episodes() -> list[Episode]:
+    return list(islice(MixedEpisodes(CORPORA, seed=0, outside=0.15), COUNT))
+
+
+def test_mixed_episodes_never_change_with_the_code() -> None:
+    episodes = MixedEpisodes(CORPORA, seed=3, unlabelled=0.5, outside=0.15)
+    drawn = repr([all_of(episode) for episode in islice(episodes, 60)])
+    expected = "cfa04f50e4650b890e6752bf32058b30560150d09d6a08f89f08617179ee6c10"
+    assert hashlib.sha256(drawn.encode()).hexdigest() == expected
+
+
+def test_no_text_is_in_two_sets_and_queries_are_shuffled(episodes: list[Episode]) -> None:
+    for episode in episodes:
+        texts = episode.support_texts + episode.query_texts + episode.unlabelled_texts
+        assert len(set(texts)) == len(texts)
+    assert all(any(a > b for a, b in pairwise(e.query_labels)) for e in episodes if e.ways > 4)
+
+
+def test_labels_name_the_class_of_their_texts(episodes: list[Episode]) -> None:
+    for episode in episodes:
+        parts = parts_of(episode)
+        labels = [*episode.support_labels, *episode.query_labels]
+        for text, label in zip(episode.support_texts + episode.query_texts, labels, strict=True):
+            if label == OUTSIDE:
+                assert not any(class_of(text) in part for part in parts)
+            else:
+                assert class_of(text) in parts[label]
+
+
+def test_names_of_mixed_episodes_are_words() -> None:
+    corpus = Corpus.from_pairs("x", [f"{c} {row}" for row in range(6) for c in "ab"], ["LostCard", "my_balance"] * 6)
+    drawn = list(islice(MixedEpisodes([corpus], seed=0, names=1.0), 60))
+    words = {"LostCard": "lost card", "my_balance": "my balance"}
+    assert any(e.label_names == tuple(words[name] for name in e.class_names) for e in drawn)
+    assert any(e.label_names == tuple(words[name] for name in e.class_names[::-1]) for e in drawn)
+
+
+def test_shares_change_no_other_text() -> None:
+    plain = list(islice(MixedEpisodes(CORPORA, 0, names=0, unlabelled=0), 200))
+    unlabelled = list(islice(MixedEpisodes(CORPORA, 0, names=0, unlabelled=1), 200))
+    named = list(islice(MixedEpisodes(CORPORA, 0, names=1, unlabelled=0), 200))
+    assert not any(e.unlabelled_texts or e.label_names for e in plain)
+    assert all(e.unlabelled_texts or e.corpus == "small" for e in unlabelled)
+    for one, two, three in zip(plain, unlabelled, named, strict=True):
+        assert all_of(one)[:-1] == all_of(two)[:-1]
+        assert (one.class_names, one.query_texts) == (three.class_names, three.query_texts)
+        assert set(three.support_texts) <= set(one.support_texts)
+        if kind_of(three) in ("permuted", "codes"):
+            assert three.support_texts == one.support_texts
+
+
+def test_classes_with_too_few_texts_of_their_own_are_left_out() -> None:
+    # y has five rows, but one text twice and one that is also of x; of z's four texts all are different
+    texts = [*"abcdef", *"ghiia", *"klmn"]
+    corpus = Corpus.from_pairs("odd", texts, [*"xxxxxx", *"yyyyy", *"zzzz"])
+    for episode in islice(MixedEpisodes([corpus], seed=0, outside=0.15), 30):
+        assert sorted(episode.class_names) == ["x", "z"]
+        assert not {*episode.support_texts, *episode.query_texts, *episode.unlabelled_texts} & {*"aghi"}
+    with pytest.raises(DataError, match=r"'odd' has 1 classes with at least 4 different texts .*expected at least 2"):
+        MixedEpisodes([numbered(), corpus.restrict(["x", "y"])], seed=0)
+
+
+def test_what_cannot_be_drawn_is_an_error() -> None:
+    with pytest.raises(DataError, match="no corpus"):
+        MixedEpisodes([], seed=0)
+    for wrong in ({"seed": -1}, {"names": 1.1}, {"unlabelled": float("nan")}, {"outside": -0.1}):
+        with pytest.raises(SettingsError, match=f"^{next(iter(wrong))} must be .* given"):
+            MixedEpisodes(CORPORA, **{"seed": 0, **wrong})  # type: ignore[arg-type]
+    with pytest.raises(IndexError, match="-1"):
+        MixedEpisodes(CORPORA, seed=0)[-1]

@@ -1,4 +1,7 @@
-"""The encoder: its settings, what is frozen, precision, and what it says of a model it cannot use."""
+"""The encoder: its settings, what is frozen, precision, what it says of a model it cannot use, LoRA and attention.
+
+LoRA's arithmetic, and attention's, is in test_families.py; threads are in test_algorithms.py.
+"""
 
 import logging
 from pathlib import Path
@@ -6,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig, BertModel
 
 from tests.encoder.given import TEXTS, assert_close, moved_factors, save_family
+from tests.given import Logged, Patch
 from textmeta.encoder import encoder as module
+from textmeta.encoder.attention import attention_by, plain_attention, use_switched_attention
 from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from textmeta.encoder.lora import LoraLinear, LoraSettings, using_factors, zero_start
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import EncoderError, SettingsError
 
 
-def test_what_an_encoder_says_of_itself(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_encoder_says_of_itself(tiny_model: str, monkeypatch: Patch) -> None:
     monkeypatch.chdir(Path(tiny_model).parent)
     encoder = Encoder(EncoderSettings(Path(tiny_model).name, max_length=20), LoraSettings(layers=1))
     assert encoder.settings == EncoderSettings(tiny_model, max_length=20), "good from any folder"
@@ -36,9 +42,7 @@ def test_nothing_but_the_factors_gets_a_gradient(encoder: Encoder) -> None:
         assert not half.training
 
 
-def test_a_model_that_cannot_be_split_works_with_a_warning(
-    encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_split_works_and_warns(encoder: Encoder, caplog: Logged, monkeypatch: Patch) -> None:
     class Wrong(torch.nn.Module):
         """Stands in for embeddings that add something of their own: the halves are not the whole."""
 
@@ -53,17 +57,6 @@ def test_a_model_that_cannot_be_split_works_with_a_warning(
     assert "not cached" in caplog.text
     found, expected = (TokenStateReader(one).read(TEXTS, moved_factors(one)).unpadded() for one in (whole, encoder))
     assert_close(found, expected)
-
-
-def test_bf16_runs_the_layers_alone_in_bfloat16(encoder: Encoder) -> None:
-    coarse = Encoder(encoder.settings, encoder.lora, precision="bf16")
-    factors = {name: value.requires_grad_() for name, value in moved_factors(coarse).items()}
-    readers = [TokenStateReader(one, range(5)) for one in (coarse, encoder)]
-    found, expected = (reader.read(TEXTS, factors).unpadded() for reader in readers)
-    assert_close(found, expected, 0.15)
-    assert not torch.equal(found[0], expected[0])
-    gradients = torch.autograd.grad(sum(state.sin().mean() for state in found), list(factors.values()))
-    assert all(gradient.dtype == torch.float32 for gradient in gradients)
 
 
 def test_fp16_is_refused(tiny_model: str) -> None:
@@ -87,3 +80,127 @@ def test_more_tokens_than_positions_are_refused(family: str, positions: int, tmp
     assert TokenStateReader(encoder).read([" ".join(TEXTS)]).batches[0].mask.shape == (1, positions)
     with pytest.raises(SettingsError, match=rf"max_length is {positions + 1}, but .* has {positions} positions"):
         Encoder(EncoderSettings(folder, max_length=positions + 1))
+
+
+# LoRA whose factors travel with the call: where it is put
+
+
+def test_zero_start_is_a_function_of_the_seed(encoder: Encoder) -> None:
+    one, same, other = (zero_start(encoder.factor_shapes, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert all((".lora_B." in name) == torch.equal(one[name], other[name]) for name in one)
+    bound = 32**-0.5  # rows of A have 32 entries
+    assert all(0.9 * bound < value.abs().max() <= bound for name, value in one.items() if ".lora_A." in name)
+
+
+def test_factors_are_out_of_use_after_an_error() -> None:
+    linear, x = LoraLinear(torch.nn.Linear(2, 2), "x", LoraSettings(rank=2)), torch.ones(1, 1, 2)
+    factors = {name: torch.eye(2) for name in linear.names}
+    plain = linear(x)
+    with using_factors(factors):
+        assert torch.allclose(linear(x), plain + 8)  # alpha / rank
+    with pytest.raises(ZeroDivisionError), using_factors(factors):
+        raise ZeroDivisionError
+    assert torch.equal(linear(x), plain)
+
+
+def test_gradients_of_per_task_factors_are_the_same_bits_each_time() -> None:
+    """With several threads: a sum whose order is left to chance would end a resumed run in another adapter."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(200, 8, 16, generator=generator)
+        weight = torch.randn(2, 384, 16, generator=generator, requires_grad=True)
+        linear = LoraLinear(torch.nn.Linear(16, 384), "x", LoraSettings(rank=16))
+        names = linear.names
+        row_task = torch.randint(2, (200,), generator=generator)
+        seen = []
+        for _ in range(20):
+            with using_factors({names[0]: torch.eye(16), names[1]: weight}, row_task):
+                seen.append(torch.autograd.grad(linear(x).square().sum(), weight)[0])
+        assert all(torch.equal(gradient, seen[0]) for gradient in seen)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (LoraSettings(), {f"{n}.attention.self.{part}" for n in (2, 3) for part in ("query", "value")}),
+        (LoraSettings(1, targets=("output.dense",)), {"3.attention.output.dense", "3.output.dense"}),
+        (LoraSettings(3, targets=("intermediate.dense",)), {f"{n}.intermediate.dense" for n in (1, 2, 3)}),
+    ],
+)
+def test_where_lora_is_put(tiny_model: str, settings: LoraSettings, names: set[str]) -> None:
+    encoder = Encoder(EncoderSettings(tiny_model), settings)
+    expected = {f"encoder.layer.{name}.lora_{factor}.weight" for name in names for factor in "AB"}
+    assert encoder.factor_shapes.keys() == expected
+    assert all(shape[".lora_B." in name] == 8 for name, shape in encoder.factor_shapes.items()), "the rank"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"targets": ("nonsense",)}, EncoderError, r"'nonsense'.*encoder\.layer\.2\.attention"),
+        ({"layers": 9}, SettingsError, "layers is 9, but the encoder has 4"),
+        ({"rank": 0}, SettingsError, "lora rank must be"),
+        ({"alpha": 0}, SettingsError, "lora alpha must be"),
+        ({"alpha": 10**400}, SettingsError, "lora alpha must be"),
+        ({"layers": 0}, SettingsError, "lora layers must be"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(tiny_model: str, wrong: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Encoder(EncoderSettings(tiny_model), LoraSettings(**wrong))
+
+
+# Attention that can be differentiated twice: the choice does not outlive its block
+
+
+IDS = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])
+MASK = (IDS > 0).long()
+
+
+@pytest.fixture(scope="module")
+def model() -> BertModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            initializer_range=0.3,
+        )  # fmt: skip
+        model = BertModel(config, add_pooling_layer=False).double().eval().requires_grad_(False)
+    use_switched_attention(model)
+    return model
+
+
+def states(model: BertModel, embeddings: Tensor) -> Tensor:
+    return model(inputs_embeds=embeddings, attention_mask=MASK).last_hidden_state[MASK.bool()]
+
+
+def start(model: BertModel) -> Tensor:
+    return model.embeddings.word_embeddings(IDS).clone().requires_grad_()
+
+
+def curvature(model: BertModel, embeddings: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(states(model, embeddings).square().sum(), embeddings, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), embeddings)[0]
+
+
+def test_second_derivatives_exist_only_inside(model: BertModel) -> None:
+    embeddings = start(model)
+    with attention_by(plain_attention):
+        assert curvature(model, embeddings).isfinite().all()
+    with pytest.raises(RuntimeError, match="not implemented"):  # the fast kernels are back
+        curvature(model, embeddings)
+    with pytest.raises(ZeroDivisionError), attention_by(plain_attention):
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="not implemented"):  # after an error, too
+        curvature(model, embeddings)
+
+
+def test_eager_models_are_left_alone(model: BertModel) -> None:
+    eager = BertModel._from_config(model.config, attn_implementation="eager")
+    use_switched_attention(eager)
+    assert eager.config._attn_implementation == "eager"

@@ -18,6 +18,7 @@ from tests.encoder.given import (
     moved_factors,
     save_family,
 )
+from tests.given import Logged, doubled
 from textmeta.encoder.attention import attention_by, plain_attention
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings, zero_start
@@ -34,9 +35,7 @@ def make_encoder(tmp_path: Path, family: str, layers: int = 2) -> Encoder:
 
 @pytest.mark.parametrize("lora_layers", [2, 4])
 @each_family
-def test_states_are_the_hidden_states_of_transformers(
-    family: str, lora_layers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_states_are_those_of_transformers(family: str, lora_layers: int, tmp_path: Path, caplog: Logged) -> None:
     """Of whatever layers, without LoRA, with LoRA that does nothing, and with LoRA against PEFT's own model."""
     if family.startswith("deberta") and lora_layers == 4:
         pytest.skip("DeBERTa does not run without layers")
@@ -69,9 +68,7 @@ def test_tasks_carry_factors_of_their_own(family: str, tmp_path: Path) -> None:
 @each_family
 def test_second_derivatives_are_exact(family: str, tmp_path: Path) -> None:
     """The slope of |gradient|², along its own gradient, against a central difference in float64."""
-    encoder = make_encoder(tmp_path, family)
-    for half in filter(None, (encoder._prefix, encoder._suffix)):
-        half.double()
+    encoder = doubled(make_encoder(tmp_path, family))
     reader = TokenStateReader(encoder, [4])
     factors = {name: value.double() for name, value in moved_factors(encoder).items()}
 

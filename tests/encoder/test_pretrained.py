@@ -17,12 +17,13 @@ from transformers import AutoModel
 
 import textmeta.encoder.pretrained as pretrained
 from tests.conftest import tiny_tokenizer
+from tests.given import Logged, Patch
 from tests.hub.server import Fault, HubServer
 from textmeta.errors import EncoderError
 
 
 @pytest.fixture
-def carried(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def carried(tiny_model: str, tmp_path: Path, monkeypatch: Patch) -> Path:
     """A package that carries the tiny model, in place of the demo extra's, and an empty Hub cache."""
     folder = tmp_path / "site" / "carrying_package" / "model"
     folder.mkdir(parents=True)
@@ -39,9 +40,7 @@ def carried(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     sys.modules.pop("carrying_package", None)
 
 
-def test_the_carried_copy_is_used_where_the_hub_is_out_of_reach(
-    carried: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_carried_copy_is_used_where_the_hub_is_out_of_reach(carried: Path, caplog: Logged) -> None:
     with caplog.at_level(logging.INFO):
         model, _ = (pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)[0] for _ in range(2))
     assert caplog.text.count("using the copy carried by the package carrying_package") == 1
@@ -57,9 +56,7 @@ def test_a_hub_that_never_answers_is_not_asked_where_the_copy_is_carried(hub: Hu
     assert not hub.requests
 
 
-def test_the_default_encoder_is_taken_from_the_cache_before_anything_else(
-    hub: HubServer, carried: Path, tiny_model: str
-) -> None:
+def test_the_default_encoder_is_taken_from_the_cache_first(hub: HubServer, carried: Path, tiny_model: str) -> None:
     files = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
     commit = hub.add_repo(pretrained.DEFAULT_ENCODER, files)
     assert pretrained.load_pretrained(pretrained.DEFAULT_ENCODER, "main").commit == commit
@@ -77,20 +74,17 @@ def test_a_carried_copy_that_is_not_the_published_file_is_refused(carried: Path)
         pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)
 
 
-def test_a_revision_that_was_asked_for_is_not_replaced_by_the_carried_copy(carried: Path) -> None:
-    with pytest.raises(EncoderError, match="revision abc"):
-        pretrained.load_pretrained(pretrained.DEFAULT_ENCODER, "abc")
-
-
-def test_without_the_extra_the_message_says_what_to_install(carried: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_carried_is_an_error(carried: Path, monkeypatch: Patch) -> None:
+    """A revision that was asked for, another encoder, and, without the extra, all: what to install is said."""
+    for given, message in (
+        ((pretrained.DEFAULT_ENCODER, "abc"), "revision abc"),
+        (("some/other",), r"'some/other'.*the Hub .* cannot be reached"),
+    ):
+        with pytest.raises(EncoderError, match=message):
+            pretrained.load_pretrained(*given)
     monkeypatch.setattr(pretrained, "CARRIED_PACKAGE", "no_such_package")
     with pytest.raises(EncoderError, match=r"pip install 'textmeta\[demo\]'"):
         pretrained.load_pretrained(pretrained.DEFAULT_ENCODER)
-
-
-def test_only_the_default_encoder_is_carried(carried: Path) -> None:
-    with pytest.raises(EncoderError, match=r"'some/other'.*the Hub .* cannot be reached"):
-        pretrained.load_pretrained("some/other")
 
 
 def test_the_digest_sees_every_weight_and_not_the_storage(tiny_model: str) -> None:
@@ -143,13 +137,6 @@ def sharded(file: str) -> Callable[[Path], object]:
     return damage
 
 
-def own_code(folder: Path) -> None:
-    (folder / "modeling.py").write_text("raise SystemExit('code of the folder was run')\n")
-    auto_map = {"AutoModel": "modeling.M", "AutoConfig": "modeling.C"}
-    changed("config.json", model_type="planted", auto_map=auto_map)(folder)
-    changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling.T", None]})(folder)
-
-
 def truncated(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -166,11 +153,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle": (pickled, r"pickled weights \(pytorch_model\.bin\) are never loaded"),
     "sharded pickle": (sharded("weights.bin"), r"index\.json: expected safetensors files of its folder, found 'w"),
     "weights above": (sharded("../model.safetensors"), r"index\.json: expected .*found '\.\./model"),
-    "own code": (own_code, "trust_remote_code"),
     "truncated": (truncated, "cannot load the encoder"),
     "missing weight": (lacking, r"lacks weights, which would be random: encoder\.layer\.1\.output\.dense\.weight"),
     "adapter": (changed("adapter_config.json"), "is an adapter, not an encoder"),
-    "weights elsewhere": (changed(CONFIG, transformers_weights="../x"), f"{CONFIG}: 'transformers_weights' is '../x'"),
     "quantised": (changed(CONFIG, quantization_config={"quant_method": "x"}), f"{CONFIG}: 'quantization_config' is"),
     "kernels": (changed(CONFIG, attn_implementation="lab/x"), f"{CONFIG}: 'attn_implementation' is 'lab/x'"),
     "kernels of a part": (changed(CONFIG, part={"_attn_implementation": "lab/x"}), "'_attn_implementation' is 'lab/x'"),
@@ -181,7 +166,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "special tokens elsewhere": (changed(SPECIAL, entity_vocab_file="../x"), f"{SPECIAL}: 'entity_vocab_file' names"),
     "10^9 layers": (
         changed(CONFIG, num_hidden_layers=10**9),
-        "'num_hidden_layers' is 1000000000, expected at most 1000",
+        "'num_hidden_layers' is 10+, expected at most 1000",
     ),
     "no object": (lambda folder: (folder / CONFIG).write_text("[]"), f"{CONFIG}: expected a JSON object, found list"),
     "no JSON": (lambda folder: (folder / CONFIG).write_text("{"), f"{CONFIG} is no JSON"),
@@ -190,20 +175,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), FOLDERS.values(), ids=FOLDERS)
-def test_a_folder_that_is_not_what_it_should_be_is_refused(
-    folder: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_a_folder_that_is_no_encoder_is_refused(folder: Path, damage: Callable[[Path], object], message: str) -> None:
     pretrained.load_pretrained(str(folder))
     damage(folder)
     with pytest.raises(EncoderError, match=message):
         pretrained.load_pretrained(str(folder))
-
-
-def test_pickles_and_code_beside_what_is_needed_do_no_harm(folder: Path) -> None:
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
-    own_code(folder)
-    changed("config.json", model_type="bert")(folder)
-    assert pretrained.load_pretrained(str(folder))[0].config.hidden_size == 32
 
 
 @pytest.mark.parametrize(
@@ -217,9 +193,7 @@ def test_pickles_and_code_beside_what_is_needed_do_no_harm(folder: Path) -> None
         ({}, ""),
     ],
 )
-def test_a_pooling_that_is_not_followed_is_told(
-    pooling: dict[str, object], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_pooling_not_followed_is_told(pooling: dict[str, object], told: str, tmp_path: Path, caplog: Logged) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     for _ in range(2):

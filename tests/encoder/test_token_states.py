@@ -7,53 +7,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from tests.conftest import WORDS
 from tests.encoder.given import TEXTS, assert_close, moved_factors
-from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from tests.given import Patch
+from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader, TokenStates, length_buckets
 from textmeta.errors import SettingsError
 
 ALL = range(5)
 
 
-def test_by_default_the_upper_half_and_what_enters_it(encoder: Encoder) -> None:
-    reader = TokenStateReader(encoder)
-    assert (reader.layers, reader.views) == ((2, 3, 4), 3)
-    assert reader.read(TEXTS[:1]).batches[0].states.shape[:2] == (1, 3)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_gradients_are_exact(encoder64: Encoder, cached: bool) -> None:
-    reader, factors = TokenStateReader(encoder64, [1, 3, 4]), moved_factors(encoder64)
-    factors = {name: value.double() for name, value in factors.items()}
-    if cached:
-        reader.cache(TEXTS)
-    generator = torch.Generator().manual_seed(0)
-    along = {name: torch.randn(v.shape, generator=generator, dtype=v.dtype) for name, v in factors.items()}
-
-    def loss(scale: float, record: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        leaves = {name: (v + scale * along[name]).requires_grad_(record) for name, v in factors.items()}
-        states = reader.read(TEXTS, leaves)
-        assert all(batch.states.requires_grad == record for batch in states.batches)
-        return torch.stack([state.sin().mean((1, 2)) @ state.new_ones(3) for state in states.unpadded()]).sum(), leaves
-
-    value, leaves = loss(0.0, record=True)
-    gradient = torch.autograd.grad(value, list(leaves.values()))
-    found = sum(float((g * a).sum()) for g, a in zip(gradient, along.values(), strict=True))
-    slope = float(loss(1e-5)[0] - loss(-1e-5)[0]) / 2e-5
-    assert abs(slope - found) < 1e-6 * abs(slope)
-    with torch.no_grad():
-        assert not reader.read(TEXTS, leaves).batches[0].states.requires_grad
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_weights_with_lora_are_made_once_and_anew_when_factors_change(
-    tiny_model: str, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4), precision=precision)
+def test_weights_with_lora_are_made_once_for_factors(encoder: Encoder, precision: str, monkeypatch: Patch) -> None:
+    encoder = Encoder(encoder.settings, encoder.lora, precision=precision)
     made: list[int] = []
     add = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *given, **how: made.append(1) or add(*given, **how))
@@ -79,15 +46,9 @@ def test_a_text_does_not_depend_on_the_others_and_order_is_kept(encoder64: Encod
     assert sorted(torch.cat([batch.rows for batch in states.batches]).tolist()) == list(range(len(TEXTS) + 1))
     assert any(not batch.mask.all() for batch in states.batches)
     assert not any(batch.states.transpose(1, 2)[~batch.mask].any() for batch in states.batches)
-
-
-@pytest.mark.parametrize("max_tokens", [1, 30, 64])
-def test_large_batches_are_cut(encoder: Encoder, max_tokens: int) -> None:
-    states = TokenStateReader(encoder, [4]).read(TEXTS).unpadded()
-    cut = TokenStates.padded(states, max_tokens)
-    assert all(batch.mask.numel() <= max_tokens or len(batch.mask) == 1 for batch in cut.batches)
-    assert (max(len(batch.mask) for batch in cut.batches) == 1) == (max_tokens == 1)
-    assert all(map(torch.equal, cut.unpadded(), states))
+    reader.cache([])
+    assert reader.read([]) == TokenStates.padded([]) == TokenStates(0, ())
+    assert reader.read([]).unpadded() == []
 
 
 def test_no_forward_is_larger_than_memory_allows(encoder: Encoder) -> None:
@@ -99,20 +60,12 @@ def test_no_forward_is_larger_than_memory_allows(encoder: Encoder) -> None:
         assert [tuple(batch.mask.shape) for batch in batches] == [(60, 32)] * 5
 
 
-def test_no_texts(encoder: Encoder) -> None:
-    reader = TokenStateReader(encoder, ALL)
-    reader.cache([])
-    assert reader.read([]) == TokenStates.padded([]) == TokenStates(0, ())
-    assert reader.read([]).unpadded() == []
-
-
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4], [1, 4], [0, 1], [2]])
-def test_cache_keeps_half_precision(
-    encoder: Encoder, layers: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cache_keeps_halves_for_other_runs(
+    encoder: Encoder, layers: list[int], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     fresh, one, two = (TokenStateReader(encoder, layers) for _ in range(3))
-    one.cache(TEXTS)
-    two.cache([*reversed(TEXTS), *TEXTS], folder=tmp_path)
+    one.cache(TEXTS, folder=tmp_path)
     (file,) = tmp_path.iterdir()
     kept = load_file(file)["states"]
     number = {(0, 1, 2, 3, 4): 3, (1, 4): 2, (0, 1): 2, (2,): 1}[tuple(layers)]  # what enters layer 3 is of layer 2
@@ -121,14 +74,19 @@ def test_cache_keeps_half_precision(
     factors = moved_factors(encoder)
     found = one.read(TEXTS, factors).unpadded()
     assert_close(found, fresh.read(TEXTS, factors).unpadded(), 5e-3)
-    assert all(map(torch.equal, found, two.read(TEXTS, factors).unpadded()))
     mixed = [WORDS[100], *TEXTS, WORDS[101]]
     assert_close(one.read(mixed, factors).unpadded(), fresh.read(mixed, factors).unpadded(), 5e-3)
-    monkeypatch.setattr(encoder, "_prefix", None)  # not called any more
-    assert all(map(torch.equal, found, one.read(TEXTS, factors).unpadded()))
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "_prefix", None)  # not called any more
+        two.cache([*reversed(TEXTS), *TEXTS], folder=tmp_path)
+        for reader in (one, two):
+            assert all(map(torch.equal, found, reader.read(TEXTS, factors).unpadded()))
+    TokenStateReader(encoder, [0, 3]).cache(TEXTS, folder=tmp_path)  # of other layers
+    two.cache(TEXTS, TEXTS[1:], folder=tmp_path)  # of other texts, too
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: Patch) -> None:
     states = encoder.states
     monkeypatch.setattr(encoder, "states", lambda *given, **how: tuple(1e5 * part for part in states(*given, **how)))
     reader = TokenStateReader(encoder, [2])
@@ -137,20 +95,6 @@ def test_an_outlier_is_finite_in_the_cache(encoder: Encoder, monkeypatch: pytest
     (found,) = reader.read(TEXTS[:1]).unpadded()
     assert before.abs().max() > 65504
     torch.testing.assert_close(found, before.clamp(-65504, 65504), rtol=1e-3, atol=0.1)
-
-
-def test_cache_in_a_folder_serves_other_runs(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two, three = (TokenStateReader(encoder, layers) for layers in ([1, 4], [1, 4], [0, 4]))
-    one.cache(TEXTS, folder=tmp_path)
-    found = one.read(TEXTS, moved_factors(encoder)).unpadded()
-    assert len(list(tmp_path.iterdir())) == 1
-    with monkeypatch.context() as patch:
-        patch.setattr(encoder, "_prefix", None)  # not called by the second
-        two.cache([*reversed(TEXTS), *TEXTS], folder=tmp_path)
-        assert all(map(torch.equal, found, two.read(TEXTS, moved_factors(encoder)).unpadded()))
-    three.cache(TEXTS, folder=tmp_path)  # of other layers
-    two.cache(TEXTS, TEXTS[1:], folder=tmp_path)  # of other texts, too
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("layers", [[], [0, 5], [-1, 2], [2, 1], [1, 1]])

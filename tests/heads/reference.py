@@ -137,7 +137,9 @@ def neighbourhood(u: Tensor, labels: list[int], weights: Tensor, scale: Tensor) 
 Read = Callable[[list[str], Mapping[str, Tensor]], list[Tensor]]
 
 
-def adapted(task: Task, t: Mapping[str, Tensor], adapt: str, read: Read) -> tuple[Tensor, dict[str, Tensor], bool]:
+def adapted(
+    task: Task, t: Mapping[str, Tensor], adapt: str, read: Read, second_order: bool = True
+) -> tuple[Tensor, dict[str, Tensor], bool]:
     """Return pooling queries, LoRA's factors, and whether steps were taken; ``t`` are the tensors by name."""
     factors = {name.removeprefix("lora."): value for name, value in t.items() if name.startswith("lora.")}
     q = q0 = t["queries"]
@@ -160,6 +162,8 @@ def adapted(task: Task, t: Mapping[str, Tensor], adapt: str, read: Read) -> tupl
             b = dict(zip(b, rest, strict=True))
         loss = neighbourhood(views_of(read(task.texts, {**factors, **b}), q), task.labels, weights, scale)
         found = list(torch.autograd.grad(loss, moving, create_graph=True))
+        if not second_order:  # gradients and losses of the steps are constants
+            found, loss = [g.detach() for g in found], loss.detach()
         far = gamma * torch.minimum(torch.ones_like(loss), loss)
         if "pooling" in adapt:
             g = found.pop(0)

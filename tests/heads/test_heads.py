@@ -1,4 +1,7 @@
-"""One contract for every head: what CONTRIBUTING.md asks of a row of :data:`~textmeta.heads.HEADS`."""
+"""One contract for every head: what CONTRIBUTING.md asks of a row of :data:`~textmeta.heads.HEADS`.
+
+At the end, numbers at which what heads are made of could break. The ridge against scikit-learn's: test_scikit_learn.py.
+"""
 
 from collections.abc import Callable
 
@@ -9,6 +12,9 @@ from torch import Tensor
 from tests.heads.given import examples_of, random
 from textmeta.heads import HEADS
 from textmeta.heads.common import Examples
+from textmeta.heads.neighbours import neighbourhood_loss, with_company
+from textmeta.heads.ridge import dual_coefficients
+from textmeta.heads.unlabelled import soft_labels
 
 V, D, C = 2, 5, 4
 PENALTY = torch.tensor(0.7, dtype=torch.float64)
@@ -84,3 +90,34 @@ def test_a_text_scores_best_for_the_class_of_texts_like_it_and_scores_are_about_
     scores = torch.einsum("nvd,vdc->nc", views[0], weights[0])
     assert scores.argmax(1).tolist() == labels
     assert 0.3 < float(scores.detach().abs().max()) < 3
+
+
+def test_gradients_are_finite_at_weights_of_zero() -> None:
+    kernel, weights = torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    dual_coefficients(kernel, torch.ones(3, 2, dtype=torch.float64), weights, PENALTY).sum().backward()
+    assert weights.grad is not None
+    assert weights.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [30.0, 400.0])
+def test_a_large_scale_stays_finite_in_single_precision(scale: float) -> None:
+    """A learned scale may grow; texts whose own class is far then have a likelihood that no float32 holds."""
+    views = torch.zeros(1, 4, 1, 2)
+    views[0, :, 0] = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    views.requires_grad_()
+    examples = Examples.of(torch.tensor([[0, 0, 1, 1]]), torch.tensor([2]), torch.float32)
+    loss = neighbourhood_loss(views, examples, with_company(examples), torch.ones(1), torch.tensor(scale))
+    (gradient,) = torch.autograd.grad(loss.sum(), views)
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_confidence_is_from_none_to_full() -> None:
+    logits = torch.tensor([[[0.0, 0.0, 0.0], [200.0, 0.0, 5.0]], [[1.0, 1.0, 50.0], [0.0, -200.0, 50.0]]]).double()
+    classes = torch.tensor([[True, True, True], [True, True, False]])
+    probabilities, confidence = soft_labels(logits.requires_grad_(), classes)
+    expected = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(confidence, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 2, dtype=torch.float64))
+    assert not probabilities[1, :, 2].any()
+    assert torch.autograd.grad(confidence.sum(), logits)[0].isfinite().all()

@@ -13,11 +13,12 @@ import transformers
 from huggingface_hub import HfFileSystem, constants
 from huggingface_hub.utils import _http, close_session
 
+from tests.given import Patch
 from tests.hub.server import HubServer
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+def hub(monkeypatch: Patch, tmp_path: Path) -> Iterator[HubServer]:
     """Let huggingface_hub, transformers and datasets, imported offline, use an empty Hub, an empty cache and no token.
 
     Most settings are read from modules at each use. What is kept from one use to the next is replaced or dropped:

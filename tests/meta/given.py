@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from tests.heads.reference import Task
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode
+from textmeta import Adapter, Corpus, Episode
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.initialisation import Initialisation, LearnerSettings

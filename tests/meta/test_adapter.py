@@ -2,75 +2,38 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers.models import WordLevel
-from torch import Tensor
-from transformers import BertConfig, BertModel
 
-from tests.conftest import WORDS, save_tiny_model, tiny_tokenizer
+from tests.conftest import WORDS, tiny_tokenizer
+from tests.sharing.made import make_adapter
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.meta.adapter import Adapter
-from textmeta.meta.initialisation import Initialisation, LearnerSettings
-
-TEXTS = ["bal bel", "bim bal fer bel fit"]
+from textmeta.meta.initialisation import LearnerSettings
 
 
 @pytest.fixture
 def adapter(encoder: Encoder) -> Adapter:
     """With LoRA that does something."""
     reader = TokenStateReader(encoder)
-    settings = LearnerSettings(reader.layers, steps=2)
-    start = Initialisation.start(encoder.factor_shapes, encoder.hidden_size, settings, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    moved = {n: value + 0.1 * torch.randn(value.shape, generator=generator) for n, value in start.tensors().items()}
-    return Adapter.of(reader, LearnerSettings(steps=2), start.with_tensors(moved))
-
-
-def states_of(reader: TokenStateReader, adapter: Adapter) -> Tensor:
-    return torch.cat([text.flatten() for text in reader.read(TEXTS, adapter.initialisation.lora).unpadded()])
+    return Adapter.of(reader, LearnerSettings(steps=2), make_adapter(reader).initialisation)
 
 
 def test_an_adapter_knows_its_encoder(encoder: Encoder, adapter: Adapter) -> None:
-    assert (adapter.encoder, adapter.lora, adapter.weights_sha256) == (
-        encoder.settings,
-        encoder.lora,
-        encoder.weights_sha256,
-    )
+    for found, expected in (("encoder", "settings"), ("lora", "lora"), ("weights_sha256", "weights_sha256")):
+        assert getattr(adapter, found) == getattr(encoder, expected)
     assert adapter.learner.layers == (2, 3, 4)  # which the settings left open
     assert adapter.probe.shape == (3, 3 * 32)
     torch.testing.assert_close(adapter.probe.norm(dim=1), torch.ones(3))
     assert adapter.scope is None
     assert set(adapter.versions) == {"textmeta", "torch", "transformers", "peft"}
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_its_encoder_is_loaded_from_wherever_a_copy_is(
-    precision: str, encoder: Encoder, adapter: Adapter, tmp_path: Path
-) -> None:
-    shutil.copytree(encoder.settings.model, tmp_path / "copy")
-    for place in (None, str(tmp_path / "copy")):
-        reader = adapter.load_reader(precision=precision, model=place)
-        assert reader.layers == adapter.learner.layers
-        assert reader.encoder.settings == adapter.encoder  # the one that it names
-        expected, found = (states_of(each, adapter) for each in (TokenStateReader(encoder), reader))
-        if precision == "no":
-            assert torch.equal(found, expected)
-        else:
-            assert 0 < (found - expected).norm() / expected.norm() < 0.05
-
-
-def other_weights(folder: Path) -> None:
-    config = BertConfig.from_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        save_tiny_model(folder, BertModel(config, add_pooling_layer=False))
 
 
 def other_tokenizer(folder: Path) -> None:
@@ -90,13 +53,12 @@ def other_configuration(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (other_weights, "the adapter belongs to .* but the weights of .* are"),
         (other_tokenizer, "makes other features of the same texts .*: its tokenizer or configuration has changed"),
         (other_configuration, "makes other features of the same texts"),
     ],
 )
 def test_another_encoder_is_refused(
-    change: Callable[[Path], None], named: str, encoder: Encoder, adapter: Adapter, tmp_path: Path
+    change: Any, named: str, encoder: Encoder, adapter: Adapter, tmp_path: Path
 ) -> None:
     folder = tmp_path / "other"
     shutil.copytree(encoder.settings.model, folder)
@@ -105,13 +67,10 @@ def test_another_encoder_is_refused(
         adapter.load_reader(model=str(folder))
 
 
-def test_a_probe_that_says_nothing_is_refused(adapter: Adapter) -> None:
+def test_a_probe_that_says_nothing_and_tensors_that_do_not_fit_are_refused(adapter: Adapter) -> None:
     for probe in (torch.full_like(adapter.probe, torch.nan), adapter.probe[:, :32], torch.zeros(3, 0)):
         with pytest.raises(AdapterError, match="other features"):
             replace(adapter, probe=probe).load_reader()
-
-
-def test_tensors_that_do_not_fit_the_encoder_are_refused(adapter: Adapter) -> None:
     init = replace(adapter.initialisation, queries=torch.zeros(2, 32))
     with pytest.raises(AdapterError, match=r"queries is \(2, 32\), expected \(3, 32\)"):
         replace(adapter, initialisation=init).load_reader()

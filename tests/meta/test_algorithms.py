@@ -1,24 +1,32 @@
-"""One contract for every algorithm; what is particular to one stands at the end.
+"""One contract for every algorithm; what is particular to one; and what a step leaves to the machine.
 
 The meta-gradients are checked in ``test_meta_gradients.py`` and, against other libraries, in ``test_peer.py``.
 """
 
+import gc
+import random
 import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 
-from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, make_task, texts_of
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import OUTSIDE, Episode
-from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from tests.given import Patch
+from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, make_task, texts_of, with_values
+from textmeta import Corpus, Episode, EpisodeSampler, EpisodeSettings
+from textmeta.data.episodes import OUTSIDE
+from textmeta.encoder.attention import NAME
+from textmeta.encoder.encoder import Encoder
+from textmeta.meta import learner as learner_module
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient, query_losses
 from textmeta.meta.batch import TaskBatch
-from textmeta.meta.initialisation import LearnerSettings
+from textmeta.meta.initialisation import Adapt, LearnerSettings
 from textmeta.meta.learner import TaskLearner
 
 each_row = pytest.mark.parametrize("row", ROWS)
@@ -58,14 +66,16 @@ def mixed_episodes(corpus: Corpus) -> list[Episode]:
     return [*episodes, replace(last, query_texts=texts, query_labels=labels)]
 
 
+def random_states() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+
 @each_row
-def test_gradients_are_finite_complete_and_repeatable_and_change_nothing(
-    row: str, encoder: Encoder, corpus: Corpus
-) -> None:
+def test_gradients_are_finite_whole_repeatable_and_change_nothing(row: str, encoder: Encoder, corpus: Corpus) -> None:
     learner, leaves = leaves_of(learner_of(row, encoder, torch.float32))  # as in training
     before = {name: value.detach().clone() for name, value in leaves.items()}
     weights = {name: value.clone() for name, value in encoder._suffix.state_dict().items()}
-    random_state = torch.get_rng_state()
+    before_random = random_states()
     one, two = (ALGORITHMS[ROWS[row][0]].gradient(learner, mixed_episodes(corpus), leaves) for _ in range(2))
     assert one.gradient.keys() == leaves.keys()
     for name, value in one.gradient.items():
@@ -81,7 +91,7 @@ def test_gradients_are_finite_complete_and_repeatable_and_change_nothing(
     assert all(torch.equal(leaves[name], value) and leaves[name].grad is None for name, value in before.items())
     assert all(torch.equal(encoder._suffix.state_dict()[name], value) for name, value in weights.items())
     assert all(weight.grad is None for weight in encoder._suffix.parameters())
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert random_states() == before_random
 
 
 @each_row
@@ -118,9 +128,9 @@ def test_threads_do_not_disturb_each_other(row: str, encoder64: Encoder, corpus:
 
 
 @each_row
-def test_bfloat16_stays_near_float32(row: str, tiny_model: str, encoder: Encoder, corpus: Corpus) -> None:
+def test_bfloat16_stays_near_float32(row: str, encoder: Encoder, corpus: Corpus) -> None:
     """Of the transformer's matrix products; all that is learned or compared stays in float32."""
-    half = Encoder(EncoderSettings(tiny_model, max_length=32), LoraSettings(rank=4), precision="bf16")
+    half = Encoder(encoder.settings, encoder.lora, precision="bf16")
     found = []
     for each in (encoder, half):
         gradient = meta_gradient(row, learner_of(row, each, torch.float32), mixed_episodes(corpus)).gradient
@@ -128,21 +138,6 @@ def test_bfloat16_stays_near_float32(row: str, tiny_model: str, encoder: Encoder
         found.append(torch.cat([value.flatten() for name, value in gradient.items() if name.startswith("lora.")]))
     difference = float((found[0] - found[1]).norm() / found[0].norm())
     assert 1e-5 < difference < 0.3  # it did run in bfloat16, and rounding is all that it changed
-
-
-# ---------------------------------------------------------------------------------------------- one algorithm or two
-
-
-def test_without_steps_maml_fomaml_and_meta_sgd_are_the_same(encoder64: Encoder, corpus: Corpus) -> None:
-    learner = make_learner(encoder64, LearnerSettings(LAYERS, "pooling", steps=0))
-    differentiated, leaves = leaves_of(learner)
-    found = [
-        ALGORITHMS[name].gradient(differentiated, mixed_episodes(corpus), leaves)
-        for name in ("maml", "fomaml", "meta_sgd")
-    ]
-    for other in found[1:]:
-        assert torch.equal(found[0].loss, other.loss)
-        assert all(torch.equal(value, other.gradient[name]) for name, value in found[0].gradient.items())
 
 
 @pytest.mark.parametrize("adapt", ["pooling", "lora", "pooling+lora"])
@@ -175,9 +170,7 @@ def test_a_reptile_step_is_interpolation(encoder64: Encoder, corpus: Corpus, ada
 
 
 @pytest.mark.parametrize("name", ["anil", "maml"])
-def test_steps_on_the_head_or_on_pooling_read_each_text_once(
-    name: str, encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_read_each_text_once(name: str, encoder: Encoder, corpus: Corpus, monkeypatch: Patch) -> None:
     learner = learner_of(f"{name}-{'offset' if name == 'anil' else 'pooling'}", encoder, torch.float32)
     read: list[str] = []
     original = learner.reader.read
@@ -194,3 +187,95 @@ def test_a_query_of_no_class_has_no_part_in_the_loss(encoder64: Encoder, corpus:
     fewer = replace(more, query_texts=more.query_texts[:-1], query_labels=more.query_labels[:-1])
     one, other = (query_losses(learner, [e], second_order=False) for e in (fewer, more))
     torch.testing.assert_close(one, other)
+
+
+# What a step leaves to the machine: nothing to wait for, and nothing behind. Inner steps never ask a device for a
+# value: on a GPU the host would wait for it, and the GPU then for the host.
+
+
+# values that the host asks for, and what it sends
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave", "lift_fresh"}
+
+
+class Waits(TorchDispatchMode):
+    """Remembers the operations for which a host waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            part.dtype == torch.bool
+            for part in args[1:2]
+            if isinstance(part, list)
+            for part in part
+            if part is not None
+        )
+        if name in WAITS or by_mask:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("adapt", ["pooling", "pooling+lora", "offset"])
+def test_inner_steps_never_wait(
+    adapt: Adapt, second_order: bool, encoder: Encoder, sampler: EpisodeSampler, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr("transformers.masking_utils._ignore_bidirectional_mask_sdpa", lambda *_: False)  # on a CPU
+    learner = make_learner(encoder, LearnerSettings((2, 4), adapt, steps=2), torch.float32)
+    inside, around, plain = Waits(), Waits(), learner_module.inner_steps
+
+    def watched(*given: Any, **how: Any) -> dict[str, torch.Tensor]:
+        with inside:
+            return plain(*given, **how)
+
+    monkeypatch.setattr(learner_module, "inner_steps", watched)
+    with around:
+        learner.learn(TaskBatch.of_episodes(sampler.take(2)), second_order)
+    assert around.names, "that it sees them"
+    assert inside.names == []
+
+
+def test_a_mask_is_not_looked_at_but_on_a_cpu() -> None:
+    given = {"batch_size": 2, "q_length": 3, "kv_length": 3, "mask_function": bidirectional_mask_function}
+    given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}  # as for every bidirectional encoder
+    of = AttentionMaskInterface()[NAME]
+    made = {}
+    for device in ("cpu", "meta"):  # a meta tensor has no values
+        mask = torch.ones(2, 3, dtype=torch.bool, device=device)
+        made[device] = of(attention_mask=mask, device=device, **given)
+    assert made["cpu"] is None, "the faster kernel"
+    assert made["meta"].shape == (2, 1, 3, 3)
+
+
+STEPS, WARM_UP = 200, 50
+# the ways that a step of the outer loop goes: (algorithm, adapted parameters, texts whose activations are kept)
+WAYS = (("maml", "pooling", 512), ("maml", "lora", 0))
+
+
+@pytest.mark.slow
+def test_memory_stays_the_same_over_200_steps(encoder: Encoder, corpus: Corpus, monkeypatch: Patch) -> None:
+    sampler = EpisodeSampler(corpus, EpisodeSettings(2, 2, 1), seed=0)
+    learners = [
+        make_learner(encoder, LearnerSettings(LAYERS, adapt, steps=1), torch.float32)  # type: ignore[arg-type]
+        for _, adapt, _ in WAYS
+    ]
+    learners[0].reader.cache(corpus.texts)  # type: ignore[attr-defined]
+    tensors, resident = [], []
+    for step in range(STEPS):
+        name, _, kept = WAYS[step % len(WAYS)]
+        monkeypatch.setattr(learner_module, "KEPT_TEXTS", kept)
+        learner, leaves = leaves_of(learners[step % len(WAYS)])
+        found = ALGORITHMS[name].gradient(learner, [sampler[step]], leaves).gradient
+        moved = {key: value.detach() - 1e-3 * found[key].detach() for key, value in leaves.items()}
+        learners[step % len(WAYS)] = with_values(learner, moved)
+        del learner, leaves, found
+        if step in (WARM_UP, STEPS - 1):
+            gc.collect()
+            tensors.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+            resident.append(psutil.Process().memory_info().rss)
+    assert tensors[0] == tensors[1]
+    # the activations of one step are about 1 MiB: kept, they would come to 150
+    assert resident[1] - resident[0] < 10 * 2**20

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,8 @@ from scipy.stats import ttest_1samp, ttest_rel
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoModel
 
-from tests.conftest import tiny_tokenizer
+from tests.conftest import WORDS, tiny_tokenizer
+from tests.given import Patch
 from tests.meta.given import CPU, make_learner
 from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import OUTSIDE, Episode, EpisodeSampler, EpisodeSettings
@@ -37,11 +37,17 @@ def episodes(corpus: Corpus) -> list[Episode]:
     """Of 2 to 5 ways, from names alone to 4 examples a class; with unlabelled texts, and queries of no class."""
     sampler = EpisodeSampler(corpus, EpisodeSettings((2, 5), (1, 4), 3, label_names=0.4), seed=2)
     named = EpisodeSampler(corpus, EpisodeSettings(3, (0, 1), 3, label_names=1.0), seed=2)
-    found = [*map(unequal, sampler.take(8)), *named.take(3)]
+    found = [known_names(episode) for episode in [*map(unequal, sampler.take(8)), *named.take(3)]]
     assert {0, 1, 4} <= {int(n) for e in found for n in np.bincount(e.support_labels, minlength=e.ways)}
     found[0] = replace(found[0], unlabelled_texts=tuple(corpus.texts[-4:]))
     found[1] = outside_first(found[1])
     return found
+
+
+def known_names(episode: Episode) -> Episode:
+    """The episode with names that the encoder knows: among others, which all read alike, rounding would choose."""
+    words = tuple(WORDS[12 * int(name.removeprefix("class"))] for name in episode.class_names)
+    return replace(episode, label_names=words) if episode.label_names else episode
 
 
 def unequal(episode: Episode) -> Episode:
@@ -84,9 +90,7 @@ def test_scores_are_those_of_scikit_learn(adapt: str, encoder64: Encoder, episod
     assert 0 < found.correct.mean() < 1
 
 
-def test_scores_do_not_depend_on_what_is_learned_at_once(
-    encoder64: Encoder, episodes: list[Episode], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_do_not_depend_on_the_parts(encoder64: Encoder, episodes: list[Episode], monkeypatch: Patch) -> None:
     learner = make_learner(encoder64, LearnerSettings((1, 3, 4), steps=2))
     together = score_episodes(learner, episodes)
     assert_equal(together, score_episodes(learner, episodes), exactly=True)
@@ -191,7 +195,7 @@ def test_the_table_has_a_row_a_result() -> None:
     ],
 )
 def test_errors_on_episodes_name_them(
-    error: Exception, kind: type[Exception], said: str, episodes: list[Episode], encoder64: Encoder, monkeypatch: Any
+    error: Exception, kind: type[Exception], said: str, episodes: list[Episode], encoder64: Encoder, monkeypatch: Patch
 ) -> None:
     learner = make_learner(encoder64, LearnerSettings((1, 3, 4), steps=2))
 

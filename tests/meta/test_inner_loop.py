@@ -6,19 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.heads.given import random
 from textmeta.meta.inner_loop import inner_steps
 
 TASKS, EXAMPLES, WIDTH = 3, 8, 5
 SIZES = torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64)
 
 
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-X, Y = normal(TASKS, EXAMPLES, WIDTH, seed=0), normal(TASKS, EXAMPLES, 1, seed=1)
-QUERY_X, QUERY_Y = normal(TASKS, EXAMPLES, WIDTH, seed=2), normal(TASKS, EXAMPLES, 1, seed=3)
-START = normal(WIDTH, 1, seed=4)
+X, Y = random(TASKS, EXAMPLES, WIDTH, seed=0), random(TASKS, EXAMPLES, 1, seed=1)
+QUERY_X, QUERY_Y = random(TASKS, EXAMPLES, WIDTH, seed=2), random(TASKS, EXAMPLES, 1, seed=3)
+START = random(WIDTH, 1, seed=4)
 PENALTY = torch.tensor(0.7, dtype=torch.float64)  # what the loss shares between tasks and steps
 
 

@@ -8,6 +8,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModel, AutoTokenizer
 
+from tests.given import Patch
 from tests.heads import reference
 from tests.heads.reference import Task
 from tests.meta.given import LAYERS, batch_of, episode_of, leaves_of, make_learner, make_task
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import Encoder
 from textmeta.meta.algorithms import ALGORITHMS
-from textmeta.meta.initialisation import LearnerSettings
+from textmeta.meta.initialisation import Adapt, LearnerSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchopt's own, on import
@@ -97,11 +99,13 @@ def steps_of_the_peer(second_order: bool) -> Callable[..., tuple[Tensor, Tensors
     return adapted
 
 
+@pytest.mark.parametrize("adapt", ["pooling", "lora"])
 @pytest.mark.parametrize("second_order", [False, True], ids=["fomaml", "maml"])
-def test_meta_gradients_are_the_peers(
-    second_order: bool, encoder64: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+def test_gradients_are_the_peers(
+    second_order: bool, adapt: Adapt, encoder64: Encoder, corpus: Corpus, monkeypatch: Patch
 ) -> None:
-    learner, leaves = leaves_of(make_learner(encoder64, LearnerSettings(LAYERS, "lora", STEPS)))
+    """Pooling's steps are those of the reference, in a loop of its own; LoRA's are torchopt's."""
+    learner, leaves = leaves_of(make_learner(encoder64, LearnerSettings(LAYERS, adapt, STEPS)))
     tasks = [
         make_task(corpus, (1, 2, 3), names=True, unlabelled=3),
         make_task(corpus, (2, 2), first=6),
@@ -109,12 +113,13 @@ def test_meta_gradients_are_the_peers(
     ]
     peer = Peer(encoder64)
     assert {f"lora.{name}" for name in peer.names} == {name for name in leaves if name.startswith("lora.")}
-    monkeypatch.setattr(reference, "adapted", steps_of_the_peer(second_order))
+    by_loop = partial(reference.adapted, second_order=second_order)
+    monkeypatch.setattr(reference, "adapted", steps_of_the_peer(second_order) if adapt == "lora" else by_loop)
     losses = []
     for task in tasks:
         batch, _ = batch_of([task])  # folds go by the order of a batch
         task.texts, task.labels = list(batch.support.texts), batch.labels[0].tolist()
-        logits = reference.task_logits(task, leaves, "lora", peer.read)
+        logits = reference.task_logits(task, leaves, adapt, peer.read)
         losses.append(-logits.log_softmax(-1)[range(len(logits)), [*range(task.ways), 0]].mean())
     expected = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()), allow_unused=True)
 
@@ -126,5 +131,6 @@ def test_meta_gradients_are_the_peers(
         torch.testing.assert_close(found.gradient[leaf], part, rtol=1e-7, atol=1e-9, msg=lambda m, n=leaf: f"{n}: {m}")
     felt = {leaf for leaf, part in zip(leaves, expected, strict=True) if part is not None and part.norm() > 1e-4}
     assert {leaf for leaf in leaves if leaf.startswith("lora.")} < felt
-    assert {"lora_log_step_sizes", "pull", "step_gate", "queries", "temperature"} < felt
+    sizes = "lora_log_step_sizes" if adapt == "lora" else "log_step_sizes"
+    assert {sizes, "pull", "step_gate", "queries", "temperature"} < felt
     assert ({"loss_log_scale", "loss_view_weights"} < felt) == second_order

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from tests.conftest import WORDS, save_tiny_model, write_rows
-from tests.meta.test_trainer import LEARNER, assert_same, rows_of, short_runs, train, trainer_of  # noqa: F401 (fixture)
+from tests.given import Logged, Patch, Shown, doubled
+from tests.meta.runs import LEARNER, Train, assert_same, rows_of, trainer_of
+from textmeta import Corpus, Episode
 from textmeta.cli import main
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import Encoder
 from textmeta.errors import DataError, DivergedError, SettingsError
@@ -38,7 +38,7 @@ def corpus_of_five(corpus: Corpus) -> Corpus:
     return corpus.restrict(corpus.class_names[:5])
 
 
-def instead(monkeypatch: pytest.MonkeyPatch, change: Callable[[Gradient, Sequence[Episode]], None]) -> list[int]:
+def instead(monkeypatch: Patch, change: Callable[[Gradient, Sequence[Episode]], None]) -> list[int]:
     """Let what is learned from episodes be changed, or fail, first; return the numbers of tasks that were asked for."""
     usual, asked = ALGORITHMS["maml"].gradient, []
 
@@ -57,15 +57,12 @@ def supports(corpus: Corpus, *numbers: int) -> list[tuple[str, ...]]:
     return [episodes[number].support_texts for number in numbers]
 
 
-# the plan
-
-
-def test_the_plan_says_what_is_learned_from_what(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_the_plan_says_what_is_learned_from_what(train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     trainer = trainer_of(tiny_model, episodes=7, tasks_per_step=2)
     valid = replace(corpus.restrict(corpus.class_names[5:]), name="others")
     plan = trainer.plan(corpus_of_five(corpus), valid, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    learned = train(tiny_model, corpus, episodes=1).initialisation
+    learned = train(episodes=1).initialisation
     count, lora = (sum(value.numel() for value in own.values()) for own in (learned.tensors(), learned.lora))
     others = count - lora - learned.queries.numel()
     for line in (
@@ -85,9 +82,7 @@ def test_the_plan_says_what_is_learned_from_what(tiny_model: str, corpus: Corpus
     assert re.search(r"corpora +4, 336 texts of 21 classes: 2 \(of2\) to 12 \(of12\)$", trainer.plan(many), re.M)
 
 
-def test_what_was_measured_is_remembered_for_the_same_run(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_measured_is_remembered(tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(plan_module, "REMEMBERED", tmp_path / "plans")
     asked = instead(monkeypatch, lambda *_: None)
     trainer = trainer_of(tiny_model)
@@ -104,28 +99,26 @@ def test_what_was_measured_is_remembered_for_the_same_run(
 
 @pytest.mark.parametrize("adapt", ["pooling", "lora"])
 def test_the_largest_step_is_measured_and_changes_no_bit(
-    adapt: str, tiny_model: str, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
+    train: Train, adapt: str, corpus: Corpus, tmp_path: Path, caplog: Logged
 ) -> None:
     settings = {"learner": replace(LEARNER, adapt=adapt), "tasks_per_step": 2, "episodes": 6}
-    silent = train(tiny_model, corpus, tmp_path / "silent", **settings)
+    silent = train(tmp_path / "silent", **settings)
     drawn = [
         len(e.support_texts + e.query_texts + (e.label_names or ()) + e.unlabelled_texts)
         for e in map(MixedEpisodes([corpus_of_five(corpus)], seed=0).__getitem__, range(6))
     ]
     with caplog.at_level(logging.INFO, "textmeta"):
-        told = train(tiny_model, corpus, tmp_path / "told", **settings)
+        told = train(tmp_path / "told", **settings)
     assert_same(told, silent)
     assert rows_of(tmp_path / "told") == rows_of(tmp_path / "silent")
     assert f"in a step of {max(a + b for a, b in zip(drawn[::2], drawn[1::2], strict=True))} texts" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, "textmeta"):
-        train(tiny_model, corpus, tmp_path / "told", **settings)
+        train(tmp_path / "told", **settings)
     assert "memory" not in caplog.text, "a run that is over"
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_prints_the_plan_alone(tiny_model: str, corpus: Corpus, tmp_path: Path, capsys: Shown) -> None:
     data = write_rows(tmp_path / "toy.jsonl", corpus)
     given = ["train", "--data", str(data), "--encoder.model", tiny_model, "--test_shots", "[1]"]
     for more in ([], ["--output", str(tmp_path / "run")]):
@@ -188,58 +181,37 @@ def test_the_memory_told_is_about_what_is_taken(algorithm: str, adapt: str, tmp_
 
 
 @pytest.mark.parametrize("place", ["file/run", "read-only/run"])
-def test_an_output_that_cannot_be_written_is_said_before(
-    place: str, tiny_model: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_an_output_that_cannot_be_written_is_told(place: str, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     os.symlink("/proc/self", tmp_path / "read-only")  # where nobody, and not root either, may make a file
     with pytest.raises(SettingsError, match=rf"nothing can be written to .*{place}: "):
         trainer_of(tiny_model).plan(corpus, output=tmp_path / place)
 
 
-def test_a_full_disk_is_said_before(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.system(f"mount -t tmpfs -o size=16k tmpfs {folder} 2> /dev/null"):
-        pytest.skip("nothing may be mounted here")
-    try:
-        with pytest.raises(SettingsError, match=r"take about 0.1 MiB, but .*small has 0.0 MiB free"):
-            train(tiny_model, corpus, folder / "run")
-        (folder / "fill").write_bytes(bytes(16 * 1024))
-        with pytest.raises(SettingsError, match=r"nothing can be written to .*/run: .*No space left"):
-            train(tiny_model, corpus, folder / "run")
-    finally:
-        os.system(f"umount {folder}")
-
-
 def test_a_run_that_goes_on_may_write_over_its_own_files(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    train(tiny_model, corpus, tmp_path, callback=lambda row: row["step"] == 1)
+    train(tmp_path, callback=lambda row: row["step"] == 1)
     needed = plan_module.bytes_of(trainer_of(tiny_model)._begin(corpus_of_five(corpus), (), tmp_path, None, None))
     free = needed - (tmp_path / CHECKPOINT).stat().st_size
     monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    train(tiny_model, corpus, tmp_path)
+    train(tmp_path)
     assert len(rows_of(tmp_path)) == 6
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "corpus.csv").write_text("carried over " * 10**5)
     with pytest.raises(SettingsError, match=r"take about 0.1 MiB, but"):
-        train(tiny_model, corpus, tmp_path / "new")
+        train(tmp_path / "new")
 
 
-def test_what_is_written_is_no_more_than_what_is_told(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_what_is_written_is_no_more_than_is_told(train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
     run = trainer_of(tiny_model)._begin(corpus_of_five(corpus), (), tmp_path, None, None)
     told = plan_module.bytes_of(run)
-    train(tiny_model, corpus, tmp_path)
+    train(tmp_path)
     checkpoint = (tmp_path / CHECKPOINT).stat().st_size
     assert checkpoint < told < 4 * checkpoint
 
 
-def test_a_text_that_the_tokenizer_fails_on_is_named(
-    tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_that_the_tokenizer_fails_on_is_named(train: Train, corpus: Corpus, monkeypatch: Patch) -> None:
     usual, given = Encoder.tokenize, corpus_of_five(corpus)
 
     def tokenize(self: Encoder, texts: Sequence[str]) -> list[list[list[int]]]:
@@ -249,7 +221,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_named(
 
     monkeypatch.setattr(Encoder, "tokenize", tokenize)
     with pytest.raises(DataError, match=rf"'toy', row 17: the tokenizer fails on '{given.texts[17]:.10}.*: too large"):
-        train(tiny_model, corpus)
+        train()
 
 
 # tasks that cannot be learned from
@@ -257,7 +229,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_named(
 
 @pytest.mark.parametrize("fault", ["loss", "gradient", "singular"])
 def test_a_task_that_is_not_finite_is_left_out_and_named(
-    fault: str, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+    train: Train, fault: str, corpus: Corpus, tmp_path: Path, monkeypatch, caplog: Logged
 ) -> None:
     (bad,) = supports(corpus, 4)
     found = []
@@ -272,7 +244,7 @@ def test_a_task_that_is_not_finite_is_left_out_and_named(
                 gradient.gradient["queries"][0, 0] = math.nan if fault == "gradient" else 0.0
 
     asked = instead(monkeypatch, break_it)
-    train(tiny_model, corpus, tmp_path, episodes=9, tasks_per_step=3)
+    train(tmp_path, episodes=9, tasks_per_step=3)
     assert asked == [3, 3, 1, 2, 1, 1, 3]
     row = rows_of(tmp_path)[1]
     assert row["dropped"] == [{"episode": 4, "corpus": "toy"}]
@@ -282,9 +254,7 @@ def test_a_task_that_is_not_finite_is_left_out_and_named(
     assert "step 2: no finite loss and gradient on episode 4 of toy: left out" in caplog.text
 
 
-def test_steps_of_bad_tasks_alone_change_nothing_until_they_are_too_many(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_of_bad_tasks_change_nothing_until_too_many(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     begun = 0
 
     def break_it(gradient: MetaGradient, episodes: Sequence[Episode]) -> None:
@@ -295,11 +265,11 @@ def test_steps_of_bad_tasks_alone_change_nothing_until_they_are_too_many(
 
     instead(monkeypatch, break_it)
     with pytest.raises(DivergedError, match=r"step 9, on \['toy'\]: the last 5 steps had no finite"):
-        train(tiny_model, corpus, tmp_path, episodes=12)
+        train(tmp_path, episodes=12)
     rows = rows_of(tmp_path)
     assert ["loss" in row for row in rows] == [True, False, False, True, *[False] * 4]
     monkeypatch.undo()
-    short = train(tiny_model, corpus, tmp_path, episodes=12)  # the checkpoint is of step 4, and whole
+    short = train(tmp_path, episodes=12)  # the checkpoint is of step 4, and whole
     assert all(value.isfinite().all() for value in short.initialisation.tensors().values())
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, 13))
 
@@ -312,12 +282,9 @@ OUT_OF_MEMORY = {
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_a_step_too_large_for_the_memory_is_halved(
-    error: str, tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_too_large_for_memory_is_halved(error: str, tiny_model: str, corpus: Corpus, monkeypatch: Patch) -> None:
     run = trainer_of(tiny_model)._begin(corpus_of_five(corpus), (), None, None, None)
-    for half in (run.reader.encoder._prefix, run.reader.encoder._suffix):
-        half.double()  # type: ignore[union-attr]
+    doubled(run.reader.encoder)
     state = run.state()
     state.parameters = {name: value.detach().double().requires_grad_() for name, value in state.parameters.items()}
     episodes = {number: run.episodes[number] for number in range(3)}
@@ -333,57 +300,18 @@ def test_a_step_too_large_for_the_memory_is_halved(
     torch.testing.assert_close(halved, whole, rtol=1e-6, atol=1e-9)
 
 
-def test_a_task_too_large_for_the_memory_is_named(
-    tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_too_large_for_the_memory_is_named(train: Train, corpus: Corpus, monkeypatch: Patch) -> None:
+    """Other errors come through."""
     (large,) = supports(corpus, 1)
-
-    def fill(_: MetaGradient, episodes: Sequence[Episode]) -> None:
-        if large in [e.support_texts for e in episodes]:
-            raise OUT_OF_MEMORY["cpu"]
-
-    instead(monkeypatch, fill)
     named = rf"step 1: the memory of cpu is too small for episode 1 alone \(toy, {len(large)} examples of \d+ classes\)"
-    with pytest.raises(SettingsError, match=named):
-        train(tiny_model, corpus, tasks_per_step=2)
+    other = RuntimeError("The size of tensor a (3) must match")
+    for error, kind, told in ((OUT_OF_MEMORY["cpu"], SettingsError, named), (other, RuntimeError, "must match")):
 
+        def fail(_: MetaGradient, episodes: Sequence[Episode], error: Exception = error) -> None:
+            if large in [e.support_texts for e in episodes]:
+                raise error
 
-FULL = """
-    import resource, sys
-    from pathlib import Path
-    from tests.meta.test_trainer import trainer_of
-    from textmeta import Corpus
-    from textmeta.encoder.encoder import EncoderSettings
-    from textmeta.errors import SettingsError
-    texts = [f"{i} " + "bab " * 500 for i in range(600)]
-    corpus = Corpus.from_pairs("long", texts, [f"class{i % 30}" for i in range(600)])
-    trainer = trainer_of(sys.argv[1], encoder=EncoderSettings(sys.argv[1], max_length=512))
-    run = trainer._begin([corpus], (), None, None, None)
-    episodes = sorted(map(run.episodes.__getitem__, range(40)), key=lambda e: len(e.support_texts))
-    run.own_share(run.state(), {0: episodes[0]})
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + 2**26, held + 2**26))
-    try:
-        run.own_share(run.state(), {1: episodes[-2], 2: episodes[-1]})
-    except SettingsError as error:
-        print(error)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not plan_module.STATUS.exists(), reason="needs /proc")
-def test_memory_that_is_full_in_fact_is_told(tiny_model: str) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(FULL), tiny_model]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert re.match(r"step 1: the memory of cpu is too small for episode 1 alone \(long, ", done.stdout), done.stderr
-    assert "step 1: 2 tasks together are too much for the memory: halved" in done.stderr
-
-
-def test_other_errors_come_through(tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: MetaGradient, episodes: Sequence[Episode]) -> None:
-        raise RuntimeError("The size of tensor a (3) must match")
-
-    instead(monkeypatch, fail)
-    with pytest.raises(RuntimeError, match="must match"):
-        train(tiny_model, corpus)
+        with monkeypatch.context() as patch:
+            instead(patch, fail)
+            with pytest.raises(kind, match=told):
+                train(tasks_per_step=2)

@@ -1,10 +1,9 @@
 """The outer loop: what a step takes, resuming, stopping, validation, and what comes of it."""
 
 import json
-import logging
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -18,114 +17,39 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import WORDS
-from textmeta.data.corpus import Corpus
-from textmeta.data.episodes import Episode, EpisodeSampler, EpisodeSettings
+from tests.given import Patch
+from tests.meta.runs import LEARNER, Died, Train, assert_same, on_each_step, rows_of, train_on, trainer_of
+from textmeta import Corpus, Episode, EpisodeSampler, EpisodeSettings, MetaTrainer
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.encoder import EncoderSettings
-from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.errors import AdapterError, DivergedError, SettingsError, TrainingInterrupted
 from textmeta.files import CHECKPOINT
 from textmeta.heads import HEADS
 from textmeta.meta import outer_loop
 from textmeta.meta import trainer as trainer_module
-from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient
 from textmeta.meta.evaluation import frozen_prototypes, paired_difference, score_episodes
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.outer_loop import RECORD
-from textmeta.meta.trainer import MetaTrainer
 from textmeta.sharing.store import load_adapter
-
-LEARNER = LearnerSettings((2, 4), steps=2)
-
-
-SHORT = {"CALIBRATION_EPISODES": 2, "WARMUP": 2, "CHECKPOINT_EVERY": 2}
-
-
-def set_constants(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
-    """Change constants of training, in the module that has each."""
-    for name, value in values.items():
-        monkeypatch.setattr(outer_loop if hasattr(outer_loop, name) else trainer_module, name, value)
-
-
-@pytest.fixture(autouse=True)
-def short_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "textmeta")  # which a test of the command may have changed: no plan
-    set_constants(monkeypatch, **SHORT)
-    monkeypatch.setattr(outer_loop, "draw_curves", lambda record: None)  # takes time
-
-
-def trainer_of(tiny_model: str, **settings) -> MetaTrainer:
-    """Six steps of one episode."""
-    given = {
-        "encoder": EncoderSettings(tiny_model, max_length=32),
-        "lora": LoraSettings(rank=4),
-        "learner": LEARNER,
-        "episodes": 6,
-        "tasks_per_step": 1,
-        **settings,
-    }
-    return MetaTrainer(**given)
-
-
-def train(tiny_model: str, corpus: Corpus, output: Path | None = None, *, valid: int = 0, **given) -> Adapter:
-    """Train on the first five classes; validate on so many of the others; ``given`` to train, or as settings."""
-    how = {name: given.pop(name) for name in ("start", "cache", "callback", "track") if name in given}
-    names = corpus.class_names
-    held_out = [corpus.restrict(names[5 : 5 + valid])] if valid else []
-    trainer = trainer_of(tiny_model, **given)
-    return trainer.train(corpus.restrict(names[:5]), held_out, output, **how)
-
-
-def rows_of(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / RECORD).read_text().splitlines()]
-
-
-def assert_same(one: Adapter, two: Adapter) -> None:
-    left, right = one.initialisation.tensors(), two.initialisation.tensors()
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-    assert torch.equal(one.scope, two.scope)  # type: ignore[arg-type]
-    assert one.record == two.record
-
-
-def on_each_step(
-    monkeypatch: pytest.MonkeyPatch, algorithm: str, action: Callable[[int, Mapping[str, Tensor]], None]
-) -> None:
-    """Call an action as each step begins, with the number of steps begun so far, and the tensors."""
-    row, begun = ALGORITHMS[algorithm], 0
-
-    def gradient(learner: TaskLearner, *given) -> MetaGradient:
-        nonlocal begun
-        action(begun, learner.adapter.initialisation.tensors())
-        begun += 1
-        return row.gradient(learner, *given)
-
-    monkeypatch.setitem(ALGORITHMS, algorithm, replace(row, gradient=gradient))
-
-
-class Died(Exception):  # noqa: N818
-    pass
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model: str, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of one step."""
     output = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "CALIBRATION_EPISODES", 0)
-        train(tiny_model, corpus, output, episodes=1)
+        train(output, episodes=1)
     return output
 
 
 # -------------------------------------------------------------------------------------------- what a step is
 
 
-def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_takes_mean_gradients_cut_at_1(train: Train, corpus: Corpus, tmp_path: Path, monkeypatch: Patch) -> None:
     usual, alone, seen = ALGORITHMS["maml"].gradient, [], []
     leaves: dict[str, Tensor] = {}
 
@@ -136,7 +60,7 @@ def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
         return usual(learner, episodes, given)
 
     monkeypatch.setitem(ALGORITHMS, "maml", replace(ALGORITHMS["maml"], gradient=gradient))
-    train(tiny_model, corpus, tmp_path, episodes=5, tasks_per_step=3)
+    train(tmp_path, episodes=5, tasks_per_step=3)
     drawn = list(islice(MixedEpisodes([corpus.restrict(corpus.class_names[:5])], seed=0), 5))
     assert [e.support_texts for part in seen for e in part] == [e.support_texts for e in drawn]
     *_, last = alone
@@ -155,13 +79,13 @@ def test_a_step_takes_the_mean_gradient_of_its_tasks_at_most_1_long(
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_every_algorithm_trains_and_ends_in_the_same_bits_wherever_it_is_stopped(
-    algorithm: str, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, algorithm: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """Once between checkpoints, and once by a signal."""
     seen: list[dict[str, Tensor]] = []
     with monkeypatch.context() as patch:
         on_each_step(patch, algorithm, lambda _, t: seen.append({n: v.detach().clone() for n, v in t.items()}))
-        whole = train(tiny_model, corpus, tmp_path / "whole", algorithm=algorithm)
+        whole = train(tmp_path / "whole", algorithm=algorithm)
     assert len(seen) == 6
     learned = whole.initialisation.tensors()
     assert all(value.isfinite().all() and not value.requires_grad for value in learned.values())
@@ -181,26 +105,14 @@ def test_every_algorithm_trains_and_ends_in_the_same_bits_wherever_it_is_stopped
         with monkeypatch.context() as patch:
             on_each_step(patch, algorithm, action)
             with pytest.raises(error):
-                train(tiny_model, corpus, tmp_path / "parts", algorithm=algorithm)
+                train(tmp_path / "parts", algorithm=algorithm)
     assert len(rows_of(tmp_path / "parts")) == 4
-    assert_same(train(tiny_model, corpus, tmp_path / "parts", algorithm=algorithm), whole)
+    assert_same(train(tmp_path / "parts", algorithm=algorithm), whole)
     assert (tmp_path / "parts" / RECORD).read_text() == (tmp_path / "whole" / RECORD).read_text()
 
 
-def test_the_record_has_a_row_a_step(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outer_loop, "VALIDATE_EVERY", 2)
-    monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 2)
-    train(tiny_model, corpus, tmp_path, valid=3, episodes=9, tasks_per_step=2)
-    rows = rows_of(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]  # the last is of one episode
-    assert all(row["loss"] > 0 and 0 <= row["accuracy"] <= 1 and row["gradient_norm"] > 0 for row in rows)
-    assert [row["step"] for row in rows if "valid_accuracy" in row] == [2, 4, 5]
-
-
-def test_an_adapter_says_how_it_was_trained(tiny_model: str, corpus: Corpus) -> None:
-    adapter = train(tiny_model, corpus, episodes=1, algorithm="anil", learner=LearnerSettings(steps=1))
+def test_an_adapter_says_how_it_was_trained(train: Train) -> None:
+    adapter = train(episodes=1, algorithm="anil", learner=LearnerSettings(steps=1))
     assert adapter.learner == LearnerSettings((2, 3, 4), "offset", 1, "prototype")  # the upper half, and what enters it
     told = adapter.record["settings"]
     assert (told["algorithm"], told["episodes"], told["learner"]["adapt"]) == ("anil", 1, "offset")
@@ -211,10 +123,10 @@ def test_an_adapter_says_how_it_was_trained(tiny_model: str, corpus: Corpus) -> 
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_training_where_gradients_are_switched_off(tiny_model: str, corpus: Corpus, mode) -> None:
-    expected = train(tiny_model, corpus).initialisation.tensors()
+def test_training_where_gradients_are_switched_off(train: Train, mode) -> None:
+    expected = train().initialisation.tensors()
     with mode():
-        found = train(tiny_model, corpus).initialisation.tensors()
+        found = train().initialisation.tensors()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
@@ -228,13 +140,11 @@ def test_an_encoder_and_a_fixed_tensor_may_be_named_alone(tiny_model: str) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_and_saves(
-    number: signal.Signals, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_stops_after_the_step_and_saves(train: Train, number: int, tmp_path: Path, monkeypatch: Patch) -> None:
     handler = signal.getsignal(number)
     on_each_step(monkeypatch, "maml", lambda begun, _: os.kill(os.getpid(), number) if begun == 2 else None)
     with pytest.raises(TrainingInterrupted, match=r"after step 3 of 6.*goes on") as stopped:
-        train(tiny_model, corpus, tmp_path)
+        train(tmp_path)
     assert stopped.value.signum == number
     assert signal.getsignal(number) == handler
     assert len(rows_of(tmp_path)) == 3
@@ -263,13 +173,11 @@ def test_another_runs_folder_is_refused_and_left_alone(
     change = dict(change)
     corpus = replace(corpus, name=change.pop("name", "toy"))
     with pytest.raises(SettingsError, match=named):
-        train(tiny_model, corpus, finished, **{"episodes": 1, **change})
+        train_on(tiny_model, corpus, finished, **{"episodes": 1, **change})
     assert (finished / CHECKPOINT).read_bytes() == before
 
 
-def test_a_checkpoint_with_other_parameters_is_refused_and_left_alone(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, finished: Path
-) -> None:
+def test_a_checkpoint_of_other_parameters_is_refused_unharmed(train: Train, tmp_path: Path, finished: Path) -> None:
     """Of a version of textmeta that learned one parameter more: its moments would be those of others."""
     path, tensors = tmp_path / CHECKPOINT, {**load_file(finished / CHECKPOINT), "parameters/of_old": torch.zeros(2)}
     with safe_open(finished / CHECKPOINT, framework="pt") as file:
@@ -277,30 +185,19 @@ def test_a_checkpoint_with_other_parameters_is_refused_and_left_alone(
     save_file(tensors, path, {"state": json.dumps(told)})
     before = path.read_bytes()
     with pytest.raises(SettingsError, match=rf"{CHECKPOINT} was written by another version of textmeta: of_old is"):
-        train(tiny_model, corpus, tmp_path, episodes=1)
+        train(tmp_path, episodes=1)
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("keep", [0, 100, 5000])
-def test_a_damaged_checkpoint_is_named(
-    keep: int, tiny_model: str, corpus: Corpus, tmp_path: Path, finished: Path
-) -> None:
-    (tmp_path / CHECKPOINT).write_bytes((finished / CHECKPOINT).read_bytes()[:keep])
-    with pytest.raises(AdapterError, match=CHECKPOINT):
-        train(tiny_model, corpus, tmp_path, episodes=1)
-
-
-def test_the_checkpoint_is_plain_tensors(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    train(tiny_model, corpus, tmp_path, valid=3, episodes=1)
+def test_the_checkpoint_is_plain_tensors(train: Train, tmp_path: Path) -> None:
+    train(tmp_path, valid=3, episodes=1)
     assert {name.partition("/")[0] for name in load_file(tmp_path / CHECKPOINT)} == {"parameters", "best", "optimiser"}
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, RECORD]
 
 
-def test_where_the_frozen_states_are_kept_has_no_effect_on_the_bits(
-    tiny_model: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_where_the_frozen_states_are_kept_has_no_effect_on_the_bits(train: Train, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    in_memory, written, read = (train(tiny_model, corpus, episodes=3, cache=place) for place in (None, folder, folder))
+    in_memory, written, read = (train(episodes=3, cache=place) for place in (None, folder, folder))
     assert len(list(folder.iterdir())) == 1
     assert_same(written, in_memory)
     assert_same(read, in_memory)
@@ -309,20 +206,20 @@ def test_where_the_frozen_states_are_kept_has_no_effect_on_the_bits(
 # -------------------------------------------------------------------------------------------- what is learned
 
 
-def test_episodes_that_what_is_learned_has_no_part_in_are_no_error(tiny_model: str, corpus: Corpus) -> None:
+def test_episodes_that_what_is_learned_has_no_part_in_are_no_error(train: Train) -> None:
     """The share of unlabelled texts, where none comes with any."""
     tensors = Initialisation.start({}, 32, LearnerSettings((3, 4)), seed=0).tensors()
     fixed = ("lora.", *(name for name in tensors if name != "log_unlabelled_share"))
     how = {"algorithm": "fomaml", "unlabelled": 0.0}
-    learned = train(tiny_model, corpus, episodes=2, fixed=fixed, **how).initialisation
+    learned = train(episodes=2, fixed=fixed, **how).initialisation
     assert learned.log_unlabelled_share == tensors["log_unlabelled_share"]
 
 
-def test_fixed_tensors_stay(tiny_model: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_tensors_stay(train: Train, monkeypatch: Patch) -> None:
     fixed = ("lora.", "queries", "log_evidence")
     seen: list[dict[str, Tensor]] = []
     on_each_step(monkeypatch, "reptile", lambda _, t: seen.append({n: v.detach().clone() for n, v in t.items()}))
-    learned = train(tiny_model, corpus, episodes=3, fixed=fixed, algorithm="reptile").initialisation.tensors()
+    learned = train(episodes=3, fixed=fixed, algorithm="reptile").initialisation.tensors()
     stayed = {name for name in learned if torch.equal(learned[name], seen[0][name])}
     assert {name for name in learned if name.startswith(fixed)} <= stayed
     assert not {"temperature", "centre", "view_prior"} & stayed
@@ -340,25 +237,18 @@ ALL_BUT_LORA = tuple(each.name for each in fields(Initialisation) if each.name !
     ],
     ids=["unknown", "beginning of all", "all"],
 )
-def test_fixed_names_tensors_and_leaves_some(
-    settings: dict, named: str, tiny_model: str, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_fixed_names_tensors_and_leaves_some(train: Train, settings: dict, named: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=named):
-        train(tiny_model, corpus, tmp_path / "run", **settings)
+        train(tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
 
 
-def test_lora_can_be_learned_alone(tiny_model: str, corpus: Corpus) -> None:
-    alone = train(tiny_model, corpus, episodes=1, fixed=ALL_BUT_LORA).initialisation.lora
-    assert all(value.any() for value in alone.values())
-
-
-def test_training_starts_from_what_is_given(tiny_model: str, corpus: Corpus) -> None:
+def test_training_starts_from_what_is_given(train: Train) -> None:
     fixed = ("lora.", "queries")
     given = {"queries": torch.ones(2, 32)}
-    one = train(tiny_model, corpus, episodes=1, start=given, fixed=("queries",))
+    one = train(episodes=1, start=given, fixed=("queries",))
     assert torch.equal(one.initialisation.queries, given["queries"])
-    two = train(tiny_model, corpus, episodes=1, start=one, fixed=fixed, seed=1)
+    two = train(episodes=1, start=one, fixed=fixed, seed=1)
     was, now = one.initialisation.tensors(), two.initialisation.tensors()
     assert all(torch.equal(was[name], now[name]) for name in was if name.startswith(fixed))
     assert not torch.equal(was["temperature"], now["temperature"])
@@ -373,16 +263,12 @@ def test_training_starts_from_what_is_given(tiny_model: str, corpus: Corpus) -> 
         ({"query": torch.ones(2, 32)}, "'query' is not known"),
     ],
 )
-def test_a_start_that_does_not_fit_is_refused(
-    given: dict[str, Tensor], named: str, tiny_model: str, corpus: Corpus
-) -> None:
+def test_a_start_that_does_not_fit_is_refused(train: Train, given: dict[str, Tensor], named: str) -> None:
     with pytest.raises(SettingsError, match=f"start does not fit: .*{named}"):
-        train(tiny_model, corpus, start=given)
+        train(start=given)
 
 
-def test_the_best_validated_tensors_are_the_result(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_validated_tensors_are_the_result(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     accuracies, seen = iter([0.5, 0.9, 0.7]), []
 
     def scores(learner: TaskLearner, episodes: Sequence[object], *, together: bool) -> SimpleNamespace:
@@ -395,14 +281,16 @@ def test_the_best_validated_tensors_are_the_result(
     monkeypatch.setattr(outer_loop, "score_episodes", scores)
     monkeypatch.setattr(outer_loop, "VALIDATE_EVERY", 2)
     monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 3)
-    found = train(tiny_model, corpus, tmp_path, valid=3)
-    accuracy = [row["valid_accuracy"] for row in rows_of(tmp_path) if "valid_accuracy" in row]
-    assert accuracy == pytest.approx([0.5, 0.9, 0.7])
+    found, rows = train(tmp_path, valid=3, episodes=5), rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["loss"] > 0 and 0 <= row["accuracy"] <= 1 and row["gradient_norm"] > 0 for row in rows)
+    accuracy = {row["step"]: row["valid_accuracy"] for row in rows if "valid_accuracy" in row}
+    assert accuracy == pytest.approx({2: 0.5, 4: 0.9, 5: 0.7})  # the last step, too
     tensors = found.initialisation.tensors()
     assert all(torch.equal(tensors[name], value) for name, value in seen[1].items())
     assert not torch.equal(tensors["temperature"], seen[2]["temperature"])
     # a run that is over still knows its best
-    assert_same(train(tiny_model, corpus, tmp_path, valid=3), found)
+    assert_same(train(tmp_path, valid=3, episodes=5), found)
 
 
 def noisy_corpus() -> Corpus:
@@ -435,22 +323,12 @@ def test_a_trained_adapter_beats_frozen_prototypes_and_its_own_start(tiny_model:
 # -------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_diverging_run_stops_and_says_where(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_diverging_run_stops_and_says_where(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(outer_loop, "CHECKPOINT_EVERY", 1)
     with pytest.raises(DivergedError, match=r"step 6, on \['toy', 'toy'\]"):
-        train(tiny_model, corpus, tmp_path, number_rate=1e30, episodes=12, tasks_per_step=2)
+        train(tmp_path, number_rate=1e30, episodes=12, tasks_per_step=2)
     assert ["loss" in row for row in rows_of(tmp_path)] == [True, False, False, False, False]
     assert all(value.isfinite().all() for value in load_file(tmp_path / CHECKPOINT).values())
-
-
-@pytest.mark.parametrize("name", ["temperature", "queries", "log_penalty"])
-def test_what_is_not_finite_stops_training(name: str, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    shapes = {"temperature": (5,), "queries": (2, 32), "log_penalty": ()}
-    with pytest.raises(DivergedError, match="step 5"):
-        train(tiny_model, corpus, tmp_path, start={name: torch.full(shapes[name], torch.nan)})
-    assert not (tmp_path / CHECKPOINT).exists()
 
 
 WRONG = {"algorithm": "mamal", "episodes": 0, "tasks_per_step": 0, "lora_rate": 0.0, "number_rate": float("inf")}
@@ -463,7 +341,7 @@ def test_settings_out_of_range_are_named(name: str) -> None:
         MetaTrainer(**{name: WRONG[name]})  # type: ignore[arg-type]
 
 
-def test_a_setting_that_the_algorithm_has_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_the_algorithm_has_another_way_is_refused(monkeypatch: Patch) -> None:
     monkeypatch.setitem(HEADS, "other", HEADS["ridge"])
     for algorithm in ("anil", "protonet"):
         with pytest.raises(SettingsError, match=f"{algorithm} sets the learner's head to 'prototype', given 'other'"):

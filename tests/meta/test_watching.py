@@ -21,18 +21,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import write_rows
-from tests.meta.test_trainer import (  # noqa: F401
-    Died,
-    assert_same,
-    on_each_step,
-    rows_of,
-    set_constants,
-    short_runs,
-    train,
-    trainer_of,
-)
-from textmeta import progress
-from textmeta.data.corpus import Corpus
+from tests.given import Logged, Patch, Shown
+from tests.meta.runs import Died, Train, assert_same, on_each_step, rows_of, set_constants, trainer_of
+from textmeta import Corpus, progress
 from textmeta.errors import AdapterError, SettingsError, TrainingInterrupted
 from textmeta.files import CHECKPOINT
 from textmeta.meta import outer_loop, watching
@@ -43,10 +34,7 @@ from textmeta.progress import progress_bar
 BEFORE = "checkpoint.before.safetensors"
 
 
-# ---------------------------------------------------------------------------------------------- the bar
-
-
-def test_a_bar_is_plain_lines_where_there_is_no_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_is_plain_lines_where_there_is_no_terminal(capsys: Shown, monkeypatch: Patch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     with progress_bar(4, "maml", "step") as bar:
         for _ in range(4):
@@ -65,36 +53,33 @@ def test_a_bar_is_plain_lines_where_there_is_no_terminal(capsys: Any, monkeypatc
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_moves_on_a_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_moves_on_a_terminal(capsys: Shown, monkeypatch: Patch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress_bar(4, "maml", "step").close()
     assert "\rmaml:   0%|" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------- callbacks, trackers
-
-
-def test_a_callback_sees_each_row_and_may_end_the_training(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_a_callback_sees_each_row_and_may_end_the_training(train: Train, tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
-    train(tiny_model, corpus, tmp_path / "whole", callback=seen.append)
+    train(tmp_path / "whole", callback=seen.append)
     assert seen == rows_of(tmp_path / "whole")
     assert len(seen) == 6
-    short = train(tiny_model, corpus, tmp_path / "short", callback=lambda row: row["step"] == 3)
+    short = train(tmp_path / "short", callback=lambda row: row["step"] == 3)
     assert len(rows_of(tmp_path / "short")) == 3
     assert short.scope is not None, "it is a whole adapter"
-    train(tiny_model, corpus, tmp_path / "short")  # goes on
+    train(tmp_path / "short")  # goes on
     assert rows_of(tmp_path / "short") == seen
 
 
-def test_trackers_get_each_row_once(tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Any) -> None:
+def test_trackers_get_each_row_once(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     for module in (trackio.sqlite_storage, trackio.utils):
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     output, track = tmp_path / "some-run", ["tensorboard", "trackio"]
     with monkeypatch.context() as patch:
         on_each_step(patch, "maml", dies_at(3))
         with pytest.raises(Died):
-            train(tiny_model, corpus, output, track=track)
-    train(tiny_model, corpus, output, track=track)
+            train(output, track=track)
+    train(output, track=track)
     rows = rows_of(output)
     found = EventAccumulator(str(output)).Reload()
     assert [(e.step, pytest.approx(e.value)) for e in found.Scalars("loss")] == [(r["step"], r["loss"]) for r in rows]
@@ -104,26 +89,24 @@ def test_trackers_get_each_row_once(tiny_model: str, corpus: Corpus, tmp_path: P
     assert not [path for path in output.iterdir() if path.is_dir()], "an adapter's folder has none"
 
 
-def test_a_tracker_that_is_not_there_is_named(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_there_is_named(train: Train, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"track: .*tensorbord"):
-        train(tiny_model, corpus, tmp_path / "run", track="tensorbord")
+        train(tmp_path / "run", track="tensorbord")
     with pytest.raises(SettingsError, match=r"track names 'comet_ml', which is not installed: pip install"):
-        train(tiny_model, corpus, tmp_path / "run", track="comet_ml")
+        train(tmp_path / "run", track="comet_ml")
     assert not (tmp_path / "run").exists()
 
 
-def test_curves_are_drawn_at_the_end_and_at_stops(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Any, caplog: Any
-) -> None:
+def test_curves_are_drawn_at_ends_and_stops(train: Train, tmp_path: Path, monkeypatch: Patch, caplog: Logged) -> None:
     monkeypatch.setattr(outer_loop, "draw_curves", watching.draw_curves)
     monkeypatch.setattr(trainer_module, "VALIDATION_EPISODES", 2)
     picture = tmp_path / "curves.png"
     with monkeypatch.context() as patch:
         on_each_step(patch, "maml", lambda n, _: os.kill(os.getpid(), signal.SIGTERM) if n == 2 else None)
         with pytest.raises(TrainingInterrupted):
-            train(tiny_model, corpus, tmp_path, valid=3)
+            train(tmp_path, valid=3)
     stopped = picture.read_bytes()
-    train(tiny_model, corpus, tmp_path, valid=3)
+    train(tmp_path, valid=3)
     assert picture.read_bytes() != stopped
     with Image.open(picture) as drawn:
         assert drawn.size == (800, 600)
@@ -142,9 +125,6 @@ def test_curves_are_drawn_at_the_end_and_at_stops(
     ]
 
 
-# ---------------------------------------------------------------------------------------------- patience
-
-
 def dies_at(step: int) -> Any:
     def die(begun: int, _: object) -> None:
         if begun == step:
@@ -153,7 +133,7 @@ def dies_at(step: int) -> Any:
     return die
 
 
-def validated(monkeypatch: pytest.MonkeyPatch, accuracies: Sequence[Sequence[float]]) -> None:
+def validated(monkeypatch: Patch, accuracies: Sequence[Sequence[float]]) -> None:
     """Validate after each step, with these accuracies of the episodes."""
     given = iter(accuracies)
     scores = lambda *_, **__: SimpleNamespace(accuracy=np.array(next(given)))  # noqa: E731
@@ -177,31 +157,29 @@ SMALL = [[0.42, 0.5, 0.61, 0.53], [0.44, 0.52, 0.63, 0.54]]  # the second is a g
     ids=["noise is no gain", "a gain", "small gains add up", "the best again is none"],
 )
 def test_training_ends_after_so_many_validations_without_a_gain(
-    accuracies: list[list[float]], steps: int, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Any
+    train: Train, accuracies: list[list[float]], steps: int, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     validated(monkeypatch, accuracies)
-    found = train(tiny_model, corpus, tmp_path, valid=3, patience=2)
+    found = train(tmp_path, valid=3, patience=2)
     rows = rows_of(tmp_path)
     assert [row["valid_accuracy"] for row in rows] == pytest.approx([np.mean(a) for a in accuracies[:steps]])
     first = SimpleNamespace(accuracy=np.array(START))
     expected = paired_difference(first, SimpleNamespace(accuracy=np.zeros(4)))["high"] - 0.5  # type: ignore[arg-type]
     assert rows[0]["valid_accuracy_ci95"] == pytest.approx(expected)
-    assert_same(train(tiny_model, corpus, tmp_path, valid=3, patience=2), found)  # it is over, and validates no more
+    assert_same(train(tmp_path, valid=3, patience=2), found)  # it is over, and validates no more
 
 
-def test_patience_goes_on_to_the_bit_where_a_run_was_stopped(
-    tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_patience_goes_on_to_the_bit_where_a_run_was_stopped(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
     order = [START, SURE, NOISE, START, SURE]
     validated(monkeypatch, order)
-    whole = train(tiny_model, corpus, tmp_path / "whole", valid=3, patience=3)
+    whole = train(tmp_path / "whole", valid=3, patience=3)
     validated(monkeypatch, order[:3])
     with monkeypatch.context() as patch:
         on_each_step(patch, "maml", dies_at(3))
         with pytest.raises(Died):
-            train(tiny_model, corpus, tmp_path / "parts", valid=3, patience=3)
+            train(tmp_path / "parts", valid=3, patience=3)
     validated(monkeypatch, order[2:])  # the checkpoint is of the second step
-    assert_same(train(tiny_model, corpus, tmp_path / "parts", valid=3, patience=3), whole)
+    assert_same(train(tmp_path / "parts", valid=3, patience=3), whole)
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
     assert len(rows_of(tmp_path / "whole")) == 5
     left, right = (load_file(tmp_path / name / CHECKPOINT) for name in ("whole", "parts"))
@@ -209,16 +187,13 @@ def test_patience_goes_on_to_the_bit_where_a_run_was_stopped(
     assert all(left[name].equal(right[name]) for name in left)
 
 
-def test_patience_needs_corpora_to_validate_on(tiny_model: str, corpus: Corpus) -> None:
+def test_patience_needs_corpora_to_validate_on(train: Train) -> None:
     with pytest.raises(SettingsError, match="patience is 2, but there are no corpora to validate on"):
-        train(tiny_model, corpus, patience=2)
+        train(patience=2)
 
 
-# ---------------------------------------------------------------------------------------------- going on
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
-    whole = train(tiny_model, corpus, tmp_path)
+def test_a_damaged_checkpoint_gives_way(train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path) -> None:
+    whole = train(tmp_path)
     record = rows_of(tmp_path)
     newest = (tmp_path / CHECKPOINT).read_bytes()
     flipped = newest[:-9] + bytes([newest[-9] ^ 64]) + newest[-8:]  # which safetensors does not notice
@@ -230,28 +205,31 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_model: str, corpu
             trainer_of(tiny_model).plan(corpus.restrict(corpus.class_names[:5]), output=tmp_path)
         assert (tmp_path / CHECKPOINT).read_bytes() == damaged, "a plan changes nothing"
         with pytest.warns(UserWarning, match=rf"{CHECKPOINT}: .*goes on from .*{BEFORE}"):
-            assert_same(train(tiny_model, corpus, tmp_path), whole)
+            assert_same(train(tmp_path), whole)
         assert rows_of(tmp_path) == record
     (tmp_path / CHECKPOINT).unlink()  # killed between two renames
-    assert_same(train(tiny_model, corpus, tmp_path), whole)
+    assert_same(train(tmp_path), whole)
     for name in (CHECKPOINT, BEFORE):
         (tmp_path / name).write_bytes(b"")
     with pytest.warns(UserWarning, match="goes on"), pytest.raises(AdapterError, match=BEFORE):
-        train(tiny_model, corpus, tmp_path)
+        train(tmp_path)
+    (tmp_path / BEFORE).unlink()
+    with pytest.raises(AdapterError, match=CHECKPOINT):
+        train(tmp_path)
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
 import tests.conftest  # as many threads as here: their number changes the last bits
-from tests.meta import test_trainer
+from tests.meta import runs
 from textmeta.data.corpus import load_corpus
 from textmeta.errors import TrainingInterrupted
-for module in (test_trainer.outer_loop, test_trainer.trainer_module):
-    vars(module).update(test_trainer.SHORT, VALIDATE_EVERY=3, VALIDATION_EPISODES=3)
+for module in (runs.outer_loop, runs.trainer_module):
+    vars(module).update(runs.SHORT, VALIDATE_EVERY=3, VALIDATION_EPISODES=3)
 model, data, output, episodes = sys.argv[1:]
 try:
-    test_trainer.train(model, load_corpus(data), Path(output), valid=3, episodes=int(episodes), patience=30)
+    runs.train_on(model, load_corpus(data), Path(output), valid=3, episodes=int(episodes), patience=30)
 except TrainingInterrupted as stop:
     sys.exit(128 + stop.signum)
 """
@@ -259,7 +237,7 @@ except TrainingInterrupted as stop:
 
 @pytest.mark.parametrize("stops", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_stopped_at_random_ends_in_the_same_bits(
-    stops: int, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, stops: int, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """By SIGKILL and SIGTERM in turn."""
     points = np.sort(np.random.default_rng(31).choice(np.arange(1, 16 * stops - 10), stops, replace=False)).tolist()
@@ -275,6 +253,6 @@ def test_a_run_stopped_at_random_ends_in_the_same_bits(
         assert process.wait() == (-9 if number == signal.SIGKILL else 143)
         assert len(record.read_text().splitlines()) < 16 * stops
     set_constants(monkeypatch, VALIDATE_EVERY=3, VALIDATION_EPISODES=3)
-    whole = train(tiny_model, corpus, tmp_path / "whole", valid=3, episodes=16 * stops, patience=30)
-    assert_same(train(tiny_model, corpus, output, valid=3, episodes=16 * stops, patience=30), whole)
+    whole = train(tmp_path / "whole", valid=3, episodes=16 * stops, patience=30)
+    assert_same(train(output, valid=3, episodes=16 * stops, patience=30), whole)
     assert record.read_text() == (tmp_path / "whole" / "record.jsonl").read_text()

@@ -1,13 +1,20 @@
+"""Adapter folders: whole, the old one or the new, whatever happens while they are written; and what they may hold."""
+
 import errno
+import itertools
 import os
 import shutil
+import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.given import Patch
 from textmeta.errors import AdapterError
 from textmeta.sharing.folder import MANIFEST, check_destination, read_folder, write_folder
 
@@ -38,9 +45,7 @@ def test_manifest_is_that_of_sha256sum(tmp_path: Path) -> None:
     ]
 
 
-def test_second_save_replaces_the_files_of_the_first_and_other_files_survive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_save_replaces_the_files_of_the_first_and_others_survive(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path("adapter")
     folder.mkdir()
@@ -67,7 +72,7 @@ def test_second_save_replaces_the_files_of_the_first_and_other_files_survive(
     ],
 )
 def test_folder_that_is_no_place_for_an_adapter_is_refused_unharmed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object], message: str
+    tmp_path: Path, monkeypatch: Patch, make: Callable[[Path], object], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)  # and back afterwards
     folder = tmp_path / "project"
@@ -98,9 +103,7 @@ def test_manifest_entry_that_is_no_plain_name_is_refused(tmp_path: Path, name: s
         read_folder(folder)
 
 
-def test_disk_has_all_of_the_new_folder_before_it_takes_the_place_of_the_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_has_all_of_the_new_folder_before_it_replaces_the_old(tmp_path: Path, monkeypatch: Patch) -> None:
     write_folder(tmp_path / "adapter", OLD)
     events: list[str] = []
 
@@ -114,7 +117,7 @@ def test_disk_has_all_of_the_new_folder_before_it_takes_the_place_of_the_old(
 
 
 def test_folder_set_aside_by_a_crash_is_read_and_mended(tmp_path: Path) -> None:
-    """As a process killed between the two renames leaves it; what a save makes of it is in test_kills.py."""
+    """As a process killed between the two renames leaves it; what a save makes of it is below."""
     folder = tmp_path / "adapter"
     write_folder(folder, OLD)
     (folder / "notes.txt").write_text("mine")
@@ -136,7 +139,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
 
 
-def test_full_or_refusing_disk_is_named_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_or_refusing_disk_is_named_and_harms_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
     folder = tmp_path / "adapter"
     write_folder(folder, OLD)
 
@@ -218,3 +221,86 @@ def test_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     os.truncate(tmp_path / "adapter" / "a.dat", 2**40)  # takes no place on the disk
     with pytest.raises(AdapterError, match=r"a\.dat has 1099511627776 bytes, expected at most 67108864"):
         read_folder(tmp_path / "adapter")
+
+
+# A save killed at any moment leaves the old folder or the new one, never a mixture. The kills are real (SIGKILL), of
+# forked processes that save; the disk's part (what a power cut leaves) is fsync's, whose calls are among the moments.
+
+
+# what the interpreter reports of itself, and fsync, which it does not
+MOMENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.copyfile", "fsync"}
+
+
+def kill_at(nth: int) -> None:
+    """Let this process die right before the nth of its moments; of a file that was not synced half is lost."""
+    count, sync = itertools.count(1), os.fsync
+
+    def moment(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in MOMENTS and next(count) == nth:
+            with suppress(OSError):  # of a folder
+                if event == "fsync":
+                    os.ftruncate(*arguments, os.fstat(*arguments).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying_sync(descriptor: int) -> None:
+        moment("fsync", (descriptor,))
+        sync(descriptor)
+
+    sys.addaudithook(moment)
+    os.fsync = dying_sync  # type: ignore[assignment]
+
+
+def killed_saves(folder: Path) -> Iterator[int]:
+    """Save the new files in a forked process that dies at the first of its moments, then the second, to the last."""
+    nth, killed = 0, True
+    while killed:
+        nth += 1
+        child = os.fork()
+        if child == 0:
+            try:
+                kill_at(nth)
+                write_folder(folder, NEW)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        killed = os.WIFSIGNALED(status)
+        if killed:
+            yield nth
+
+
+def test_kill_at_every_write_fsync_and_rename(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    outcomes = []
+
+    def start() -> None:
+        write_folder(folder, OLD)
+        (folder / "notes.txt").write_text("mine")
+
+    start()
+    for _ in killed_saves(folder):
+        outcomes.append(read_folder(folder))
+        write_folder(folder, NEW)  # goes through, and leaves nothing behind
+        assert read_folder(folder) == NEW
+        assert (folder / "notes.txt").read_text() == "mine"
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+        start()
+    assert len(outcomes) > 11, "3 files opened and synced, 2 folders synced, 2 renames"
+    news = outcomes.index(NEW)
+    assert news > 0
+    assert outcomes == [OLD] * news + [NEW] * (len(outcomes) - news), "old until the new one is whole, new from then on"
+
+
+def test_kill_of_the_first_save_at_every_moment(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    outcomes = []
+    for _ in killed_saves(folder):
+        outcomes.append(folder.exists())
+        if folder.exists():
+            assert read_folder(folder) == NEW
+        else:
+            with pytest.raises(AdapterError, match="no such adapter folder"):
+                read_folder(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # not the litter: the next save has to clear it away
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {False, True}
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

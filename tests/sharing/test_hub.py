@@ -13,10 +13,9 @@ import torch
 from huggingface_hub import CommitInfo, ModelCard, constants
 from safetensors.torch import load, save
 
+from tests.given import Logged, Patch
 from tests.hub.server import READ_TOKEN, TOKEN, Fault, HubServer
-from tests.sharing.made import contents, fit, logits, make_adapter
-from textmeta.encoder.encoder import Encoder, EncoderSettings
-from textmeta.encoder.lora import LoraSettings
+from tests.sharing.made import contents, fit, logits, make_adapter, make_reader
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, EncoderError, HubError, HubUnreachableError
 from textmeta.hub import HubAccess, check_reachable
@@ -32,7 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_waits(monkeypatch: Patch) -> None:
     monkeypatch.setattr("textmeta.hub.WAITS", (0, 0, 0))
 
 
@@ -47,7 +46,7 @@ def encoder_on_hub(hub: HubServer, tiny_model: str) -> str:
 
 @pytest.fixture
 def pushed_reader(encoder_on_hub: str) -> TokenStateReader:
-    return TokenStateReader(Encoder(EncoderSettings(ENCODER, max_length=32), LoraSettings(rank=4)))
+    return make_reader(ENCODER)
 
 
 @pytest.fixture
@@ -136,9 +135,7 @@ def test_second_push_deletes_what_the_new_adapter_has_not(hub: HubServer, pushed
     assert load_adapter(ADAPTER)[1] is None
 
 
-def test_folder_is_pushed_with_what_was_edited_in_its_card(
-    hub: HubServer, pushed: Adapter, fitted: Fitted, tmp_path: Path
-) -> None:
+def test_folder_is_pushed_with_its_edited_card(hub: HubServer, pushed: Adapter, fitted: Fitted, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", pushed, fitted)
     card = (tmp_path / "adapter" / "README.md").read_text()
     (tmp_path / "adapter" / "README.md").write_text(card.replace("# Fitted", "# My own"))
@@ -160,9 +157,7 @@ def test_offline_the_cache_serves(hub: HubServer, pushed: Adapter, fitted: Fitte
     assert torch.equal(loaded_logits(), expected)
 
 
-def test_hub_that_never_answers_is_not_asked_for_what_is_here_and_known_by_its_hash(
-    hub: HubServer, pushed: Adapter, fitted: Fitted
-) -> None:
+def test_silent_hub_is_not_asked_for_what_is_here_by_its_hash(hub: HubServer, pushed: Adapter, fitted: Fitted) -> None:
     commit = push(pushed, fitted).oid
     expected = loaded_logits(revision=commit)
     hub.requests.clear()
@@ -176,9 +171,7 @@ def test_hub_that_never_answers_is_not_asked_for_what_is_here_and_known_by_its_h
     assert torch.equal(loaded_logits(revision=commit), expected)
 
 
-def test_hub_that_never_answers_is_not_waited_for(
-    hub: HubServer, pushed: Adapter, fitted: Fitted, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_hub_is_not_waited_for(hub: HubServer, pushed: Adapter, fitted: Fitted, monkeypatch: Patch) -> None:
     push(pushed, fitted)
     expected = loaded_logits()
     monkeypatch.setattr("textmeta.hub.DEADLINE", 0.2)
@@ -214,6 +207,7 @@ def test_no_such_repository_and_a_gated_one(hub: HubServer) -> None:
 
 
 def test_private_repository_and_private_encoder(hub: HubServer, pushed: Adapter) -> None:
+    assert "secret" not in repr(HubAccess("secret"))
     push(pushed, private=True)
     with pytest.raises(HubError, match=r"private and no token was given: log in with `hf auth login`"):
         load_adapter(ADAPTER)
@@ -242,7 +236,7 @@ def test_revision_that_there_is_not_or_that_can_be_none(hub: HubServer, pushed: 
     assert revision == "v9" or len(hub.requests) == seen, "nobody is asked"
 
 
-def test_no_network_and_nothing_cached(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_and_nothing_cached(hub: HubServer, monkeypatch: Patch) -> None:
     with pytest.raises(HubUnreachableError, match=r"cannot be reached \(only local files.*not in the cache"):
         load_adapter(ADAPTER, access=HubAccess(local_files_only=True))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
@@ -321,10 +315,6 @@ def test_card_that_the_hub_refuses_is_not_pushed(hub: HubServer, pushed: Adapter
     assert ("model", ADAPTER) not in hub.repos
 
 
-def test_tokens_are_not_shown() -> None:
-    assert "secret" not in repr(HubAccess("secret"))
-
-
 # Faults
 
 
@@ -342,9 +332,7 @@ def test_503_twice_and_a_connection_cut_in_mid_download_are_got_over(
 
 
 @pytest.mark.parametrize(("kind", "message"), [("cut", "tester/adapter"), ("truncate", "should be of size")])
-def test_download_that_never_gets_through_leaves_nothing_that_is_used(
-    hub: HubServer, pushed: Adapter, kind: Any, message: str
-) -> None:
+def test_download_that_never_ends_leaves_nothing_used(hub: HubServer, pushed: Adapter, kind: Any, message: str) -> None:
     push(pushed)
     hub.faults.append(Fault(kind, path="resolve", method="GET", times=10**6, after=500))
     with pytest.raises(HubError, match=message):
@@ -354,9 +342,7 @@ def test_download_that_never_gets_through_leaves_nothing_that_is_used(
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "textmeta.json", MANIFEST])
-def test_file_damaged_in_the_cache_is_downloaded_again(
-    hub: HubServer, pushed: Adapter, fitted: Fitted, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_file_damaged_in_cache_is_downloaded_again(pushed: Adapter, fitted: Fitted, name: str, caplog: Logged) -> None:
     push(pushed, fitted)
     expected = loaded_logits()
     blob = (snapshot() / name).resolve()
@@ -376,9 +362,7 @@ def test_adapter_that_is_damaged_on_the_hub_itself_is_refused(hub: HubServer, pu
         load_adapter(ADAPTER)
 
 
-def test_encoder_whose_weights_changed_is_found_by_its_commit_or_refused(
-    hub: HubServer, pushed: Adapter, tiny_model: str
-) -> None:
+def test_encoder_whose_weights_changed_is_found_or_refused(hub: HubServer, pushed: Adapter, tiny_model: str) -> None:
     push(pushed)
     weights = load((Path(tiny_model) / "model.safetensors").read_bytes())
     changed = {name: value + 1 for name, value in weights.items()}
@@ -389,9 +373,7 @@ def test_encoder_whose_weights_changed_is_found_by_its_commit_or_refused(
         adapter.load_reader(model=ENCODER)
 
 
-def test_encoder_whose_commit_is_gone_is_looked_for_with_a_warning(
-    hub: HubServer, pushed: Adapter, tiny_model: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_encoder_whose_commit_went_is_found(hub: HubServer, pushed: Adapter, tiny_model: str, caplog: Logged) -> None:
     push(pushed)
     shutil.rmtree(Path(constants.HF_HUB_CACHE) / "models--lab--tiny")
     files = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
@@ -404,7 +386,7 @@ def test_encoder_whose_commit_is_gone_is_looked_for_with_a_warning(
 
 
 def test_a_folder_comes_before_the_package_and_the_package_before_the_hub(
-    hub: HubServer, pushed: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    hub: HubServer, pushed: Adapter, tmp_path: Path, monkeypatch: Patch, caplog: Logged
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="textmeta")
     name = "textmeta/minilm-test"
@@ -441,7 +423,7 @@ def test_subfolder_that_is_no_plain_path_below_is_refused(hub: HubServer, pushed
 
 
 def test_folder_that_a_killed_save_set_aside_is_found_by_its_name(
-    hub: HubServer, adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, adapter: Adapter, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_adapter("runs/mine", adapter)

@@ -11,13 +11,12 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from tests.given import LABELS, SUPPORT, adapter_of
 from tests.hub.server import TOKEN, HubServer
-from tests.test_classifier import LABELS, SUPPORT, adapter_of
-from textmeta import FewShotClassifier
+from textmeta import Adapter, FewShotClassifier
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.heads.pooling import pool
-from textmeta.meta.adapter import Adapter
 from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import push_adapter
 
@@ -53,9 +52,6 @@ def test_peft_and_transformers_make_the_features_of_the_adapter(
         torch.testing.assert_close(mean_features(model, encoder), expected, rtol=0, atol=1e-5)
     plain = mean_features(AutoModel.from_pretrained(encoder), encoder)
     assert not torch.allclose(plain, expected, atol=1e-2), "the factors matter"
-
-
-# Merged encoders
 
 
 @pytest.mark.parametrize("adapt", ["pooling", "lora"], ids=["shared", "own"])
