@@ -98,8 +98,7 @@ def record(arguments: argparse.Namespace, results: Path) -> None:
             names = [name for name in BASELINES if name != "prototypes-views"]
             runs = baseline_runs(cells, names, FrozenViews(256), episodes)
         elif part == "setfit":
-            every = rival_runs(cells, "setfit", setfit, SETFIT_EPISODES, SETFIT_CHUNK)
-            runs = iter(sorted(every, key=lambda run: run.key["shots"]))  # what is cheap first
+            runs = rival_runs(cells, "setfit", setfit, SETFIT_EPISODES, SETFIT_CHUNK)
         elif part == "long":
             long = [cell for cell in cells if cell.corpus.name in LONG and cell.shots in SETFIT_EPISODES]
             runs = contestant_runs(long, [short], ["plain"], LONG_EPISODES, CHUNK)

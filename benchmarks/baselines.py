@@ -125,12 +125,13 @@ def baseline_runs(cells: Sequence[Cell], methods: Sequence[str], frozen: FrozenV
 def rival_runs(
     cells: Sequence[Cell], method: str, answer: Answer, episodes: Mapping[int, int], chunk: int
 ) -> Iterator[Run]:
-    """Yield the runs of a method that takes long, on so many episodes by shots: a chunk of every cell in turn."""
+    """Yield the runs of a method that takes long, on so many episodes by shots: few shots first, cells in turn."""
 
     def work(cell: Cell, first: int) -> dict[str, Any]:
         own = [cell.episode(number) for number in range(first, first + chunk)]
         return result_of(answer(cell, own), own)
 
-    for first, cell in product(range(0, max(episodes.values()), chunk), cells):
+    chunks = product(range(0, max(episodes.values()), chunk), cells)
+    for first, cell in sorted(chunks, key=lambda part: part[1].shots):
         if first < episodes.get(cell.shots, 0):
             yield Run(cell.key(method, first, chunk), partial(work, cell, first))

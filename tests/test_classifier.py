@@ -89,6 +89,16 @@ def test_bfloat16_is_used_where_it_is_faster(tiny_model: str, tmp_path: Path, mo
         assert 0 < np.abs(found - expected).max() < 0.1
 
 
+def test_order_and_labels_of_the_examples_do_not_matter(classifier: FewShotClassifier, corpus: Corpus) -> None:
+    texts, labels, queries, _ = task(corpus, ["class0", "class1", "class2"], 4)
+    expected = classifier.fit(texts, labels, label_names=None).predict_proba(queries)
+    order = np.random.default_rng(0).permutation(len(texts))
+    renamed = {"class0": "z", "class1": "y", "class2": "x"}
+    classifier.fit([texts[i] for i in order], [renamed[labels[i]] for i in order], label_names=None)
+    assert classifier.classes_.tolist() == ["x", "y", "z"]
+    np.testing.assert_allclose(classifier.predict_proba(queries)[:, ::-1], expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:.* unknown to the encoder", "ignore:.* are cut")
 @pytest.mark.parametrize(
     ("texts", "labels"),
@@ -200,6 +210,13 @@ def test_unusable_examples_are_named_and_leave_the_last_fit(
         fitted.fit(texts, labels, **more)
     np.testing.assert_array_equal(fitted.predict_proba(TEXTS), expected)
     assert fitted.classes_.tolist() == ["b", "f", "k"]
+
+
+def test_half_of_a_character_is_replaced_if_asked_for(shared: FewShotClassifier) -> None:
+    one = FewShotClassifier(shared.adapter, errors="replace")
+    with pytest.warns(UserWarning, match="most tokens of 1 of 7"):
+        one.fit([*SUPPORT[:5], "\ud83d"], LABELS, unlabelled=["bal \ud83d"])
+    assert one.predict(["bal \ud83d"]).shape == (1,)
 
 
 def test_texts_that_the_encoder_does_not_know_are_told(fitted: FewShotClassifier) -> None:

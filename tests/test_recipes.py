@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from tests.conftest import write_rows
@@ -59,6 +60,18 @@ def test_demo(tiny_model: str, tmp_path: Path, monkeypatch: Patch, capsys: Shown
     assert f"textmeta push {tmp_path / 'own'}" in printed
     (corpus,) = load_adapter(tmp_path / "own")[0].record["settings"]["corpora"]
     assert corpus["classes"] == 64
+
+
+def test_thinned_keeps_different_rows_of_every_class() -> None:
+    thinned = recipe("general").thinned
+    texts = [f"{label} {row // 2}" for label in "abc" for row in range(20)]  # each twice
+    corpus = Corpus.from_pairs("c", texts, [text[0] for text in texts])
+    few = thinned(corpus, 5)
+    assert np.bincount(few.labels).tolist() == [5, 5, 5]
+    assert len(set(few.texts)) == 15
+    assert all(text[0] == few.class_names[label] for text, label in zip(few.texts, few.labels, strict=True))
+    assert list(few.texts) == list(thinned(corpus, 5).texts)
+    assert len(thinned(corpus, 99)) == 30
 
 
 def test_every_corpus_of_the_general_adapter_has_a_licence() -> None:

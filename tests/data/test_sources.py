@@ -144,7 +144,7 @@ def test_empty_cell_of_a_csv_is_named_with_its_row(tmp_path: Path, rows: str) ->
         ("c.csv", "text,label\na,x\nb,y,z,w\n", r"c\.csv, line 3: expected .* no more cells than columns"),
         ("c.csv", "text,label\na,x,\nb,y,\n", r"c\.csv, line 2: expected .* no more cells than columns"),
         ("c.csv", 'text,label\na,x\n"b,y\nc,z\n', r"c\.csv, line 4: unexpected end of data"),
-        ("c.csv", "text,text,label\na,b,x\n", r"c\.csv: expected a column 'text', and none twice"),
+        ("c.csv", "text,text,label\na,b,x\n", r"c\.csv: expected a column 'text', and none twice; its columns are"),
         ("c.csv", "\udcff\udcfe\x00", r"c\.csv, line 1: expected lines, CSV or JSON Lines in UTF-8"),
         ("c.jsonl", "PK\x03\x04", r"c\.jsonl, line 1: Expecting value"),
         ("c.parquet", "no parquet", r"c\.parquet: ArrowInvalid: .*not a parquet file"),

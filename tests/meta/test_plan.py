@@ -188,6 +188,21 @@ def test_an_output_that_cannot_be_written_is_told(place: str, tiny_model: str, c
         trainer_of(tiny_model).plan(corpus, output=tmp_path / place)
 
 
+def test_a_full_disk_is_said_before(train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if os.system(f"mount -t tmpfs -o size=16k tmpfs {folder} 2> /dev/null"):
+        pytest.skip("nothing may be mounted here")
+    try:
+        with pytest.raises(SettingsError, match=r"take about 0.1 MiB, but .*small has 0.0 MiB free"):
+            train(folder / "run")
+        (folder / "fill").write_bytes(bytes(16 * 1024))
+        with pytest.raises(SettingsError, match=r"nothing can be written to .*/run: .*No space left"):
+            train(folder / "run")
+    finally:
+        os.system(f"umount {folder}")
+
+
 def test_a_run_that_goes_on_may_write_over_its_own_files(
     train: Train, tiny_model: str, corpus: Corpus, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -315,3 +330,35 @@ def test_a_task_too_large_for_the_memory_is_named(train: Train, corpus: Corpus, 
             instead(patch, fail)
             with pytest.raises(kind, match=told):
                 train(tasks_per_step=2)
+
+
+FULL = """
+    import resource, sys
+    from pathlib import Path
+    from tests.meta.runs import trainer_of
+    from textmeta import Corpus
+    from textmeta.encoder.encoder import EncoderSettings
+    from textmeta.errors import SettingsError
+    texts = [f"{i} " + "bab " * 500 for i in range(600)]
+    corpus = Corpus.from_pairs("long", texts, [f"class{i % 30}" for i in range(600)])
+    trainer = trainer_of(sys.argv[1], encoder=EncoderSettings(sys.argv[1], max_length=512))
+    run = trainer._begin([corpus], (), None, None, None)
+    episodes = sorted(map(run.episodes.__getitem__, range(40)), key=lambda e: len(e.support_texts))
+    run.own_share(run.state(), {0: episodes[0]})
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**26, held + 2**26))
+    try:
+        run.own_share(run.state(), {1: episodes[-2], 2: episodes[-1]})
+    except SettingsError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not plan_module.STATUS.exists(), reason="needs /proc")
+def test_memory_that_is_full_in_fact_is_told(tiny_model: str) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(FULL), tiny_model]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert re.match(r"step 1: the memory of cpu is too small for episode 1 alone \(long, ", done.stdout), done.stderr
+    assert "step 1: 2 tasks together are too much for the memory: halved" in done.stderr

@@ -82,13 +82,8 @@ def _remembered(run: "Run", state: TrainingState) -> tuple[Sequence[float], str]
     path = REMEMBERED / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
     with suppress(OSError, ValueError, TypeError):  # there is none, or none that is whole
         step_seconds, peak, texts, frozen_seconds, kept = map(float, json.loads(path.read_text()))
-        return (
-            step_seconds,
-            int(peak),
-            int(texts),
-            frozen_seconds,
-            int(kept),
-        ), f" (measured {datetime.fromtimestamp(path.stat().st_mtime).astimezone():%Y-%m-%d %H:%M})"
+        when = f" (measured {datetime.fromtimestamp(path.stat().st_mtime).astimezone():%Y-%m-%d %H:%M})"
+        return (step_seconds, int(peak), int(texts), frozen_seconds, int(kept)), when
     found = _measured(run, state)
     with suppress(OSError):  # then it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
