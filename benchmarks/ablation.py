@@ -1,20 +1,23 @@
 """What each part of the core is worth: arms of 15 minutes of training each, all else alike.
 
-    python benchmarks/ablation.py                          # the table, from recorded episodes
-    python benchmarks/ablation.py --data-dir DATA --run    # trains and judges what is missing, one arm after another
+    python benchmarks/ablation.py                                  # the tables, from recorded episodes
+    python benchmarks/ablation.py --data-dir DATA --run            # trains and judges what is missing, arm after arm
+    python benchmarks/ablation.py --data-dir DATA --run --choose   # more arms, on the choose corpora
     python benchmarks/ablation.py --data-dir DATA --train full-2000 --folder runs/search   # goes on where it was
 
 --train also makes the runs in search of a better default, SEARCH, into a folder of their name, for choose.py.
 
-It is judged on the seven corpora of the headline (accuracy.py), or with --choose on the 25 that designs are chosen by.
-Differences are to the base arm, paired by episode, pooled over 1, 2, 5 and 10 shots, ± 95 %. An arm is judged with the
+The arms of REPORTED are judged on the seven corpora of the headline (accuracy.py); with --choose, all arms on the 25
+that designs are chosen by. Differences are to the base arm, paired by episode, ± 95 %. An arm is judged with the
 encoder in bfloat16, and the states of its frozen layers, which are read once for all arms, in half precision.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ import torch
 from cells import HEADLINE, SHOTS, Cell, cells_of, choose_corpora, report_corpora
 from contestants import Contestant, contestant_runs
 from measure import NOT_YET, Options, markdown, show
-from runs import do_missing, made_with, read_lines
+from runs import do_missing, made_with, missing, read_lines
 
 from textmeta.errors import TrainingInterrupted
 from textmeta.meta.initialisation import Initialisation
@@ -36,6 +39,8 @@ from general import GENERAL, training_corpora
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 CHUNK, EPISODES = 50, 100  # of a line; of a cell
 OF_NAMES = ("base", "no-names", "names-after")  # judged with names, too
+REPORTED = ("last-layer", "views", "views-steps", "base", "fomaml", "reptile", "meta-sgd", "protonet")
+REPORTED += "corpora-5", "corpora-20"
 BASE = replace(GENERAL, episodes=1600)
 # all tensors that have no part in names
 NOT_OF_NAMES = tuple(f.name for f in fields(Initialisation) if "name" not in f.name and f.name != "log_zero_shot_scale")
@@ -51,6 +56,8 @@ ARMS: dict[str, MetaTrainer] = {
     "views": _learner(fixed=("lora.",), adapt="none"),
     "views-steps": _learner(fixed=("lora.",)),
     "base": BASE,
+    "seed-1": replace(BASE, seed=1),
+    "seed-2": replace(BASE, seed=2),
     "views-lora": _learner(adapt="none"),
     "layers-6": _learner(layers=(6,)),
     "layers-3-to-6": _learner(layers=(3, 4, 5, 6)),
@@ -72,6 +79,8 @@ ARMS: dict[str, MetaTrainer] = {
 SEARCH = {  # runs in search of a better default
     "full-2000": _learner(2000, layers=(3, 4, 5, 6)),
     "two-views-3000": GENERAL,
+    "two-views-3000-seed-1": replace(GENERAL, seed=1),
+    "two-views-3000-seed-2": replace(GENERAL, seed=2),
     "two-views-6600": replace(GENERAL, episodes=6600),
     "slow-lora": replace(GENERAL, lora_rate=2e-4),
     "six-layers": replace(GENERAL, lora=replace(GENERAL.lora, layers=6), episodes=1500),
@@ -82,52 +91,59 @@ AFTER = {"names-after": "no-names"}  # the arm whose adapter another starts from
 CORPORA = {"corpora-5": 5, "corpora-20": 20}  # how many corpora an arm is trained on, drawn by its seed, if not all
 
 
-def train(arm: str, data_dir: Path, folder: Path, cache: Path, seed: int = 0) -> None:
+def train(arm: str, data_dir: Path, folder: Path, cache: Path) -> None:
     """Meta-train an arm, or go on with it; its adapter is written into a folder of its name."""
-    corpora = training_corpora(data_dir)
-    order = np.random.default_rng(seed).permutation(len(corpora))[: CORPORA.get(arm, len(corpora))]
+    trainer, corpora = (ARMS | SEARCH)[arm], training_corpora(data_dir)
+    order = np.random.default_rng(trainer.seed).permutation(len(corpora))[: CORPORA.get(arm, len(corpora))]
     corpora = [corpora[number] for number in sorted(order)]
     start = load_adapter(folder / AFTER[arm])[0] if arm in AFTER else STARTS.get(arm)
-    trainer = replace((ARMS | SEARCH)[arm], seed=seed)
     try:
         save_adapter(folder / arm, trainer.train(corpora, output=folder / arm, start=start, cache=cache))
     except TrainingInterrupted as stop:
         sys.exit(str(stop))
 
 
-def run(cells: list[Cell], data_dir: Path, folder: Path, arms: list[str], episodes: int, cache: Path) -> None:
+def run(cells: list[Cell], data_dir: Path, folder: Path, arms: Iterable[str], episodes: int, cache: Path) -> None:
     """Train and judge what is missing."""
     told, lines = made_with("textmeta", "torch"), read_lines(RESULTS)
     for arm in arms:
+        variants = ("plain", "names") if arm in OF_NAMES else ("plain",)
+        if not missing(
+            contestant_runs(cells, [SimpleNamespace(name=arm, suffix="")], variants, episodes, CHUNK), lines
+        ):
+            continue
         if not (folder / arm / "textmeta.json").exists():
             train(arm, data_dir, folder, cache)
         who = Contestant(folder / arm, precision="bf16", cache=cache)
         who.check_alone(lines)
-        variants = ("plain", "names") if arm in OF_NAMES else ("plain",)
         do_missing(contestant_runs(cells, [who], variants, episodes, CHUNK), lines, RESULTS, told)
 
 
-def tables(choose: bool = False) -> dict[str, str]:
-    """Return the table by its name, as Markdown; if nothing is recorded for it, it says so."""
+def tables() -> dict[str, str]:
+    """Return the tables by name, as Markdown; one that nothing is recorded for says so."""
     found = scores.accuracies(read_lines(RESULTS, mend=False))
-    others = {corpus for cells in found.values() for corpus, _ in cells}.difference(HEADLINE)
-    told = list(rows(found, sorted(others) if choose else list(HEADLINE)))
-    return {"ablation": markdown(told) if len(told) > 1 else NOT_YET}
+    others = sorted({corpus for cells in found.values() for corpus, _ in cells}.difference(HEADLINE))
+    made = {"ablation": rows(found, HEADLINE, REPORTED), "ablation-choose": rows(found, others, ARMS)}
+    return {name: markdown(table) if len(table) > 1 else NOT_YET for name, table in made.items()}
 
 
-def rows(found: Mapping[str, scores.Cells], corpora: list[str]) -> Iterator[list[str]]:
-    """Yield the rows of the table: mean accuracies of an arm, and the difference to the base arm."""
-    yield scores.heads(SHOTS, "to the base arm", "episodes")
-    for variant in ("plain", "names"):
-        for arm in ARMS:
-            own = {key: row for key, row in found.get(f"{variant} @ {arm}", {}).items() if key[0] in corpora}
-            if not own:
-                continue
-            rival = "plain" if arm == "base" else variant
-            told = scores.difference(own, found.get(f"{rival} @ base", {}), list(own))
-            means = [scores.shown(scores.mean(own, k, corpora), "") for k in SHOTS]
-            name, base = arm + ", with names" * (variant == "names"), (variant, arm) == ("plain", "base")
-            yield [name, *means, "" if base else scores.shown(told), str(min(map(len, own.values())))]
+def rows(found: Mapping[str, scores.Cells], corpora: Collection[str], arms: Iterable[str]) -> scores.Rows:
+    """Return the means of the base arm, and differences to it; of arms with names, to the base arm with names."""
+    table = [scores.heads(SHOTS, "pooled", "episodes")]
+    for variant, arm in product(("plain", "names"), ("base", *arms)):
+        own = {key: row for key, row in found.get(f"{variant} @ {arm}", {}).items() if key[0] in corpora}
+        named = arm + ", with names" * (variant == "names")
+        if not own or named in [row[0] for row in table]:
+            continue
+        if named == "base":
+            told = [scores.shown(scores.mean(own, k, corpora), "") for k in SHOTS] + [""]
+        else:
+            rival = "plain @ base" if arm == "base" else f"{variant} @ base"
+            told = [
+                scores.shown(part) for part in scores.differences(found, f"{variant} @ {arm}", [rival], SHOTS, corpora)
+            ]
+        table.append([named, *told, str(min(map(len, own.values())))])
+    return table
 
 
 def main() -> None:
@@ -135,22 +151,24 @@ def main() -> None:
     parser = Options(__doc__, needs_data=False)
     parser.add_argument("--run", action="store_true", help="train and judge what is missing")
     parser.add_argument("--train", choices=(*ARMS, *SEARCH), help="train one arm alone")
-    parser.add_argument("--seed", type=int, default=0, help="of --train")
     parser.add_argument("--choose", action="store_true", help="judge on the choose corpora")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that are judged there")
     parser.add_argument("--episodes", type=int, default=EPISODES, help="of a cell")
     parser.add_argument("--folder", type=Path, default=Path("runs/arms"), help="of the adapters")
     parser.add_argument("--cache", type=Path, default=Path("runs/frozen"), help="states of the frozen layers: 3 GB")
-    parser.add_argument("--write", action="store_true", help="write the table into benchmarks/README.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the tables into benchmarks/README.md and docs/core.md"
+    )
     arguments = parser.parsed()
     if arguments.train:
-        train(arguments.train, arguments.data_dir, arguments.folder, arguments.cache, arguments.seed)
+        train(arguments.train, arguments.data_dir, arguments.folder, arguments.cache)
         return
     if arguments.run:
         corpora = choose_corpora if arguments.choose else lambda data_dir: report_corpora(data_dir, HEADLINE)
         cells = list(cells_of(corpora(arguments.data_dir)))
-        run(cells, arguments.data_dir, arguments.folder, arguments.arms, arguments.episodes, arguments.cache)
-    show(tables(arguments.choose), arguments.write and not arguments.choose)
+        arms = arguments.arms or (ARMS if arguments.choose else REPORTED)
+        run(cells, arguments.data_dir, arguments.folder, arms, arguments.episodes, arguments.cache)
+    show(tables(), arguments.write)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 NOT_YET = "Not run yet."  # of a table
-PAGES = (Path(__file__).with_name("README.md"), Path(__file__).parents[1] / "README.md")
+PAGES = [Path(__file__).parents[1] / name for name in ("README.md", "benchmarks/README.md", "docs/core.md")]
 
 
 class Options(argparse.ArgumentParser):
@@ -61,7 +61,7 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
 
 
 def show(tables: Mapping[str, str], write: bool) -> None:
-    """Print tables, and write those that README and benchmarks/README.md have."""
+    """Print tables, and write those that the pages have."""
     for name, table in tables.items():
         print(f"\n{name}\n\n{table}")
     for page in PAGES if write else ():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,35 @@ def test_folds_are_trained_and_recorded_once(
     areas = [line["result"]["auroc"] for line in lines if line["key"]["method"] == "scope-plain"]
     assert len(areas) == 3
     assert all(0 <= area <= 10**4 for part in areas for area in part)
+
+
+def test_arms_are_trained_and_judged_once_and_compared_with_the_base_arm(
+    benchmark, run_script, data_dir: Path, tiny_model: str, monkeypatch: Patch
+) -> None:
+    module = benchmark("ablation")
+    small = {"encoder": EncoderSettings(tiny_model, max_length=32), "lora": LoraSettings(rank=4), "precision": "no"}
+    base = replace(module.GENERAL, **small, learner=LearnerSettings(layers=(2, 4), steps=1), episodes=2)
+    arms = {"views": replace(base, learner=replace(base.learner, adapt="none"), fixed=("lora.",)), "base": base}
+    for name, value in {"ARMS": arms, "REPORTED": tuple(arms), "HEADLINE": ("toy",), "SHOTS": (1, 5)}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "RESULTS", data_dir / "lines.jsonl")
+    monkeypatch.setattr(module, "training_corpora", lambda data_dir: list(module.report_corpora(data_dir, ["toy"])))
+    command = ["--data-dir", data_dir, "--folder", data_dir / "arms", "--cache", data_dir / "frozen", "--run"]
+    run_script(module, *command, "--episodes=4")
+    lines, rights = lines_of(data_dir / "lines.jsonl"), {}
+    for line in lines:
+        rights[line["key"]["adapter"], line["key"]["method"], line["key"]["shots"]] = line["result"]["right"]
+    shutil.rmtree(data_dir / "arms")  # what is recorded needs no adapter
+    run_script(module, *command, "--episodes=4")
+    assert lines_of(data_dir / "lines.jsonl") == lines
+
+    table = {row.split("|")[1].strip(): re.findall(FIGURE, row) for row in module.tables()["ablation"].splitlines()}
+    assert list(table) == ["", "---", "base", "views", "base, with names"]
+    mean = 4 * np.mean(rights["base", "plain", 5])
+    assert float(table["base"][2]) == pytest.approx(mean, abs=0.006)
+    for row, one in (("views", ("views", "plain")), ("base, with names", ("base", "names"))):
+        apart = 4 * np.mean(np.subtract(rights[*one, 5], rights["base", "plain", 5]))
+        assert float(table[row][2]) == pytest.approx(apart, abs=0.006)
 
 
 def recorded_tables(benchmark: Callable[[str], ModuleType]) -> dict[str, str]:
