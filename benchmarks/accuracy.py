@@ -149,6 +149,7 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
             found, {"textmeta": ("plain", LAST_LAYER), "with names": ("names", NAMED)}, (1, 5, 10), REPORT
         ),
         "goals": goals(found, gains, errors),
+        "goals-missed": scores.missed(goals(found, gains, errors)),
         "long": long(lines, errors),
     }
     texts = {name: markdown(rows) for name, rows in made.items()}

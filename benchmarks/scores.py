@@ -119,7 +119,7 @@ def differences(
 
 def shown(told: Told | None, sign: str = "+") -> str:
     """Return a figure as tables have it."""
-    return "–" if told is None else f"{told[0]:{sign}.2f} ± {told[1]:.2f}"
+    return "–" if told is None else f"{told[0]:{sign}.2f}±{told[1]:.2f}"
 
 
 def heads(shots: Sequence[int], *more: str) -> list[str]:
@@ -156,7 +156,7 @@ def corpus_rows(
             own = found.get(method, {})
             told = difference(own, best(found, rivals, k), [(corpus, k)])
             below = "!" if told and sum(told) < -1 else ""
-            row.append("–" if told is None else f"{own[corpus, k].mean():.1f} ({told[0]:+.1f} ± {told[1]:.1f}){below}")
+            row.append("–" if told is None else f"{own[corpus, k].mean():.1f} ({told[0]:+.1f}±{told[1]:.1f}){below}")
         table.append(row)
     return table
 
@@ -169,3 +169,9 @@ def goal_row(title: str, told: Told | None, least: float, end: int = 0) -> list[
     lacks = None if told is None else least - (told[0] + end * told[1])
     verdict = "not run yet" if lacks is None else "met" if lacks <= 0 else f"missed by {lacks:.2f}"
     return [title, f"{('mean', 'upper end', 'lower end')[end]} {least:+.1f}", shown(told), verdict]
+
+
+def missed(goals: Rows) -> Rows:
+    """Return the goals that are not met, and how many others are."""
+    left = [row for row in goals[1:] if row[3] != "met"]
+    return [goals[0], *left, [f"{len(goals) - 1 - len(left)} others", "", "", "met"]]

@@ -53,11 +53,13 @@ ROWS = {
     "logistic regression, four layers": "logistic-views-256",
     "textmeta 0.1 (64 tokens)": "textmeta-0.1",
     "**textmeta**": "plain @ own",
+    "spread over folds": "plain @ own",
     "names: prototypes": "prototypes-last-names-256",
     "names: logistic regression": "logistic-last-names-256",
     "names: logistic regression, four layers": "logistic-views-names-256",
     "names: textmeta 0.1 (64 tokens)": "textmeta-0.1-names",
     "**names: textmeta**": "names @ own",
+    "names: spread over folds": "names @ own",
     "gain of other corpora beside (two folds)": "plain @ beside",
     "names: gain of other corpora beside (two folds)": "names @ beside",
 }
@@ -206,23 +208,27 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
     made["five-way"] += [[title, *map(str, known), *["–"] * (8 - len(known))] for title, known in PUBLISHED.items()]
     made["scope"] = scores.mean_rows(scope, {name: name for name in sorted(scope)}, SCOPE[0])
     made["classes-goals"] = goals(five, scope)
+    made["classes-goals-missed"] = scores.missed(made["classes-goals"])
     ready = any(line["key"].get("adapter") == "own" for line in lines)
     return {name: markdown(rows) if ready else NOT_YET for name, rows in made.items()}
 
 
 def fold_rows(found: Mapping[str, scores.Cells], shots: Sequence[int]) -> scores.Rows:
-    """Return mean accuracies over the folds, the interval, and in brackets the standard deviation over the folds."""
+    """Return means over the folds, and half their interval; the spread is the standard deviation over folds."""
     table = [["", *(f"{name}, {head}" for name in CORPORA for head in scores.heads(shots)[1:])]]
     for title, method in ROWS.items():
         cells, row = found.get(method, {}), [title]
         for folds, k in ((folds_of(name), k) for name in CORPORA for k in shots):
+            told = scores.mean(cells, k, folds)
             if "gain" in title:
                 own = found.get(method.replace("beside", "own"), {})
                 row.append(scores.shown(scores.difference(cells, own, [(fold, k) for fold in folds])))
-                continue
-            told = scores.mean(cells, k, folds)
-            spread = np.std([cells[fold, k].mean() for fold in folds], ddof=1) if told else 0
-            row.append("–" if told is None else f"{told[0]:.1f} ± {told[1]:.1f} ({spread:.1f})")
+            elif told is None:
+                row.append("–")
+            elif "spread" in title:
+                row.append(f"{np.std([cells[fold, k].mean() for fold in folds], ddof=1):.1f}")
+            else:
+                row.append(f"{told[0]:.1f}±{told[1]:.1f}")
         table.append(row)
     return table
 
