@@ -95,8 +95,7 @@ def record(arguments: argparse.Namespace, results: Path) -> None:
         lines = read_lines(results / FILES[part])
         who.check_alone(lines)
         if part == "frozen":
-            names = [name for name in BASELINES if name != "prototypes-views"]
-            runs = baseline_runs(cells, names, FrozenViews(256), episodes)
+            runs = baseline_runs(cells, list(BASELINES), FrozenViews(256), episodes)
         elif part == "setfit":
             runs = rival_runs(cells, "setfit", setfit, SETFIT_EPISODES, SETFIT_CHUNK)
         elif part == "long":

@@ -98,7 +98,6 @@ class Baseline:
 BASELINES = {
     "names-last": Baseline(prototypes, variant="names-alone"),  # the cosine of text and name, without any example
     "prototypes-last": Baseline(prototypes),
-    "prototypes-views": Baseline(prototypes, VIEWS),
     "logistic-last": Baseline(logistic),
     "logistic-views": Baseline(logistic, VIEWS),
     "prototypes-last-names": Baseline(prototypes, variant="names"),
