@@ -5,9 +5,9 @@
 
 Five published folds of four corpora; settings are those of recipes/general.py, but fewer episodes, as many as did best
 on the valid classes of the first folds: more bring nothing, or harm, with so few classes. Of two folds there is one
-more adapter, with the other training corpora beside the fold's classes. 5-way at 1 and 5 shots (600 episodes a fold), all
-test classes at once at 1, 5 and 10 (50), what is out of scope of clinc150 (20). Texts are cut at 256 tokens, by 0.1 at
-64. Intervals are of 95 %, over episodes.
+more adapter, with the other training corpora beside the fold's classes. 5-way at 1 and 5 shots (600 episodes a fold),
+all test classes at once at 1, 5 and 10 (50), what is out of scope of clinc150 (20). Texts are cut at 256 tokens, by 0.1
+at 64. Intervals are of 95 %, over episodes.
 """
 
 import json
