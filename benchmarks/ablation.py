@@ -39,7 +39,7 @@ from general import GENERAL, training_corpora
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 CHUNK, EPISODES = 50, 100  # of a line; of a cell
 OF_NAMES = ("base", "no-names", "names-after")  # judged with names, too
-REPORTED = ("last-layer", "views", "views-steps", "base", "fomaml", "reptile", "meta-sgd", "protonet")
+REPORTED = ("base", "last-layer", "views", "views-steps", "fomaml", "reptile", "meta-sgd", "protonet")
 REPORTED += "corpora-5", "corpora-20"
 BASE = replace(GENERAL, episodes=1600)
 # all tensors that have no part in names
@@ -52,10 +52,10 @@ def _learner(episodes: int = BASE.episodes, *, fixed: tuple[str, ...] = (), **ch
 
 # All arms take as long as the base arm: numbers of episodes are by time measured on equal episodes.
 ARMS: dict[str, MetaTrainer] = {
+    "base": BASE,
     "last-layer": _learner(5600, fixed=("lora.",), layers=(6,), adapt="none"),
     "views": _learner(5600, fixed=("lora.",), adapt="none"),
     "views-steps": _learner(3360, fixed=("lora.",)),
-    "base": BASE,
     "seed-1": replace(BASE, seed=1),
     "seed-2": replace(BASE, seed=2),
     "views-lora": _learner(2150, adapt="none"),
@@ -130,11 +130,11 @@ def tables() -> dict[str, str]:
 def rows(found: Mapping[str, scores.Cells], corpora: Collection[str], arms: Iterable[str]) -> scores.Rows:
     """Return the means of the base arm, and differences to it; of arms with names, to the base arm with names."""
     table = [scores.heads(SHOTS, "pooled", "episodes")]
-    for variant, arm in product(("plain", "names"), ("base", *arms)):
+    for variant, arm in product(("plain", "names"), arms):
         own = {key: row for key, row in found.get(f"{variant} @ {arm}", {}).items() if key[0] in corpora}
-        named = arm + ", with names" * (variant == "names")
-        if not own or named in [row[0] for row in table]:
+        if not own:
             continue
+        named = arm + ", with names" * (variant == "names")
         if named == "base":
             told = [scores.shown(scores.mean(own, k, corpora), "") for k in SHOTS] + [""]
         else:

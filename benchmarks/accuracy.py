@@ -151,9 +151,9 @@ def tables(lines: Sequence[Line]) -> dict[str, str]:
             found, {"textmeta": ("plain", LAST_LAYER), "with names": ("names", NAMED)}, (1, 5, 10), REPORT
         ),
         "goals": goals(found, gains, errors),
-        "goals-missed": scores.missed(goals(found, gains, errors)),
         "long": long(lines, errors),
     }
+    made["goals-missed"] = scores.missed(made["goals"])
     texts = {name: markdown(rows) for name, rows in made.items()}
     return {name: text if "±" in text or name == "long" else NOT_YET for name, text in texts.items()}
 

@@ -158,7 +158,7 @@ def test_arms_are_trained_and_judged_once_and_compared_with_the_base_arm(
     module = benchmark("ablation")
     small = {"encoder": EncoderSettings(tiny_model, max_length=32), "lora": LoraSettings(rank=4), "precision": "no"}
     base = replace(module.GENERAL, **small, learner=LearnerSettings(layers=(2, 4), steps=1), episodes=2)
-    arms = {"views": replace(base, learner=replace(base.learner, adapt="none"), fixed=("lora.",)), "base": base}
+    arms = {"base": base, "views": replace(base, learner=replace(base.learner, adapt="none"), fixed=("lora.",))}
     for name, value in {"ARMS": arms, "REPORTED": tuple(arms), "HEADLINE": ("toy",), "SHOTS": (1, 5)}.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module, "RESULTS", data_dir / "lines.jsonl")
