@@ -17,7 +17,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,15 +107,12 @@ def run(cells: list[Cell], data_dir: Path, folder: Path, arms: Iterable[str], ep
     told, lines = made_with("textmeta", "torch"), read_lines(RESULTS)
     for arm in arms:
         variants = ("plain", "names") if arm in OF_NAMES else ("plain",)
-        if not missing(
-            contestant_runs(cells, [SimpleNamespace(name=arm, suffix="")], variants, episodes, CHUNK), lines
-        ):
-            continue
-        if not (folder / arm / "textmeta.json").exists():
-            train(arm, data_dir, folder, cache)
         who = Contestant(folder / arm, precision="bf16", cache=cache)
-        who.check_alone(lines)
-        do_missing(contestant_runs(cells, [who], variants, episodes, CHUNK), lines, RESULTS, told)
+        if runs := missing(contestant_runs(cells, [who], variants, episodes, CHUNK), lines):
+            if not (who.folder / "textmeta.json").exists():
+                train(arm, data_dir, folder, cache)
+            who.check_alone(lines)
+            do_missing(runs, lines, RESULTS, told)
 
 
 def tables() -> dict[str, str]:

@@ -3,8 +3,8 @@
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from textmeta.data.episodes import Episode
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import Entering, TokenStateReader, TokenStates
 from textmeta.heads.scope import scope_probability
+from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import in_parts
 from textmeta.meta.learner import TaskLearner
@@ -58,8 +59,9 @@ class KnownStates:
         return TokenStates.padded([self.states[text] for text in texts], overhead=512)
 
 
+@dataclass(eq=False)
 class Contestant:
-    """An adapter and what it has read of a corpus.
+    """An adapter, which is loaded when it is first needed, and what it has read of a corpus.
 
     Args:
         folder: of the adapter.
@@ -67,29 +69,40 @@ class Contestant:
         precision: of the encoder's matrix products.
         cache: folder for the states of the frozen layers.
         max_length: tokens of a text, if not as many as the adapter says.
-        name: what results call it, if not as the folder.
+        name: what results call it, by default as the folder.
         suffix: what they add to the name of a variant, for what it does otherwise.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        changes: Mapping[str, Any] | None = None,
-        precision: str = "no",
-        cache: Path | None = None,
-        max_length: int | None = None,
-        name: str | None = None,
-        suffix: str = "",
-    ) -> None:
-        adapter, _ = load_adapter(folder)
-        self.name, self.suffix = name or folder.name, suffix
-        told = f"{tensors_digest(adapter.initialisation.tensors())} {adapter.learner}"
-        self.digest = hashlib.sha256(told.encode()).hexdigest()[:12]
-        if max_length:
-            adapter = replace(adapter, encoder=replace(adapter.encoder, max_length=max_length))
-        self.reader, self.cache = adapter.load_reader(precision=precision), cache
-        self.adapter = replace(adapter, learner=replace(adapter.learner, **changes or {}))
-        self.corpus, self.states = "", KnownStates(self.reader, {})
+    folder: Path
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "no"
+    cache: Path | None = None
+    max_length: int | None = None
+    name: str = ""
+    suffix: str = ""
+    corpus: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.folder.name
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """The adapter, changed."""
+        loaded, _ = load_adapter(self.folder)
+        encoder = replace(loaded.encoder, max_length=self.max_length or loaded.encoder.max_length)
+        return replace(loaded, encoder=encoder, learner=replace(loaded.learner, **self.changes))
+
+    @cached_property
+    def reader(self) -> TokenStateReader:
+        """What reads its token states."""
+        return self.adapter.load_reader(precision=self.precision)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the adapter as it was loaded."""
+        loaded, _ = load_adapter(self.folder)
+        told = f"{tensors_digest(loaded.initialisation.tensors())} {loaded.learner}"
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
 
     def check_alone(self, lines: Sequence[Line], corpus: str | None = None) -> None:
         """Exit if lines, of a corpus, are of another adapter with this name."""

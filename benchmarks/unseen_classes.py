@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,21 +110,18 @@ class Fold:
 # Recording
 
 
-def train(fold: Fold, kind: str, folder: Path, cache: Path | None) -> Path:
-    """Meta-train the adapter of a fold, if it isn't there, and return its folder."""
-    path = folder / f"{fold.label}-{kind}"
-    if not (path / "textmeta.json").exists():
-        corpora = [fold.part("train")]
-        if kind == "beside":
-            corpora += [corpus for corpus in training_corpora(fold.data_dir) if corpus.name != fold.name]
-        trainer = replace(GENERAL, episodes=TRAINING[fold.name if kind == "own" else kind])
-        adapter = trainer.train(corpora, output=path, cache=cache if kind == "beside" else None)
-        if fold.scope_cells:  # the rule of the scope is set on classes that the adapter has not seen
-            valid = MixedEpisodes([fold.part("valid")], trainer.seed, names=trainer.names)
-            unseen = episodes_with_outside(valid, CALIBRATION_EPISODES)
-            adapter = replace(adapter, scope=fit_calibration(TaskLearner(adapter.load_reader(), adapter), unseen))
-        save_adapter(path, adapter)
-    return path
+def train(fold: Fold, kind: str, folder: Path, cache: Path | None) -> None:
+    """Meta-train the adapter of a fold, into a folder."""
+    corpora = [fold.part("train")]
+    if kind == "beside":
+        corpora += [corpus for corpus in training_corpora(fold.data_dir) if corpus.name != fold.name]
+    trainer = replace(GENERAL, episodes=TRAINING[fold.name if kind == "own" else kind])
+    adapter = trainer.train(corpora, output=folder, cache=cache if kind == "beside" else None)
+    if fold.scope_cells:  # the rule of the scope is set on classes that the adapter has not seen
+        valid = MixedEpisodes([fold.part("valid")], trainer.seed, names=trainer.names)
+        unseen = episodes_with_outside(valid, CALIBRATION_EPISODES)
+        adapter = replace(adapter, scope=fit_calibration(TaskLearner(adapter.load_reader(), adapter), unseen))
+    save_adapter(folder, adapter)
 
 
 @cache
@@ -144,7 +140,7 @@ def with_outside(episode: Episode, number: int, texts: Sequence[str]) -> Episode
     return replace(episode, query_texts=queries, query_labels=labels)
 
 
-def scope_run(fold: Fold, cell: Cell, method: str, who: Any) -> Run:
+def scope_run(fold: Fold, cell: Cell, method: str, who: Contestant | FrozenViews) -> Run:
     """Return the run that tells what is out of scope: by an adapter, or the largest probability of a baseline."""
 
     def work() -> dict[str, Any]:
@@ -173,7 +169,7 @@ def frozen_runs(folds: Sequence[Fold]) -> Iterator[Run]:
             yield from (scope_run(fold, cell, method, frozen) for method in ("prototypes-last", "logistic-last"))
 
 
-def adapter_runs(fold: Fold, who: Any) -> Iterator[Run]:
+def adapter_runs(fold: Fold, who: Contestant) -> Iterator[Run]:
     """Yield the runs of a fold's adapter."""
     for cell, episodes in fold.cells:
         yield from contestant_runs([cell], [who], ("plain", "names"), episodes, CHUNK)
@@ -187,10 +183,12 @@ def record(data_dir: Path, results: Path, folder: Path, cache: Path | None, corp
     do_missing(frozen_runs(folds), lines, results, told)
     for kind, names in ADAPTERS.items():
         for fold in [fold for fold in folds if fold.fold in names]:
-            if missing(adapter_runs(fold, SimpleNamespace(name=kind, suffix="")), lines):
-                who = Contestant(train(fold, kind, folder, cache), name=kind)
+            who = Contestant(folder / f"{fold.label}-{kind}", name=kind)
+            if runs := missing(adapter_runs(fold, who), lines):
+                if not (who.folder / "textmeta.json").exists():
+                    train(fold, kind, who.folder, cache)
                 who.check_alone(lines, fold.label)
-                do_missing(adapter_runs(fold, who), lines, results, told)
+                do_missing(runs, lines, results, told)
 
 
 # Tables
