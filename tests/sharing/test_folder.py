@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,14 @@ def test_reading_while_others_write_gives_one_or_the_other(tmp_path: Path) -> No
     assert all(content in (OLD, NEW) for content in found)
     assert OLD in found
     assert NEW in found
+
+
+def test_saves_at_once_go_one_after_the_other(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda number: write_folder(folder, (OLD, NEW)[number % 2]), range(60)))
+    assert read_folder(folder) in (OLD, NEW)
+    assert names(tmp_path) == {"adapter"}
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import re
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from textmeta.errors import AdapterError, DamagedAdapterError
-from textmeta.files import CHECKPOINT, is_folder, read_json, sync_folder, write_synced
+from textmeta.files import CHECKPOINT, alone_in, is_folder, read_json, sync_folder, write_synced
 
 __all__ = [
     "ADAPTER_FILES",
@@ -203,36 +204,40 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
 
     The new folder is written and synced beside the old one, the old one set aside, the new one renamed into place. What
     a crash between the renames set aside, :func:`read_folder` reads where it lies. Other files in the folder are
-    carried over. The manifest leaves out ``unlisted`` names, because people may edit these files. AdapterError as
-    :func:`check_destination`; or if something cannot be carried over, or the disk is full or refuses.
+    carried over. Saves at once wait for one another. The manifest leaves out ``unlisted`` names, because people may
+    edit these files. AdapterError as :func:`check_destination`; or if something cannot be carried over, or the disk is
+    full or refuses.
     """
     folder = folder.resolve()
     check_destination(folder, files)
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
     manifest = manifest_of({name: content for name, content in files.items() if name not in unlisted})
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for litter in (new, old):
-            shutil.rmtree(litter, ignore_errors=True)
-        carried = _carried_over(folder, files)
-        new.mkdir()
-        for name, content in {**files, MANIFEST: manifest}.items():
-            write_synced(new / name, content)
-        for path in carried:
-            shutil.copy2(path, new / path.name)
-        sync_folder(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:  # whatever stops a save leaves the old folder in its place and no litter
-        shutil.rmtree(new, ignore_errors=True)
-        _put_back(folder)
-        if isinstance(error, OSError):
-            what = f"{error.filename or new}: {error.strerror or error}"
-            raise AdapterError(f"cannot write the adapter {folder}: {what}") from error
-        raise
+    with ExitStack() as turn:  # of several saves
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            turn.enter_context(alone_in(folder.parent))
+            _put_back(folder)
+            for litter in (new, old):
+                shutil.rmtree(litter, ignore_errors=True)
+            carried = _carried_over(folder, files)
+            new.mkdir()
+            for name, content in {**files, MANIFEST: manifest}.items():
+                write_synced(new / name, content)
+            for path in carried:
+                shutil.copy2(path, new / path.name)
+            sync_folder(new)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+            sync_folder(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException as error:  # whatever stops a save leaves the old folder in its place and no litter
+            shutil.rmtree(new, ignore_errors=True)
+            _put_back(folder)
+            if isinstance(error, OSError):
+                what = f"{error.filename or new}: {error.strerror or error}"
+                raise AdapterError(f"cannot write the adapter {folder}: {what}") from error
+            raise
 
 
 def check_destination(folder: Path, known: Collection[str] = ()) -> None:
@@ -242,7 +247,9 @@ def check_destination(folder: Path, known: Collection[str] = ()) -> None:
     run code; files of the known names may be of any kind.
     """
     folder = folder.resolve()
-    _put_back(folder)
+    if is_folder(_sibling(folder, "old")):
+        with alone_in(folder.parent):
+            _put_back(folder)
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"cannot write an adapter folder to {folder}: there is a file of that name")
     if Path.cwd().is_relative_to(folder) or folder.is_mount():
