@@ -125,7 +125,7 @@ def tables() -> dict[str, str]:
 
 def rows(found: Mapping[str, scores.Cells], corpora: Collection[str], arms: Iterable[str]) -> scores.Rows:
     """Return the means of the base arm, and differences to it; of arms with names, to the base arm with names."""
-    table = [scores.heads(SHOTS, "pooled", "episodes")]
+    table, episodes = [scores.heads(SHOTS, "pooled")], []
     for variant, arm in product(("plain", "names"), arms):
         own = {key: row for key, row in found.get(f"{variant} @ {arm}", {}).items() if key[0] in corpora}
         if not own:
@@ -138,7 +138,9 @@ def rows(found: Mapping[str, scores.Cells], corpora: Collection[str], arms: Iter
             told = [
                 scores.shown(part) for part in scores.differences(found, f"{variant} @ {arm}", [rival], SHOTS, corpora)
             ]
-        table.append([named, *told, str(min(map(len, own.values())))])
+        table.append([named, *told])
+        episodes += map(len, own.values())
+        table[0][0] = f"{min(episodes)} episodes a cell"
     return table
 
 
