@@ -173,7 +173,7 @@ def test_arms_are_trained_and_judged_once_and_compared_with_the_base_arm(
     assert lines_of(data_dir / "lines.jsonl") == lines
 
     table = {row.split("|")[1].strip(): re.findall(FIGURE, row) for row in module.tables()["ablation"].splitlines()}
-    assert list(table) == ["", "---", "base", "views", "base, with names"]
+    assert list(table) == ["4 episodes a cell", "---", "base", "views", "base, with names"]
     mean = 4 * np.mean(rights["base", "plain", 5])
     assert float(table["base"][2]) == pytest.approx(mean, abs=0.006)
     for row, one in (("views", ("views", "plain")), ("base, with names", ("base", "names"))):
