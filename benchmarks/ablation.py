@@ -1,4 +1,4 @@
-"""What each part of the core is worth: arms of 15 minutes of training each, all else alike.
+"""What each part of the core is worth: arms that are trained for as long, all else alike.
 
     python benchmarks/ablation.py                                  # the tables, from recorded episodes
     python benchmarks/ablation.py --data-dir DATA --run            # trains and judges what is missing, arm after arm
@@ -140,6 +140,7 @@ def rows(found: Mapping[str, scores.Cells], corpora: Collection[str], arms: Iter
             ]
         table.append([named, *told])
         episodes += map(len, own.values())
+    if episodes:
         table[0][0] = f"{min(episodes)} episodes a cell"
     return table
 

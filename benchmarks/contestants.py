@@ -81,16 +81,21 @@ class Contestant:
     name: str = ""
     suffix: str = ""
     corpus: str = field(default="", init=False)
+    states: KnownStates = field(init=False)  # of its texts
 
     def __post_init__(self) -> None:
         self.name = self.name or self.folder.name
 
     @cached_property
+    def loaded(self) -> Adapter:
+        """The adapter as it is in its folder."""
+        return load_adapter(self.folder)[0]
+
+    @cached_property
     def adapter(self) -> Adapter:
         """The adapter, changed."""
-        loaded, _ = load_adapter(self.folder)
-        encoder = replace(loaded.encoder, max_length=self.max_length or loaded.encoder.max_length)
-        return replace(loaded, encoder=encoder, learner=replace(loaded.learner, **self.changes))
+        encoder = replace(self.loaded.encoder, max_length=self.max_length or self.loaded.encoder.max_length)
+        return replace(self.loaded, encoder=encoder, learner=replace(self.loaded.learner, **self.changes))
 
     @cached_property
     def reader(self) -> TokenStateReader:
@@ -100,8 +105,7 @@ class Contestant:
     @cached_property
     def digest(self) -> str:
         """Hash of the adapter as it was loaded."""
-        loaded, _ = load_adapter(self.folder)
-        told = f"{tensors_digest(loaded.initialisation.tensors())} {loaded.learner}"
+        told = f"{tensors_digest(self.loaded.initialisation.tensors())} {self.loaded.learner}"
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
     def check_alone(self, lines: Sequence[Line], corpus: str | None = None) -> None:

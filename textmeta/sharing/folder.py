@@ -8,7 +8,6 @@ import re
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 from textmeta.errors import AdapterError, DamagedAdapterError
@@ -210,34 +209,39 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
     """
     folder = folder.resolve()
     check_destination(folder, files)
-    new, old = _sibling(folder, "new"), _sibling(folder, "old")
     manifest = manifest_of({name: content for name, content in files.items() if name not in unlisted})
-    with ExitStack() as turn:  # of several saves
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            turn.enter_context(alone_in(folder.parent))
-            _put_back(folder)
-            for litter in (new, old):
-                shutil.rmtree(litter, ignore_errors=True)
-            carried = _carried_over(folder, files)
-            new.mkdir()
-            for name, content in {**files, MANIFEST: manifest}.items():
-                write_synced(new / name, content)
-            for path in carried:
-                shutil.copy2(path, new / path.name)
-            sync_folder(new)
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-            sync_folder(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException as error:  # whatever stops a save leaves the old folder in its place and no litter
-            shutil.rmtree(new, ignore_errors=True)
-            _put_back(folder)
-            if isinstance(error, OSError):
-                what = f"{error.filename or new}: {error.strerror or error}"
-                raise AdapterError(f"cannot write the adapter {folder}: {what}") from error
-            raise
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder.parent):
+            _replace(folder, files, manifest)
+    except OSError as error:
+        what = f"{error.filename or _sibling(folder, 'new')}: {error.strerror or error}"
+        raise AdapterError(f"cannot write the adapter {folder}: {what}") from error
+
+
+def _replace(folder: Path, files: Mapping[str, bytes], manifest: bytes) -> None:
+    """Write files in place of a folder's; whatever stops it leaves the old folder in its place, and no litter."""
+    new, old = _sibling(folder, "new"), _sibling(folder, "old")
+    _put_back(folder)
+    try:
+        for litter in (new, old):
+            shutil.rmtree(litter, ignore_errors=True)
+        carried = _carried_over(folder, files)
+        new.mkdir()
+        for name, content in {**files, MANIFEST: manifest}.items():
+            write_synced(new / name, content)
+        for path in carried:
+            shutil.copy2(path, new / path.name)
+        sync_folder(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        _put_back(folder)
+        raise
 
 
 def check_destination(folder: Path, known: Collection[str] = ()) -> None:
