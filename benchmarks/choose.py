@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=CORE)
     parser.add_argument("--card", type=Path, help="adapter folder whose card shall have its recorded figures")
     arguments = parser.parsed()
-    lines = read_lines(arguments.results)
+    lines = read_lines(arguments.results, mend=arguments.run)
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
         folders = arguments.adapters or [SHIPPED]

@@ -200,8 +200,8 @@ def test_figures_in_documents_are_recorded(benchmark: Callable[[str], ModuleType
     if page.parent.name == "docs":  # beside the default adapter's table it tells of trials that no line has
         text = text.partition("choose.py --data-dir DATA\n```\n")[2].partition("\n\nNames alone")[0]
         assert "| over 0.1" in text
-    choose, scores = benchmark("choose"), benchmark("scores")
-    lines = benchmark("runs").read_lines(choose.BASELINES) + benchmark("runs").read_lines(choose.CORE)
+    choose, scores, runs = benchmark("choose"), benchmark("scores"), benchmark("runs")
+    lines = [line for path in (choose.BASELINES, choose.CORE) for line in runs.read_lines(path, mend=False)]
     printed = "\n".join([*tables.values(), *choose.table(scores.accuracies(lines))]).splitlines()
     rows = [[float(figure) for figure in re.findall(FIGURE, row)] for row in printed]
     for line in text.splitlines():

@@ -181,7 +181,7 @@ def adapted(
     return q, {**factors, **(b if "lora" in adapt else {})}, True
 
 
-def task_logits(task: Task, t: Mapping[str, Tensor], adapt: str, read: Read, rounds: int = 3) -> Tensor:
+def task_logits(task: Task, t: Mapping[str, Tensor], adapt: str, read: Read, rounds: int = 3, head: str = "ridge") -> Tensor:
     """Return (queries, C) logits."""
     q0, labels, n, ways = t["queries"], task.labels, len(task.labels), task.ways
     present = len(set(labels))
@@ -205,7 +205,10 @@ def task_logits(task: Task, t: Mapping[str, Tensor], adapt: str, read: Read, rou
     m = centre_of(u, labels, t["centre"], n0, ur, nu)
     z, zr, zq = (unit(part - m) for part in (u, ur, uq))
     fitted = q0.new_zeros(*q0.shape, ways)
-    if present >= 2:
+    if head == "prototype":
+        for c, rows in classes_of(labels).items():
+            fitted[..., c] = w[:, None] * unit(z[rows].sum(0))
+    elif present >= 2:
         fitted = ridge_fit(z, w, one_hot_targets(labels, ways), balanced_weights(labels), penalty)
     inputs = [1.0, math.log(1 + k), math.log(ways / 5), float(stepped), nll_of_mixture]
     temperature = sum(c * x for c, x in zip(t["temperature"], inputs, strict=True)).exp()
@@ -236,7 +239,7 @@ def task_logits(task: Task, t: Mapping[str, Tensor], adapt: str, read: Read, rou
     def logits(part: str, texts: Tensor) -> Tensor:
         return temperature * torch.einsum("nvd,vdc->nc", texts, fitted) + by_name[part]
 
-    if task.unlabelled:
+    if task.unlabelled and head == "ridge":
         r0, r1, r2 = t["unlabelled_weight"]
         rho = (r0 + r1 * math.log(1 + k) + r2 * math.log(1 + len(task.unlabelled) / (n + ways))).exp()
         hard = [[float(c == label) for c in range(ways)] for label in labels]
@@ -244,6 +247,7 @@ def task_logits(task: Task, t: Mapping[str, Tensor], adapt: str, read: Read, rou
         for _ in range(rounds):
             p = logits("unlabelled", zr).softmax(-1)
             confidence = 1 + (p * p.log()).sum(-1) / math.log(ways)
-            omega = torch.cat([balanced_weights(labels), rho * confidence])
+            own = balanced_weights(labels) * (present >= 2)  # one class alone is nothing to regress on
+            omega = torch.cat([own, rho * confidence])
             fitted = ridge_fit(torch.cat([z, zr]), w, torch.cat([hard, p]) - 1 / ways, omega, penalty)
     return logits("queries", zq)

@@ -75,6 +75,20 @@ def make_task(
     return Task(texts, labels, len(sizes), own, tuple(extra), tuple(queries))
 
 
+def crowd(corpus: Corpus, sizes: Sequence[int]) -> Task:
+    """A task of more texts and classes than the corpus has, each of two of its texts; with names."""
+    classes = len(corpus.class_names)
+
+    def text(c: int, i: int) -> str:
+        own, other = texts_of(corpus, c % classes), texts_of(corpus, (c + c // classes + 1) % classes)
+        return f"{own[i % 16]} {other[i // 16 % 16]}"
+
+    texts = [text(c, i) for c, size in enumerate(sizes) for i in range(size)]
+    labels = [c for c, size in enumerate(sizes) for _ in range(size)]
+    names = [text(c, 15) for c in range(len(sizes))]
+    return Task(texts, labels, len(sizes), names, queries=tuple(text(c, 14) for c in range(3)))
+
+
 def odd_tasks(corpus: Corpus) -> dict[str, Task]:
     identical = make_task(corpus, (3, 3))
     identical.texts = [identical.texts[0]] * 6
@@ -92,6 +106,7 @@ def odd_tasks(corpus: Corpus) -> dict[str, Task]:
         "unlabelled without names": make_task(corpus, (1, 3), unlabelled=5),
         "no label yet": make_task(corpus, (0, 0, 0), names=True, unlabelled=6),
         "one text": make_task(corpus, (1, 0)),
+        "one class, unlabelled": make_task(corpus, (3, 0), names=True, unlabelled=5),
         "one class": make_task(corpus, (3,)),
         "one of two classes": make_task(corpus, (0, 3), names=True),
         "no class of two but one": make_task(corpus, (3, 1, 1)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.heads import reference
 from tests.heads.reference import Task
-from tests.meta.given import LAYERS, ROWS, batch_of, leaves_of, make_learner, make_task, odd_tasks
+from tests.meta.given import LAYERS, ROWS, batch_of, crowd, leaves_of, make_learner, make_task, odd_tasks
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import Encoder
 from textmeta.errors import SettingsError
@@ -55,21 +55,28 @@ def in_batch_order(task: Task) -> Task:
 # -------------------------------------------------------------------------------------------- what a task is learned as
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [*(WAYS[adapt] for adapt in ADAPTS), settings_of(steps=2, entry_step_sizes=True)],
-    ids=[*ADAPTS, "meta-sgd"],
-)
+SPECIFIED = {
+    **{adapt: WAYS[adapt] for adapt in ADAPTS},
+    "meta-sgd": settings_of(steps=2, entry_step_sizes=True),
+    "protonet": settings_of("none", head="prototype"),
+}
+SIZES = (400, 400), (1,) * 150, (3,) * 150, (300, 1, 0)
+
+
+@pytest.mark.parametrize("settings", SPECIFIED.values(), ids=SPECIFIED)
 def test_tasks_are_learned_as_specified(encoder64: Encoder, corpus: Corpus, settings: LearnerSettings) -> None:
     learner = make_learner(encoder64, settings)
     tasks = odd_tasks(corpus)
     if "lora" in settings.adapt:
         tasks = {name: tasks[name] for name in ("unequal", "unlabelled", "identical")}
+    if settings == WAYS["none"]:
+        tasks |= {f"{len(sizes)} classes, {sum(sizes)} texts": crowd(corpus, sizes) for sizes in SIZES}
     tensors = learner.adapter.initialisation.tensors()
     for name, task in tasks.items():
         with torch.no_grad():
             found = learn(learner, [task])[1][0]
-        expected = reference.task_logits(in_batch_order(task), tensors, settings.adapt, plain_read(learner)).detach()
+        given = in_batch_order(task), tensors, settings.adapt, plain_read(learner)
+        expected = reference.task_logits(*given, head=settings.head).detach()
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -132,6 +139,7 @@ def test_tasks_of_a_batch_are_learned_as_one_by_one(
     tasks = {name: task for name, task in odd_tasks(corpus).items() if unlabelled or not task.unlabelled}
     if "lora" in settings.adapt:  # which takes the longest
         tasks = {name: tasks[name] for name in ("name alone", "unequal", "unlabelled", "one text", "identical")}
+    tasks["crowd"] = crowd(corpus, (140, 1, 2))  # of which a step sees a part
     with torch.no_grad():
         found = learn(learner, list(tasks.values()))[1]
         wrong = []

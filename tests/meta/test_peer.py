@@ -31,7 +31,7 @@ with warnings.catch_warnings():
     import torchopt
 
 Tensors = dict[str, Tensor]
-PEFT_PREFIX, STEPS = "base_model.model.", 3
+PEFT_PREFIX, STEPS = "base_model.model.", 6
 
 
 class Peer:
