@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import (
     AutoModel,
     BertConfig,
+    CamembertConfig,
+    DebertaConfig,
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
@@ -48,12 +50,14 @@ SPLIT: dict[str, PreTrainedConfig] = {
     "bert": BertConfig(**SIZES),
     "roberta": RobertaConfig(**SIZES),
     "xlm-roberta": XLMRobertaConfig(**SIZES),
+    "camembert": CamembertConfig(**SIZES),
     "distilbert": DistilBertConfig(
         vocab_size=160, dim=32, n_layers=4, n_heads=4, hidden_dim=64, max_position_embeddings=64, initializer_range=0.2
     ),
     "mpnet": MPNetConfig(**SIZES),
     "electra": ElectraConfig(**SIZES, embedding_size=32),
     "electra-small": ElectraConfig(**SIZES, embedding_size=16),  # embeddings narrower than the layers
+    "deberta": DebertaConfig(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0),
     "deberta-v2": DebertaV2Config(**SIZES, **DEBERTA),
     "deberta-v3": DebertaV2Config(
         **SIZES, **DEBERTA, share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False

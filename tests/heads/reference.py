@@ -181,7 +181,9 @@ def adapted(
     return q, {**factors, **(b if "lora" in adapt else {})}, True
 
 
-def task_logits(task: Task, t: Mapping[str, Tensor], adapt: str, read: Read, rounds: int = 3, head: str = "ridge") -> Tensor:
+def task_logits(
+    task: Task, t: Mapping[str, Tensor], adapt: str, read: Read, rounds: int = 3, head: str = "ridge"
+) -> Tensor:
     """Return (queries, C) logits."""
     q0, labels, n, ways = t["queries"], task.labels, len(task.labels), task.ways
     present = len(set(labels))
