@@ -246,10 +246,10 @@ def task_logits(
         rho = (r0 + r1 * math.log(1 + k) + r2 * math.log(1 + len(task.unlabelled) / (n + ways))).exp()
         hard = [[float(c == label) for c in range(ways)] for label in labels]
         hard = torch.tensor(hard, dtype=q0.dtype).view(n, ways)
+        own = balanced_weights(labels) * (present >= 2)  # one class alone is nothing to regress on
         for _ in range(rounds):
             p = logits("unlabelled", zr).softmax(-1)
             confidence = 1 + (p * p.log()).sum(-1) / math.log(ways)
-            own = balanced_weights(labels) * (present >= 2)  # one class alone is nothing to regress on
             omega = torch.cat([own, rho * confidence])
             fitted = ridge_fit(torch.cat([z, zr]), w, torch.cat([hard, p]) - 1 / ways, omega, penalty)
     return logits("queries", zq)

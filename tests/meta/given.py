@@ -77,10 +77,10 @@ def make_task(
 
 def crowd(corpus: Corpus, sizes: Sequence[int]) -> Task:
     """A task of more texts and classes than the corpus has, each of two of its texts; with names."""
-    classes = len(corpus.class_names)
+    pools = [texts_of(corpus, c) for c in range(len(corpus.class_names))]
 
     def text(c: int, i: int) -> str:
-        own, other = texts_of(corpus, c % classes), texts_of(corpus, (c + c // classes + 1) % classes)
+        own, other = pools[c % len(pools)], pools[(c + c // len(pools) + 1) % len(pools)]
         return f"{own[i % 16]} {other[i // 16 % 16]}"
 
     texts = [text(c, i) for c, size in enumerate(sizes) for i in range(size)]

@@ -57,8 +57,7 @@ def in_batch_order(task: Task) -> Task:
 
 SPECIFIED = {
     **{adapt: WAYS[adapt] for adapt in ADAPTS},
-    "meta-sgd": settings_of(steps=2, entry_step_sizes=True),
-    "protonet": settings_of("none", head="prototype"),
+    **{name: ROWS[name][1] for name in ("meta_sgd-pooling", "protonet-none")},
 }
 SIZES = (400, 400), (1,) * 150, (3,) * 150, (300, 1, 0)
 
