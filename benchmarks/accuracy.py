@@ -118,7 +118,7 @@ def record(arguments: argparse.Namespace, results: Path) -> None:
 
 def recorded(results: Path, adapter: str = SHIPPED.name) -> list[Line]:
     """Return all lines; those of the adapter are called by its variants, those without examples are at 0 shots."""
-    lines = [line for name in (*dict.fromkeys(FILES.values()), OLD) for line in read_lines(results / name, mend=False)]
+    lines = [line for name in (*dict.fromkeys(FILES.values()), OLD) for line in read_lines(results / name)]
     for key in (line["key"] for line in lines):
         if key.get("adapter") == adapter:
             key.pop("adapter")

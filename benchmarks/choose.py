@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=CORE)
     parser.add_argument("--card", type=Path, help="adapter folder whose card shall have its recorded figures")
     arguments = parser.parsed()
-    lines = read_lines(arguments.results, mend=arguments.run)
+    lines = read_lines(arguments.results)
     if arguments.run:
         changes = {"adapt": arguments.adapt} if arguments.adapt else {}
         folders = arguments.adapters or [SHIPPED]
@@ -119,7 +119,7 @@ def main() -> None:
     names = [FIRST, *(folder.name for folder in arguments.adapters or [SHIPPED])]
     found = {
         method: cells
-        for method, cells in scores.accuracies(read_lines(BASELINES, mend=False) + lines, arguments.measure).items()
+        for method, cells in scores.accuracies(read_lines(BASELINES) + lines, arguments.measure).items()
         if "@" not in method or method.partition(" @ ")[2] in names
     }
     print("\n".join(table(found)))

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=24, help="of a corpus")
     parser.add_argument("--results", type=Path, default=RESULTS / "precision.jsonl")
     arguments = parser.parsed()
-    lines = read_lines(arguments.results, mend=arguments.run)
+    lines = read_lines(arguments.results)
     if arguments.run:
         float32, int8 = (Contestant(arguments.adapter, suffix=suffix) for suffix in ("", " int8"))
         bf16 = Contestant(arguments.adapter, precision="bf16", suffix=" bf16")

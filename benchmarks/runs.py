@@ -40,6 +40,8 @@ def made_with(*libraries: str) -> dict[str, Any]:
 def do_missing(runs: Iterable[Run], lines: list[Line], path: Path, told: Mapping[str, Any] | None = None) -> None:
     """Do the runs that no line covers yet, adding one for each to the lines and, at once, to the file.
 
+    A last line of the file that a crash cut short goes.
+
     Args:
         runs: to be done.
         lines: of the file.
@@ -47,6 +49,9 @@ def do_missing(runs: Iterable[Run], lines: list[Line], path: Path, told: Mapping
         told: what else a line says.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.read_bytes() if path.exists() else b""
+    if written and not written.endswith(b"\n"):
+        write_atomically(path, written[: written.rfind(b"\n") + 1])
     for run in tqdm(missing(runs, lines), desc="runs", unit="run"):
         tqdm.write(" ".join(f"{value}" for value in run.key.values()))
         start = time.monotonic()
@@ -81,16 +86,7 @@ def _span(key: Mapping[str, Any]) -> tuple[str, tuple[int, int]]:
     return json.dumps(other, sort_keys=True), (first, first + key.get("episodes", 0))
 
 
-def read_lines(path: Path, *, mend: bool = True) -> list[Line]:
-    """Return the lines of a results file, without a last one that a crash cut short.
-
-    Args:
-        path: of the file.
-        mend: whether to take the cut line off the file; not, where another process may be writing it.
-    """
-    if not path.exists():
-        return []
-    whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
-    if torn and mend:
-        write_atomically(path, (whole + "\n" * bool(whole)).encode())
+def read_lines(path: Path) -> list[Line]:
+    """Return the lines of a results file, without a last one that is cut short, by a crash or while being written."""
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
     return [json.loads(line) for line in whole.splitlines()]

@@ -275,7 +275,7 @@ def main() -> None:
     arguments = parser.parsed()
     if arguments.run:
         record(arguments.data_dir, arguments.results, arguments.folder, arguments.cache, arguments.corpora)
-    show(tables(read_lines(arguments.results, mend=False)), arguments.write)
+    show(tables(read_lines(arguments.results)), arguments.write)
 
 
 if __name__ == "__main__":

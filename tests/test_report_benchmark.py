@@ -183,7 +183,7 @@ def test_arms_are_trained_and_judged_once_and_compared_with_the_base_arm(
 
 def recorded_tables(benchmark: Callable[[str], ModuleType]) -> dict[str, str]:
     accuracy, unseen, runs = benchmark("accuracy"), benchmark("unseen_classes"), benchmark("runs")
-    lines = runs.read_lines(unseen.RESULTS, mend=False)
+    lines = runs.read_lines(unseen.RESULTS)
     made = accuracy.tables(accuracy.recorded(accuracy.RESULTS)) | unseen.tables(lines)
     return made | benchmark("ablation").tables()
 
@@ -201,7 +201,7 @@ def test_figures_in_documents_are_recorded(benchmark: Callable[[str], ModuleType
         text = text.partition("choose.py --data-dir DATA\n```\n")[2].partition("\n\nNames alone")[0]
         assert "| over 0.1" in text
     choose, scores, runs = benchmark("choose"), benchmark("scores"), benchmark("runs")
-    lines = [line for path in (choose.BASELINES, choose.CORE) for line in runs.read_lines(path, mend=False)]
+    lines = [line for path in (choose.BASELINES, choose.CORE) for line in runs.read_lines(path)]
     printed = "\n".join([*tables.values(), *choose.table(scores.accuracies(lines))]).splitlines()
     rows = [[float(figure) for figure in re.findall(FIGURE, row)] for row in printed]
     for line in text.splitlines():
