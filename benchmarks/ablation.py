@@ -155,16 +155,12 @@ def rows(found: Mapping[str, scores.Cells], corpora: Collection[str], arms: Iter
 def main() -> None:
     """Print the table, after running what is missing."""
     parser = Options(__doc__, needs_data=False)
-    parser.add_argument("--run", action="store_true", help="train and judge what is missing")
     parser.add_argument("--train", choices=(*ARMS, *SEARCH), help="train one arm alone")
     parser.add_argument("--choose", action="store_true", help="judge on the choose corpora")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that are judged there")
     parser.add_argument("--episodes", type=int, default=EPISODES, help="of a cell")
     parser.add_argument("--folder", type=Path, default=Path("runs/arms"), help="of the adapters")
     parser.add_argument("--cache", type=Path, default=Path("runs/frozen"), help="states of the frozen layers: 3 GB")
-    parser.add_argument(
-        "--write", action="store_true", help="write the tables into benchmarks/README.md and docs/core.md"
-    )
     arguments = parser.parsed()
     if arguments.train:
         train(arguments.train, arguments.data_dir, arguments.folder, arguments.cache)

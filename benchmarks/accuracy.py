@@ -204,14 +204,12 @@ def goals(
 def main() -> None:
     """Print the tables, after recording what is asked for."""
     parser = Options(__doc__, needs_data=False)
-    parser.add_argument("--run", action="store_true", help="record what is missing")
     parser.add_argument("--quick", action="store_true", help="record few episodes, of the seven corpora, elsewhere")
     parser.add_argument("--draw", action="store_true", help="draw the pictures")
     parser.add_argument("--parts", nargs="+", choices=FILES, default=list(FILES))
     parser.add_argument("--adapter", type=Path, default=SHIPPED)
     parser.add_argument("--device", default="cpu", help="that SetFit runs on")
     parser.add_argument("--results", type=Path, help="folder")
-    parser.add_argument("--write", action="store_true", help="write the tables into README.md and benchmarks/README.md")
     arguments = parser.parsed()
     results = arguments.results or (Path("runs/quick") if arguments.quick else RESULTS)
     if arguments.run or arguments.quick:

@@ -72,17 +72,11 @@ def logistic(support: np.ndarray, labels: np.ndarray, query: np.ndarray) -> np.n
 
 @dataclass(frozen=True)
 class Baseline:
-    """A head on frozen features; a class's name, where an episode has them, is one more example of it.
+    """A head on frozen features; a class's name, where an episode has them, is one more example of it."""
 
-    Args:
-        head: returns class probabilities of support features, labels and query features.
-        views: how many of the upper layers stand side by side.
-        variant: of the episodes.
-    """
-
-    head: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-    views: int = 1
-    variant: str = "plain"
+    head: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # class probabilities of support, labels, queries
+    views: int = 1  # how many of the upper layers stand side by side
+    variant: str = "plain"  # of the episodes
 
     def answer(self, frozen: FrozenViews, episode: Episode) -> np.ndarray:
         """Return the class probabilities of an episode's queries; its texts have been read."""

@@ -26,17 +26,11 @@ REPORT = (*HEADLINE, "trec6", "tweeteval_emotion", "huffpost", "github_issue_typ
 
 @dataclass(frozen=True)
 class Cell:
-    """A corpus at a number of shots, with the classes that have enough rows for it.
+    """A corpus at a number of shots, with the classes that have enough rows for it."""
 
-    Args:
-        corpus: restricted to those classes.
-        shots: support examples of a class.
-        ways: classes of an episode; of a corpus with fewer, all.
-    """
-
-    corpus: Corpus
-    shots: int
-    ways: int = WAYS
+    corpus: Corpus  # restricted to those classes
+    shots: int  # support examples of a class
+    ways: int = WAYS  # of an episode; of a corpus with fewer classes, all
 
     @cached_property
     def _sampler(self) -> EpisodeSampler:

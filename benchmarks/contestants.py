@@ -61,25 +61,15 @@ class KnownStates:
 
 @dataclass(eq=False)
 class Contestant:
-    """An adapter, which is loaded when it is first needed, and what it has read of a corpus.
+    """An adapter, which is loaded when it is first needed, and what it has read of a corpus."""
 
-    Args:
-        folder: of the adapter.
-        changes: of its learner's settings.
-        precision: of the encoder's matrix products.
-        cache: folder for the states of the frozen layers.
-        max_length: tokens of a text, if not as many as the adapter says.
-        name: what results call it, by default as the folder.
-        suffix: what they add to the name of a variant, for what it does otherwise.
-    """
-
-    folder: Path
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    precision: str = "no"
-    cache: Path | None = None
-    max_length: int | None = None
-    name: str = ""
-    suffix: str = ""
+    folder: Path  # of the adapter
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of its learner's settings
+    precision: str = "no"  # of the encoder's matrix products
+    cache: Path | None = None  # folder for the states of the frozen layers
+    max_length: int | None = None  # tokens of a text, if not as many as the adapter says
+    name: str = ""  # what results call it, by default as the folder
+    suffix: str = ""  # what they add to the name of a variant, for what it does otherwise
     corpus: str = field(default="", init=False)
     states: KnownStates = field(init=False)  # of its texts
 

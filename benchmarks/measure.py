@@ -20,6 +20,9 @@ class Options(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--data-dir", type=Path, required=needs_data)
         self.add_argument("--threads", type=int, default=threads)
+        if not needs_data:
+            self.add_argument("--run", action="store_true", help="make and record what is missing")
+            self.add_argument("--write", action="store_true", help="write the tables into the pages that have them")
 
     def parsed(self) -> argparse.Namespace:
         """Parse the command line and set the threads; what reads corpora needs data."""

@@ -21,15 +21,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is worth a line in the results.
+    """A run that is worth a line in the results."""
 
-    Args:
-        key: what it is known by: all that its result depends on; "first" and "episodes" say which episodes it is of.
-        work: does it, and returns what came out.
-    """
-
-    key: dict[str, Any]
-    work: Callable[[], dict[str, Any]]
+    key: dict[str, Any]  # all that its result depends on; "first" and "episodes" say which episodes it is of
+    work: Callable[[], dict[str, Any]]  # does it, and returns what came out
 
 
 def made_with(*libraries: str) -> dict[str, Any]:
@@ -38,15 +33,9 @@ def made_with(*libraries: str) -> dict[str, Any]:
 
 
 def do_missing(runs: Iterable[Run], lines: list[Line], path: Path, told: Mapping[str, Any] | None = None) -> None:
-    """Do the runs that no line covers yet, adding one for each to the lines and, at once, to the file.
+    """Do the runs that no line of a file covers yet, adding one for each, with what else is told, to both at once.
 
     A last line of the file that a crash cut short goes.
-
-    Args:
-        runs: to be done.
-        lines: of the file.
-        path: of the file.
-        told: what else a line says.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.read_bytes() if path.exists() else b""

@@ -266,12 +266,10 @@ def goals(five: Mapping[str, scores.Cells]) -> scores.Rows:
 def main() -> None:
     """Print the tables, after recording what is asked for."""
     parser = Options(__doc__, needs_data=False)
-    parser.add_argument("--run", action="store_true", help="train and record what is missing")
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
     parser.add_argument("--folder", type=Path, default=Path("runs/folds"), help="of the adapters")
     parser.add_argument("--cache", type=Path, default=Path("runs/frozen"), help="states of the frozen layers")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--write", action="store_true", help="write the tables into README.md and benchmarks/README.md")
     arguments = parser.parsed()
     if arguments.run:
         record(arguments.data_dir, arguments.results, arguments.folder, arguments.cache, arguments.corpora)

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 import textmeta
 from tests.conftest import save_tiny_model
-from tests.encoder.given import LANGUAGES, SIZES, TARGETS, hidden_states, rows_of, save_family, save_multilingual
+from tests.encoder.given import LANGUAGES, SIZES, TARGETS, rows_of, save_family, save_multilingual, states_of
 from tests.given import LABELS, NAMES, SUPPORT, TEXTS, Logged, Patch, Shown
 from tests.hub.server import HubServer
 from textmeta import Adapter, FewShotClassifier
@@ -142,7 +142,7 @@ def test_pooling_and_prompt_of_a_sentence_transformers_folder_are_read(
     (folder / PROMPTS).write_text(json.dumps(prompts))
     one = FewShotClassifier(encoder=str(folder)).fit(SUPPORT, LABELS)
     assert (one._adapter.prompt, one._adapter.first_token) == (prompt, first_token)
-    plain = hidden_states(one._reader.encoder, [prompt + text for text in TEXTS])
+    plain = states_of(one._reader.encoder, [prompt + text for text in TEXTS])
     for found, expected in zip(one._reader.read(TEXTS).unpadded(), plain, strict=True):
         last = expected[4:, :1].expand(-1, expected.shape[1], -1) if first_token else expected[4:]
         torch.testing.assert_close(found, torch.cat([expected[2:4], last]), rtol=1e-4, atol=1e-4)

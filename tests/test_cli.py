@@ -1,12 +1,9 @@
 """The command `textmeta`."""
 
-import csv
 import json
 import logging
 import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
@@ -44,12 +41,8 @@ def folder(shared: FewShotClassifier, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(corpus: Corpus, tmp_path: Path) -> Path:
-    """The toy corpus as a CSV file."""
-    with (tmp_path / "toy.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        writer.writerows(zip(corpus.texts, [corpus.class_names[label] for label in corpus.labels], strict=True))
-    return tmp_path / "toy.csv"
+    """The toy corpus as a file."""
+    return write_rows(tmp_path / "toy.jsonl", corpus)
 
 
 @pytest.fixture
@@ -348,17 +341,6 @@ def test_info_of_a_folder_that_is_older_than_some_settings(folder: Path, capsys:
     rewrite_json(folder, "textmeta.json", lambda meta: (meta["encoder"].pop("long_texts"), meta.pop("prompt")))
     main(["info", str(folder)])
     assert "texts are cut at 32 tokens" in capsys.readouterr().out
-
-
-def test_info_loads_no_more_than_it_needs(folder: Path) -> None:
-    heavy = ["torch", "datasets", "transformers", "peft", "jsonargparse"]
-    program = (
-        "import sys; from textmeta.cli import main; main(['info', sys.argv[1]])\n"
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
-    command = [sys.executable, "-c", program, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_command_is_installed_and_lists_its_commands(capsys: Shown) -> None:

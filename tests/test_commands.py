@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -268,10 +269,7 @@ def test_what_cannot_be_used_ends_in_a_line(
 def test_interrupted_has_a_code_of_its_own(
     folder: Path, tmp_path: Path, capsys: Shown, monkeypatch: Patch, error: BaseException, code: int
 ) -> None:
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(FewShotClassifier, "predict_stream", interrupt)
+    monkeypatch.setattr(FewShotClassifier, "predict_stream", Mock(side_effect=error))
     (tmp_path / "a.txt").write_text("bal bel\n", encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
         run("predict", folder, tmp_path / "a.txt")

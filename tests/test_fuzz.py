@@ -78,14 +78,7 @@ def contained(rng: random.Random, parts: list[Any]) -> Any:
         array[place] = part
     frame = pd.DataFrame({"a": pd.Series(array, dtype=object)})
     keys = rng.choices([*STRINGS, *NUMBERS, *LABELS], k=len(parts))
-    others = [
-        tuple(parts),
-        iter(parts),
-        breaking(parts),
-        dict(zip(keys, parts, strict=True)),
-        array,
-        array[:, None],
-    ]
+    others = [tuple(parts), iter(parts), breaking(parts), dict(zip(keys, parts, strict=True)), array, array[:, None]]
     return rng.choice([parts, *others, [parts], frame, frame["a"], frame.assign(b=1), deque(parts)])
 
 
@@ -105,13 +98,7 @@ def odd(rng: random.Random, good: Any) -> Any:
 # the arguments that are right
 TEXT, ONES = {"texts": TEXTS[:3]}, [1.0] * 6
 GOOD: dict[str, dict[str, Any]] = {
-    "fit": {
-        "texts": SUPPORT,
-        "labels": LABELS,
-        "sample_weight": ONES,
-        "label_names": NAMES,
-        "unlabelled": TEXTS[:3],
-    },
+    "fit": {"texts": SUPPORT, "labels": LABELS, "sample_weight": ONES, "label_names": NAMES, "unlabelled": TEXTS[:3]},
     "partial_fit": {"texts": SUPPORT, "labels": LABELS, "classes": ["b", "f", "k"], "sample_weight": ONES},
     "add_class": {"label": "g", "examples": TEXTS[:2], "name": "gur"},
     "remove_class": {"label": "k"},
@@ -123,22 +110,10 @@ GOOD: dict[str, dict[str, Any]] = {
     "nearest_tasks": {"count": 2},
     "get_feature_names_out": {"input_features": None},
     "save_pretrained": {"folder": "saved", "include_support": "texts"},
-    "push_to_hub": {
-        "repo_id": "tester/m",
-        "revision": "main",
-        "include_support": "states",
-        "base_model": "lab/tiny",
-    },
+    "push_to_hub": {"repo_id": "tester/m", "revision": "main", "include_support": "states", "base_model": "lab/tiny"},
     "merge": {"folder": "merged"},
     "from_pretrained": {"name": "nowhere", "revision": "main", "subfolder": "x", "max_length": 16},
-    "set_params": {
-        "adapt": "none",
-        "steps": 1,
-        "max_length": 9,
-        "batch_size": 2,
-        "errors": "raise",
-        "progress": False,
-    },
+    "set_params": {"adapt": "none", "steps": 1, "max_length": 9, "batch_size": 2, "errors": "raise", "progress": False},
 }
 ALWAYS = {"texts", "labels", "label", "folder", "repo_id", "name"}
 

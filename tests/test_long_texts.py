@@ -12,7 +12,6 @@ from tests.given import LABELS, SUPPORT, Patch, adapter_of
 from textmeta import Adapter, FewShotClassifier
 from textmeta.encoder.encoder import Encoder
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import SettingsError
 from textmeta.heads.pooling import pool, to_length_one
 
 LENGTH = 10  # tokens: 8 words between [CLS] and [SEP]
@@ -160,8 +159,3 @@ def test_windows_can_be_cached_and_chosen_from(adapter: Adapter, tmp_path: Path)
     cut.cache(texts[:3], folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     assert not torch.allclose(pool(cut.read(texts, factors), queries)[1], expected[1], atol=0.01)
-
-
-def test_other_ways_are_refused(adapter: Adapter) -> None:
-    with pytest.raises(SettingsError, match="long_texts must be one of 'cut', 'window', given 'split'"):
-        of(adapter, long_texts="split").fit(SUPPORT, LABELS)

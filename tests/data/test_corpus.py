@@ -130,14 +130,6 @@ ROWS = map(json.loads, (files(bundled) / "everyday.jsonl").read_text(encoding="u
 DOMAINS = {(row["label"], row["domain"]) for row in ROWS}
 
 
-def test_module_docstring_counts_right() -> None:
-    (each,) = set(np.bincount(CORPUS.labels).tolist())
-    domains = {domain for _, domain in DOMAINS}
-    said = f"{len(CORPUS.class_names)} classes of {each} utterances in {len(domains)} domains"
-    assert said in (bundled.__doc__ or "")
-    assert sorted(label for label, _ in DOMAINS) == sorted(CORPUS.class_names), "a class has one domain"
-
-
 def test_texts_are_unique_whatever_their_case_and_punctuation() -> None:
     count = Counter(" ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())) for text in CORPUS.texts)
     assert [text for text, number in count.items() if number > 1] == []

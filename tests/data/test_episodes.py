@@ -20,14 +20,8 @@ def numbered(name: str = "numbered", classes: int = 6, rows: int = 12) -> Corpus
 
 
 def content(episode: Episode) -> tuple:
-    return (
-        episode.corpus,
-        episode.class_names,
-        episode.support_texts,
-        tuple(episode.support_labels),
-        episode.query_texts,
-        tuple(episode.query_labels),
-    )
+    e = episode
+    return e.corpus, e.class_names, e.support_texts, tuple(e.support_labels), e.query_texts, tuple(e.query_labels)
 
 
 def shots_of(episode: Episode) -> list[int]:

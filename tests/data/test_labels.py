@@ -1,7 +1,6 @@
 """Texts, labels and names as users give them."""
 
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from textmeta.data.labels import (
-    checked_labels,
-    checked_texts,
-    checked_weights,
-    plain,
-    read_labels,
-    readable_name,
-    task_classes,
-)
+from textmeta.data.labels import checked_labels, checked_texts, plain, read_labels, readable_name, task_classes
 from textmeta.errors import AdapterError, DataError
 
 CARDS = ["lost", "arrived", "lost"]
@@ -106,13 +97,6 @@ def test_half_of_a_character_may_be_replaced() -> None:
         checked_texts(["\ud83d", None], "fit", errors="replace")
 
 
-def test_a_weight_that_is_no_float_is_named() -> None:
-    assert checked_weights([1, np.float32(0.5), Fraction(1, 4), True], 4) == [1.0, 0.5, 0.25, 1.0]
-    for weight in (10**400, float("nan"), -1, "2"):
-        with pytest.raises(DataError, match=r"^sample_weight, row 1: expected a finite number from 0, given"):
-            checked_weights([1, weight], 2)
-
-
 def test_labels_become_pythons_own() -> None:
     given = [np.str_("a"), np.int64(3), np.float32(0.5), np.bool_(True), torch.tensor(7), "b", 2**70]
     found = checked_labels(given)  # type: ignore[arg-type]
@@ -188,11 +172,7 @@ def test_a_list_names_the_sorted_classes(kind: Any) -> None:
         (["lost"], "auto", r"at least 2 classes, found 1: \['lost'\]"),
         (CARDS, {"arrived": "a", "lots": "b", "x": "c"}, "label 'lost' has no name .* 2 without .* nearest 'lots'"),
         ([0, 1], {"0": "a", "1": "b"}, "label 0 has no name in label_names.* nearest '0'; .*: 0, 1 left out"),
-        (
-            CARDS,
-            {"arrived": "a"},
-            "^fit: label 'lost' has no name in label_names; expected a name for every class: 'lost' left out",
-        ),
+        (CARDS, {"arrived": "a"}, "^fit: label 'lost' has no name in label_names; .* every class: 'lost' left out"),
         (CARDS, {}, "no name in label_names; expected a name for every class: 'lost', 'arrived' left out"),
         (CARDS, ["a"], "^fit: label_names has 1 names for 2 classes: 'arrived', 'lost'"),
         (CARDS, {"arrived": "a", "lost": ""}, "^fit, label_names of 'lost': text is empty"),

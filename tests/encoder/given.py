@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,23 +12,7 @@ from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    BertConfig,
-    CamembertConfig,
-    DebertaConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    ElectraConfig,
-    EuroBertConfig,
-    MegatronBertConfig,
-    ModernBertConfig,
-    MPNetConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    XLMRobertaConfig,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedTokenizerFast
 
 from tests.conftest import WORDS, save_tiny_model
 from textmeta.encoder.encoder import Encoder
@@ -45,30 +30,24 @@ SIZES = {
     "initializer_range": 0.2,
     "pad_token_id": 0,
 }
-DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "type_vocab_size": 0}
+DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
+DEBERTA_2 = {**DEBERTA, "position_buckets": 8}
+DEBERTA_3 = {**DEBERTA_2, "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
+MODERNBERT = {"global_attn_every_n_layers": 3, "local_attention": 8, "cls_token_id": 2, "sep_token_id": 3}
+of = partial(AutoConfig.for_model, **SIZES)
 SPLIT: dict[str, PreTrainedConfig] = {
-    "bert": BertConfig(**SIZES),
-    "roberta": RobertaConfig(**SIZES),
-    "xlm-roberta": XLMRobertaConfig(**SIZES),
-    "camembert": CamembertConfig(**SIZES),
-    "distilbert": DistilBertConfig(
-        vocab_size=160, dim=32, n_layers=4, n_heads=4, hidden_dim=64, max_position_embeddings=64, initializer_range=0.2
-    ),
-    "mpnet": MPNetConfig(**SIZES),
-    "electra": ElectraConfig(**SIZES, embedding_size=32),
-    "electra-small": ElectraConfig(**SIZES, embedding_size=16),  # embeddings narrower than the layers
-    "deberta": DebertaConfig(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0),
-    "deberta-v2": DebertaV2Config(**SIZES, **DEBERTA),
-    "deberta-v3": DebertaV2Config(
-        **SIZES, **DEBERTA, share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False
-    ),
-    "modernbert": ModernBertConfig(
-        **SIZES, global_attn_every_n_layers=3, local_attention=8, cls_token_id=2, sep_token_id=3
-    ),
+    **{kind: of(kind) for kind in ("bert", "roberta", "xlm-roberta", "camembert", "mpnet")},
+    "distilbert": of("distilbert", hidden_dim=64),
+    "electra": of("electra", embedding_size=32),
+    "electra-small": of("electra", embedding_size=16),  # embeddings narrower than the layers
+    "deberta": of("deberta", **DEBERTA),
+    "deberta-v2": of("deberta-v2", **DEBERTA_2),
+    "deberta-v3": of("deberta-v2", **DEBERTA_3),
+    "modernbert": of("modernbert", **MODERNBERT),
 }
 UNSPLIT: dict[str, PreTrainedConfig] = {
-    "megatron-bert": MegatronBertConfig(**SIZES),  # has a layer norm after the layers that both halves would run
-    "eurobert": EuroBertConfig(**SIZES, num_key_value_heads=2),  # its heads share keys and values
+    "megatron-bert": of("megatron-bert"),  # has a layer norm after the layers that both halves would run
+    "eurobert": of("eurobert", num_key_value_heads=2),  # its heads share keys and values
 }
 FAMILIES = SPLIT | UNSPLIT
 TARGETS = {"megatron-bert": ("query", "value"), "eurobert": ("q_proj", "v_proj")}  # there are no default ones
@@ -123,7 +102,7 @@ def moved_factors(encoder: Encoder, seed: int = 0) -> dict[str, Tensor]:
     return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in start.items()}
 
 
-def hidden_states(encoder: Encoder, texts: list[str], factors: dict[str, Tensor] | None = None) -> list[Tensor]:
+def states_of(encoder: Encoder, texts: list[str], factors: dict[str, Tensor] | None = None) -> list[Tensor]:
     """Return transformers' hidden states (layers + 1, length, d) of each text alone, with PEFT's own LoRA if given."""
     model = AutoModel.from_pretrained(encoder.settings.model, dtype=torch.float32)
     if factors is not None:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel
 
 from tests.encoder.given import TEXTS, assert_close, moved_factors, save_family
 from tests.given import Logged, Patch
 from textmeta.encoder import encoder as module
-from textmeta.encoder.attention import attention_by, plain_attention, use_switched_attention
+from textmeta.encoder.attention import attention_by, plain_attention
 from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraLinear, LoraSettings, using_factors, zero_start
 from textmeta.encoder.token_states import TokenStateReader
@@ -155,52 +154,21 @@ def test_settings_that_cannot_be_are_named(tiny_model: str, wrong: dict, error: 
         Encoder(EncoderSettings(tiny_model), LoraSettings(**wrong))
 
 
-# Attention that can be differentiated twice: the choice does not outlive its block
+def test_second_derivatives_exist_only_inside(encoder: Encoder) -> None:
+    """Attention that can be differentiated twice does not outlive its block, nor an error in it."""
+    reader, factors = TokenStateReader(encoder), moved_factors(encoder)
 
+    def curvature() -> Tensor:
+        leaves = {name: value.clone().requires_grad_() for name, value in factors.items()}
+        loss = torch.cat([part.flatten() for part in reader.read(TEXTS[:2], leaves).unpadded()]).square().sum()
+        gradients = torch.autograd.grad(loss, [*leaves.values()], create_graph=True)
+        return torch.autograd.grad(sum(part.square().sum() for part in gradients), [*leaves.values()])[0]
 
-IDS = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])
-MASK = (IDS > 0).long()
-
-
-@pytest.fixture(scope="module")
-def model() -> BertModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-            initializer_range=0.3,
-        )  # fmt: skip
-        model = BertModel(config, add_pooling_layer=False).double().eval().requires_grad_(False)
-    use_switched_attention(model)
-    return model
-
-
-def states(model: BertModel, embeddings: Tensor) -> Tensor:
-    return model(inputs_embeds=embeddings, attention_mask=MASK).last_hidden_state[MASK.bool()]
-
-
-def start(model: BertModel) -> Tensor:
-    return model.embeddings.word_embeddings(IDS).clone().requires_grad_()
-
-
-def curvature(model: BertModel, embeddings: Tensor) -> Tensor:
-    (gradient,) = torch.autograd.grad(states(model, embeddings).square().sum(), embeddings, create_graph=True)
-    return torch.autograd.grad(gradient.square().sum(), embeddings)[0]
-
-
-def test_second_derivatives_exist_only_inside(model: BertModel) -> None:
-    embeddings = start(model)
     with attention_by(plain_attention):
-        assert curvature(model, embeddings).isfinite().all()
+        assert curvature().isfinite().all()
     with pytest.raises(RuntimeError, match="not implemented"):  # the fast kernels are back
-        curvature(model, embeddings)
+        curvature()
     with pytest.raises(ZeroDivisionError), attention_by(plain_attention):
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="not implemented"):  # after an error, too
-        curvature(model, embeddings)
-
-
-def test_eager_models_are_left_alone(model: BertModel) -> None:
-    eager = BertModel._from_config(model.config, attn_implementation="eager")
-    use_switched_attention(eager)
-    assert eager.config._attn_implementation == "eager"
+        curvature()

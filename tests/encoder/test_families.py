@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.encoder.given import (
-    FAMILIES,
-    TARGETS,
-    TEXTS,
-    UNSPLIT,
-    assert_close,
-    hidden_states,
-    moved_factors,
-    save_family,
-)
+from tests.encoder.given import FAMILIES, TARGETS, TEXTS, UNSPLIT, assert_close, moved_factors, save_family, states_of
 from tests.given import Logged, doubled
 from textmeta.encoder.attention import attention_by, plain_attention
 from textmeta.encoder.encoder import Encoder, EncoderSettings
@@ -44,7 +35,7 @@ def test_states_are_those_of_transformers(family: str, lora_layers: int, tmp_pat
     assert encoder.frozen_layers == (None if family in UNSPLIT else 4 - lora_layers)
     assert ("cannot be split" in caplog.text) == (family in UNSPLIT)
     texts, factors = TEXTS[:12], moved_factors(encoder)
-    plain, adapted = hidden_states(encoder, texts), hidden_states(encoder, texts, factors)
+    plain, adapted = states_of(encoder, texts), states_of(encoder, texts, factors)
     assert max(state.shape[1] for state in plain) == 16, "some are cut"
     assert all((one - other)[-1].abs().max() > 0.01 for one, other in zip(plain, adapted, strict=True))
     for layers in ([0, 1, 2, 3, 4], [1, 4], [0, 2], [1], [3]):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,14 +21,7 @@ from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import DataError, DivergedError, SettingsError
 from textmeta.meta import evaluation
 from textmeta.meta.batch import Rows, TaskBatch
-from textmeta.meta.evaluation import (
-    EpisodeScores,
-    format_table,
-    frozen_prototypes,
-    paired_difference,
-    score_episodes,
-    summary,
-)
+from textmeta.meta.evaluation import EpisodeScores, frozen_prototypes, paired_difference, score_episodes, summary
 from textmeta.meta.initialisation import LearnerSettings
 from textmeta.meta.learner import TaskLearner
 
@@ -178,7 +172,7 @@ def test_what_cannot_be_scored_is_an_error(encoder: Encoder, episodes: list[Epis
 def test_the_table_has_a_row_a_result() -> None:
     before, after = scores([0.25, 0.75, 0.5]), scores([0.5, 1.0, 0.75])
     results = {"frozen": summary(before), "adapter": {**summary(after), "paired": paired_difference(after, before)}}
-    head, line, first, second = format_table(results).splitlines()
+    head, line, first, second = evaluation.format_table(results).splitlines()
     assert [cell.strip() for cell in head.split("|")][1:4] == ["accuracy", "macro-F1", "NLL"]
     assert set(line) == {"-", "+"}
     assert first.split(" | ")[:2] == ["frozen ", "50.00 ± 62.10"]
@@ -199,10 +193,7 @@ def test_errors_on_episodes_name_them(
 ) -> None:
     learner = make_learner(encoder64, LearnerSettings((1, 3, 4), steps=2))
 
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(TaskLearner, "answer", fail)
+    monkeypatch.setattr(TaskLearner, "answer", Mock(side_effect=error))
     with pytest.raises(kind, match=said) as found:
         score_episodes(learner, episodes)
     if kind is RuntimeError:

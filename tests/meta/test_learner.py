@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.heads import reference
+from tests.heads.given import examples_of
 from tests.heads.reference import Task
 from tests.meta.given import LAYERS, ROWS, batch_of, crowd, leaves_of, make_learner, make_task, odd_tasks
 from textmeta.data.corpus import Corpus
 from textmeta.encoder.encoder import Encoder
 from textmeta.errors import SettingsError
-from textmeta.heads.common import Examples
 from textmeta.meta.batch import rows_in_turn
 from textmeta.meta.initialisation import LearnerSettings
 from textmeta.meta.learner import LearnedTask, TaskLearner
@@ -221,15 +221,6 @@ def test_what_tells_the_scope_is_finite_in_odd_tasks(encoder64: Encoder, corpus:
 # ---------------------------------------------------------------------------------------------- rows in turn
 
 
-def examples_of(*sizes: Sequence[int]) -> Examples:
-    """Tasks whose classes have so many examples, classes interleaved as they come."""
-    rng = np.random.default_rng(0)
-    labels = [rng.permutation(np.repeat(np.arange(len(part)), part)) for part in sizes]
-    width = max(map(len, labels))
-    rows = [[*part.tolist(), *[-1] * (width - len(part))] for part in labels]
-    return Examples.of(torch.tensor(rows), torch.tensor([len(part) for part in sizes]), torch.float64)
-
-
 CROWDS = {
     "two large": [300, 300],
     "one small": [3, 200],
@@ -245,7 +236,8 @@ CROWDS = {
 @pytest.mark.parametrize("sizes", CROWDS.values(), ids=CROWDS.keys())
 def test_a_step_of_a_large_task_is_bounded(sizes: list[int]) -> None:
     """And everything is seen in turn."""
-    examples = examples_of(sizes)
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    examples = examples_of([labels.tolist()], [len(sizes)])
     several = examples.member[0].sum(0) >= 2
     steps = [rows_in_turn(examples, step)[0] for step in range(40)]
     due = (examples.member[0] * several).sum(-1) > 0

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -144,12 +145,6 @@ def test_full_or_refusing_disk_is_named_and_harms_nothing(tmp_path: Path, monkey
     folder = tmp_path / "adapter"
     write_folder(folder, OLD)
 
-    def fail(error: BaseException) -> Callable[..., Any]:
-        def failing(*_: Any) -> None:
-            raise error
-
-        return failing
-
     full, refused = OSError(errno.ENOSPC, "No space left on device"), r"cannot write the adapter .*/adapter: .*a\.dat"
     for target, name, error, kind, message in (
         (os, "fsync", full, AdapterError, f"{refused}: No space left"),
@@ -158,7 +153,7 @@ def test_full_or_refusing_disk_is_named_and_harms_nothing(tmp_path: Path, monkey
     ):
         (folder / "notes.txt").write_text("mine")
         with monkeypatch.context() as patch:
-            patch.setattr(target, name, fail(error))
+            patch.setattr(target, name, Mock(side_effect=error))
             with pytest.raises(kind, match=message):
                 write_folder(folder, NEW)
         assert read_folder(folder) == OLD

@@ -26,17 +26,7 @@ import torch
 from torch import Tensor
 
 from tests.given import Patch
-from tests.sharing.made import (
-    FITTED,
-    LISTED,
-    LORA_A,
-    fit,
-    make_adapter,
-    make_reader,
-    rewrite,
-    rewrite_json,
-    rewrite_tensors,
-)
+from tests.sharing import made
 from textmeta.cli import main
 from textmeta.errors import TextMetaError
 from textmeta.sharing.folder import MANIFEST
@@ -71,9 +61,9 @@ def world(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good scene, to be copied."""
     scene = Scene.at(tmp_path_factory.mktemp("world"))
     shutil.copytree(tiny_model, scene.encoder)
-    reader = make_reader(str(scene.encoder))
-    adapter = make_adapter(reader, adapt="pooling+lora")
-    save_adapter(scene.adapter, adapter, fit(reader, adapter, keep=True))
+    reader = made.make_reader(str(scene.encoder))
+    adapter = made.make_adapter(reader, adapt="pooling+lora")
+    save_adapter(scene.adapter, adapter, made.fit(reader, adapter, keep=True))
     for name in ("adapter", "encoder"):
         shutil.copytree(scene.root / name, scene.secrets / name)
     words = json.loads((scene.encoder / TOKENIZER).read_text())["model"]["vocab"]
@@ -241,7 +231,7 @@ def all_of(*damages: Damage) -> Damage:
 
 def put(name: str, content: bytes) -> Damage:
     """Give a listed file of the adapter another content and the right hash."""
-    return lambda scene: rewrite(scene.adapter, name, content)
+    return lambda scene: made.rewrite(scene.adapter, name, content)
 
 
 def change(name: str, place: str = "", **new: object) -> Damage:
@@ -252,14 +242,14 @@ def change(name: str, place: str = "", **new: object) -> Damage:
             found = found[part]
         found.update(new)
 
-    return lambda scene: rewrite_json(scene.adapter, name, update)
+    return lambda scene: made.rewrite_json(scene.adapter, name, update)
 
 
 meta, classes, config = partial(change, META), partial(change, CLASSES), partial(change, CONFIG)
 
 
 def tensors(name: str, act: Callable[[dict[str, Tensor]], object]) -> Damage:
-    return lambda scene: rewrite_tensors(scene.adapter, name, act)
+    return lambda scene: made.rewrite_tensors(scene.adapter, name, act)
 
 
 def raw(path: str, content: bytes) -> Damage:
@@ -367,7 +357,7 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
     "largest sizes": (all_of(meta("learner", steps=50, entry_step_sizes=True),
         tensors(TENSORS, lambda found: found.update(queries=torch.zeros(0, 2**50)))), f"{TENSORS}: "),
     # tensors
-    "factor of another shape": (tensors(WEIGHTS, lambda found: found.update({LORA_A: torch.zeros(2**40, 0)})),
+    "factor of another shape": (tensors(WEIGHTS, lambda found: found.update({made.LORA_A: torch.zeros(2**40, 0)})),
         rf"{WEIGHTS}: .*{2**40}"),
     # JSON and settings
     "JSON that is nested": (put(META, NESTED), f"{META} {NO_JSON}"),
@@ -492,7 +482,7 @@ def changed_header(rng: random.Random, content: bytes) -> bytes:
     return safetensors(bytes(text), body)
 
 
-@pytest.mark.parametrize("name", [*LISTED, *FITTED])
+@pytest.mark.parametrize("name", [*made.LISTED, *made.FITTED])
 def test_file_changed_at_random_is_refused_or_loaded(scene: Scene, name: str) -> None:
     rng, path = random.Random(0), scene.adapter / name
     good, hashes = path.read_bytes(), (scene.adapter / MANIFEST).read_bytes()
@@ -502,7 +492,7 @@ def test_file_changed_at_random_is_refused_or_loaded(scene: Scene, name: str) ->
             content = json.dumps(changed_json(rng, json.loads(good))).encode() if as_json else changed_header(rng, good)
             if content == good:
                 continue
-            rewrite(scene.adapter, name, content)
+            made.rewrite(scene.adapter, name, content)
             message = refusal(lambda: load_adapter(scene.adapter))
             assert not message or re.search(r"\.json|\.safetensors", message), content[:3000]
             path.write_bytes(good)

@@ -184,13 +184,6 @@ def test_silent_hub_is_not_waited_for(hub: HubServer, pushed: Adapter, fitted: F
     assert time.monotonic() - began < 20
 
 
-def test_snapshot_folder_of_the_cache_can_be_named(hub: HubServer, pushed: Adapter) -> None:
-    push(pushed)
-    load_adapter(ADAPTER)
-    assert (snapshot() / WEIGHTS).is_symlink()
-    assert found_at(snapshot()).kind == "folder"
-
-
 # Errors
 
 
