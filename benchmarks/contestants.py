@@ -20,7 +20,6 @@ from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import Entering, TokenStateReader, TokenStates
 from textmeta.heads.scope import scope_probability
 from textmeta.meta.adapter import Adapter
-from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import in_parts
 from textmeta.meta.learner import TaskLearner
 from textmeta.sharing.store import load_adapter
@@ -129,9 +128,7 @@ class Contestant:
 @torch.no_grad()
 def probabilities(learner: TaskLearner, episodes: Sequence[Episode]) -> list[np.ndarray]:
     """Learn the tasks of episodes together, and classify their queries."""
-    task = learner.learn(TaskBatch.of_episodes(episodes))
-    queries = Rows.of([e.query_texts for e in episodes], torch.device("cpu"))
-    found = learner.answer(task, queries).logits.double().softmax(-1).numpy()
+    found = learner.answer_episodes(episodes).logits.double().softmax(-1).numpy()
     return [rows[: len(e.query_texts), : e.ways] for rows, e in zip(found, episodes, strict=True)]
 
 
@@ -141,8 +138,7 @@ def scope_scores(learner: TaskLearner, episode: Episode) -> tuple[np.ndarray, np
     rule = learner.adapter.scope
     if rule is None:
         raise SystemExit("the adapter has no rule for what is out of scope")
-    task = learner.learn(TaskBatch.of_episodes([episode]))
-    answers = learner.answer(task, Rows.of([episode.query_texts], torch.device("cpu")))
+    answers = learner.answer_episodes([episode])
     scores = scope_probability(rule.double(), answers.scope_inputs[0].double())
     return scores.numpy(), answers.logits[0].softmax(-1).amax(-1).numpy()
 

@@ -244,7 +244,7 @@ def share_rows(data_dir: Path, texts: int, repeats: int) -> Iterator[list[str]]:
     """Yield where the time of predicting mixed texts goes, and the share of the machine's matrix-product peak."""
     mixed = columns(data_dir, texts)["mixed"]
     classifier = FewShotClassifier(precision="no", device="cpu", progress=False).fit(*examples(data_dir, 5, 5))
-    reader, factors = classifier._reader, classifier._adapter.initialisation.lora
+    reader, factors = classifier._learner.reader, classifier._adapter.initialisation.lora
     square = torch.rand(2048, 2048)
     runs = {
         "all of predict": lambda: classifier.predict(mixed),

@@ -142,8 +142,8 @@ def test_pooling_and_prompt_of_a_sentence_transformers_folder_are_read(
     (folder / PROMPTS).write_text(json.dumps(prompts))
     one = FewShotClassifier(encoder=str(folder)).fit(SUPPORT, LABELS)
     assert (one._adapter.prompt, one._adapter.first_token) == (prompt, first_token)
-    plain = states_of(one._reader.encoder, [prompt + text for text in TEXTS])
-    for found, expected in zip(one._reader.read(TEXTS).unpadded(), plain, strict=True):
+    plain = states_of(one._learner.reader.encoder, [prompt + text for text in TEXTS])
+    for found, expected in zip(one._learner.reader.read(TEXTS).unpadded(), plain, strict=True):
         last = expected[4:, :1].expand(-1, expected.shape[1], -1) if first_token else expected[4:]
         torch.testing.assert_close(found, torch.cat([expected[2:4], last]), rtol=1e-4, atol=1e-4)
     one.save_pretrained(tmp_path / "saved")
@@ -211,8 +211,8 @@ def test_any_language_from_files_to_answers(family: str, tmp_path: Path, monkeyp
         shown = capsys.readouterr().out
         assert f"classes    3: {', '.join(sorted(classes))}" in shown
         assert re.search(f"on +.*{language}: {len(texts)} texts, 3 classes", shown)
-    unknown = one._reader.encoder.tokenizer.unk_token_id
-    assert unknown not in one._reader.encoder.tokenizer(list(texts))["input_ids"][0]
+    unknown = one._learner.reader.encoder.tokenizer.unk_token_id
+    assert unknown not in one._learner.reader.encoder.tokenizer(list(texts))["input_ids"][0]
 
 
 def test_the_device_is_what_there_is(default: Adapter, monkeypatch: Patch) -> None:
@@ -221,7 +221,7 @@ def test_the_device_is_what_there_is(default: Adapter, monkeypatch: Patch) -> No
         monkeypatch.setattr("torch.cuda.is_available", lambda there=cuda: there)
         monkeypatch.setattr("torch.backends.mps.is_available", lambda there=mps: there)
         assert device_of(None) == torch.device(expected)
-    assert FewShotClassifier()._reader.encoder.device == torch.device("cpu")
+    assert FewShotClassifier()._learner.reader.encoder.device == torch.device("cpu")
 
 
 def test_it_moves_fitted_or_not(default: Adapter) -> None:

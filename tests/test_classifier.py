@@ -80,8 +80,8 @@ def test_bfloat16_is_used_where_it_is_faster(tiny_model: str, tmp_path: Path, mo
     monkeypatch.setattr(estimator, "best_precision", lambda device: "bf16")
     coarse = FewShotClassifier(adapter_of(tiny_model)).fit(SUPPORT, LABELS)
     exact = FewShotClassifier(coarse.adapter, precision="no").fit(SUPPORT, LABELS)
-    assert (coarse._reader.encoder.precision, exact._reader.encoder.precision) == ("bf16", "no")
-    assert FewShotClassifier(coarse.adapter, precision="bf16")._reader is coarse._reader
+    assert (coarse._learner.reader.encoder.precision, exact._learner.reader.encoder.precision) == ("bf16", "no")
+    assert FewShotClassifier(coarse.adapter, precision="bf16")._learner.reader is coarse._learner.reader
     expected = exact.predict_proba(TEXTS)
     coarse.save_pretrained(tmp_path / "coarse")
     elsewhere = FewShotClassifier.from_pretrained(tmp_path / "coarse", precision="no")

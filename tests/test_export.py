@@ -129,8 +129,8 @@ def test_a_prompt_and_the_first_token(tmp_path: Path) -> None:
     told = {"prompts": {"q": "bal bel "}, "default_prompt_name": "q"}
     (model / "config_sentence_transformers.json").write_text(json.dumps(told))
     fitted = FewShotClassifier(adapter=None, encoder=str(model), max_length=32).fit(SUPPORT, LABELS)
-    assert fitted._reader.encoder.prompt
-    assert fitted._reader.encoder.first_token
+    assert fitted._learner.reader.encoder.prompt
+    assert fitted._learner.reader.encoder.first_token
     found = exported(fitted, tmp_path / "onnx")
     np.testing.assert_allclose(found.predict_proba(TEXTS), fitted.predict_proba(TEXTS), atol=1e-5)
 
@@ -183,7 +183,7 @@ def test_the_head_is_fitted_on_the_int8_states(fitted: FewShotClassifier, tmp_pa
     assert any(node.op_type == "MatMulInteger" for node in states.graph.node)
     assert not torch.equal(task.weights, fitted._now().task.weights)
     # what the task learner says of the states of this graph is what the exported one says
-    learner = TaskLearner(graph.GraphReader(states, fitted._reader.encoder), adapter)
+    learner = TaskLearner(graph.GraphReader(states, fitted._learner.reader.encoder), adapter)
     logits = learner.answer_all(task, TEXTS).logits[0]
     np.testing.assert_allclose(found.predict_proba(TEXTS), logits.softmax(-1), atol=1e-5)
     np.testing.assert_allclose(found.predict_proba(TEXTS), fitted.predict_proba(TEXTS), atol=0.1)

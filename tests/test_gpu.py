@@ -63,7 +63,7 @@ def test_an_adapter_trained_on_a_gpu_is_used_on_the_cpu(tiny_model: str, corpus:
 def test_a_fitted_classifier_moves_and_its_pickle_holds_no_tensor_of_the_gpu(adapt: str, tiny_model: str) -> None:
     adapter = adapter_of(tiny_model, adapt=adapt).to(torch.device("cuda"))
     fitted = FewShotClassifier(adapter).fit(SUPPORT, LABELS)
-    assert fitted._reader.encoder.device.type == "cuda", "what there is"
+    assert fitted._learner.reader.encoder.device.type == "cuda", "what there is"
     expected = fitted.predict_proba(TEXTS)
     np.testing.assert_allclose(fitted.to("cpu").predict_proba(TEXTS), expected, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(fitted.to("cuda").predict_proba(TEXTS), expected, rtol=1e-5, atol=1e-5)

@@ -57,7 +57,7 @@ def test_cut_examples_are_told_once_with_their_rows_as_given(tiny_model: str) ->
 
 def test_each_text_is_tokenized_once(adapter: Adapter, monkeypatch: Patch) -> None:
     one, seen = of(adapter), []
-    tokenizer = one._reader.encoder.tokenizer
+    tokenizer = one._learner.reader.encoder.tokenizer
     call = type(tokenizer).__call__
     monkeypatch.setattr(
         type(tokenizer), "__call__", lambda self, texts, **more: seen.extend(texts) or call(self, texts, **more)
@@ -69,7 +69,7 @@ def test_each_text_is_tokenized_once(adapter: Adapter, monkeypatch: Patch) -> No
 def test_what_fits_is_not_told_and_training_tells_nothing(fitted: FewShotClassifier) -> None:
     words = LONG.split()
     fitted.predict(["", " ".join(words[:8])])  # warnings are errors here
-    fitted._reader.read([LONG, "卡"])
+    fitted._learner.reader.read([LONG, "卡"])
     with pytest.warns(UserWarning, match="1 of 1 texts are cut"):
         fitted.predict([" ".join(words[:9])])
 
@@ -84,7 +84,7 @@ def windows_of(words: list[str]) -> list[str]:
 
 
 def test_a_long_text_is_the_mean_of_its_windows(adapter: Adapter) -> None:
-    reader = of(adapter, long_texts="window")._reader
+    reader = of(adapter, long_texts="window")._learner.reader
     queries = adapter.initialisation.queries
     texts = [SHORT, LONG, "", " ".join(LONG.split()[:8]), "bal " * 70]
     found = pool(reader.read(texts), queries)

@@ -116,7 +116,7 @@ def test_others_have_an_encoder_of_their_own(other: Same, adapter: Adapter, tmp_
     expected = first.predict_proba(TEXTS)
     loads.clear()
     second = other(first, tmp_path).fit(SUPPORT, LABELS)
-    assert second._reader is not first._reader
+    assert second._learner.reader is not first._learner.reader
     assert len(loads) == 1
     np.testing.assert_array_equal(first.predict_proba(TEXTS), expected)
 
@@ -124,8 +124,8 @@ def test_others_have_an_encoder_of_their_own(other: Same, adapter: Adapter, tmp_
 def test_memory_is_freed_with_the_last_classifier(adapter: Adapter) -> None:
     first = FewShotClassifier(adapter).fit(SUPPORT, LABELS)
     second = clone(first).fit(SUPPORT, LABELS)
-    encoder = weakref.ref(first._reader.encoder)
-    assert second._reader.encoder is encoder()
+    encoder = weakref.ref(first._learner.reader.encoder)
+    assert second._learner.reader.encoder is encoder()
     del first
     gc.collect()
     assert encoder() is not None
@@ -156,12 +156,12 @@ def test_threads_load_an_encoder_once(adapter: Adapter, loads: list[str]) -> Non
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: FewShotClassifier(adapter).fit(SUPPORT, LABELS), range(8)))
     assert len(loads) == 1
-    assert len({id(one._reader) for one in made}) == 1
+    assert len({id(one._learner.reader) for one in made}) == 1
 
 
 @pytest.mark.parametrize("length", [16, 100])
 def test_a_probe_changes_nothing_that_others_read_by(length: int, adapter: Adapter, monkeypatch: Patch) -> None:
-    reader = FewShotClassifier(adapter, max_length=length)._reader
+    reader = FewShotClassifier(adapter, max_length=length)._learner.reader
     tokenizer, changes = reader.encoder.tokenizer, []
     enable = type(tokenizer).set_truncation_and_padding  # type: ignore[attr-defined]
 

@@ -40,8 +40,6 @@ from textmeta.predicting import PredictsTexts
 from textmeta.sharing.store import Fitted
 from textmeta.sharing.support import Example, FitInputs
 
-__all__ = ["FewShotClassifier", "NotFittedError"]
-
 NOT_FINITE = "the adapter makes numbers of this task that are not finite; it is not usable"
 _LEFT_OUT: WeakKeyDictionary[Fitted, LeftOut] = WeakKeyDictionary()  # goes with the task, and into no pickle
 

@@ -16,9 +16,6 @@ from typing import Any
 from textmeta.errors import AdapterError, TextMetaError, TrainingInterrupted
 from textmeta.progress import is_first_process
 
-__all__ = ["main"]
-
-
 EXIT_CODES = (
     "Exit codes: 0 done, also where the reader of a pipe has had enough; 1 a fault of textmeta's own; 2 wrong usage or "
     "input, told in one line; 130 interrupted (SIGINT); 143 terminated (SIGTERM)."
@@ -26,11 +23,7 @@ EXIT_CODES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command ``textmeta``; an error of our own ends it with one line and exit code 2, as ``--help`` says.
-
-    Args:
-        arguments: of the command line; by default those of the process.
-    """
+    """Run ``textmeta`` on arguments, by default the process's; an error of our own ends it as ``--help`` says."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     logging.basicConfig(format="%(message)s")
     level = logging.INFO if given[:1] == ["train"] else logging.WARNING
@@ -82,25 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("textmeta", description=what, epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"textmeta {version('textmeta')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_classifying(commands)
-    commands.add_parser("train", help="meta-train an adapter on labelled texts", add_help=False)
-    about = commands.add_parser("info", help="say what an adapter is and what it was trained on")
-    about.add_argument("name", help="a folder, an adapter that comes with textmeta, or owner/name on the Hub")
-    to = commands.add_parser("push", help="push an adapter folder to the Hub, in one commit or not at all")
-    to.add_argument("folder", help="that `textmeta train` or save_pretrained wrote")
-    to.add_argument("repo", help="owner/name; made if there is none")
-    for command, revision in ((about, "branch, tag or commit"), (to, "branch; made if there is none")):
-        command.add_argument("--revision", help=revision)
-        command.add_argument("--subfolder", help="of the folder or repository")
-    yes_or_no = argparse.BooleanOptionalAction
-    to.add_argument("--private", action=yes_or_no, help="a new repository; by default as its owner has set it")
-    to.add_argument("--message", dest="commit_message", help="of the commit")
-    to.add_argument("--base-model", help="id on the Hub of the encoder, where the adapter names a folder")
-    return parser
-
-
-def _add_classifying(commands: Any) -> None:
-    """Add the commands of a classifier."""
     fit = commands.add_parser("fit", help="fit a classifier to a file of examples", allow_abbrev=False)
     predict = commands.add_parser("predict", help="predict the labels of any number of texts", allow_abbrev=False)
     evaluate = commands.add_parser("evaluate", help="compare predictions with a file of examples", allow_abbrev=False)
@@ -126,6 +100,20 @@ def _add_classifying(commands: Any) -> None:
             command.add_argument("--label-column", default="label", metavar="NAME", help="column of the labels")
         command.add_argument("--encoder", help="folder or Hub id, if not where the adapter says")
         command.add_argument("--device", help="where the encoder runs, such as cuda")
+    commands.add_parser("train", help="meta-train an adapter on labelled texts", add_help=False)
+    about = commands.add_parser("info", help="say what an adapter is and what it was trained on")
+    about.add_argument("name", help="a folder, an adapter that comes with textmeta, or owner/name on the Hub")
+    to = commands.add_parser("push", help="push an adapter folder to the Hub, in one commit or not at all")
+    to.add_argument("folder", help="that `textmeta train` or save_pretrained wrote")
+    to.add_argument("repo", help="owner/name; made if there is none")
+    for command, revision in ((about, "branch, tag or commit"), (to, "branch; made if there is none")):
+        command.add_argument("--revision", help=revision)
+        command.add_argument("--subfolder", help="of the folder or repository")
+    yes_or_no = argparse.BooleanOptionalAction
+    to.add_argument("--private", action=yes_or_no, help="a new repository; by default as its owner has set it")
+    to.add_argument("--message", dest="commit_message", help="of the commit")
+    to.add_argument("--base-model", help="id on the Hub of the encoder, where the adapter names a folder")
+    return parser
 
 
 def _push(options: argparse.Namespace) -> None:

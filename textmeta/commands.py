@@ -21,8 +21,6 @@ from textmeta.errors import AdapterError, DataError, SettingsError
 from textmeta.files import at_home, open_to_replace, read_json
 from textmeta.sharing.folder import check_destination
 
-__all__ = ["check_free", "evaluate", "fit", "predict"]
-
 DIGITS = 6  # of a probability that is written
 PREDICTED, PROBABILITY, PROBABILITIES, OF = "predicted", "probability", "probabilities", "probability of "
 

@@ -3,19 +3,9 @@
 Every message says what was given, what was expected, and where (row, label, file or setting).
 """
 
-__all__ = [
-    "AdapterError",
-    "DamagedAdapterError",
-    "DataError",
-    "DivergedError",
-    "EncoderError",
-    "HubError",
-    "HubUnreachableError",
-    "LostProcessError",
-    "SettingsError",
-    "TextMetaError",
-    "TrainingInterrupted",
-]
+import logging
+
+logger = logging.getLogger("textmeta")  # of all files
 
 
 class TextMetaError(Exception):

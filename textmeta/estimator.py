@@ -16,7 +16,6 @@ from sklearn.base import BaseEstimator
 
 from textmeta.data.labels import one_of, whole_number
 from textmeta.encoder.encoder import LongTexts, best_precision, device_of
-from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError, SettingsError, TextMetaError
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
@@ -29,8 +28,6 @@ from textmeta.sharing.locate import DEFAULT_ADAPTER, subfolder_prefix
 from textmeta.sharing.merged import write_merged
 from textmeta.sharing.push import push_adapter
 from textmeta.sharing.store import Fitted, load_adapter, save_adapter
-
-__all__ = ["AdapterEstimator", "NotFittedError", "onnx_part"]
 
 IncludeSupport = Literal[False, "states", "texts"]
 NOT_FITTED = "this classifier has not been fitted since its arguments were set: call fit(texts, labels) first"
@@ -54,10 +51,7 @@ class _Loaded(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
-    """An estimator of scikit-learn that loads an adapter and its encoder when they are first needed, and keeps them.
-
-    What its arguments mean is said by :class:`~textmeta.classifier.FewShotClassifier`.
-    """
+    """An estimator of scikit-learn that loads an adapter and its encoder when they are first needed, and keeps them."""
 
     adapter: str | Path | Adapter | None = DEFAULT_ADAPTER
     _: KW_ONLY
@@ -193,7 +187,7 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         """
         factors = self._task()[0].task.factors if self.__sklearn_is_fitted__() else {}
         own = {name: value[0] for name, value in factors.items()} or self._adapter.initialisation.lora
-        write_merged(folder, self._reader, own)
+        write_merged(folder, self._learner.reader, own)
 
     @property
     def _arguments(self) -> tuple[str, ...]:
@@ -224,11 +218,6 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
         if kept is None or kept.learner is None or kept.arguments != now:
             kept = self._kept = _Loaded(now, self._given, *self._load())  # at once: other threads may be predicting
         return kept.learner  # type: ignore[return-value]
-
-    @property
-    def _reader(self) -> TokenStateReader:
-        """What reads token states."""
-        return self._learner.reader
 
     @property
     def _any_encoder(self) -> bool:
@@ -323,7 +312,8 @@ class AdapterEstimator(BaseEstimator):  # type: ignore[misc]
             return fitted and replace(fitted, inputs=None)
         if fitted is None or fitted.inputs is None or (include_support == "texts" and fitted.inputs.states):
             raise AdapterError("there are no support texts to include: fit first (a loaded classifier may lack them)")
-        return fitted if include_support == "texts" else replace(fitted, inputs=fitted.inputs.as_states(self._reader))
+        reader = self._learner.reader
+        return fitted if include_support == "texts" else replace(fitted, inputs=fitted.inputs.as_states(reader))
 
 
 def onnx_part(name: str) -> ModuleType:

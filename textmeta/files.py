@@ -10,28 +10,12 @@ from pydantic_core import from_json
 
 from textmeta.errors import SettingsError, TextMetaError
 
-__all__ = [
-    "CHECKPOINT",
-    "alone_in",
-    "at_home",
-    "destination",
-    "is_folder",
-    "open_to_replace",
-    "read_json",
-    "sync_folder",
-    "write_atomically",
-    "write_synced",
-]
-
 P = TypeVar("P", bound=str | Path)
 CHECKPOINT = "checkpoint.safetensors"  # of a run of training
 
 
 def read_json(content: bytes, path: Path, error: type[TextMetaError], *, allow_nan: bool = False) -> dict[str, Any]:
-    """Return the JSON object that a file's content is; an error, naming the path, if it is none, or nested too deeply.
-
-    ``allow_nan`` says whether numbers may be NaN or infinite.
-    """
+    """Return the JSON object that a file's content is; an error, naming the path, if it is none, or nested too deep."""
     try:
         parsed = from_json(content, allow_inf_nan=allow_nan)
     except ValueError as cause:

@@ -1,6 +1,5 @@
 """The Hugging Face Hub: fetching a repository's files into the cache, and its errors in plain words."""
 
-import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -11,20 +10,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from textmeta.errors import HubError, HubUnreachableError
+from textmeta.errors import HubError, HubUnreachableError, logger
 from textmeta.files import at_home
-
-__all__ = [
-    "DEADLINE",
-    "HubAccess",
-    "check_reachable",
-    "check_revision",
-    "clear_hub_errors",
-    "fetch_snapshot",
-    "is_repo_id",
-]
-
-logger = logging.getLogger(__name__)
 
 WAITS = (1, 3, 9)  # seconds before further tries, where the Hub answers that it has trouble
 DEADLINE = 5.0  # seconds to wait for an answer

@@ -17,8 +17,6 @@ from textmeta.errors import DataError
 from textmeta.meta.learner import LearnedTask
 from textmeta.sharing.store import Fitted
 
-__all__ = ["predict_many"]
-
 Stack = tuple[Sequence[weakref.ref[Fitted]], LearnedTask]
 _STACKED: weakref.WeakKeyDictionary[TokenStateReader, Stack] = weakref.WeakKeyDictionary()
 MOST_TEXTS = 8192  # at once, times tasks: memory stays bounded

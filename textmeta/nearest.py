@@ -15,8 +15,6 @@ from textmeta.heads.pooling import pool, to_length_one
 from textmeta.meta.adapter import ClassIndex
 from textmeta.meta.learner import LearnedTask, TaskLearner
 
-__all__ = ["ClassMatch", "KnownTask", "TaskEmbedding", "index_corpora", "nearest_tasks", "similarity", "task_embedding"]
-
 
 @dataclass(frozen=True, eq=False)
 class TaskEmbedding:

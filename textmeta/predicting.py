@@ -25,8 +25,6 @@ from textmeta.meta.learner import Answers
 from textmeta.progress import progress_bar
 from textmeta.sharing.locate import DEFAULT_ADAPTER
 
-__all__ = ["PredictsTexts"]
-
 Top = list[tuple[Any, float]]  # labels with their probabilities, the most probable first
 
 

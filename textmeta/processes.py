@@ -14,8 +14,6 @@ from textmeta.errors import LostProcessError, SettingsError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["exchange", "join_processes", "shared_out"]
-
 LONGEST_WAIT = timedelta(minutes=10)  # for one that hangs; one that has ended is noticed at once
 
 T = TypeVar("T")

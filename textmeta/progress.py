@@ -8,8 +8,6 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-__all__ = ["is_first_process", "progress_bar"]
-
 BAR_AFTER = 5.0  # seconds that brief work may take without a bar
 LINE_EVERY = 30.0  # seconds
 

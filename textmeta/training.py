@@ -31,8 +31,6 @@ from textmeta.nearest import index_corpora
 from textmeta.sharing.folder import check_destination
 from textmeta.sharing.store import load_adapter, save_adapter
 
-__all__ = ["corpora_of", "parsed", "plain_help", "train", "train_parser"]
-
 TEST_WAYS, TEST_QUERIES = 5, 5
 TABLES: dict[str, Iterable[str]] = {"ALGORITHMS": ALGORITHMS, "HEADS": HEADS}
 
@@ -150,12 +148,8 @@ def train_parser() -> ArgumentParser:
     run.add_argument("--start", type=str | None, help="adapter to start from, with its settings")
     run.add_argument("--test_shots", type=list[int], default=[1, 5], help="shots of the tests")
     run.add_argument("--test_episodes", type=int, default=600, help="episodes of each test")
-    run.add_argument(
-        "--track",
-        type=list[str] | str,
-        default=[],
-        help="trackers that get the record: tensorboard, trackio, or a list",
-    )
+    told = "trackers that get the record: tensorboard, trackio, or a list"
+    run.add_argument("--track", type=list[str] | str, default=[], help=told)
     groups = {"encoder": EncoderSettings, "lora": LoraSettings, "learner": LearnerSettings}
     parser.add_class_arguments(MetaTrainer, as_group=True, skip=set(groups))
     for name, kind in groups.items():

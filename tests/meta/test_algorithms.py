@@ -21,7 +21,7 @@ from tests.given import Patch
 from tests.meta.given import LAYERS, ROWS, episode_of, leaves_of, make_learner, make_task, texts_of, with_values
 from textmeta import Corpus, Episode, EpisodeSampler, EpisodeSettings
 from textmeta.data.episodes import OUTSIDE
-from textmeta.encoder.attention import NAME
+from textmeta.encoder.attention import SWITCHED
 from textmeta.encoder.encoder import Encoder
 from textmeta.meta import learner as learner_module
 from textmeta.meta.algorithms import ALGORITHMS, MetaGradient, query_losses
@@ -241,7 +241,7 @@ def test_inner_steps_never_wait(
 def test_a_mask_is_not_looked_at_but_on_a_cpu() -> None:
     given = {"batch_size": 2, "q_length": 3, "kv_length": 3, "mask_function": bidirectional_mask_function}
     given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}  # as for every bidirectional encoder
-    of = AttentionMaskInterface()[NAME]
+    of = AttentionMaskInterface()[SWITCHED]
     made = {}
     for device in ("cpu", "meta"):  # a meta tensor has no values
         mask = torch.ones(2, 3, dtype=torch.bool, device=device)

@@ -14,7 +14,6 @@ from textmeta.encoder.token_states import TokenStates
 from textmeta.errors import DataError
 from textmeta.heads.scope import scope_probability
 from textmeta.meta.adapter import Adapter
-from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.calibration import fit_calibration
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.learner import TaskLearner
@@ -64,8 +63,7 @@ def episode_of(seed: int, ways: int = 4, inside: int = 8, outside: int = 8) -> E
 
 def probabilities(learner: TaskLearner, rule: Tensor, episode: Episode) -> np.ndarray:
     with torch.no_grad():
-        task = learner.learn(TaskBatch.of_episodes([episode]))
-        answers = learner.answer(task, Rows.of([episode.query_texts], torch.device("cpu")))
+        answers = learner.answer_episodes([episode])
     return scope_probability(rule, answers.scope_inputs)[0].numpy()
 
 

@@ -60,13 +60,13 @@ def test_peft_and_transformers_make_the_features_of_the_adapter(
 def test_sentence_transformers_loads_the_merged_encoder(tiny_model: str, tmp_path: Path, adapt: Any) -> None:
     one = FewShotClassifier(adapter_of(tiny_model, adapt=adapt), max_length=6).fit(SUPPORT, LABELS)
     factors = {name: value[0] for name, value in one._fitted.task.factors.items()} or one._adapter.initialisation.lora
-    expected = our_features(one._reader, factors)
+    expected = our_features(one._learner.reader, factors)
     one.merge(tmp_path / "merged")
     found = SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode(TEXTS)
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
-    unadapted = our_features(one._reader, {name: 0 * value for name, value in factors.items()})
+    unadapted = our_features(one._learner.reader, {name: 0 * value for name, value in factors.items()})
     assert not np.allclose(found, unadapted.numpy(), atol=1e-2)
-    assert torch.equal(our_features(one._reader, factors), expected), "the encoder in hand is as it was"
+    assert torch.equal(our_features(one._learner.reader, factors), expected), "the encoder in hand is as it was"
     assert not list((tmp_path / "merged").rglob("*.bin"))
     with pytest.raises(AdapterError, match="is there already, and is not empty"):
         one.merge(tmp_path / "merged")

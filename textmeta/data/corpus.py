@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -14,15 +13,11 @@ import numpy as np
 
 from textmeta.data.labels import checked_texts, column, few, whole_number
 from textmeta.data.texts import ENDINGS, open_texts
-from textmeta.errors import DataError, SettingsError
+from textmeta.errors import DataError, SettingsError, logger
 from textmeta.files import at_home, is_folder
 
 if TYPE_CHECKING:  # loading it takes half a second, which a classifier should not wait for
     import datasets
-
-__all__ = ["FILES", "Corpus", "CorpusSettings", "Source", "each_source", "load_corpora", "load_corpus"]
-
-logger = logging.getLogger(__name__)
 
 FILES = (*ENDINGS, ".parquet")  # endings of what is read
 

@@ -9,8 +9,6 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.labels import number, readable_name, whole_number
 from textmeta.errors import DataError, SettingsError
 
-__all__ = ["OUTSIDE", "Episode", "EpisodeSampler", "EpisodeSettings"]
-
 OUTSIDE = -1  # label of a query that belongs to none of an episode's classes
 
 

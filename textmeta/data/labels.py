@@ -14,29 +14,6 @@ import numpy as np
 
 from textmeta.errors import AdapterError, DataError, SettingsError
 
-__all__ = [
-    "Label",
-    "LabelNames",
-    "checked_class_weight",
-    "checked_labels",
-    "checked_texts",
-    "checked_weights",
-    "column",
-    "few",
-    "is_word",
-    "label_array",
-    "label_from_json",
-    "label_to_json",
-    "number",
-    "one_of",
-    "plain",
-    "read_labels",
-    "readable_name",
-    "relative_weights",
-    "task_classes",
-    "whole_number",
-]
-
 Label = str | int | float | bool
 LabelNames = Literal["auto"] | Mapping[Any, str] | Sequence[str] | None
 HALF = re.compile("[\ud800-\udfff]")  # of a pair of surrogates

@@ -11,8 +11,6 @@ from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.data.labels import number, readable_name, whole_number
 from textmeta.errors import DataError
 
-__all__ = ["QUERIES", "MixedEpisodes", "draw_unlabelled"]
-
 MAX_WAYS = 12  # ways are drawn from 2 to this
 MANY_WAYS, MANY = 60, 0.05  # and up to this in a share of the episodes of corpora that have more
 QUERIES = 3  # queries of a class, but at most MAX_QUERIES in all

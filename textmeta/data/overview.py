@@ -1,6 +1,5 @@
 """What was read, told before training: what of each corpus is left out and why, and what is alike."""
 
-import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from textmeta.data.corpus import Corpus
 from textmeta.data.labels import few
 from textmeta.data.mixed_episodes import QUERIES
-
-__all__ = ["log_corpora", "warn_of_overlap"]
-
-logger = logging.getLogger(__name__)
+from textmeta.errors import logger
 
 MOST_LINES = 20  # corpora that have a line each, however little there is to say of them
 ODD = 0.1  # share of a corpus that is left out or alike, from which on it has a line of its own among many

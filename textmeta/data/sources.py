@@ -1,7 +1,6 @@
 """Where corpora come from: local files and datasets of the Hugging Face Hub, with errors that say what to do."""
 
 import itertools
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,14 +12,10 @@ from huggingface_hub import HfApi, constants
 from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
 
 from textmeta.data.corpus import FILES, CorpusSettings
-from textmeta.errors import DataError, HubError, HubUnreachableError
+from textmeta.errors import DataError, HubError, HubUnreachableError, logger
 from textmeta.files import at_home
 from textmeta.hub import DEADLINE, clear_hub_errors
 from textmeta.progress import progress_bar
-
-__all__ = ["read_hub", "read_parquet"]
-
-logger = logging.getLogger(__name__)
 
 *OTHERS, LAST = FILES
 OTHER_ENDINGS = (".txt", ".xlsx", ".xls", ".ods", ".xml", ".gz", ".zip")  # of what people keep texts in, too

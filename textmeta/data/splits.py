@@ -1,6 +1,5 @@
 """Class splits: which classes are for training, for choosing, and for reporting."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,12 +10,8 @@ import numpy as np
 
 from textmeta.data.corpus import Corpus, Source, each_source, load_corpus
 from textmeta.data.labels import few
-from textmeta.errors import DataError
+from textmeta.errors import DataError, logger
 from textmeta.files import at_home, read_json
-
-__all__ = ["ClassSplit", "draw_class_split", "load_parts", "read_class_split"]
-
-logger = logging.getLogger(__name__)
 
 PARTS = ("train", "valid", "test")
 MIN_CLASSES = 8  # from which on every part of a drawn split has the two classes that an episode needs

@@ -14,8 +14,6 @@ from textmeta.data.labels import HALF, few
 from textmeta.errors import DataError
 from textmeta.files import at_home
 
-__all__ = ["ENDINGS", "open_texts", "separator", "text_format"]
-
 ENDINGS = {".json": "jsonl", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
 
 Rows = Iterator[dict[str, Any]]

@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from textmeta.errors import EncoderError
 
-__all__ = ["attention_by", "plain_attention", "use_switched_attention"]
-
-NAME = "textmeta_switched"
+SWITCHED = "textmeta_switched"
 
 _USED: ContextVar[Callable[..., Any]] = ContextVar("textmeta_attention", default=sdpa_attention_forward)
 
@@ -32,15 +30,6 @@ def attention_by(function: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         _USED.reset(token)
-
-
-def use_switched_attention(model: PreTrainedModel) -> None:
-    """Let a model's attention follow :func:`attention_by`, in place.
-
-    One without fused attention (its implementation is "eager": MPNet, DeBERTa) has second derivatives anyway.
-    """
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
 
 
 def _switched_attention(
@@ -88,5 +77,5 @@ def _mask(*, attention_mask: Tensor | None, allow_is_bidirectional_skip: bool = 
     return sdpa_mask(attention_mask=attention_mask, allow_is_bidirectional_skip=skip, **given)
 
 
-AttentionInterface.register(NAME, _switched_attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(SWITCHED, _switched_attention)
+AttentionMaskInterface.register(SWITCHED, _mask)

@@ -4,7 +4,6 @@ The layers below the lowest LoRA give every task the same, so they can be run on
 """
 
 import copy
-import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,26 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from textmeta.data.labels import one_of, whole_number
-from textmeta.encoder.attention import use_switched_attention
+from textmeta.encoder.attention import SWITCHED
 from textmeta.encoder.lora import LoraSettings, inject, lora_config
 from textmeta.encoder.pretrained import DEFAULT_ENCODER, Pretrained, load_pretrained
-from textmeta.errors import EncoderError, SettingsError
+from textmeta.errors import EncoderError, SettingsError, logger
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess
-
-__all__ = [
-    "OVERHEAD",
-    "Encoder",
-    "EncoderSettings",
-    "LongTexts",
-    "TextTokenizer",
-    "best_precision",
-    "device_of",
-    "most_tokens",
-    "warning_of",
-]
-
-logger = logging.getLogger(__name__)
 
 OVERHEAD = 128  # what one more forward costs on a CPU, in tokens of another
 
@@ -183,7 +168,8 @@ class Encoder(TextTokenizer):
         first = total - (self.lora.layers or max(1, total // 2))
         if first < 0:
             raise SettingsError(f"lora layers is {self.lora.layers}, but the encoder has {total}")
-        use_switched_attention(model)
+        if model.config._attn_implementation == "sdpa":  # "eager" (MPNet, DeBERTa) has second derivatives anyway
+            model.set_attn_implementation(SWITCHED)
         self.peft_config = lora_config(model, layers_name, first, self.lora)
         self.factor_shapes = inject(model, self.peft_config.target_modules or (), self.lora)
         model.to(self.device)  # type: ignore[arg-type]

@@ -21,8 +21,6 @@ from transformers import PreTrainedModel
 from textmeta.data.labels import whole_number
 from textmeta.errors import EncoderError
 
-__all__ = ["LORA_B", "TARGETS", "LoraSettings", "inject", "layer_of", "lora_config", "using_factors", "zero_start"]
-
 MOST = 10**6  # layers, rank, alpha
 LORA_B = ".lora_B."  # in the names of the factors B, the only ones that inner steps change
 

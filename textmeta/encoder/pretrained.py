@@ -7,7 +7,6 @@ An encoder may come from a stranger, and a configuration can name other files th
 import functools
 import hashlib
 import importlib.util
-import logging
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,13 +19,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from textmeta.errors import EncoderError, HubError
+from textmeta.errors import EncoderError, HubError, logger
 from textmeta.files import is_folder, read_json
 from textmeta.hub import HubAccess, fetch_snapshot
 
-__all__ = ["DEFAULT_ENCODER", "Pretrained", "load_pretrained", "sentence_settings", "tensors_digest"]
-
-logger = logging.getLogger(__name__)
 _say_once = functools.cache(logger.info)  # what is the same each time: training loads the encoder twice
 _warn_once = functools.cache(logger.warning)
 

@@ -23,8 +23,6 @@ from textmeta.errors import EncoderError, SettingsError
 from textmeta.processes import shared_out
 from textmeta.progress import progress_bar
 
-__all__ = ["Entering", "StateBatch", "TokenStateReader", "TokenStates", "length_buckets"]
-
 MAX_TOKENS = 2048  # of one forward, with padding: more of MiniLM do not stay in a core's cache
 STATE_EPSILON = 1e-6  # the state of padding is 0
 

@@ -23,8 +23,6 @@ from textmeta.sharing.folder import ONNX, read_folder
 from textmeta.sharing.store import read_model
 from textmeta.sharing.support import Strict
 
-__all__ = ["OnnxClassifier", "open_session", "text_batches"]
-
 FORMAT = 1  # of the folder
 GRAPH, TOKENIZER = "model.onnx", "tokenizer.json"
 SPECIAL = ("unk_token", "bos_token", "eos_token")  # by which texts that the tokenizer does not know are told

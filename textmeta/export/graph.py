@@ -33,8 +33,6 @@ from textmeta.meta.learner import LearnedTask, TaskLearner
 from textmeta.sharing.folder import MAX_BYTES, ONNX, check_destination, write_folder
 from textmeta.sharing.store import Fitted, write_json
 
-__all__ = ["GraphReader", "quantized", "states_graph", "write_onnx"]
-
 LIBRARIES = ("textmeta", "torch", "transformers", "onnx", "onnxruntime")
 WITHOUT_LORA = {"lora": "none", "pooling+lora": "pooling"}  # what steps adapt where LoRA is folded in
 OPSET = 20  # the first that has Gelu

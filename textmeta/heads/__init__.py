@@ -12,8 +12,6 @@ from textmeta.heads.common import Examples
 from textmeta.heads.prototype import prototypes
 from textmeta.heads.ridge import ridge
 
-__all__ = ["HEADS"]
-
 HEADS: dict[str, Callable[[Tensor, Tensor, Examples, Tensor], Tensor]] = {
     "ridge": ridge,
     "prototype": lambda views, mixture, examples, _: prototypes(views, mixture, examples),

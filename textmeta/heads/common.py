@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-__all__ = ["Examples", "float64", "log_shots", "mean_over_classes", "root", "temperature"]
-
 
 @dataclass(frozen=True)
 class Examples:

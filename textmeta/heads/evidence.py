@@ -6,6 +6,7 @@ and centred targets both sum to zero, so the others tell the class of the one th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +15,6 @@ from torch.nn.functional import log_softmax
 from textmeta.heads.common import Examples, float64, mean_over_classes
 from textmeta.heads.pooling import LENGTH_EPSILON, centre, centred
 from textmeta.heads.ridge import dual_coefficients, primal_weights
-
-__all__ = ["Folds", "fold_nll", "folds_of", "left_out_scores", "mixture"]
 
 MOST_FOLDS = 10
 
@@ -62,8 +61,8 @@ def left_out_scores(
     mixed = None if mixed is None else float64(mixed)[0]
     tasks, n, v, d = views.shape
     # products of many texts would take more memory than the texts themselves
-    make = _dual_scores if n <= v * d else _primal_scores
-    solve = make(views, prior, strength, penalty, mixed)
+    how = (views, prior, strength, penalty, mixed)
+    solve = _dual_scores(*how) if n <= v * d else partial(_primal_scores, *how)
     of, classes = folds.of.to(views.device), folds.examples.classes.to(views.device)
     member, weights = float64(folds.examples.member, folds.examples.weights)
     examples = Examples(member, weights, classes)
@@ -108,18 +107,14 @@ def _dual_scores(
 
 
 def _primal_scores(
-    views: Tensor, prior: Tensor, strength: Tensor, penalty: Tensor, mixed: Tensor | None
-) -> Callable[[Examples], Tensor]:
-    """Return what makes scores as :func:`_dual_scores` does, from the views themselves."""
-
-    def scores(rest: Examples) -> Tensor:
-        z = centred(views, centre(views, rest, prior, strength))
-        if mixed is not None:
-            z = (z * mixed.clamp(min=1e-12).sqrt()[:, None, :, None]).flatten(2)[:, :, None]
-        design = z.transpose(1, 2)  # (T, M, n, D)
-        return design @ primal_weights(design, rest.targets[:, None], rest.balanced[:, None], penalty)
-
-    return scores
+    views: Tensor, prior: Tensor, strength: Tensor, penalty: Tensor, mixed: Tensor | None, rest: Examples
+) -> Tensor:
+    """Return scores as what :func:`_dual_scores` makes does, from the views themselves."""
+    z = centred(views, centre(views, rest, prior, strength))
+    if mixed is not None:
+        z = (z * mixed.clamp(min=1e-12).sqrt()[:, None, :, None]).flatten(2)[:, :, None]
+    design = z.transpose(1, 2)  # (T, M, n, D)
+    return design @ primal_weights(design, rest.targets[:, None], rest.balanced[:, None], penalty)
 
 
 def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ from torch.nn.functional import log_softmax
 
 from textmeta.heads.common import Examples, mean_over_classes
 
-__all__ = ["name_evidence", "name_gate", "name_scores"]
-
 MOST_EXAMPLES = 25.0  # more examples than these make evidence no surer
 
 

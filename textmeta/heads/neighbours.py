@@ -5,8 +5,6 @@ from torch import Tensor
 
 from textmeta.heads.common import Examples
 
-__all__ = ["neighbourhood_loss", "with_company"]
-
 
 def with_company(examples: Examples) -> Examples:
     """Return the examples that others of their class can tell; none where fewer than two classes have two."""

@@ -8,8 +8,6 @@ from torch import Tensor
 from textmeta.encoder.token_states import TokenStates
 from textmeta.heads.common import Examples
 
-__all__ = ["centre", "centred", "pool", "to_length_one", "with_unlabelled_centre"]
-
 LENGTH_EPSILON = 1e-12
 
 

@@ -6,8 +6,6 @@ from torch import Tensor
 from textmeta.heads.common import Examples
 from textmeta.heads.pooling import LENGTH_EPSILON
 
-__all__ = ["prototypes"]
-
 
 def prototypes(views: Tensor, mixture: Tensor, examples: Examples) -> Tensor:
     """Return (T, V, d, C) weights by which a text's score for a class is Σ_v w_v cos(z_v, mean of the class's z_v).

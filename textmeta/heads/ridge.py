@@ -5,8 +5,6 @@ from torch import Tensor
 
 from textmeta.heads.common import Examples, float64, root
 
-__all__ = ["dual_coefficients", "primal_weights", "ridge", "weighted_ridge"]
-
 
 def ridge(views: Tensor, mixture: Tensor, examples: Examples, penalty: Tensor) -> Tensor:
     """Return (T, V, d, C) weights W: a text's score for class c is Σ_v z_v · W_vc; 0 for a class without examples.

@@ -7,8 +7,6 @@ from torch.nn.functional import log_softmax
 from textmeta.heads.common import Examples
 from textmeta.heads.ridge import weighted_ridge
 
-__all__ = ["soft_labelled_ridge", "soft_labels", "unlabelled_weight"]
-
 ROUNDS = 3
 
 
@@ -50,10 +48,7 @@ def soft_labelled_ridge(
 
 
 def soft_labels(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return probabilities p (T, r, C) and confidence 1 - H(p) / log C (T, r), from 0 to 1, of logits (T, r, C).
-
-    ``classes`` (T, C) says which a task has.
-    """
+    """Return probabilities p (T, r, C) and confidence 1 - H(p) / log C (T, r), from 0 to 1, of logits (T, r, C)."""
     logs = log_softmax(logits.masked_fill(~classes[:, None], -torch.inf), -1).masked_fill(~classes[:, None], 0.0)
     probabilities = logs.exp() * classes[:, None].to(logs)
     entropy = -(probabilities * logs).sum(-1)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,16 +17,12 @@ from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.pretrained import Pretrained, load_pretrained, tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError
+from textmeta.errors import AdapterError, EncoderError, HubError, TextMetaError, logger
 from textmeta.files import at_home, is_folder
 from textmeta.heads.pooling import pool
 from textmeta.hub import HubAccess
 from textmeta.meta.initialisation import Initialisation, LearnerSettings
 from textmeta.meta.shared import shared
-
-__all__ = ["Adapter", "ClassIndex", "as_encoder_errors"]
-
-logger = logging.getLogger(__name__)
 
 PROBES = ("I lost my card on 24 December.", "What's the weather like?", "Übersetzen Sie das, s'il vous plaît! 你好")
 PROBE_LENGTH = 64  # tokens, which is more than any of them has

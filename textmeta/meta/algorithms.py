@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from textmeta.data.episodes import Episode
 from textmeta.encoder.lora import LORA_B
-from textmeta.meta.batch import Rows, TaskBatch
+from textmeta.meta.batch import TaskBatch
 from textmeta.meta.initialisation import LORA, LearnerSettings
 from textmeta.meta.learner import KEPT_TEXTS, QUERIES, TaskLearner
-
-__all__ = ["ALGORITHMS", "Algorithm", "MetaGradient", "query_losses"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,9 @@ def query_losses(learner: TaskLearner, episodes: Sequence[Episode], second_order
 
     Queries of no class do not count.
     """
-    device = learner.adapter.initialisation.queries.device
-    queries = Rows.of([e.query_texts for e in episodes], device)
-    task = learner.learn(TaskBatch.of_episodes(episodes, device), second_order)
-    logits = learner.answer(task, queries).logits
-    flat = torch.cat([torch.as_tensor(e.query_labels) for e in episodes]).to(device)
-    labels = queries.pad(flat + 1) - 1  # -1 for padding, and for queries of no class
+    logits = learner.answer_episodes(episodes, second_order).logits
+    given = [torch.as_tensor(e.query_labels) for e in episodes]
+    labels = pad_sequence(given, batch_first=True, padding_value=-1).to(logits.device)  # -1: padding, or of no class
     counts = labels >= 0
     losses = cross_entropy(logits.flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none").view_as(labels)
     number = counts.sum(1).clamp(min=1)

@@ -14,8 +14,6 @@ from textmeta.data.episodes import Episode
 from textmeta.errors import DataError
 from textmeta.heads.common import Examples
 
-__all__ = ["Rows", "TaskBatch", "parts_in_turn", "rows_in_turn", "text_order"]
-
 MOST_ROWS, MOST_CLASSES = 128, 64  # of a task in one inner step: memory stays bounded
 STAND_IN = re.compile("[0-9a-f]{72}")  # CRC-32 of a text, and SHA-256 of its token states
 
@@ -115,23 +113,20 @@ def text_order(text: str) -> int:
     return int(text[:8], 16) if STAND_IN.fullmatch(text) else zlib.crc32(text.encode())
 
 
-def parts_in_turn(batch: TaskBatch, examples: Examples, steps: int) -> list[tuple[Rows, Tensor, Tensor | None]]:
-    """Return of each inner step its support rows, their labels (T, m), and their numbers (M,) among all, None for all.
-
-    Which rows a step sees is said in :func:`rows_in_turn`.
-    """
+def parts_in_turn(batch: TaskBatch, examples: Examples, steps: int) -> list[tuple[Rows, Examples, Tensor | None]]:
+    """Return of each inner step its support rows, the examples that they are, and their numbers (M,), None for all."""
     rows = batch.support
     if int(rows.there.sum(1).max()) <= MOST_ROWS:
-        return [(rows, batch.labels, None)] * steps
-    parts: list[tuple[Rows, Tensor, Tensor | None]] = []
+        return [(rows, examples, None)] * steps
+    parts: list[tuple[Rows, Examples, Tensor | None]] = []
     for step in range(steps):
         kept = rows_in_turn(examples, step)
         chosen = kept[rows.row_task, rows.place].nonzero()[:, 0]
-        numbers = chosen.tolist()
         there = torch.arange(int(kept.sum(1).max()), device=kept.device) < kept.sum(1, keepdim=True)
-        place = (kept.cumsum(1) - 1)[rows.row_task[chosen], rows.place[chosen]]
-        own = Rows(tuple(rows.texts[i] for i in numbers), rows.row_task[chosen], place, there)
-        parts.append((own, own.pad(batch.labels[rows.row_task[chosen], rows.place[chosen]] + 1) - 1, chosen))
+        at = rows.row_task[chosen], rows.place[chosen]
+        own = Rows(tuple(rows.texts[i] for i in chosen.tolist()), at[0], (kept.cumsum(1) - 1)[at], there)
+        part = Examples(own.pad(examples.member[at]), own.pad(examples.weights[at]), examples.classes)
+        parts.append((own, part, chosen))
     return parts
 
 

@@ -11,11 +11,8 @@ from torch import Tensor
 from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.errors import DataError
-from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.evaluation import by_parts
 from textmeta.meta.learner import TaskLearner
-
-__all__ = ["episodes_with_outside", "fit_calibration"]
 
 FIRST_UNSEEN = 10**6  # number of the first episode that training does not see
 
@@ -36,11 +33,9 @@ def fit_calibration(
     The processes of a run may do it ``together``. DataError if no query of the episodes is of no class
     (:data:`~textmeta.data.episodes.OUTSIDE`), or every one.
     """
-    device = learner.adapter.initialisation.queries.device
 
     def inputs_of(part: Sequence[Episode]) -> list[Tensor]:
-        task = learner.learn(TaskBatch.of_episodes(part, device))
-        found = learner.answer(task, Rows.of([e.query_texts for e in part], device)).scope_inputs.cpu().double()
+        found = learner.answer_episodes(part).scope_inputs.cpu().double()
         return [own[: len(e.query_texts)] for own, e in zip(found, part, strict=True)]
 
     inputs = [*chain(*by_parts(inputs_of, episodes, progress, together))]

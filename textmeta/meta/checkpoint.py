@@ -23,8 +23,6 @@ from textmeta.encoder.pretrained import tensors_digest
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.files import write_atomically
 
-__all__ = ["TrainingState", "open_record", "restore_state", "rows_of", "save_state", "stop_requests"]
-
 BEFORE = "checkpoint.before"
 NUMBERS = ("step", "best_accuracy", "best_step", "without_gain")  # of a training state
 

@@ -13,23 +13,10 @@ from textmeta.data.episodes import OUTSIDE, Episode
 from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import DataError, DivergedError, SettingsError, TextMetaError
 from textmeta.heads.pooling import pool, to_length_one
-from textmeta.meta.batch import Rows, TaskBatch
 from textmeta.meta.learner import TaskLearner
 from textmeta.meta.plan import is_memory_full
 from textmeta.processes import shared_out
 from textmeta.progress import progress_bar
-
-__all__ = [
-    "EpisodeScores",
-    "by_parts",
-    "format_table",
-    "frozen_prototypes",
-    "half_width",
-    "in_parts",
-    "paired_difference",
-    "score_episodes",
-    "summary",
-]
 
 TASKS_AT_ONCE, TEXTS_AT_ONCE = 8, 512  # so that memory stays bounded; a task of more texts is learned alone
 R = TypeVar("R")
@@ -55,13 +42,7 @@ def score_episodes(
     Queries of no class of their episode are left out. The processes of a run may do it ``together``; then all get all
     scores. DataError if there are no episodes, or one has no other query.
     """
-    device = learner.adapter.initialisation.queries.device
-
-    def logits_of(part: Sequence[Episode]) -> Tensor:
-        task = learner.learn(TaskBatch.of_episodes(part, device))
-        return learner.answer(task, Rows.of([e.query_texts for e in part], device)).logits
-
-    return _score(logits_of, episodes, progress, together)
+    return _score(lambda part: learner.answer_episodes(part).logits, episodes, progress, together)
 
 
 def frozen_prototypes(

@@ -1,7 +1,6 @@
 """Any encoder, without an adapter of its own: what was learned on another one, as far as it is general."""
 
 import functools
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +12,14 @@ from textmeta.encoder.encoder import Encoder, EncoderSettings, most_tokens
 from textmeta.encoder.lora import TARGETS, LoraSettings
 from textmeta.encoder.pretrained import Pretrained, sentence_settings
 from textmeta.encoder.token_states import TokenStateReader
+from textmeta.errors import logger
 from textmeta.files import at_home
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter, as_encoder_errors
 from textmeta.meta.initialisation import LORA, Initialisation
 from textmeta.meta.learner import TaskLearner
 
-__all__ = ["general_adapter", "load_any_encoder"]
-
-_say_once = functools.cache(logging.getLogger(__name__).warning)
+_say_once = functools.cache(logger.warning)
 
 OF_ENCODER = ("queries", "centre", "name_centre")  # beside LoRA
 STRENGTHS = ("log_centre_strength", "log_name_centre_strength")  # of centres that are not known here

@@ -16,8 +16,6 @@ from textmeta.encoder.lora import layer_of, zero_start
 from textmeta.errors import AdapterError, SettingsError
 from textmeta.heads import HEADS
 
-__all__ = ["LORA", "Adapt", "Initialisation", "LearnerSettings"]
-
 Adapt = Literal["none", "pooling", "lora", "pooling+lora", "offset"]
 MAX_STEPS = 50
 LORA = "lora."  # before the names of LoRA's factors

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from textmeta.encoder.attention import attention_by, plain_attention
 
-__all__ = ["LossOfStep", "Tensors", "inner_steps"]
-
 Tensors = Mapping[str, Tensor]  # by name
 LossOfStep = Callable[[int, Tensors], Tensor]
 

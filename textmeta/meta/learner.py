@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
+from textmeta.data.episodes import Episode
 from textmeta.encoder.lora import LORA_B, layer_of
 from textmeta.encoder.token_states import TokenStateReader, TokenStates
 from textmeta.heads import HEADS
@@ -16,14 +17,12 @@ from textmeta.heads.names import name_evidence, name_gate, name_scores
 from textmeta.heads.neighbours import neighbourhood_loss, with_company
 from textmeta.heads.pooling import centre, centred, pool, to_length_one, with_unlabelled_centre
 from textmeta.heads.prototype import prototypes
-from textmeta.heads.scope import scope_inputs, scope_probability
+from textmeta.heads.scope import scope_probability
 from textmeta.heads.unlabelled import soft_labelled_ridge, unlabelled_weight
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.batch import Rows, TaskBatch, parts_in_turn
 from textmeta.meta.initialisation import LORA
 from textmeta.meta.inner_loop import LossOfStep, Tensors, inner_steps
-
-__all__ = ["QUERIES", "Answers", "LearnedTask", "TaskLearner"]
 
 GRADIENT_EPSILON = 1e-4
 KEPT_TEXTS = 512  # texts, times inner steps, whose activations are kept for the second order of LoRA steps
@@ -75,18 +74,19 @@ class Answers:
 
     @property
     def scope_inputs(self) -> Tensor:
-        """Return (T, n, 7) what each query's scope is told by (:data:`~textmeta.heads.scope.SCOPE_INPUTS`)."""
-        task, has_names = self.task, self.task.name_scale > 0
+        """Return (T, n, 7) what each query's scope is told by.
+
+        These are its largest probability and the cosines to the nearest class mean and name, 0 where there is none; of
+        its task, whether there are names, the mixture's NLL, log(1 + k) and log C.
+        """
+        task, nll, has_names = self.task, self.task.nll, self.task.name_scale > 0
         to_means = self.views.flatten(2) @ task.class_means.flatten(1, 2)
-        return scope_inputs(
-            self.logits,
-            to_means.masked_fill(~task.present[:, None], -torch.inf),
-            self.to_names.masked_fill(~(task.classes & has_names[:, None])[:, None], -torch.inf),
-            has_names,
-            task.nll,
-            task.shots,
-            task.classes.sum(1),
-        )
+        to_means = to_means.masked_fill(~task.present[:, None], -torch.inf)
+        to_names = self.to_names.masked_fill(~(task.classes & has_names[:, None])[:, None], -torch.inf)
+        nearest = [torch.nan_to_num(part.amax(-1), neginf=0.0) for part in (to_means, to_names)]
+        of_query = torch.stack([self.logits.softmax(-1).amax(-1), *nearest], -1)  # (T, n, 3)
+        of_task = torch.stack([has_names.to(nll), nll, task.shots, task.classes.sum(1).to(nll).log()], -1)  # (T, 4)
+        return torch.cat([of_query, of_task[:, None].expand(-1, of_query.shape[1], -1)], -1)
 
     @property
     def scope(self) -> Tensor | None:
@@ -178,6 +178,12 @@ class TaskLearner:
         first = own if task.queries.ndim == 2 else queries.pad(pool(states, init.queries))
         return self._answers(task, own, first)
 
+    def answer_episodes(self, episodes: Sequence[Episode], second_order: bool = False) -> Answers:
+        """Learn the tasks of T episodes, and classify their queries."""
+        device = self.adapter.initialisation.queries.device
+        task = self.learn(TaskBatch.of_episodes(episodes, device), second_order)
+        return self.answer(task, Rows.of([e.query_texts for e in episodes], device))
+
     def answer_all(self, task: LearnedTask, texts: Sequence[str]) -> Answers:
         """Classify n texts, which are read once, by each of T tasks; by one alone where it has factors of its own."""
         init, tasks = self.adapter.initialisation, len(task.centre)
@@ -230,9 +236,6 @@ class TaskLearner:
         folds = folds_of(examples)
 
         def nll_of(mixed: Tensor | None) -> Tensor:
-            if not folds.any.any():
-                chance = examples.classes.sum(1, keepdim=True).to(views).log()
-                return chance.expand(-1, views.shape[2] if mixed is None else 1)
             numbers = (init.centre, init.log_centre_strength.exp(), init.log_penalty.exp())
             scores = left_out_scores(views, folds, *numbers, mixed)
             return fold_nll(scores, folds, init.log_evidence_scale.exp())
@@ -288,19 +291,13 @@ class TaskLearner:
         shared = {LORA + name: value for name, value in init.lora.items()} if with_lora else {}
         shared |= {QUERIES: init.queries, "scale": init.loss_log_scale, "weights": init.loss_view_weights}
         parts = parts_in_turn(batch, examples, settings.steps)
-        voting = [Examples.of(labels, batch.ways, init.queries.dtype) for _, labels, _ in parts]
-        if batch.weights is not None:
-            at = batch.support.row_task, batch.support.place
-            flat = batch.weights[at].to(init.queries.dtype)
-            own_weights = [rows.pad(flat if chosen is None else flat[chosen]) for rows, _, chosen in parts]
-            voting = [part.weighted(own) for part, own in zip(voting, own_weights, strict=True)]
-        told = [with_company(part) for part in voting]
+        told = [with_company(part) for _, part, _ in parts]
         # once for all steps, on a GPU without waiting for it; of a large task a step has its own, lest memory grow
         whole = with_lora and parts[0][2] is None
         entered = list(self.reader.entering(batch.support.texts)) if whole else None
 
         def loss(step: int, tensors: Tensors) -> Tensor:
-            rows, _, chosen = parts[step]
+            rows, voting, chosen = parts[step]
             if with_lora:
                 factors = {name: tensors[LORA + name] for name in init.lora}
                 own = self.reader.read(rows.texts, factors, rows.row_task, entered)
@@ -309,7 +306,7 @@ class TaskLearner:
             queries = tensors[QUERIES]
             pooled = pool(own, queries, rows.row_task if queries.ndim == 3 else None)
             weights, scale = tensors["weights"].softmax(0), tensors["scale"].exp()
-            return neighbourhood_loss(rows.pad(pooled), voting[step], told[step], weights, scale)
+            return neighbourhood_loss(rows.pad(pooled), voting, told[step], weights, scale)
 
         kept_texts = len(batch.support.texts) * settings.steps
         last = self._steps(loss, start, shared, examples, second_order, with_lora and kept_texts > KEPT_TEXTS)

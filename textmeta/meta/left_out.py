@@ -11,8 +11,6 @@ from textmeta.heads.pooling import pool
 from textmeta.meta.batch import TaskBatch
 from textmeta.meta.learner import TaskLearner
 
-__all__ = ["LeftOut", "SuspectLabel", "left_out"]
-
 
 class SuspectLabel(NamedTuple):
     """An example that the others tell to be of another class."""

@@ -1,6 +1,5 @@
 """The outer loop: steps of Adam on the meta-gradients of episodes, from a run's start, or from where it was stopped."""
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from textmeta.data.corpus import Corpus
 from textmeta.data.episodes import Episode
 from textmeta.data.mixed_episodes import MixedEpisodes
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted
+from textmeta.errors import DivergedError, SettingsError, TrainingInterrupted, logger
 from textmeta.files import CHECKPOINT
 from textmeta.meta.adapter import Adapter
 from textmeta.meta.algorithms import ALGORITHMS
@@ -31,10 +30,6 @@ from textmeta.progress import progress_bar
 
 if TYPE_CHECKING:
     from textmeta.meta.trainer import MetaTrainer
-
-__all__ = ["RECORD", "Callback", "Run"]
-
-logger = logging.getLogger(__name__)
 
 Callback = Callable[[dict[str, Any]], object]
 

@@ -33,8 +33,6 @@ from textmeta.meta.learner import KEPT_TEXTS, QUERIES
 if TYPE_CHECKING:
     from textmeta.meta.outer_loop import Run
 
-__all__ = ["bytes_of", "check_room", "is_memory_full", "naming_rows", "plan_of"]
-
 LOOKED_AT = 1000  # episodes of a run, among whose steps the largest is looked for
 NAMED = 3  # corpora that are told one by one
 CHARACTERS = 6  # of a token, where lengths are told without a tokenizer

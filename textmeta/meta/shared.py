@@ -5,8 +5,6 @@ from threading import Lock
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-__all__ = ["shared"]
-
 T = TypeVar("T")
 _GUARD = Lock()
 _LOCKS: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()

@@ -20,7 +20,7 @@ from textmeta.encoder.encoder import Encoder, EncoderSettings
 from textmeta.encoder.lora import LoraSettings
 from textmeta.encoder.pretrained import tensors_digest
 from textmeta.encoder.token_states import TokenStateReader
-from textmeta.errors import AdapterError, SettingsError
+from textmeta.errors import AdapterError, SettingsError, logger
 from textmeta.files import at_home
 from textmeta.hub import HubAccess
 from textmeta.meta.adapter import Adapter
@@ -32,10 +32,6 @@ from textmeta.meta.outer_loop import Callback, Run
 from textmeta.meta.plan import bytes_of, check_room, naming_rows, plan_of
 from textmeta.meta.watching import tracking
 from textmeta.processes import join_processes
-
-__all__ = ["MetaTrainer"]
-
-logger = logging.getLogger(__name__)
 
 LEAST_RATE = 1e-12
 VALIDATION_EPISODES = 100  # the same each time
@@ -219,7 +215,18 @@ class MetaTrainer:
             tensors = shape.with_tensors({**shape.tensors(), **begun}).tensors()
         except AdapterError as error:
             raise SettingsError(f"the start does not fit: {error}") from error
-        fingerprint = self._fingerprint(encoder, learner, corpora, valid)
+        told = {  # all that decides what a run ends in
+            **asdict(self),
+            "learner": asdict(learner),
+            "encoder": {
+                "max_length": encoder.settings.max_length,
+                "weights_sha256": encoder.weights_sha256,
+                **({"long_texts": "window"} if encoder.settings.long_texts == "window" else {}),
+            },
+            "corpora": [corpus.summary for corpus in corpora],
+            "valid": [corpus.summary for corpus in valid],
+        }
+        fingerprint = json.loads(json.dumps(told))  # as it comes back from a checkpoint
         if begun:
             fingerprint["start"] = tensors_digest(begun)
         validation = judges.take(VALIDATION_EPISODES) if judges else []
@@ -230,21 +237,3 @@ class MetaTrainer:
         if output is not None:
             check_room(output, bytes_of(run))
         return run
-
-    def _fingerprint(
-        self, encoder: Encoder, learner: LearnerSettings, corpora: Sequence[Corpus], valid: Sequence[Corpus]
-    ) -> dict[str, Any]:
-        """Return, as JSON gives it back, all that decides what a run ends in."""
-        told = {
-            **asdict(self),
-            "learner": asdict(learner),
-            "lora": asdict(encoder.lora),
-            "encoder": {
-                "max_length": encoder.settings.max_length,
-                "weights_sha256": encoder.weights_sha256,
-                **({"long_texts": "window"} if encoder.settings.long_texts == "window" else {}),
-            },
-            "corpora": [corpus.summary for corpus in corpora],
-            "valid": [corpus.summary for corpus in valid],
-        }
-        return json.loads(json.dumps(told))  # type: ignore[no-any-return]

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +11,11 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
-from textmeta.errors import SettingsError
+from textmeta.errors import SettingsError, logger
 from textmeta.files import write_atomically
 from textmeta.meta.checkpoint import rows_of
 
-__all__ = ["draw_curves", "trackers", "tracking"]
-
-_say_once = functools.cache(logging.getLogger(__name__).info)
+_say_once = functools.cache(logger.info)
 
 CURVES = "curves.png"
 VALID = ("valid_accuracy", "valid_accuracy_ci95")  # of rows, where there was a validation

@@ -1,7 +1,6 @@
 """What is said of an adapter: its model card, and what `textmeta info` shows; templates, filled by its JSON files."""
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,8 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from textmeta.data.labels import label_from_json, plain
+from textmeta.errors import logger
 from textmeta.hub import is_repo_id
-
-__all__ = ["PLACEHOLDER", "adapter_info", "is_edited", "model_card"]
-
-logger = logging.getLogger(__name__)
 
 SIGNATURE = "\n<!-- The lines above are as textmeta wrote them if their sha256 is "
 PLACEHOLDER = '"path/to/this/folder"'  # stands in the card's code until it is pushed

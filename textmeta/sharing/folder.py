@@ -13,21 +13,6 @@ from pathlib import Path
 from textmeta.errors import AdapterError, DamagedAdapterError
 from textmeta.files import CHECKPOINT, alone_in, is_folder, read_json, sync_folder, write_synced
 
-__all__ = [
-    "ADAPTER_FILES",
-    "CARD",
-    "FORMAT",
-    "MANIFEST",
-    "ONNX",
-    "check_destination",
-    "is_there",
-    "manifest_of",
-    "read_adapter_files",
-    "read_file",
-    "read_folder",
-    "write_folder",
-]
-
 FORMAT = 8  # of what is written, and all that is read
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # LoRA, as PEFT has it
 META, TENSORS = "textmeta.json", "textmeta.safetensors"  # everything else that was learned

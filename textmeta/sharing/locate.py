@@ -1,20 +1,15 @@
 """What a name means: a folder, an adapter that comes with textmeta, or a repository on the Hub; in this order."""
 
-import logging
 import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from textmeta.errors import AdapterError, DamagedAdapterError, HubError
+from textmeta.errors import AdapterError, DamagedAdapterError, HubError, logger
 from textmeta.files import at_home, is_folder
 from textmeta.hub import HubAccess, fetch_snapshot, is_repo_id
 from textmeta.sharing.folder import ADAPTER_FILES, CARD, MANIFEST, OTHERS, is_there, read_adapter_files
-
-__all__ = ["DEFAULT_ADAPTER", "Location", "read_located", "subfolder_prefix"]
-
-logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parents[1] / "adapters"  # of the package; their names begin with its own
 SHIPPED_PREFIX = "textmeta/"

@@ -14,8 +14,6 @@ from textmeta.encoder.token_states import TokenStateReader
 from textmeta.errors import AdapterError
 from textmeta.files import destination
 
-__all__ = ["write_merged"]
-
 
 def write_merged(folder: str | Path, reader: TokenStateReader, factors: Mapping[str, Tensor]) -> None:
     """Write the encoder with LoRA merged into it, W + (alpha / rank) · B A in place of W, as a sentence encoder.

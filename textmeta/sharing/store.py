@@ -46,8 +46,6 @@ from textmeta.sharing.folder import (
 from textmeta.sharing.locate import read_located
 from textmeta.sharing.support import FitInputs, StoredSupport, Strict, read_support, stored_support
 
-__all__ = ["Fitted", "adapter_files", "load_adapter", "read_model", "save_adapter", "write_json"]
-
 M = TypeVar("M", bound=Strict)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OLD_CARD = "README.old.md"

@@ -15,9 +15,6 @@ from textmeta.errors import AdapterError, DataError
 from textmeta.meta.batch import text_order
 from textmeta.meta.learner import TaskLearner
 
-__all__ = ["Example", "FitInputs", "StoredSupport", "Strict", "read_support", "stored_support"]
-
-
 Example = tuple[str, Any, float]  # text, label, and weight, above 0
 
 

@@ -9,8 +9,6 @@ from importlib.resources import as_file, files
 from textmeta.data.corpus import Corpus, CorpusSettings, load_corpus
 from textmeta.data.splits import ClassSplit, read_class_split
 
-__all__ = ["load_bundled"]
-
 
 def load_bundled() -> tuple[Corpus, ClassSplit]:
     """Return the bundled corpus and its class split by domain."""
