@@ -79,9 +79,9 @@ class TokenStates:
         return TokenStates(len(rows), tuple(batches))
 
     @classmethod
-    def padded(cls, states: Sequence[Tensor], max_tokens: int = MAX_TOKENS, overhead: int = OVERHEAD) -> "TokenStates":
+    def padded(cls, states: Sequence[Tensor], overhead: int = OVERHEAD) -> "TokenStates":
         """Return the states (V, length, d) of texts as padded batches, of so many tokens at most."""
-        parts = _padded(states, overhead, max_tokens)
+        parts = _padded(states, overhead)
         return cls(len(states), tuple(StateBatch(torch.tensor(n, device=m.device), s, m) for n, s, m in parts))
 
 
@@ -247,12 +247,10 @@ class TokenStateReader:
         return (([windows[number][0] for number in numbers], ids[:, 0, :, 0], mask) for numbers, ids, mask in padded)
 
 
-def _padded(
-    rows: Sequence[Tensor], overhead: int, max_tokens: int = MAX_TOKENS, device: torch.device | None = None
-) -> Iterator[Batch]:
+def _padded(rows: Sequence[Tensor], overhead: int, device: torch.device | None = None) -> Iterator[Batch]:
     """Yield rows (V, length, d) in batches of similar length, on a device, by default their own."""
     lengths = [row.shape[1] for row in rows]
-    for numbers in length_buckets(lengths, overhead, max_tokens):
+    for numbers in length_buckets(lengths, overhead):
         longest = lengths[numbers[-1]]
         more = [(rows[number], longest - lengths[number]) for number in numbers]
         batch = torch.stack([pad(row, (0, 0, 0, short)) if short else row for row, short in more]).to(device)
@@ -260,12 +258,12 @@ def _padded(
         yield numbers, batch, torch.arange(longest, device=batch.device) < own[:, None]
 
 
-def length_buckets(lengths: Sequence[int], overhead: int, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
+def length_buckets(lengths: Sequence[int], overhead: int) -> list[list[int]]:
     """Group rows of so many tokens into lists of their numbers, so that little work goes into padding.
 
     A bucket is padded to its longest row, and costs ``rows x longest + overhead`` tokens. The sorted rows are split in
     the cheapest way there is (dynamic programming over the distinct lengths); then buckets of several rows and more
-    than ``max_tokens``, with padding, are cut.
+    than ``MAX_TOKENS``, with padding, are cut.
     """
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     # position in `order` after the last row of each distinct length
@@ -279,7 +277,7 @@ def length_buckets(lengths: Sequence[int], overhead: int, max_tokens: int = MAX_
     while end:
         start = best[end][1]
         rows = end - start
-        parts = -(-rows // max(1, max_tokens // lengths[order[end - 1]]))
+        parts = -(-rows // max(1, MAX_TOKENS // lengths[order[end - 1]]))
         cuts = [start + rows * part // parts for part in range(parts + 1)]
         buckets = [order[one:other] for one, other in itertools.pairwise(cuts)] + buckets
         end = start

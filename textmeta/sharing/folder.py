@@ -17,9 +17,9 @@ FORMAT = 8  # of what is written, and all that is read
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # LoRA, as PEFT has it
 META, TENSORS = "textmeta.json", "textmeta.safetensors"  # everything else that was learned
 CLASSIFIER, HEAD = "classifier.json", "classifier.safetensors"  # of a fitted classifier
-SUPPORT = "support.safetensors"  # token states of what it was fitted on, if they are stored
+STATES = "support.safetensors"  # token states of what it was fitted on, if they are stored
 REQUIRED = frozenset({CONFIG, WEIGHTS, META, TENSORS})
-ADAPTER_FILES = REQUIRED | {CLASSIFIER, HEAD, SUPPORT}  # all that a manifest may list
+ADAPTER_FILES = REQUIRED | {CLASSIFIER, HEAD, STATES}  # all that a manifest may list
 CARD = "README.md"  # not in the manifest, because people edit it
 MANIFEST = "SHA256SUMS"
 MANIFEST_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)\n")
@@ -44,9 +44,6 @@ def manifest_of(files: Mapping[str, bytes]) -> bytes:
     return "".join(lines).encode()
 
 
-# Reading
-
-
 def is_there(folder: str | Path) -> bool:
     """Whether there is a folder of this name, or one that a killed save set aside."""
     return is_folder(folder) or (folder != "" and is_folder(_sibling(Path(folder).absolute(), "old")))
@@ -68,7 +65,7 @@ def read_adapter_files(folder: Path, repo_id: str | None = None) -> dict[str, by
         told = f"format version {found!r:.40}, this textmeta reads {FORMAT}: the adapter was made by {maker}"
         raise AdapterError(f"{folder / META} has {told}")
     files = read_folder(folder, ADAPTER_FILES, repo_id)
-    required = ADAPTER_FILES - {SUPPORT} if files.keys() - REQUIRED else REQUIRED
+    required = ADAPTER_FILES - {STATES} if files.keys() - REQUIRED else REQUIRED
     for name in sorted(required - files.keys()):
         raise AdapterError(f"{folder} is no whole textmeta adapter: it has no {name}")
     return files
@@ -178,9 +175,6 @@ def _allowed_parents(source: Path, target: Path) -> Iterator[Path]:
             shared = repo.parent / "blobs"  # files of several repositories, in folders of two letters
             if target.parent.parent == shared:
                 yield target.parent
-
-
-# Saving
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[str] = frozenset()) -> None:

@@ -31,18 +31,7 @@ from textmeta.meta.initialisation import LORA, Adapt, Initialisation, LearnerSet
 from textmeta.meta.learner import LearnedTask
 from textmeta.meta.shared import shared
 from textmeta.sharing.card import is_edited, model_card
-from textmeta.sharing.folder import (
-    CARD,
-    CLASSIFIER,
-    CONFIG,
-    FORMAT,
-    HEAD,
-    META,
-    SUPPORT,
-    TENSORS,
-    WEIGHTS,
-    write_folder,
-)
+from textmeta.sharing.folder import CARD, CLASSIFIER, CONFIG, FORMAT, HEAD, META, STATES, TENSORS, WEIGHTS, write_folder
 from textmeta.sharing.locate import read_located
 from textmeta.sharing.support import FitInputs, StoredSupport, Strict, read_support, stored_support
 
@@ -108,9 +97,6 @@ class _Classifier(Strict):
     class_weight: Literal["balanced"] | list[tuple[Any, Positive]] | None = "balanced"
 
 
-# Saving
-
-
 def save_adapter(folder: str | Path, adapter: Adapter, fitted: Fitted | None = None) -> None:
     """Write an adapter folder in place of what was there; a crash leaves the old one or the new one, whole.
 
@@ -162,7 +148,7 @@ def adapter_files(adapter: Adapter, fitted: Fitted | None = None) -> dict[str, b
         content = {"classes": list(map(label_to_json, fitted.classes)), "support": support, **settings}
         files[CLASSIFIER] = write_json(content)
         if inputs and inputs.states:
-            files[SUPPORT] = _write_tensors(inputs.states, torch.float16)
+            files[STATES] = _write_tensors(inputs.states, torch.float16)
     try:
         _parse(files, Path())
     except AdapterError as error:
@@ -203,9 +189,6 @@ def _write_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.flo
         # copies, because safetensors refuses tensors that share memory
         stored[name] = own.clone(memory_format=torch.contiguous_format)
     return save(stored, metadata={"format": "pt"})  # which PEFT and transformers ask for
-
-
-# Loading
 
 
 def load_adapter(name: str | Path, *, encoder: str | None = None, **place: Any) -> tuple[Adapter, Fitted | None]:
@@ -333,11 +316,11 @@ def _fitted(files: Mapping[str, bytes], folder: Path, init: Initialisation) -> F
     classes = read_labels(content.classes, folder / CLASSIFIER)
     task = _learned_task(_read_tensors(files[HEAD], folder / HEAD), len(classes), init, folder / HEAD)
     inputs, hidden = None, init.queries.shape[1]
-    states = _read_tensors(files[SUPPORT], folder / SUPPORT, torch.float16) if SUPPORT in files else {}
+    states = _read_tensors(files[STATES], folder / STATES, torch.float16) if STATES in files else {}
     if content.support is not None:
         inputs = read_support(content.support, states, classes, hidden, folder / CLASSIFIER)
     elif states:
-        raise AdapterError(f"{folder / SUPPORT} holds token states, but {CLASSIFIER} no support")
+        raise AdapterError(f"{folder / STATES} holds token states, but {CLASSIFIER} no support")
     settings = {name: getattr(content, name) for name in SETTINGS}
     if isinstance(content.class_weight, list):
         keys = read_labels([label for label, _ in content.class_weight], folder / CLASSIFIER)
