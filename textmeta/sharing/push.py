@@ -1,5 +1,6 @@
 """Pushing adapters to the Hub: one commit, or none."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,7 @@ from textmeta.sharing.store import Fitted, adapter_files, load_adapter
 
 
 def push_adapter(
-    adapter: Adapter,
-    fitted: Fitted | None,
-    repo_id: str,
-    *,
-    base_model: str | None = None,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    commit_message: str | None = None,
-    files: dict[str, bytes] | None = None,
+    adapter: Adapter, fitted: Fitted | None, repo_id: str, *, base_model: str | None = None, **how: Any
 ) -> CommitInfo:
     """Push an adapter, and a fitted classifier if there is one; see :meth:`~textmeta.FewShotClassifier.push_to_hub`.
 
@@ -41,7 +32,36 @@ def push_adapter(
         if not is_repo_id(base_model):
             raise AdapterError(f"base_model must be an id on the Hub (such as 'owner/name'), given {base_model!r:.80}")
         adapter = replace(adapter, encoder=replace(adapter.encoder, model=base_model, revision=None), commit=None)
-    files = files or adapter_files(adapter, fitted)
+    return _push_files(adapter, adapter_files(adapter, fitted), repo_id, **how)
+
+
+def push_folder(folder: str | Path, repo_id: str, *, base_model: str | None = None, **how: Any) -> CommitInfo:
+    """Push an adapter folder as it is, its card with whatever was edited in it; see :func:`push_adapter`.
+
+    With a ``base_model`` the files that name the encoder, and the card, are written anew. AdapterError, too, if the
+    folder is no whole adapter.
+    """
+    folder = at_home(Path(folder))
+    adapter, fitted = load_adapter(folder)
+    if base_model is not None:
+        return push_adapter(adapter, fitted, repo_id, base_model=base_model, **how)
+    files = read_adapter_files(folder)
+    if (folder / CARD).is_file():
+        files[CARD] = read_file(folder, CARD)
+    return _push_files(adapter, files, repo_id, **how)
+
+
+def _push_files(
+    adapter: Adapter,
+    files: Mapping[str, bytes],
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
     if not is_repo_id(adapter.encoder.model) or is_folder(adapter.encoder.model):
         raise AdapterError(
             f"not pushed: the adapter's encoder is {adapter.encoder.model!r}, a folder of this machine, which nobody "
@@ -87,17 +107,3 @@ def push_adapter(
         raise
     logger.info("pushed to %s: %s", repo_id, done.commit_url)
     return done
-
-
-def push_folder(folder: str | Path, repo_id: str, *, base_model: str | None = None, **how: Any) -> CommitInfo:
-    """Push an adapter folder as it is, its card with whatever was edited in it; see :func:`push_adapter`.
-
-    With a ``base_model`` the files that name the encoder, and the card, are written anew. AdapterError, too, if the
-    folder is no whole adapter.
-    """
-    folder = at_home(Path(folder))
-    adapter, fitted = load_adapter(folder)
-    files = read_adapter_files(folder)
-    if (folder / CARD).is_file():
-        files[CARD] = read_file(folder, CARD)
-    return push_adapter(adapter, fitted, repo_id, base_model=base_model, files=None if base_model else files, **how)
