@@ -154,7 +154,7 @@ def rows(found: Mapping[str, scores.Cells], corpora: Collection[str], arms: Iter
 
 def main() -> None:
     """Print the table, after running what is missing."""
-    parser = Options(__doc__, needs_data=False)
+    parser = Options(__doc__, tables=True)
     parser.add_argument("--train", choices=(*ARMS, *SEARCH), help="train one arm alone")
     parser.add_argument("--choose", action="store_true", help="judge on the choose corpora")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that are judged there")

@@ -203,7 +203,7 @@ def goals(
 
 def main() -> None:
     """Print the tables, after recording what is asked for."""
-    parser = Options(__doc__, needs_data=False)
+    parser = Options(__doc__, tables=True)
     parser.add_argument("--quick", action="store_true", help="record few episodes, of the seven corpora, elsewhere")
     parser.add_argument("--draw", action="store_true", help="draw the pictures")
     parser.add_argument("--parts", nargs="+", choices=FILES, default=list(FILES))

@@ -16,11 +16,11 @@ PAGES = [Path(__file__).parents[1] / name for name in ("README.md", "benchmarks/
 class Options(argparse.ArgumentParser):
     """The options of a script: its own, and those that most have."""
 
-    def __init__(self, doc: str, *, needs_data: bool = True, threads: int = 1) -> None:
+    def __init__(self, doc: str, *, tables: bool = False, threads: int = 1) -> None:
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--data-dir", type=Path, required=needs_data)
+        self.add_argument("--data-dir", type=Path, required=not tables)
         self.add_argument("--threads", type=int, default=threads)
-        if not needs_data:
+        if tables:  # which are printed without data, and made by --run
             self.add_argument("--run", action="store_true", help="make and record what is missing")
             self.add_argument("--write", action="store_true", help="write the tables into the pages that have them")
 

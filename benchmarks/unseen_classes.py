@@ -265,7 +265,7 @@ def goals(five: Mapping[str, scores.Cells]) -> scores.Rows:
 
 def main() -> None:
     """Print the tables, after recording what is asked for."""
-    parser = Options(__doc__, needs_data=False)
+    parser = Options(__doc__, tables=True)
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
     parser.add_argument("--folder", type=Path, default=Path("runs/folds"), help="of the adapters")
     parser.add_argument("--cache", type=Path, default=Path("runs/frozen"), help="states of the frozen layers")

@@ -140,7 +140,10 @@ def test_the_first_call_fits_and_may_name_all_classes(make: Make, shared: FewSho
         (lambda c: c.add_class("g", ["gal", ""]), "add_class, row 1: text is empty"),
         (lambda c: c.add_class("g", ["gal"], name=" "), "of 'g': text is empty"),
         (lambda c: c.add_class(None, ["gal"]), "add_class, label 0: the label is missing"),
-        (lambda c: c.fit(SUPPORT, LABELS, label_names=NAMES).add_class("g", ["gal"]), "label 'g' has no name"),
+        (
+            lambda c: c.fit(SUPPORT, LABELS, label_names=NAMES).add_class("g", ["gal"]),
+            "add_class: label 'g' has no name",
+        ),
         (lambda c: c.remove_class("x"), r"remove_class: expected one of 'b', 'f', 'k', given 'x'"),
         (lambda c: c.remove_class("b").remove_class("f"), "remove_class needs at least 2 classes, found 1"),
         (lambda c: clone(c).partial_fit(["bal"], ["b"]), "partial_fit needs at least 2 classes, found 1"),

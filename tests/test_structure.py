@@ -100,15 +100,18 @@ def test_public_names() -> None:
             ["numpy", "torch", "datasets", "transformers", "jsonargparse", "huggingface_hub"],
         ),
         (
-            "from textmeta.cli import main\nmain(['info', 'textmeta/minilm-general'])",
+            "from textmeta.cli import main\nmain(['info', '.'])",
             ["torch", "datasets", "transformers", "peft", "jsonargparse"],
         ),
     ],
     ids=["import", "errors", "help", "info"],
 )
-def test_what_is_not_needed_is_not_loaded(code: str, absent: list[str]) -> None:
+def test_what_is_not_needed_is_not_loaded(
+    code: str, absent: list[str], fitted: FewShotClassifier, tmp_path: Path
+) -> None:
+    fitted.save_pretrained(tmp_path, include_support="texts")
     program = f"{code}\nimport sys; print([name for name in {absent} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 

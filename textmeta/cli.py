@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from textmeta.errors import AdapterError, TextMetaError, TrainingInterrupted
+from textmeta.errors import AdapterError, TextMetaError, TrainingInterrupted, logger
 from textmeta.progress import is_first_process
 
 EXIT_CODES = (
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     level = logging.INFO if given[:1] == ["train"] else logging.WARNING
     speaks = is_first_process()
-    logging.getLogger("textmeta").setLevel(level if speaks else logging.ERROR)
+    logger.setLevel(level if speaks else logging.ERROR)
     told: set[str] = set()
 
     def show_once(message: Warning | str, *_: Any, **__: Any) -> None:

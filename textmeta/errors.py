@@ -1,11 +1,11 @@
-"""The errors that textmeta raises on purpose.
+"""The errors that textmeta raises on purpose, and the logger of what it tells beside them.
 
 Every message says what was given, what was expected, and where (row, label, file or setting).
 """
 
 import logging
 
-logger = logging.getLogger("textmeta")  # of all files
+logger = logging.getLogger("textmeta")  # of every file
 
 
 class TextMetaError(Exception):

@@ -19,8 +19,7 @@ def numbered(name: str = "numbered", classes: int = 6, rows: int = 12) -> Corpus
     return Corpus.from_pairs(name, [text for text, _ in pairs], [label for _, label in pairs])
 
 
-def content(episode: Episode) -> tuple:
-    e = episode
+def content(e: Episode) -> tuple:
     return e.corpus, e.class_names, e.support_texts, tuple(e.support_labels), e.query_texts, tuple(e.query_labels)
 
 

@@ -172,7 +172,11 @@ def test_a_list_names_the_sorted_classes(kind: Any) -> None:
         (["lost"], "auto", r"at least 2 classes, found 1: \['lost'\]"),
         (CARDS, {"arrived": "a", "lots": "b", "x": "c"}, "label 'lost' has no name .* 2 without .* nearest 'lots'"),
         ([0, 1], {"0": "a", "1": "b"}, "label 0 has no name in label_names.* nearest '0'; .*: 0, 1 left out"),
-        (CARDS, {"arrived": "a"}, "^fit: label 'lost' has no name in label_names; .* every class: 'lost' left out"),
+        (
+            CARDS,
+            {"arrived": "a"},
+            "^fit: label 'lost' has no name in label_names; expected a name for every class: 'lost' left out",
+        ),
         (CARDS, {}, "no name in label_names; expected a name for every class: 'lost', 'arrived' left out"),
         (CARDS, ["a"], "^fit: label_names has 1 names for 2 classes: 'arrived', 'lost'"),
         (CARDS, {"arrived": "a", "lost": ""}, "^fit, label_names of 'lost': text is empty"),

@@ -353,7 +353,9 @@ def test_private_and_gated_datasets_say_how_to_get_in(hub: HubServer, monkeypatc
     hub.add_repo("tester/private", {"train.jsonl": jsonl(REQUESTS)}, repo_type="dataset", private=True)
     refused(r"'tester/private'.*private and no token was given: log in with `hf auth login`", dataset="tester/private")
     hub.add_repo("lab/gated", {"train.jsonl": jsonl(REQUESTS)}, repo_type="dataset", gated=True)
-    refused(rf"'lab/gated' is a gated.*access at {hub.url}/datasets/lab/gated, then log in", dataset="lab/gated")
+    refused(
+        rf"'lab/gated' is a gated.*Ask for access at {hub.url}/datasets/lab/gated, then log in", dataset="lab/gated"
+    )
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert len(load_corpus(CorpusSettings("tester/private"))) == 4
 

@@ -6,7 +6,6 @@ and centred targets both sum to zero, so the others tell the class of the one th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,13 +59,15 @@ def left_out_scores(
     views, prior, strength, penalty = float64(views, prior, strength, penalty)
     mixed = None if mixed is None else float64(mixed)[0]
     tasks, n, v, d = views.shape
+    scores = views.new_zeros(tasks, v if mixed is None else 1, n, folds.examples.member.shape[-1])
+    if not folds.number:  # nothing is left out where every class has one example
+        return scores
     # products of many texts would take more memory than the texts themselves
-    how = (views, prior, strength, penalty, mixed)
-    solve = _dual_scores(*how) if n <= v * d else partial(_primal_scores, *how)
+    make = _dual_scores if n <= v * d else _primal_scores
+    solve = make(views, prior, strength, penalty, mixed)
     of, classes = folds.of.to(views.device), folds.examples.classes.to(views.device)
     member, weights = float64(folds.examples.member, folds.examples.weights)
     examples = Examples(member, weights, classes)
-    scores = views.new_zeros(tasks, v if mixed is None else 1, n, examples.member.shape[-1])
     for fold in range(folds.number):
         left_out = of == fold
         rest = examples.weighted((~left_out).to(views.dtype))
@@ -107,14 +108,18 @@ def _dual_scores(
 
 
 def _primal_scores(
-    views: Tensor, prior: Tensor, strength: Tensor, penalty: Tensor, mixed: Tensor | None, rest: Examples
-) -> Tensor:
-    """Return scores as what :func:`_dual_scores` makes does, from the views themselves."""
-    z = centred(views, centre(views, rest, prior, strength))
-    if mixed is not None:
-        z = (z * mixed.clamp(min=1e-12).sqrt()[:, None, :, None]).flatten(2)[:, :, None]
-    design = z.transpose(1, 2)  # (T, M, n, D)
-    return design @ primal_weights(design, rest.targets[:, None], rest.balanced[:, None], penalty)
+    views: Tensor, prior: Tensor, strength: Tensor, penalty: Tensor, mixed: Tensor | None
+) -> Callable[[Examples], Tensor]:
+    """Return the same as :func:`_dual_scores`, from the views themselves."""
+
+    def scores(rest: Examples) -> Tensor:
+        z = centred(views, centre(views, rest, prior, strength))
+        if mixed is not None:
+            z = (z * mixed.clamp(min=1e-12).sqrt()[:, None, :, None]).flatten(2)[:, :, None]
+        design = z.transpose(1, 2)  # (T, M, n, D)
+        return design @ primal_weights(design, rest.targets[:, None], rest.balanced[:, None], penalty)
+
+    return scores
 
 
 def fold_nll(scores: Tensor, folds: Folds, scale: Tensor) -> Tensor:
