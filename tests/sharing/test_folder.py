@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -182,8 +183,10 @@ def test_reading_while_others_write_gives_one_or_the_other(tmp_path: Path) -> No
     assert NEW in found
 
 
-def test_saves_at_once_go_one_after_the_other(tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
+def test_saves_at_once_go_one_after_the_other(tmp_path: Path, monkeypatch: Patch) -> None:
+    folder, listdir, rename = tmp_path / "adapter", os.listdir, os.rename  # slow, so that others come in between:
+    monkeypatch.setattr(os, "listdir", lambda path: (time.sleep(0.005), listdir(path))[1])
+    monkeypatch.setattr(os, "rename", lambda *paths: (rename(*paths), time.sleep(0.005)))
     with ThreadPoolExecutor() as threads:
         list(threads.map(lambda number: write_folder(folder, (OLD, NEW)[number % 2]), range(60)))
     assert read_folder(folder) in (OLD, NEW)

@@ -187,21 +187,19 @@ def write_folder(folder: Path, files: Mapping[str, bytes], unlisted: frozenset[s
     full or refuses.
     """
     folder = folder.resolve()
-    check_destination(folder, files)
     manifest = manifest_of({name: content for name, content in files.items() if name not in unlisted})
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with alone_in(folder.parent):
+            _check_replaceable(folder, files)
             _replace(folder, files, manifest)
     except OSError as error:
-        what = f"{error.filename or _sibling(folder, 'new')}: {error.strerror or error}"
-        raise AdapterError(f"cannot write the adapter {folder}: {what}") from error
+        raise _cannot_write(folder, error) from error
 
 
 def _replace(folder: Path, files: Mapping[str, bytes], manifest: bytes) -> None:
     """Write files in place of a folder's; whatever stops it leaves the old folder in its place, and no litter."""
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
-    _put_back(folder)
     try:
         for litter in (new, old):
             shutil.rmtree(litter, ignore_errors=True)
@@ -230,9 +228,22 @@ def check_destination(folder: Path, known: Collection[str] = ()) -> None:
     run code; files of the known names may be of any kind.
     """
     folder = folder.resolve()
-    if is_folder(_sibling(folder, "old")):
-        with alone_in(folder.parent):
-            _put_back(folder)
+    if is_folder(folder.parent):
+        try:
+            with alone_in(folder.parent):
+                _check_replaceable(folder, known)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> AdapterError:
+    what = f"{error.filename or _sibling(folder, 'new')}: {error.strerror or error}"
+    return AdapterError(f"cannot write the adapter {folder}: {what}")
+
+
+def _check_replaceable(folder: Path, known: Collection[str]) -> None:
+    """Do what :func:`check_destination` says, while no other save is under way: one moves the folder away."""
+    _put_back(folder)
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"cannot write an adapter folder to {folder}: there is a file of that name")
     if Path.cwd().is_relative_to(folder) or folder.is_mount():
